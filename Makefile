@@ -1,0 +1,63 @@
+# `make demo` and `make test` work as the first command after a clone: they need Python 3.11 or newer, and make.
+#   PYTHON=/path/to/python   another Python than the one found
+#   TORCH=torch==2.13.0      another build of torch, e.g. one for CPUs only: TORCH="torch==2.13.0 --index-url ..."
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?=
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+NEEDS := settings.ini setup.py pyproject.toml constraints.txt
+DEMO := out/demo
+export PYTHONUTF8 := 1
+
+help:    ## what there is to make
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 14
+
+demo: .venv/.for-use    ## measure the small model that ships with longlens, and write the report as a page
+	@$(BIN)/longlens report --out $(DEMO) --overwrite --open
+
+test: .venv/.for-work    ## every check: repository, lint, types, notebooks, tests
+	@failed=""; step() { echo "== $$1"; shift; "$$@" || failed=yes; }; \
+	step "repository" $(BIN)/python tools/check.py; \
+	step "lint" $(BIN)/ruff check --quiet .; \
+	step "types" $(BIN)/mypy; \
+	step "notebooks" $(BIN)/nbdev_test --n_workers 2 --timing; \
+	step "tests" $(BIN)/python -m pytest; \
+	test -z "$$failed"
+
+lab: .venv/.for-work    ## JupyterLab on the tutorials
+	@$(BIN)/jupyter lab nbs/tutorials
+
+bench: .venv/.for-work    ## measure what longlens costs, and write benchmarks/RESULTS.md
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+
+readme: .venv/.for-work    ## README.md from nbs/index.ipynb
+	@$(BIN)/python tools/readme.py
+
+clean:    ## remove what was made, except .venv
+	rm -rf out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis _proc _docs
+	find longlens nbs tests tools benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	@python="$(PYTHON)"; \
+	fits() { "$$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }; \
+	for p in python3.11 python3.12 python3.13 python3; do [ -n "$$python" ] || ! fits $$p || python=$$p; done; \
+	if [ -z "$$python" ] || ! fits "$$python"; then \
+	    echo "longlens needs Python 3.11 or newer, and $${python:-no such Python} was found. Install it, or say where it is: make PYTHON=/path/to/python3.11" >&2; exit 1; fi; \
+	echo "Making .venv with $$("$$python" --version)"; \
+	"$$python" -m venv .venv || { rm -rf .venv; echo "$$python cannot make a virtual environment (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+
+# torch goes first: resolved with the rest, a newer build with gigabytes of CUDA packages may arrive
+.venv/.for-use: $(NEEDS) | .venv/bin/python
+	@echo "Installing longlens and what it needs (minutes, once)"
+	@$(PIP) install $(TORCH)
+	@$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+.venv/.for-work: $(NEEDS) | .venv/.for-use
+	@echo "Installing the tools of the project (minutes, once)"
+	@$(PIP) install -c constraints.txt -e '.[dev,bridge,embed]'
+	@touch $@
+
+.PHONY: help demo test lab bench readme clean

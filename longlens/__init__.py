@@ -1,0 +1,38 @@
+"""See what a long context does inside a transformer: exact attention statistics at full length.
+
+This file is written by hand: it says which public name lives in which module, and loads that module when the
+name is first used, so that `import longlens` costs next to nothing. Everything else in the package is exported
+from the notebooks in `nbs/`.
+"""
+from __future__ import annotations
+
+__version__ = "0.1.0"
+
+from importlib import import_module
+from typing import Any
+
+_WHERE = {    # public name -> the module that defines it
+    "load": "models", "LongModel": "models",
+    "attend": "measure.kernels", "AttentionOperator": "measure.attention", "capture": "measure.capture",
+    "SinkMass": "measure.capture", "Received": "measure.capture", "Entropy": "measure.capture",
+    "Support": "measure.capture", "SpanMass": "measure.capture", "Distance": "measure.capture",
+    "DistanceProfile": "measure.capture", "Rows": "measure.capture", "ResidualNorm": "measure.capture",
+    "ValueNorm": "measure.capture",
+    "attention_sinks": "probes.sinks", "SinkReport": "probes.sinks",
+    "Report": "report",
+}
+
+__all__ = [*_WHERE]
+
+
+def __getattr__(name: str) -> Any:
+    "Load the module of a public name at its first use (PEP 562)"
+    if name not in _WHERE: raise AttributeError(f"module 'longlens' has no attribute {name!r}; it has: {', '.join(_WHERE)}")
+    value = getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    "The public names, loaded or not"
+    return sorted({*globals(), *_WHERE})
