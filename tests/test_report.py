@@ -1,0 +1,145 @@
+"Reports on disk: odd frames, damaged files, a process killed while it saves"
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import polars as pl
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from polars.testing import assert_frame_equal
+from polars.testing.parametric import dataframes
+
+from longlens.report import MARK, Report, ReportError, atomic_write, new_folder
+
+PLAIN = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+                     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=8)
+
+
+class KeptReport(Report): "A subclass known by name"
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Path:
+    frame = pl.DataFrame({"layer": range(200), "mass": [i / 200 for i in range(200)]})
+    return KeptReport({"heads": frame, "other": frame.head(3)}, {"model": "m"}).save(tmp_path / "kept")
+
+
+@given(frame=dataframes(max_cols=6, max_size=6, allow_null=True), meta=st.dictionaries(st.text(), PLAIN, max_size=3))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+def test_round_trip(tmp_path_factory: pytest.TempPathFactory, frame: pl.DataFrame, meta: dict) -> None:
+    report = KeptReport({"odd": frame}, meta)
+    again = Report.load(report.save(tmp_path_factory.mktemp("trip") / "r"))
+    assert type(again) is KeptReport
+    assert again.meta == report.meta
+    assert_frame_equal(again.table, frame)
+
+
+def test_whatever_the_damage_it_is_a_report_error(kept: Path) -> None:
+    "Every file, cut at every eighth or with a byte changed there"
+    for file in [p for p in kept.iterdir() if p.name != MARK]:
+        whole = file.read_bytes()
+        for at in range(0, len(whole), max(1, len(whole) // 8)):
+            for broken in (whole[:at], whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1:]):
+                file.write_bytes(broken)
+                with pytest.raises(ReportError, match=file.name): Report.load(kept)
+        file.write_bytes(whole)
+    assert Report.load(kept).table.height == 200
+
+
+@pytest.mark.parametrize("name", ["heads.parquet", "report.json"])
+def test_missing_file_is_named(kept: Path, name: str) -> None:
+    (kept / name).unlink()
+    with pytest.raises(ReportError, match=name): Report.load(kept)
+
+
+@pytest.mark.parametrize(("entry", "value", "said"), [
+    ("longlens", 99, "format 99"), ("kind", "Nobody", "'Nobody' is no kind"), ("kind", "load", "'load' is no kind"),
+    ("kind", 3, "no 'kind'"), ("frames", {"../../x": {"bytes": 1, "sha256": ""}}, "cannot name a frame"),
+    ("frames", {"heads": {}}, "does not describe the frame 'heads'"), ("frames", {}, "at least one frame"),
+])
+def test_wrong_head(kept: Path, entry: str, value: object, said: str) -> None:
+    head = json.loads((kept / "report.json").read_text())
+    (kept / "report.json").write_text(json.dumps({**head, entry: value}))
+    with pytest.raises(ReportError, match=said): Report.load(kept)
+
+
+def test_a_folder_that_is_not_there_or_is_a_file(kept: Path) -> None:
+    with pytest.raises(ReportError, match="not a report"): Report.load(kept / "nowhere")
+    with pytest.raises(ReportError, match="not a report"): Report.load(kept / "report.json")
+
+
+def test_other_files_in_the_folder_do_not_matter(kept: Path) -> None:
+    (kept / "notes.txt").write_text("mine")
+    assert Report.load(kept).table.height == 200
+
+
+def test_never_replaces_what_longlens_did_not_write(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").write_text("x")
+    report = Report({"a": pl.DataFrame({"x": [1]})})
+    for place in (tmp_path / "mine", tmp_path / "mine/thesis.tex", tmp_path):
+        with pytest.raises(FileExistsError, match=place.name): report.save(place, overwrite=True)
+    assert (tmp_path / "mine/thesis.tex").read_text() == "x"
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_link_is_followed_not_replaced(kept: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(kept)
+    Report({"new": pl.DataFrame({"x": [1]})}).save(tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert list(Report.load(kept).frames) == ["new"]
+
+
+def test_the_folder_is_open_to_the_same_people_as_any_other(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "a"): pass
+    (tmp_path / "b").mkdir()
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+def test_a_place_taken_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    with pytest.raises(OSError), new_folder(tmp_path / "a"):
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a/theirs").write_text("x")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a/theirs").read_text() == "x"
+
+
+SAVES = """
+import sys, polars as pl
+from longlens.report import Report
+report = Report({f"f{i}": pl.DataFrame({"x": range(20_000)}) for i in range(20)})
+print("ready", flush=True)
+while True: report.save(sys.argv[1], overwrite=sys.argv[2] == "over")
+"""
+
+
+@pytest.mark.parametrize("how", ["new", "over"])
+def test_killed_while_saving(tmp_path: Path, how: str) -> None:
+    "kill -9 at any moment: the report is whole or not there; an older one is still whole, in its place or beside it"
+    for wait in (0.0, 0.004, 0.01, 0.02, 0.04):
+        place = tmp_path / f"{how}{wait}" / "kept"
+        place.parent.mkdir()
+        if how == "over": Report({"old": pl.DataFrame({"x": [1]})}).save(place)
+        with subprocess.Popen([sys.executable, "-c", SAVES, str(place), how], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as saver:
+            assert saver.stdout is not None
+            saver.stdout.readline()
+            time.sleep(wait)
+            os.kill(saver.pid, signal.SIGKILL)
+        if place.exists(): assert Report.load(place).table.height in (1, 20_000)
+        if how == "over":
+            whole = [p for p in place.parent.iterdir() if (p / "report.json").exists()]
+            assert any(Report.load(p) for p in whole)
+        assert [p for p in place.parent.iterdir() if not p.name.startswith(".")] in ([], [place])
+
+
+def test_atomic_write_takes_the_last_of_many(tmp_path: Path) -> None:
+    for i in range(20): atomic_write(tmp_path / "f", str(i) * 1000)
+    assert (tmp_path / "f").read_text() == "19" * 1000
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
