@@ -1,0 +1,154 @@
+"The command: what it refuses, what it leaves behind, and one real run"
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import polars as pl
+import pytest
+import torch
+
+import longlens
+from longlens import cli
+from longlens.models import Tokens
+from longlens.report import Report
+
+COMMAND = Path(sys.executable).with_name("longlens")
+
+
+class StandIn(Report):
+    def findings(self) -> list[str]: return ["Something was found"]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[object]:
+    "A stand-in for the model, the probe and the page; gives what the probe was asked to read"
+    read: list[object] = []
+
+    def tokens(text: str | Tokens, allow_longer: bool = False) -> Tokens:
+        if isinstance(text, Tokens): return text
+        words = [i for i, c in enumerate(text) if c != " " and (i == 0 or text[i - 1] == " ")]
+        ends = [*(text.find(" ", i) for i in words[:-1]), len(text)]
+        return Tokens(torch.arange(len(words)), text, torch.tensor([*zip(words, ends, strict=True)]))
+
+    def sinks(lm: object, texts: list[Tokens], progress: bool) -> StandIn:
+        read.extend(t.text for t in texts)
+        return StandIn({"heads": pl.DataFrame({"layer": [0]})})
+
+    page = ModuleType("longlens.views.page")
+    page.write_page = lambda reports, path, title: Path(path).write_text(title)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "longlens.views.page", page)
+    monkeypatch.setitem(sys.modules, "longlens.views", ModuleType("longlens.views"))
+    monkeypatch.setitem(vars(longlens), "load", lambda *model, **given: SimpleNamespace(name="tiny", tokens=tokens))
+    monkeypatch.setitem(vars(longlens), "attention_sinks", sinks)
+    monkeypatch.chdir(tmp_path)
+    Path("words.txt").write_text("one two three four")
+    return read
+
+
+def run(*args: str) -> int: return cli.main(["report", *args])
+
+
+def test_page_tables_and_text(quick: list[object], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--text", "words.txt", "--out", "out") == 0
+    assert quick == ["one two three four"]
+    assert sorted(p.name for p in Path("out").iterdir()) == [".longlens", "index.html", "sinks", "text.txt"]
+    assert isinstance(Report.load("out/sinks"), StandIn)
+    said = capsys.readouterr().out
+    for line in ("tiny reads 4 tokens", "Something was found", f"page:   {Path('out/index.html')}", f"tables: {Path('out/sinks')}"):
+        assert line in said
+
+
+def test_context_reads_the_beginning(quick: list[object]) -> None:
+    assert run("--text", "words.txt", "--context", "2", "--out", "out") == 0
+    assert quick == ["one two"]
+    assert Path("out/text.txt").read_text() == "one two"
+
+
+@pytest.mark.parametrize(("args", "said"), [
+    (["--text", "nowhere.txt"], "there is no text file nowhere.txt"),
+    (["--text", "empty.txt"], "empty.txt is empty"),
+    (["--text", "bytes.txt"], "bytes.txt is not text in UTF-8"),
+    (["--text", "words.txt", "--context", "5"], "--context 5: the text has only 4 tokens"),
+    (["--text", "words.txt", "--context", "0"], "at least one token"),
+    (["./nowhere"], "there is no model folder ./nowhere"),
+    (["--out", "taken"], "taken exists: choose another folder, or replace it with --overwrite"),
+    (["--out", "taken", "--overwrite"], "taken holds something that longlens did not write"),
+    (["--out", "words.txt"], "words.txt is a file"),
+])
+def test_one_clear_line_and_nothing_written(quick: list[object], capsys: pytest.CaptureFixture[str], args: list[str], said: str) -> None:
+    Path("empty.txt").write_text("\n")
+    Path("bytes.txt").write_bytes(b"\xff\xfe\x00")
+    Path("taken").mkdir()
+    Path("taken/mine.txt").write_text("mine")
+    before = sorted(Path().rglob("*"))
+    assert run(*args, *([] if "--out" in args else ["--out", "out"])) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_an_unexpected_error_is_one_line_too(
+    quick: list[object], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*args: object, **kwargs: object) -> None: raise RuntimeError("odd\nvery odd")
+    monkeypatch.setitem(vars(longlens), "attention_sinks", broken)
+    assert run("--text", "words.txt", "--out", "out") == 1
+    assert capsys.readouterr().err == "longlens: RuntimeError: odd (--debug shows where)\n"
+    assert run("--text", "words.txt", "--out", "out", "--debug") == 1
+    assert "Traceback" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def test_interrupted(quick: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*args: object, **kwargs: object) -> None: raise KeyboardInterrupt
+    monkeypatch.setitem(vars(longlens), "attention_sinks", stop)
+    assert run("--text", "words.txt", "--out", "out") == 130
+    assert not Path("out").exists()
+
+
+def test_overwrite_replaces_what_longlens_wrote(quick: list[object]) -> None:
+    assert [run("--text", "words.txt", "--out", "out", *more) for more in ([], [], ["--overwrite"])] == [0, 2, 0]
+
+
+def test_no_browser_without_a_desktop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda url: bool(opened.append(url)) or True)
+    monkeypatch.setattr(sys, "platform", "linux")
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "CI"): monkeypatch.delenv(name, raising=False)
+    assert not cli.show(tmp_path / "a.html")
+    monkeypatch.setenv("DISPLAY", ":0")
+    assert cli.show(tmp_path / "a.html")
+    assert opened == [(tmp_path / "a.html").as_uri()]
+
+
+def test_real_run(tmp_path: Path) -> None:
+    "needle-lm, offline, in a process of its own; then again over it"
+    asked = [COMMAND, "report", "--context", "256", "--out", tmp_path / "out", "--overwrite"]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    for _ in range(2):
+        done = subprocess.run(asked, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    page = (tmp_path / "out/index.html").read_text(encoding="utf-8")
+    assert "needle-lm" in page
+    report = Report.load(tmp_path / "out/sinks")
+    assert type(report).__name__ == "SinkReport"
+    for line in report.findings(): assert line in done.stdout
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT to a process")
+def test_control_c_leaves_nothing(tmp_path: Path) -> None:
+    asked = [COMMAND, "report", "--out", tmp_path / "out"]
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(asked, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env, text=True) as command:
+        assert command.stdout is not None
+        assert "reads" in command.stdout.readline()
+        command.send_signal(signal.SIGINT)
+        assert command.wait(60) == 130
+    assert list(tmp_path.iterdir()) == []
