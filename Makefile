@@ -7,7 +7,7 @@ PYTHON ?=
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-NEEDS := settings.ini setup.py pyproject.toml constraints.txt
+NEEDS := settings.ini setup.py constraints.txt
 DEMO := out/demo
 export PYTHONUTF8 := 1
 

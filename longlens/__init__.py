@@ -14,10 +14,10 @@ from typing import Any
 _WHERE = {    # public name -> the module that defines it
     "load": "models", "LongModel": "models",
     "attend": "measure.kernels", "AttentionOperator": "measure.attention", "capture": "measure.capture",
-    "SinkMass": "measure.capture", "Received": "measure.capture", "Entropy": "measure.capture",
-    "Support": "measure.capture", "SpanMass": "measure.capture", "Distance": "measure.capture",
-    "DistanceProfile": "measure.capture", "Rows": "measure.capture", "ResidualNorm": "measure.capture",
-    "ValueNorm": "measure.capture",
+    "SinkMass": "measure.statistics", "Received": "measure.statistics", "Entropy": "measure.statistics",
+    "Support": "measure.statistics", "SpanMass": "measure.statistics", "Distance": "measure.statistics",
+    "DistanceProfile": "measure.statistics", "Rows": "measure.statistics", "ResidualNorm": "measure.statistics",
+    "ValueNorm": "measure.statistics",
     "attention_sinks": "probes.sinks", "SinkReport": "probes.sinks",
     "Report": "report",
 }
