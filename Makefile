@@ -44,7 +44,7 @@ clean:    ## remove what was made, except .venv
 	fits() { "$$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }; \
 	for p in python3.11 python3.12 python3.13 python3; do [ -n "$$python" ] || ! fits $$p || python=$$p; done; \
 	if [ -z "$$python" ] || ! fits "$$python"; then \
-	    echo "longlens needs Python 3.11 or newer, and $${python:-no such Python} was found. Install it, or say where it is: make PYTHON=/path/to/python3.11" >&2; exit 1; fi; \
+	    echo "longlens needs Python 3.11 or newer, and found $${python:-none}. Install it, or say where it is: make PYTHON=/path/to/python3.11" >&2; exit 1; fi; \
 	echo "Making .venv with $$("$$python" --version)"; \
 	"$$python" -m venv .venv || { rm -rf .venv; echo "$$python cannot make a virtual environment (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
 
