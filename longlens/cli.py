@@ -117,15 +117,13 @@ def one_line(error: BaseException) -> str:
     return re.sub(r"\b(overwrite|allow_longer)=True", lambda m: "--" + m[1].replace("_", "-"), said)
 
 # %% ../nbs/05_cli.ipynb #f4224c79
-def show(
-    page: Path,    # an HTML file
-) -> bool:         # was there a desktop to open it on?
-    "Open a page in a browser, if this is a machine that somebody looks at"
+def show(page: Path) -> bool:
+    "Open a page in a browser, if this is a machine that somebody looks at; was it?"
     desktop = sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if not desktop or os.environ.get("CI"): return False
     return webbrowser.open(page.resolve().as_uri())
 
-
+# %% ../nbs/05_cli.ipynb #704c5427
 def main(
     args: list[str] | None = None,    # the command line; None: the real one
 ) -> int:                             # exit code

@@ -27,18 +27,16 @@ import polars as pl
 
 # %% auto #0
 __all__ = ['MARK', 'FORMAT', 'HEAD', 'KINDS', 'ReportError', 'atomic_write', 'free_place', 'new_folder', 'plain', 'stamp',
-           'check_frames', 'check_name', 'write_frames', 'read_frame', 'read_head', 'Report', 'report_html',
-           'save_report', 'kind_class', 'load_report']
+           'check_name', 'check_frames', 'write_frames', 'read_frame', 'read_head', 'Tables', 'Report',
+           'finding_shapes', 'report_html', 'save_report', 'kind_class', 'load_report']
 
 # %% ../nbs/00_report.ipynb #76dafdee
 class ReportError(ValueError):
     "A report that cannot be made or read; the message names the entry or the file, and what is wrong with it"
 
 # %% ../nbs/00_report.ipynb #a52122c2
-def _beside(
-    path: Path,    # where something will stand
-) -> Path:         # a hidden name in the same folder, so that the rename stays on one file system
-    "A name next to `path` that nobody else uses"
+def _beside(path: Path) -> Path:
+    "A hidden name in the same folder, so that the rename stays on one file system"
     return path.with_name(f".{path.name}.{os.getpid()}-{token_hex(4)}")
 
 # %% ../nbs/00_report.ipynb #d117709f
@@ -110,7 +108,7 @@ def plain(
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"): return plain(value.item(), where)
     raise ReportError(f"{where} is a {type(value).__name__}: keep numbers and text there, and tables in `frames`")
 
-
+# %% ../nbs/00_report.ipynb #33af4883
 def _key(key: Any, where: str) -> str:
     if isinstance(key, str): return key
     raise ReportError(f"{where} has the key {key!r}: keys are text")
@@ -126,6 +124,12 @@ def stamp() -> dict[str, Any]:    # created (UTC), versions
             "versions": {"python": platform.python_version(), **{name: has(name) for name in names}}}
 
 # %% ../nbs/00_report.ipynb #b9cb4fee
+def check_name(name: Any) -> str:
+    "The name, if it can be a file's on any system"
+    if isinstance(name, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", name): return name
+    raise ReportError(f"{name!r} cannot name a frame: a letter, then letters, digits and underscores, 64 at most")
+
+# %% ../nbs/00_report.ipynb #83adff97
 def check_frames(
     frames: Mapping[str, pl.DataFrame],    # tables by name
 ) -> dict[str, pl.DataFrame]:              # the same
@@ -141,16 +145,16 @@ def check_frames(
         raise ReportError(f"names that differ only in case: {', '.join(frames)}")
     return dict(frames)
 
-
-def check_name(name: Any) -> str:
-    "The name, if it can be a file's on any system"
-    if isinstance(name, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", name): return name
-    raise ReportError(f"{name!r} cannot name a frame: a letter, then letters, digits and underscores, 64 at most")
-
 # %% ../nbs/00_report.ipynb #69914d68
 FORMAT, HEAD = 1, "report.json"    # the version of the layout on disk; the file that describes the others
 
 
+def _said(frame: pl.DataFrame, data: bytes) -> dict[str, Any]:
+    "What report.json says of a frame and its file"
+    return {"rows": frame.height, "columns": {c: str(t) for c, t in frame.schema.items()},
+            "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+# %% ../nbs/00_report.ipynb #b63635bd
 def write_frames(
     frames: Mapping[str, pl.DataFrame],    # tables by name
     folder: Path,                          # where NAME.parquet is written for each
@@ -159,13 +163,18 @@ def write_frames(
     said = {}
     for name, frame in frames.items():
         frame.write_parquet(buffer := BytesIO())
-        data = buffer.getvalue()
-        atomic_write(folder / f"{name}.parquet", data)
-        said[name] = {"rows": frame.height, "columns": {c: str(t) for c, t in frame.schema.items()},
-                      "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        atomic_write(folder / f"{name}.parquet", data := buffer.getvalue())
+        said[name] = _said(frame, data)
     return said
 
-# %% ../nbs/00_report.ipynb #b63635bd
+# %% ../nbs/00_report.ipynb #f6e1830d
+def _check_bytes(file: Path, data: bytes, said: Mapping[str, Any]) -> None:
+    if len(data) != said["bytes"]:
+        raise ReportError(f"{file} has {len(data):,} bytes where {said['bytes']:,} were written: it was cut short or changed")
+    if hashlib.sha256(data).hexdigest() != said["sha256"]:
+        raise ReportError(f"{file} is not the file that was written: its checksum differs")
+
+# %% ../nbs/00_report.ipynb #4323947a
 def read_frame(
     folder: Path,             # the report's folder
     name: str,                # the frame's name
@@ -175,10 +184,7 @@ def read_frame(
     file = folder / f"{check_name(name)}.parquet"
     if not file.is_file(): raise ReportError(f"{file} is missing: the report is not complete")
     data = file.read_bytes()
-    if len(data) != said["bytes"]:
-        raise ReportError(f"{file} has {len(data):,} bytes where {said['bytes']:,} were written: it was cut short or changed")
-    if hashlib.sha256(data).hexdigest() != said["sha256"]:
-        raise ReportError(f"{file} is not the file that was written: its checksum differs")
+    _check_bytes(file, data, said)
     try: return pl.read_parquet(BytesIO(data))
     except (pl.exceptions.PolarsError, OSError) as e: raise ReportError(f"{file} cannot be read as parquet: {e}") from e
 
@@ -194,27 +200,24 @@ def read_head(
     if not isinstance(head, dict) or "longlens" not in head: raise ReportError(f"{file} was not written by longlens")
     if head["longlens"] != FORMAT:
         raise ReportError(f"{file} has format {head['longlens']!r}; this version of longlens reads format {FORMAT}")
+    _check_head(file, head)
+    return head
+
+# %% ../nbs/00_report.ipynb #623b976e
+def _check_head(file: Path, head: dict[str, Any]) -> None:
     for key, kind in {"kind": str, "meta": dict, "frames": dict}.items():
         if not isinstance(head.get(key), kind): raise ReportError(f"{file} has no {key!r}, or not as longlens writes it")
     for name, said in head["frames"].items():
         if not isinstance(said, dict) or type(said.get("bytes")) is not int or "sha256" not in said:
             raise ReportError(f"{file} does not describe the frame {name!r}")
-    return head
 
 # %% ../nbs/00_report.ipynb #2d877628
-KINDS: dict[str, type[Report]] = {}    # the classes that a folder can be loaded as, by name
-
-
 @dataclass(repr=False, eq=False)
-class Report:
+class Tables:
     "Tables, and what was run to get them"
     frames: dict[str, pl.DataFrame]    # tidy tables by name
     meta: dict[str, Any] = field(default_factory=dict)    # what was run: plain values
     main: ClassVar[str] = ""    # the frame that `table` gives; the first, if empty
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        KINDS[cls.__name__] = cls
 
     def __post_init__(self) -> None:
         self.frames = check_frames(self.frames)
@@ -223,21 +226,36 @@ class Report:
     @property
     def table(self) -> pl.DataFrame: return self.frames[self.main or next(iter(self.frames))]    # the main frame
 
+# %% ../nbs/00_report.ipynb #088a5544
+KINDS: dict[str, type[Report]] = {}    # the classes that a folder can be loaded as, by name
+
+
+class Report(Tables):
+    "What a probe gives: tables that can be read, drawn, shown and kept"
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        KINDS[cls.__name__] = cls
+
     def findings(self) -> list[str]:
         "What was found, a sentence each"
-        return [f"{name}: {f.height:,} rows of {', '.join(f.columns)}" for name, f in self.frames.items()]
+        return finding_shapes(self)
 
     def chart(self) -> Any:
         "The report as an Altair chart"
         raise TypeError(f"{type(self).__name__} draws no chart of its own: a subclass does, in chart()")
 
     def widget(self) -> Any:
-        "The report to click through in a notebook; the chart, where a subclass has nothing better"
+        "The report to click through in a notebook; the chart, where there is nothing better"
         return self.chart()
 
-    def save(self, path: str | Path, overwrite: bool = False) -> Path: return save_report(self, path, overwrite)
+    def save(self, path: str | Path, overwrite: bool = False) -> Path:
+        "Keep it as a new folder of parquet and JSON (`save_report`)"
+        return save_report(self, path, overwrite)
+
     @classmethod
-    def load(cls, path: str | Path) -> Any: return load_report(path, cls)
+    def load(cls, path: str | Path) -> Any:
+        "The report that a folder holds, as the class that was saved (`load_report`)"
+        return load_report(path, cls)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name} {f.height} x {f.width}' for name, f in self.frames.items())})"
@@ -245,6 +263,13 @@ class Report:
 
 
 KINDS["Report"] = Report
+
+# %% ../nbs/00_report.ipynb #6dacfe1c
+def finding_shapes(
+    report: Tables,    # any report
+) -> list[str]:        # a line for each frame
+    "What is in the frames, for a report that knows nothing about their meaning"
+    return [f"{name}: {f.height:,} rows of {', '.join(f.columns)}" for name, f in report.frames.items()]
 
 # %% ../nbs/00_report.ipynb #d7598094
 def report_html(
