@@ -1,0 +1,182 @@
+"""Properties of the attention operator that hold for every input, found by hypothesis, in float64 and float32."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longlens.measure.attention import AttentionOperator, SquareSum
+from longlens.measure.kernels import Mask, attend, causal_mask, full_mask, seen_by, tiles, visible_keys
+
+settings.register_profile("longlens", deadline=None, max_examples=60, derandomize=True)
+settings.load_profile("longlens")
+
+
+@st.composite
+def operators(draw, sinks: bool = True, padding: bool = True) -> AttentionOperator:
+    "An operator of any kind the package supports: grouped heads, caches, windows, padding, soft caps, sinks, rules"
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    batch, kv, group, d = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 9))
+    n, past = draw(st.integers(1, 40)), draw(st.integers(0, 20))
+    strength = draw(st.sampled_from([0.1, 1.0, 5.0]))
+    make = lambda h, m: (torch.randn(batch, h, m, d, generator=g) * strength).double()
+    window = draw(st.none() | st.integers(1, 30))
+    kind = draw(st.sampled_from(["causal", "full", "rule", "tensor"]))
+    if kind == "causal": mask = causal_mask(past, window)
+    elif kind == "full": mask = replace(full_mask(window), offset=past)
+    elif kind == "rule": mask = Mask(None, None, past, rule=lambda b, h, q, k: (k <= q) & ((q + k) % 2 == 0))
+    else:
+        seen = torch.rand(1, 1, n, n + past, generator=g) < .6
+        mask = Mask(None, None, past, rule=seen | (torch.arange(n)[:, None] + past == torch.arange(n + past)))
+    if padding and draw(st.booleans()):
+        keep = torch.rand(batch, n + past, generator=g) < .7 if draw(st.booleans()) else torch.arange(n + past).expand(batch, -1) >= draw(st.integers(0, 5))
+        mask = replace(mask, keep=keep)
+    softcap = draw(st.none() | st.just(3.0))
+    learned = torch.randn(kv * group, generator=g).double() if sinks and draw(st.booleans()) else None
+    return AttentionOperator(make(kv * group, n), make(kv, n + past), make(kv, n + past), mask=mask, softcap=softcap, sinks=learned)
+
+
+def formed(op: AttentionOperator) -> torch.Tensor:
+    "P by the textbook, from the definition of the mask alone"
+    s, (b, h, nq, nk) = op.scores, op.shape
+    m, x = s.mask, s.q @ s.k.repeat_interleave(s.group, 1).mT * s.scale
+    if s.softcap: x = s.softcap * torch.tanh(x / s.softcap)
+    i, j = torch.arange(nq)[:, None] + m.offset, torch.arange(nk)[None]
+    seen = torch.ones(nq, nk, dtype=torch.bool)
+    if m.left is not None: seen = seen & (i - j <= m.left)
+    if m.right is not None: seen = seen & (j - i <= m.right)
+    seen = seen.expand(b, 1, nq, nk)
+    if m.rule is not None: seen = seen & (m.rule if isinstance(m.rule, torch.Tensor) else m.rule(0, 0, i, j))
+    if m.keep is not None: seen = seen & m.keep[:, None, None, :] & m.keep[:, None, m.offset:m.offset + nq, None]
+    extra = torch.full((b, h, nq, 1), -torch.inf).double() if op.sinks is None else op.sinks[None, :, None, None].expand(b, h, nq, 1)
+    e = torch.cat([x.masked_fill(~seen, -torch.inf), extra], -1)
+    rows = seen.any(-1, keepdim=True)  # a row that sees nothing has no attention, whatever the sink says
+    return torch.where(rows, e.masked_fill(~rows, 0).softmax(-1)[..., :nk], 0.)
+
+
+@given(operators())
+def test_operator_is_the_formed_matrix(op: AttentionOperator) -> None:
+    P = formed(op)
+    torch.testing.assert_close(op.dense(), P)
+    torch.testing.assert_close(op.output, P @ op.v.repeat_interleave(op.scores.group, 1))
+    torch.testing.assert_close(op.entropy(), -(P * P.clamp_min(1e-300).log()).sum(-1))
+    torch.testing.assert_close(op.reduce(SquareSum())[0], (P**2).sum(-1))
+    i, j = torch.arange(op.shape[2])[:, None] + op.mask.offset, torch.arange(op.shape[3])
+    mass = P.sum(-1)
+    torch.testing.assert_close(op.mean_distance() * mass, (P * (i - j).abs()).sum(-1))
+    torch.testing.assert_close(op.window_mass(4), P.masked_fill((i - j).abs() >= 4, 0).sum(-1))
+    torch.testing.assert_close(op.rows([0, -1]), P[:, :, [0, -1]])
+
+
+@given(operators(padding=False))
+def test_rows_sum_to_one_less_the_learned_sink(op: AttentionOperator) -> None:
+    mass = op.matmul(torch.ones(op.shape[3], 1))[..., 0]
+    torch.testing.assert_close(mass, op.key_mass())
+    if op.sinks is None: torch.testing.assert_close(mass, torch.ones_like(mass))
+    else: assert (mass <= 1 + 1e-9).all()
+
+
+@given(operators(), st.integers(0, 50))
+def test_masses_of_a_partition_sum_to_the_row(op: AttentionOperator, cut: int) -> None:
+    n = op.shape[3]
+    edges = sorted({0, n, *(e for e in (cut, cut // 2) if 0 < e < n)})
+    masses = op.span_mass({str(a): (a, b) for a, b in zip(edges, edges[1:])})
+    torch.testing.assert_close(masses.sum(-1), op.key_mass())
+
+
+@given(operators())
+def test_received_mass_sums_to_what_the_rows_give(op: AttentionOperator) -> None:
+    torch.testing.assert_close(op.received().sum(-1), op.key_mass().sum(-1))
+    assert (op.received() >= 0).all()
+
+
+@given(operators(), st.integers(0, 2**31))
+def test_transpose_is_the_adjoint(op: AttentionOperator, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(op.shape[2], 2, generator=g).double(), torch.randn(op.shape[3], 20, generator=g).double()
+    torch.testing.assert_close(x.T @ op.matmul(y), op.rmatmul(x).mT @ y)
+
+
+@given(operators(), st.integers(1, 300))
+def test_tile_size_never_matters(op: AttentionOperator, size: int) -> None:
+    seen = op.scores.q.new_zeros(*op.shape)
+    for at, p, _ in op._walk(size): seen[at.b, at.heads, at.rows.start:at.rows.stop, at.keys.start:at.keys.stop] += p
+    torch.testing.assert_close(seen, op.dense())
+    assert all(len(at.rows) * len(at.keys) >= 1 or not len(at.keys) for at in tiles(op.scores, size=size))
+
+
+@given(operators(), st.lists(st.integers(1, 39), max_size=3))
+def test_chunks_of_queries_add_up(op: AttentionOperator, cuts: list[int]) -> None:
+    s, n = op.scores, op.shape[2]
+    edges = sorted({0, n, *(c for c in cuts if c < n)})
+    received, entropy = torch.zeros_like(op.received()), []
+    for a, b in zip(edges, edges[1:]):
+        rule = s.mask.rule[:, :, a:b] if isinstance(s.mask.rule, torch.Tensor) else s.mask.rule
+        part = AttentionOperator(s.q[:, :, a:b], s.k, op.v, mask=replace(s.mask, offset=s.mask.offset + a, rule=rule), softcap=s.softcap, sinks=op.sinks)
+        received += part.received()
+        entropy.append(part.entropy())
+    torch.testing.assert_close(received, op.received())
+    torch.testing.assert_close(torch.cat(entropy, 2), op.entropy())
+
+
+@given(operators())
+def test_counts_of_the_mask(op: AttentionOperator) -> None:
+    P, (_, _, nq, nk) = formed(op)[:, :1] > 0, op.shape
+    P = P if op.scores.q.abs().max() < 15 else None  # strong logits underflow to exact zeros, which are not masked keys
+    if P is None: return
+    if op.mask.keep is not None: real = op.mask.keep[:, op.mask.offset:op.mask.offset + nq]
+    visible = visible_keys(op.mask, nq, nk).expand(op.shape[0], -1)
+    torch.testing.assert_close(visible if op.mask.keep is None else visible * real, P[:, 0].sum(-1).float())
+    torch.testing.assert_close(seen_by(op.mask, nq, nk).expand(op.shape[0], -1), P[:, 0].sum(-2).float())
+
+
+@given(operators(padding=False))
+def test_entropy_and_support_are_bounded(op: AttentionOperator) -> None:
+    if op.sinks is not None: return
+    seen = visible_keys(op.mask, *op.shape[2:])[:, None].double()
+    assert (op.entropy() >= -1e-9).all() and (op.entropy() <= seen.log() + 1e-9).all()
+    assert (op.support() >= 1 - 1e-9).all() and (op.support() <= seen + 1e-6).all()
+
+
+@pytest.mark.parametrize("dtype,tol", [(torch.float32, 2e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_dtypes(dtype: torch.dtype, tol: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, h, 300, 32, generator=g).to(dtype) for h in (4, 2, 2))
+    op, exact = AttentionOperator(q, k, v), AttentionOperator(q.double(), k.double(), v.double())
+    assert op.output.dtype == dtype
+    torch.testing.assert_close(op.output.double(), exact.output, rtol=tol, atol=tol)
+    torch.testing.assert_close(op.entropy().double(), exact.entropy(), rtol=1e-4, atol=1e-4)  # the sums are float32 whatever the input
+    torch.testing.assert_close(op.received().double(), exact.received(), rtol=1e-4, atol=1e-4)
+
+
+def test_grad_flows_through_attend() -> None:
+    q, k, v = (torch.randn(1, 2, 20, 8, requires_grad=True) for _ in range(3))
+    attend(q, k, v)[0].sum().backward()
+    fused = [t.grad.clone() for t in (q, k, v)]
+    for t in (q, k, v): t.grad = None
+    torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
+    for a, t in zip(fused, (q, k, v)): torch.testing.assert_close(a, t.grad)
+
+
+def test_memory_is_linear_in_the_length() -> None:
+    "At 6,000 tokens the pattern of these heads would be 576 MB; the operator's largest tensor stays a tile"
+    biggest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal biggest
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(t, torch.Tensor): biggest = max(biggest, t.untyped_storage().nbytes())
+            return out
+
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, h, 6000, 16, generator=g) for h in (4, 4, 4))
+    with Watch():
+        op = AttentionOperator(q, k, v)
+        op.entropy(), op.received(), op.support(), op.mean_distance(), op.distance_profile(), op.output
+    assert biggest < 30 * 2**20
