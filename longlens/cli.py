@@ -68,7 +68,7 @@ def example_text(
 ) -> str:                   # always the same for the same model and number
     "A text that needs no file"
     from longlens.needle_lm import make_example
-    return make_example(lm.tokenizer, n_tokens=n or min(2048, lm.max_length or 2048)).prompt
+    return make_example(n_tokens=n or min(2048, lm.max_length or 2048), tokenizer=lm.tokenizer).prompt
 
 # %% ../nbs/05_cli.ipynb #b8809eca
 def load_model(

@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import polars as pl
 
 # %% auto #0
-__all__ = ['MARK', 'FORMAT', 'HEAD', 'KINDS', 'ReportError', 'atomic_write', 'free_place', 'new_folder', 'plain', 'stamp',
+__all__ = ['MARK', 'FORMAT', 'HEAD', 'REPORTS', 'ReportError', 'atomic_write', 'free_place', 'new_folder', 'plain', 'stamp',
            'check_name', 'check_frames', 'write_frames', 'read_frame', 'read_head', 'Tables', 'Report',
            'finding_shapes', 'report_html', 'save_report', 'kind_class', 'load_report']
 
@@ -227,14 +227,14 @@ class Tables:
     def table(self) -> pl.DataFrame: return self.frames[self.main or next(iter(self.frames))]    # the main frame
 
 # %% ../nbs/00_report.ipynb #088a5544
-KINDS: dict[str, type[Report]] = {}    # the classes that a folder can be loaded as, by name
+REPORTS: dict[str, type[Report]] = {}    # the classes that a folder can be loaded as, by name
 
 
 class Report(Tables):
     "What a probe gives: tables that can be read, drawn, shown and kept"
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        KINDS[cls.__name__] = cls
+        REPORTS[cls.__name__] = cls
 
     def findings(self) -> list[str]:
         "What was found, a sentence each"
@@ -262,7 +262,7 @@ class Report(Tables):
     def _repr_html_(self) -> str: return report_html(self)
 
 
-KINDS["Report"] = Report
+REPORTS["Report"] = Report
 
 # %% ../nbs/00_report.ipynb #6dacfe1c
 def finding_shapes(
@@ -301,7 +301,7 @@ def kind_class(
     kind: str,          # a name from a report.json
 ) -> type[Report]:      # the class of that name
     "The class that a report was saved from, its module loaded if longlens has it"
-    if kind in KINDS: return KINDS[kind]
+    if kind in REPORTS: return REPORTS[kind]
     import longlens
     found = getattr(longlens, kind) if kind in longlens.__all__ else None
     if isinstance(found, type) and issubclass(found, Report): return found
