@@ -1,0 +1,249 @@
+"The report page: hostile text comes out harmless, nothing is loaded, and a browser draws every chart"
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from longlens.report import Report
+from longlens.views import page as page_module
+from longlens.views.charts import bars, compose, head_map, layer_profile, length_curve, position_profile
+from longlens.views.page import Section, page_html, write_page
+
+CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+ARGS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync").split()
+HOSTILE = [
+    "<script>window.hacked = 1</script>", "</script><script>window.hacked = 2</script>", "<img src=x onerror='window.hacked=3'>",
+    "\"><svg onload=window.hacked=4>", "' onmouseover='window.hacked=5", "</style><script>window.hacked=6</script>", "<!--<script>",
+    "\x1b[31mred\x1b[0m", "\u202egnp.exe\u202c", "zero\u200bwidth", "line\u2028separator", "{{ 7*7 }} ${window.hacked=7}",
+    "javascript:window.hacked=8", "]]><a href=http://evil.example/x>", "w" * 1_000_000, "\x00nul", "&lt;b&gt;", "</title></textarea>",
+]
+
+
+def frames() -> dict[str, pl.DataFrame]:
+    n = 64
+    grid = [(layer, head) for layer in range(4) for head in range(8)]
+    heads = pl.DataFrame({"layer": [a for a, _ in grid], "head": [b for _, b in grid], "sink_mass": [(3 * a + b) % 11 / 11 for a, b in grid]})
+    return {
+        "heads": heads,
+        "positions": pl.DataFrame({"layer": [0] * n + [1] * n, "position": [*range(n)] * 2, "alpha_mean": [1 / (p + 1) for p in range(n)] * 2}),
+        "lengths": pl.concat([heads.with_columns(context_length=pl.lit(length)) for length in (64, 128, 256)]),
+        "massive": pl.DataFrame({"layer": range(4), "value": [1.0, 400, 380, 3], "median": [0.2, 0.3, 0.3, 0.4]}),
+        "tokens": pl.DataFrame({"token": HOSTILE, "position": range(len(HOSTILE)), "alpha": [1 / (i + 1) for i in range(len(HOSTILE))]}),
+    }
+
+
+class HostileReport(Report):
+    "Everything that can be text, is hostile"
+
+    def findings(self) -> list[str]: return HOSTILE
+
+    def sections(self) -> list[Section]:
+        f, bad = self.frames, HOSTILE[0]
+        marks = f["tokens"].head(6)
+        two = compose([head_map(f["heads"], "sink_mass", title=bad, unit=bad, threshold=0.5),
+                       length_curve(f["lengths"].with_columns(kind=pl.lit(HOSTILE[2])), "sink_mass", by="kind", subtitle=bad)])
+        return [Section("".join(HOSTILE), "\n\n".join(HOSTILE), two, f["tokens"]),
+                Section(bad, bad, position_profile(f["positions"], "alpha_mean", marks=marks, log=True)),
+                Section("bars", "", bars(f["tokens"], ["token", "position"], "alpha", title=HOSTILE[1]), f["heads"].rename({"layer": HOSTILE[2]})),
+                Section("layers", "", layer_profile(f["massive"], ["value", "median"], log=True, title=HOSTILE[3]))]
+
+
+class LargeReport(Report):
+    "One map of 80 layers by 128 heads"
+
+    def sections(self) -> list[Section]: return [Section("All heads", "", head_map(self.table, "x", threshold=120), self.table)]
+
+
+@pytest.fixture(scope="module")
+def hostile() -> HostileReport:
+    return HostileReport(frames(), {"model": HOSTILE[1], "lengths": [2048], "settings": {t[:60]: t for t in HOSTILE}})
+
+
+@pytest.fixture(scope="module")
+def page(hostile: HostileReport, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    large = LargeReport({"heads": pl.DataFrame({"layer": [i // 128 for i in range(10_240)], "head": [i % 128 for i in range(10_240)],
+                                                "x": [float(i % 127) for i in range(10_240)]})})
+    return write_page([hostile, large], tmp_path_factory.mktemp("page") / "index.html", title="".join(HOSTILE))
+
+
+class Elements(HTMLParser):
+    "The elements of a page, with their attributes, and the text of each kind"
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: dict[str, list[str]] = {}
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None: self.open.pop()
+
+    def handle_data(self, data: str) -> None: self.texts.setdefault(self.open[-1] if self.open else "", []).append(data)
+
+
+def test_hostile_text_is_text(page: Path) -> None:
+    parsed = Elements(page.read_text(encoding="utf-8"))
+    kinds = [tag for tag, _ in parsed.found]
+    assert kinds.count("script") == 3, "Vega, the page's own, and the charts' data"
+    assert not {"img", "svg", "iframe", "object", "textarea", "base", "form"} & {*kinds}
+    assert all(not name.startswith("on") for _, attrs in parsed.found for name in attrs)
+    assert HOSTILE[0] in parsed.texts["li"] and HOSTILE[0] in parsed.texts["td"]
+    assert max(map(len, (t for k, all_ in parsed.texts.items() if k != "script" for t in all_))) < 20_000, "a word of a megabyte is cut"
+
+
+def test_nothing_is_hidden(page: Path) -> None:
+    text = re.sub(r"<script.*?</script>", "", page.read_text(encoding="utf-8"), flags=re.S)
+    assert not re.findall(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]", text)
+    assert r"\u202egnp.exe" in text and r"\x1b[31mred" in text
+
+
+def test_nothing_is_loaded(page: Path) -> None:
+    parsed = Elements(page.read_text(encoding="utf-8"))
+    loads = {(tag, name, value) for tag, attrs in parsed.found for name, value in attrs.items()
+             if name in ("src", "href", "srcset", "action", "data", "poster", "style") and not (value or "").startswith("#")}
+    assert loads == {("link", "href", "data:,")}
+    assert not re.findall(r"url\(|@import", "".join(parsed.texts["style"]))
+    specs = next(t for t in parsed.texts["script"] if t.startswith("[{"))
+    assert not {"url", "href"} & {*re.findall(r'"(\w+)":', specs)}
+    assert {d["spec"]["$schema"].startswith("https://vega.github.io/schema/") for d in json.loads(specs)} == {True}
+
+
+def test_policy_forbids_everything_else(page: Path) -> None:
+    rules = next(a["content"] for _, a in Elements(page.read_text(encoding="utf-8")).found if a.get("http-equiv"))
+    assert rules and rules.startswith("default-src 'none'; script-src 'sha256-")
+    assert "unsafe-eval" not in rules and "http" not in rules and re.search(r"script-src [^;]*unsafe", rules) is None
+
+
+def test_size_stays_near_that_of_vega(page: Path) -> None:
+    assert page.stat().st_size < 2.5e6
+
+
+def test_what_fails_leaves_the_old_page(hostile: HostileReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "index.html"
+    path.write_text("old")
+    with pytest.raises(FileExistsError, match="overwrite=True"): write_page(hostile, path)
+
+    def broken(*_: Any) -> None: raise OSError("no space left")
+    monkeypatch.setattr(os, "replace", broken)
+    with pytest.raises(OSError, match="no space left"): write_page(hostile, path, overwrite=True)
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["index.html"]
+
+
+def test_replaced_when_asked(tmp_path: Path) -> None:
+    plain = Report({"heads": frames()["heads"]}, {"model": "toy"})
+    path = write_page(plain, tmp_path / "index.html")
+    write_page(plain, path, title="second", overwrite=True)
+    assert "<h1>second</h1>" in path.read_text() and [p.name for p in tmp_path.iterdir()] == ["index.html"]
+
+
+def test_odd_tables(tmp_path: Path) -> None:
+    frame = pl.DataFrame({"none": [None, None], "list": [[1, 2], []], "nan": [float("nan"), float("inf")], "when": [None, "2026"], "yes": [True, None]})
+    text = page_html([Report({"odd": frame, "empty": frame.head(0)}, {"model": None, "nothing": {}, "lengths": []})], "odd")
+    assert "[1, 2]" in text and "nan" in text and "yes" in text and "longlens" in text
+
+
+def test_script_cannot_end_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    "Whatever vl-convert bundles one day"
+    monkeypatch.setattr("vl_convert.javascript_bundle", lambda snippet: 'window.vegaEmbed = "</script><!--"')
+    page_module.vega_script.cache_clear()
+    try: assert "</script" not in page_module.vega_script() and "<!--" not in page_module.vega_script()
+    finally: page_module.vega_script.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+    if not Path(CHROMIUM).exists(): pytest.skip(f"no browser at {CHROMIUM}: apt-get install chromium, or name one in CHROMIUM")
+    with playwright.sync_playwright() as p:
+        chromium = p.chromium.launch(executable_path=CHROMIUM, headless=True, args=ARGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(params=["light", "dark"])
+def opened(request: pytest.FixtureRequest, browser: Any, page: Path) -> Iterator[Any]:
+    context = browser.new_context(color_scheme=request.param, viewport={"width": 1200, "height": 900})
+    tab = context.new_page()
+    tab.set_default_timeout(60_000)
+    tab.wrong, tab.outside = [], []
+    tab.on("console", lambda m: tab.wrong.append(m.text) if m.type in ("error", "warning") else None)
+    tab.on("pageerror", lambda e: tab.wrong.append(str(e)))
+    tab.on("request", lambda r: tab.outside.append(r.url) if not r.url.startswith(("file:", "data:", "blob:")) else None)
+    context.route(re.compile("^https?:"), lambda route: route.abort())
+    tab.goto(page.as_uri())
+    tab.wait_for_function("() => [...document.querySelectorAll('[data-chart]')].every(c => c.dataset.drawn)")
+    yield tab
+    context.close()
+
+
+@pytest.mark.browser
+def test_in_a_browser(opened: Any) -> None:
+    charts = opened.locator("[data-chart]")
+    assert charts.count() == 6
+    for i in range(charts.count()):
+        kind = charts.nth(i).get_attribute("data-drawn")
+        if kind == "svg": assert charts.nth(i).locator("svg.marks path, svg.marks text").count() > 20
+        else: assert charts.nth(i).locator("canvas").evaluate(
+            "c => new Set(c.getContext('2d').getImageData(0, 0, c.width, c.height).data).size") > 20
+    for i in range(charts.count()):    # every tooltip's text is text
+        box = charts.nth(i).bounding_box()
+        charts.nth(i).scroll_into_view_if_needed()
+        for x, y in ((0.2, 0.4), (0.3, 0.6), (0.15, 0.5)): charts.nth(i).hover(position={"x": box["width"] * x, "y": box["height"] * y}, force=True)
+    assert opened.evaluate("window.hacked") is None
+    assert opened.locator("img, iframe, #vg-tooltip-element script").count() == 0
+    assert opened.wrong == [] and opened.outside == []
+
+
+@pytest.mark.browser
+def test_a_hostile_token_in_a_tooltip(opened: Any) -> None:
+    opened.locator("[data-chart='3'] svg.marks g.mark-rect.role-mark path").nth(2).hover()
+    tip = opened.locator("#vg-tooltip-element.visible")
+    tip.wait_for()
+    assert "<img src=x onerror" in tip.inner_text() and tip.locator("img").count() == 0
+    assert opened.evaluate("window.hacked") is None
+
+
+@pytest.mark.browser
+def test_ink_can_be_read(opened: Any) -> None:
+    "Text and background of page and charts differ enough, in both colour schemes (WCAG: 4.5)"
+    ratio = opened.evaluate("""() => {
+        const lum = c => { const v = c.match(/[\\d.]+/g).slice(0, 3).map(x => { x /= 255; return x <= .03928 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4; });
+                           return .2126 * v[0] + .7152 * v[1] + .0722 * v[2]; };
+        const back = lum(getComputedStyle(document.body).backgroundColor);
+        const inks = [...document.querySelectorAll("svg.marks text, p, td, th, a, summary")].map(
+            e => getComputedStyle(e)[e instanceof SVGElement ? "fill" : "color"]).filter(c => c !== "none").map(lum);
+        return Math.min(...inks.map(i => (Math.max(i, back) + .05) / (Math.min(i, back) + .05)));
+    }""")
+    assert ratio > 4.5
+
+
+@pytest.mark.browser
+def test_a_small_screen_needs_no_sideways_scrolling(opened: Any) -> None:
+    opened.set_viewport_size({"width": 800, "height": 900})
+    assert opened.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+@pytest.mark.browser
+def test_a_canvas_follows_the_colour_scheme(opened: Any) -> None:
+    canvas = opened.locator("[data-drawn='canvas'] canvas")
+    ink = "c => { const d = c.getContext('2d').getImageData(0, 0, c.width, 60).data; let s = 0, n = 0; "\
+          "for (let i = 0; i < d.length; i += 4) if (d[i + 3] > 200) { s += d[i]; n++; } return s / n; }"
+    dark = opened.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
+    before = canvas.evaluate(ink)
+    opened.emulate_media(color_scheme="light" if dark else "dark")
+    opened.wait_for_timeout(1500)
+    after = canvas.evaluate(ink)
+    assert (before > 128) == dark and (after > 128) != dark
