@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -33,7 +34,8 @@ def operators(draw, sinks: bool = True, padding: bool = True) -> AttentionOperat
         seen = torch.rand(1, 1, n, n + past, generator=g) < .6
         mask = Mask(None, None, past, rule=seen | (torch.arange(n)[:, None] + past == torch.arange(n + past)))
     if padding and draw(st.booleans()):
-        keep = torch.rand(batch, n + past, generator=g) < .7 if draw(st.booleans()) else torch.arange(n + past).expand(batch, -1) >= draw(st.integers(0, 5))
+        holes, left = torch.rand(batch, n + past, generator=g) < .7, torch.arange(n + past).expand(batch, -1) >= draw(st.integers(0, 5))
+        keep = holes if draw(st.booleans()) else left
         mask = replace(mask, keep=keep)
     softcap = draw(st.none() | st.just(3.0))
     learned = torch.randn(kv * group, generator=g).double() if sinks and draw(st.booleans()) else None
@@ -84,7 +86,7 @@ def test_rows_sum_to_one_less_the_learned_sink(op: AttentionOperator) -> None:
 def test_masses_of_a_partition_sum_to_the_row(op: AttentionOperator, cut: int) -> None:
     n = op.shape[3]
     edges = sorted({0, n, *(e for e in (cut, cut // 2) if 0 < e < n)})
-    masses = op.span_mass({str(a): (a, b) for a, b in zip(edges, edges[1:])})
+    masses = op.span_mass({str(a): (a, b) for a, b in pairwise(edges)})
     torch.testing.assert_close(masses.sum(-1), op.key_mass())
 
 
@@ -114,9 +116,10 @@ def test_chunks_of_queries_add_up(op: AttentionOperator, cuts: list[int]) -> Non
     s, n = op.scores, op.shape[2]
     edges = sorted({0, n, *(c for c in cuts if c < n)})
     received, entropy = torch.zeros_like(op.received()), []
-    for a, b in zip(edges, edges[1:]):
+    for a, b in pairwise(edges):
         rule = s.mask.rule[:, :, a:b] if isinstance(s.mask.rule, torch.Tensor) else s.mask.rule
-        part = AttentionOperator(s.q[:, :, a:b], s.k, op.v, mask=replace(s.mask, offset=s.mask.offset + a, rule=rule), softcap=s.softcap, sinks=op.sinks)
+        mask = replace(s.mask, offset=s.mask.offset + a, rule=rule)
+        part = AttentionOperator(s.q[:, :, a:b], s.k, op.v, mask=mask, softcap=s.softcap, sinks=op.sinks)
         received += part.received()
         entropy.append(part.entropy())
     torch.testing.assert_close(received, op.received())
@@ -159,7 +162,7 @@ def test_grad_flows_through_attend() -> None:
     fused = [t.grad.clone() for t in (q, k, v)]
     for t in (q, k, v): t.grad = None
     torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
-    for a, t in zip(fused, (q, k, v)): torch.testing.assert_close(a, t.grad)
+    for a, t in zip(fused, (q, k, v), strict=True): torch.testing.assert_close(a, t.grad)
 
 
 def test_memory_is_linear_in_the_length() -> None:
@@ -180,3 +183,63 @@ def test_memory_is_linear_in_the_length() -> None:
         op = AttentionOperator(q, k, v)
         op.entropy(), op.received(), op.support(), op.mean_distance(), op.distance_profile(), op.output
     assert biggest < 30 * 2**20
+
+
+@pytest.mark.parametrize("sinks", [False, True], ids=["plain", "learned sinks"])
+@pytest.mark.parametrize("mask", [causal_mask(12), causal_mask(12, 5), Mask(None, None, 12), Mask(3, 3, 12)], ids=str)
+def test_gradients_are_those_of_the_formed_matrix(mask: Mask, sinks: bool) -> None:
+    "A kernel's log-sum-exp carries no gradient: where parts are merged by it, another way must be taken"
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, n, 8, generator=g, dtype=torch.float64, requires_grad=True) for n in (6, 18, 18))
+    learned = torch.tensor([0.5, -1.0], dtype=torch.float64, requires_grad=True) if sinks else None
+    leaves = [q, k, v] + ([learned] if sinks else [])
+    out, lse = attend(q, k, v, mask=mask, sinks=learned)
+    got = torch.autograd.grad(out.square().sum(), leaves)
+    assert not lse.requires_grad
+    i, j = torch.arange(12, 18)[:, None], torch.arange(18)
+    seen = (j <= i if mask.right == 0 else (i >= 0) & (j >= 0)) & ((i - j).abs() <= (18 if mask.left is None else mask.left))
+    x = (q @ k.mT * 8**-.5).masked_fill(~seen, -torch.inf)
+    if sinks: x = torch.cat([x, learned[None, :, None, None].expand(1, 2, 6, 1)], -1)
+    want = torch.autograd.grad((x.softmax(-1)[..., :18] @ v).square().sum(), leaves)
+    for a, b in zip(got, want, strict=True): torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("d_head,d_value", [(8, 24), (256, 64), (320, 320), (3, 5)])
+@pytest.mark.parametrize("n,past", [(1, 0), (1, 30), (2, 30), (40, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_shapes_and_strides(d_head: int, d_value: int, n: int, past: int, dtype: torch.dtype) -> None:
+    "Values wider than the keys, wide heads, one query, one query against a cache, tensors that are views"
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(2, n, 4, d_head, generator=g).to(dtype).transpose(1, 2)
+    k = torch.randn(2, 2, d_head, n + past, generator=g).to(dtype).mT
+    v = torch.randn(n + past, 2, 2, d_value, generator=g).to(dtype).permute(1, 2, 0, 3)
+    for mask in (causal_mask(past), causal_mask(past, 7), Mask(None, None, past)):
+        out, lse = attend(q, k, v, mask=mask)
+        want = AttentionOperator(q.double(), k.double(), v.double(), mask=mask)
+        tol = 2e-2 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(out.double(), formed(want) @ want.v.repeat_interleave(2, 1), rtol=tol, atol=tol)
+        torch.testing.assert_close(lse.double(), want.lse, rtol=tol, atol=tol)
+
+
+@pytest.mark.parametrize("mask", [Mask(2, 2, 30), Mask(2, 2, 19), Mask(0, 0, 25), causal_mask(40, 3)], ids=str)
+def test_rows_too_far_from_any_key_see_nothing(mask: Mask) -> None:
+    q, k = torch.randn(1, 2, 6, 8), torch.randn(1, 2, 20, 8)
+    op = AttentionOperator(q, k, k, mask=mask)
+    nothing = visible_keys(mask, 6, 20)[0] == 0
+    assert nothing.any() and torch.equal(op.lse[0, 0] == -torch.inf, nothing)
+    assert (op.output[:, :, nothing] == 0).all() and op.dense()[:, :, nothing].sum() == 0 and op.output.isfinite().all()
+
+
+def test_padding_of_other_tensors_is_refused() -> None:
+    q = torch.randn(2, 2, 6, 8)
+    for keep in (torch.ones(1, 6, dtype=torch.bool), torch.ones(2, 5, dtype=torch.bool)):
+        with pytest.raises(ValueError, match="the padding mask is"): attend(q, q, q, mask=replace(causal_mask(), keep=keep))
+    with pytest.raises(ValueError, match="at least one query and one key"): attend(q[:, :, :0], q, q)
+
+
+def test_products_are_not_remembered() -> None:
+    "An iteration makes thousands: each kept with its columns would fill the memory"
+    op = AttentionOperator(torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8))
+    op.entropy()
+    for _ in range(3): op.matmul(torch.randn(6, 1)), op.rmatmul(torch.randn(6, 1)), op.received(torch.rand(6)), op.span_mass({"a": (0, 2)})
+    assert len(op._done) == 1
