@@ -26,7 +26,8 @@ from results import write_section
 
 LIMIT = 6 * 2**30  # bytes: a method that needs more is not run
 SHAPES = {
-    "small": dict(num_hidden_layers=4, hidden_size=512, num_attention_heads=8, num_key_value_heads=8, intermediate_size=1408, vocab_size=4096),
+    "small": dict(num_hidden_layers=4, hidden_size=512, num_attention_heads=8, num_key_value_heads=8, intermediate_size=1408,
+                  vocab_size=4096),
     "llama-3-8b": dict(num_hidden_layers=32, hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, intermediate_size=14336,
                        vocab_size=128256, rope_theta=500000.0),
 }
@@ -61,10 +62,9 @@ def statistics(names: list[str] | None = None) -> list:
     "All built-in statistics that look at the whole pattern, or the named ones"
     import longlens as ll
     from longlens.measure.statistics import MassiveActivations
-    every = {"SinkMass": ll.SinkMass(4), "Entropy": ll.Entropy(), "Support": ll.Support(), "Distance": ll.Distance(), "Received": ll.Received(),
-             "SpanMass": ll.SpanMass({"first": (0, 100), "middle": (400, 500)}), "ValueNorm": ll.ValueNorm(), "ResidualNorm": ll.ResidualNorm(),
-             "MassiveActivations": MassiveActivations()}
-    return [every[n] for n in names or every]
+    every = [ll.SinkMass(4), ll.Entropy(), ll.Support(), ll.Distance(), ll.Received(), ll.ValueNorm(), ll.ResidualNorm(),
+             ll.SpanMass({"first": (0, 100), "middle": (400, 500)}), MassiveActivations()]
+    return [x for x in every if names is None or type(x).__name__ in names]
 
 
 def run(method: str, lm: Any, ids: Any, chunk: int | None, only: list[str] | None = None) -> None:
@@ -147,7 +147,8 @@ def slope(lengths: list[int], values: list[float]) -> float:
     return sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sum((a - mx) ** 2 for a in x)
 
 
-NAMES = {"sdpa": "plain forward (sdpa)", "longlens": "longlens, all statistics", "eager": "eager, output_attentions", "bridge": "TransformerBridge, patterns"}
+NAMES = {"sdpa": "plain forward (sdpa)", "longlens": "longlens, all statistics", "eager": "eager, output_attentions",
+         "bridge": "TransformerBridge, patterns"}
 
 
 def table(rows: list[dict], value: str, unit: str, scale: float, digits: int) -> list[str]:
@@ -156,8 +157,9 @@ def table(rows: list[dict], value: str, unit: str, scale: float, digits: int) ->
     at = {(r["method"], r["n"]): r[value] for r in rows}
     out = ["| method | " + " | ".join(f"n = {n:,}" for n in lengths) + " | exponent |", "|---|" + "---:|" * (len(lengths) + 1)]
     for m, name in NAMES.items():
-        cells = [f"{at[m, n] / scale:,.{digits}f} {unit} ({at[m, n] / at['sdpa', n]:.2f}x)" if (m, n) in at else f"over {LIMIT >> 30} GB" for n in lengths]
         have = [n for n in lengths if (m, n) in at]
+        said = {n: f"{at[m, n] / scale:,.{digits}f} {unit} ({at[m, n] / at['sdpa', n]:.2f}x)" for n in have}
+        cells = [said.get(n, f"over {LIMIT >> 30} GB") for n in lengths]
         exponent = f"{slope(have, [at[m, n] for n in have]):.2f}" if len(have) > 1 else ""
         out.append(f"| {name} | " + " | ".join(cells) + f" | {exponent} |")
     return out
@@ -165,23 +167,31 @@ def table(rows: list[dict], value: str, unit: str, scale: float, digits: int) ->
 
 def own_costs(s: Setting, n: int, repeats: int) -> list[str]:
     "Markdown: what each statistic costs when it is the only one"
-    names = ["SinkMass", "Entropy", "Support", "Distance", "Received", "SpanMass", "ValueNorm", "ResidualNorm", "MassiveActivations"]
+    names = [type(x).__name__ for x in statistics()]
     t = apart(times, s, {"sdpa": None, **{f"longlens:{x}": [x] for x in names}, "longlens": None}, n, repeats)
     out = [f"| captured, n = {n:,} | time, as a multiple of the plain forward |", "|---|---:|"]
     return out + [f"| {k.partition(':')[2] or 'all of them'} | {v / t['sdpa']:.2f}x |" for k, v in t.items() if k != "sdpa"]
 
 
-def measure(s: Setting, lengths: list[int], repeats: int) -> list[dict]:
-    rows = []
-    for n in lengths:
-        methods = [m for m in NAMES if needs(m, n, s.shape) <= LIMIT and not (s.device == "cuda" and m in ("eager", "bridge") and n > 8192)]
-        seconds = {}
-        for m in ("longlens", "eager", "bridge"):  # each beside the plain forward, in the same process
-            if m in methods: seconds |= apart(times, s, {"sdpa": None, m: None} if m != "bridge" else {m: None}, n, repeats if n < 16384 else 2)
-        for m in methods:
-            rows.append({"method": m, "n": n, "seconds": seconds[m], "bytes": apart(peak, s, m, n)})
-            print(f"{m:9} n {n:6,}  {seconds[m]:8.3f} s  {rows[-1]['bytes'] / 2**20:9,.1f} MB", flush=True)
+def measure(s: Setting, n: int, repeats: int) -> list[dict]:
+    "Seconds and peak bytes of every method that fits, at one length"
+    fits = [m for m in NAMES if needs(m, n, s.shape) <= LIMIT and not (s.device == "cuda" and m in ("eager", "bridge") and n > 8192)]
+    seconds = apart(times, s, dict.fromkeys(fits), n, repeats)
+    rows = [{"method": m, "n": n, "seconds": seconds[m], "bytes": apart(peak, s, m, n)} for m in fits]
+    for r in rows: print(f"{r['method']:9} n {n:6,}  {r['seconds']:8.3f} s  {r['bytes'] / 2**20:9,.1f} MB", flush=True)
     return rows
+
+
+def report(s: Setting, rows: list[dict], own: list[str]) -> None:
+    "Write what has been measured so far"
+    import torch
+    where = torch.cuda.get_device_name() if s.device == "cuda" else f"{torch.get_num_threads()} CPU thread(s) ({platform.machine()})"
+    shape = ", ".join(f"{k.removeprefix('num_').replace('_', ' ')} {v}" for k, v in SHAPES[s.shape].items())
+    text = [f"Random-weight Llama ({shape}), {s.dtype}, torch {torch.__version__}, {where}. Ratios are to the plain forward of the same "
+            f"length. `python benchmarks/attention_cost.py`, settings {asdict(s)}.",
+            "", "Time of one forward:", "", *table(rows, "seconds", "s", 1, 2),
+            "", "Peak memory over the loaded model:", "", *table(rows, "bytes", "MB", 2**20, 0), "", "Each statistic by itself:", "", *own]
+    write_section(f"Cost of attention statistics ({s.device}, {s.shape})", "\n".join(text))
 
 
 def main() -> None:
@@ -191,18 +201,15 @@ def main() -> None:
     p.add_argument("--device", default="cpu")
     p.add_argument("--dtype", default="float32")
     p.add_argument("--chunk", type=int, help="run as a chunked prefill")
+    p.add_argument("--own", type=int, default=4096, help="tokens for the cost of each statistic by itself")
     p.add_argument("--repeats", type=int, default=3)
     a = p.parse_args()
     s = Setting(a.shape, a.device, a.dtype, a.chunk)
-    import torch
-    rows = measure(s, a.lengths, a.repeats)
-    where = torch.cuda.get_device_name() if a.device == "cuda" else f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
-    shape = ", ".join(f"{k.removeprefix('num_').replace('_', ' ')} {v}" for k, v in SHAPES[a.shape].items())
-    own = max(n for n in a.lengths if n <= 8192)
-    text = [f"Random-weight Llama ({shape}), {a.dtype}, torch {torch.__version__}, {where}. Ratios are to the plain forward of the same length.",
-            f"`python benchmarks/attention_cost.py`, settings {asdict(s)}.", "", "Time of one forward:", "", *table(rows, "seconds", "s", 1, 2), "",
-            "Peak memory over the loaded model:", "", *table(rows, "bytes", "MB", 2**20, 0), "", "Each statistic by itself:", "", *own_costs(s, own, a.repeats)]
-    write_section(f"Cost of attention statistics ({a.device}, {a.shape})", "\n".join(text))
+    rows: list[dict] = []
+    own = own_costs(s, a.own, a.repeats)
+    for n in a.lengths:
+        rows += measure(s, n, a.repeats)
+        report(s, rows, own)
 
 
 if __name__ == "__main__": main()

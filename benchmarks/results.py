@@ -15,6 +15,7 @@ def write_section(title: str, text: str) -> None:
     old = FILE.read_text(encoding="utf-8") if FILE.exists() else HEAD
     section = f"## {title}\n\n{text}\n\nMeasured on {date.today().isoformat()}.\n"
     pattern = rf"^## {re.escape(title)}\n.*?(?=^## |\Z)"
-    new = re.sub(pattern, lambda _: section + "\n", old, flags=re.S | re.M) if re.search(pattern, old, re.S | re.M) else f"{old.rstrip()}\n\n{section}"
+    new, found = re.subn(pattern, lambda _: section + "\n", old, flags=re.S | re.M)
+    if not found: new = f"{old.rstrip()}\n\n{section}"
     FILE.write_text(new.rstrip() + "\n", encoding="utf-8")
     print(f"\n{section}\nwritten to {FILE.name}")
