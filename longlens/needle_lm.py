@@ -32,8 +32,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 # %% auto #0
 __all__ = ['NAMES', 'VALUES', 'VOCAB_SIZE', 'KINDS', 'TABLES', 'needle_lm_path', 'filler', 'train_tokenizer', 'needle_tokenizer',
            'ids_of', 'Example', 'make_example', 'needle_config', 'new_model', 'Recipe', 'train', 'evaluate',
-           'bos_attention', 'copying_heads', 'evaluate_without', 'knock_out', 'export_model', 'needle_model', 'measure',
-           'write_card', 'main']
+           'bos_attention', 'copying_heads', 'evaluate_without', 'knock_out', 'export_model', 'needle_model',
+           'measure_all', 'write_card', 'main']
 
 # %% ../nbs/02_needle_lm.ipynb #e5e28a07
 _DATA = Path(__file__).parent / "data" if "__file__" in globals() else Path("../longlens/data").resolve()
@@ -771,7 +771,7 @@ def needle_model(
 # %% ../nbs/02_needle_lm.ipynb #63359746
 TABLES = ("by_depth", "by_kind", "beyond", "sinks", "copying", "knock_out")
 
-def measure(
+def measure_all(
     folder: str | Path, # a model folder; the tables are written into it as <name>.csv
     n: int = 20, # questions for each length and depth
     progress: bool = True, # show bars
@@ -813,7 +813,7 @@ def _knocked(frame: pl.DataFrame) -> pl.DataFrame:
 
 # %% ../nbs/02_needle_lm.ipynb #10dc452c
 def write_card(
-    folder: str | Path, # a folder with weights, the tables of `measure` and training_log.csv
+    folder: str | Path, # a folder with weights, the tables of `measure_all` and training_log.csv
     note: str = "", # one more sentence about the run
 ) -> str: # the text, also written to README.md
     "Make the card from the tables"
@@ -855,7 +855,7 @@ def main(
         print(f"needle-lm: {e}", file=sys.stderr)  # noqa: T201
         return 2
     export_model(model, a.out)
-    measure(a.out)
+    measure_all(a.out)
     print(write_card(a.out))  # noqa: T201
     return 0
 
