@@ -20,7 +20,7 @@ def main() -> None:
     PICTURE.parent.mkdir(exist_ok=True)
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=os.environ.get("CHROMIUM", "/usr/bin/chromium"), args=FLAGS)
-        tab = browser.new_page(viewport={"width": 1000, "height": 1340}, color_scheme="light")
+        tab = browser.new_page(viewport={"width": 1000, "height": 1620}, color_scheme="light")
         tab.goto(PAGE.as_uri())
         tab.wait_for_selector("svg, canvas")
         tab.wait_for_timeout(1500)
