@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import math
 import multiprocessing
+import os
 import platform
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -182,13 +184,19 @@ def measure(s: Setting, n: int, repeats: int) -> list[dict]:
     return rows
 
 
+def command() -> str:
+    "How this script was called"
+    threads = [f"OMP_NUM_THREADS={n}"] if (n := os.environ.get("OMP_NUM_THREADS")) else []
+    return " ".join([*threads, "python benchmarks/attention_cost.py", *sys.argv[1:]])
+
+
 def report(s: Setting, rows: list[dict], own: list[str]) -> None:
     "Write what has been measured so far"
     import torch
     where = torch.cuda.get_device_name() if s.device == "cuda" else f"{torch.get_num_threads()} CPU thread(s) ({platform.machine()})"
     shape = ", ".join(f"{k.removeprefix('num_').replace('_', ' ')} {v}" for k, v in SHAPES[s.shape].items())
     text = [f"Random-weight Llama ({shape}), {s.dtype}, torch {torch.__version__}, {where}. Ratios are to the plain forward of the same "
-            f"length. `python benchmarks/attention_cost.py`, settings {asdict(s)}.",
+            f"length. `{command()}`, settings {asdict(s)}.",
             "", "Time of one forward:", "", *table(rows, "seconds", "s", 1, 2),
             "", "Peak memory over the loaded model:", "", *table(rows, "bytes", "MB", 2**20, 0), "", "Each statistic by itself:", "", *own]
     write_section(f"Cost of attention statistics ({s.device}, {s.shape})", "\n".join(text))
