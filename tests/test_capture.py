@@ -12,7 +12,8 @@ from transformers import DynamicCache, StaticCache
 from zoo import ZOO, token_ids
 
 import longlens.measure.statistics as st
-from longlens.measure.capture import _SESSIONS, UnsupportedModel, capture
+from longlens.measure.attach import _SESSIONS, UnsupportedModel
+from longlens.measure.capture import capture
 
 EVERYTHING = (st.Entropy(), st.SinkMass(4), st.Received(), st.Distance(), st.ValueNorm(), st.ResidualNorm(), st.MassiveActivations())
 
@@ -299,7 +300,7 @@ def test_nothing_large_is_kept_after_the_forward() -> None:
     import gc
     import weakref
     model, kept = ZOO["llama"](), []
-    import longlens.measure.capture as module
+    import longlens.measure.attach as module
     original = module.AttentionOperator
 
     def watched(*args: object, **kw: object) -> object:

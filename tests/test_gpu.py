@@ -11,7 +11,8 @@ from zoo import ZOO, token_ids
 import longlens.measure.statistics as st
 from longlens.measure.attention import AttentionOperator
 from longlens.measure.capture import capture
-from longlens.measure.kernels import Mask, attend, causal_mask, full_mask
+from longlens.measure.kernels import attend
+from longlens.measure.masks import Mask, causal_mask, full_mask
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device and a CUDA build of torch")]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}

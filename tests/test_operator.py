@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longlens.measure.attention import AttentionOperator, SquareSum
-from longlens.measure.kernels import Mask, attend, causal_mask, full_mask, seen_by, tiles, visible_keys
+from longlens.measure.kernels import attend, tiles
+from longlens.measure.masks import Mask, causal_mask, full_mask, seen_by, visible_keys
 
 settings.register_profile("longlens", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("longlens")

@@ -10,7 +10,8 @@ from transformers import DynamicCache
 from zoo import CAUSAL, ZOO, token_ids
 
 import longlens.measure.statistics as st
-from longlens.measure.capture import attach, capture
+from longlens.measure.attach import attach
+from longlens.measure.capture import capture
 
 N, PAD = 45, 9  # tokens; padding of the first sample
 CHUNKS = ((0, 16), (16, 30), (30, 42), (42, 43), (43, 45))
