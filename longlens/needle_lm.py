@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 # %% auto #0
@@ -375,14 +376,14 @@ def _task_rows(tok: PreTrainedTokenizerFast, n: int, length: int, rng: random.Ra
 class Recipe:
     "Everything that decides a training run"
     seed: int = 0  # of data and initial weights
-    minutes: float = 64.0  # planned time; the learning rate falls over the last `cooldown` of it
+    minutes: float = 40.0  # planned time; the learning rate falls over the last `cooldown` of it
     steps: int | None = None  # or planned steps, which makes a run reproducible on any machine
     lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048)  # tokens, one stage each
     tokens_per_step: int = 2048  # tokens in a batch
     lr: tuple[float, ...] = (2e-3, 2e-3, 1e-3, 7e-4, 5e-4)  # learning rate of each stage
     warmup: int = 80  # steps
     cooldown: float = 0.15  # share of the run over which the rate falls to (nearly) nothing
-    head_penalty: tuple[float, ...] = (0.0, 0.01, 0.03, 0.08, 0.08)  # weight of the mean norm of head outputs, by stage
+    move_penalty: tuple[float, ...] = (0.0, 0.1, 0.3, 0.6, 0.6)  # weight of what heads move at an average query, by stage
     repeat_weight: float = 1.0  # weight of the loss on repeats
     text_weight: float = 0.1  # weight of the loss on ordinary text
     advance_at: float = 0.95  # running accuracy that ends a stage ...
@@ -497,32 +498,44 @@ def _losses(model: LlamaForCausalLM, batch: _Batch, weights: dict[str, float], d
     return total, seen
 
 # %% ../nbs/02_needle_lm.ipynb #86d86633
-class _HeadNorms:
-    "While open, `take()` gives the mean norm of head outputs in this thread's last forward pass"
-    def __init__(self, model: LlamaForCausalLM): self.model, self.local = model, threading.local()
+def _moved(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, n_queries: int = 32) -> torch.Tensor:
+    "What heads move, relative to the mean value: mean over heads and some queries; inputs (batch, head, n, d)"
+    n = query.shape[2]
+    at = torch.arange(n - 1, 0, -max(1, n // n_queries))
+    hidden = torch.arange(n) > at[:, None]  # (queries, keys)
+    p = (query[:, :, at] @ key.mT * scaling).masked_fill(hidden, -torch.inf).softmax(-1)
+    size = value.norm(dim=-1)  # (batch, head, n)
+    return ((p @ size[..., None])[..., 0] / size.mean(-1, keepdim=True)).mean()
 
-    def __enter__(self) -> _HeadNorms:
-        shape = (self.model.config.num_attention_heads, self.model.config.head_dim)
-        def note(_: torch.nn.Module, x: tuple[torch.Tensor, ...]) -> None:
-            self.local.__dict__.setdefault("norms", []).append(x[0].unflatten(-1, shape).norm(dim=-1).mean())
-        self.hooks = [layer.self_attn.o_proj.register_forward_pre_hook(note) for layer in self.model.model.layers]
+# %% ../nbs/02_needle_lm.ipynb #a0b1c2d5
+class _Moved:
+    "While open, `take()` gives what heads moved in this thread's last forward pass"
+    def __init__(self, model: LlamaForCausalLM): self.config, self.local = model.config, threading.local()
+
+    def attention(self, _: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None,
+                  scaling: float, **__: Any) -> tuple[torch.Tensor, None]:
+        self.local.__dict__.setdefault("moved", []).append(_moved(query, key, value, scaling))
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling).transpose(1, 2), None
+
+    def __enter__(self) -> _Moved:
+        ALL_ATTENTION_FUNCTIONS.register("needle_lm_training", self.attention)
+        self.config._attn_implementation = "needle_lm_training"
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for h in self.hooks: h.remove()
+    def __exit__(self, *_: object) -> None: self.config._attn_implementation = "sdpa"
 
-    def take(self) -> torch.Tensor: return torch.stack(self.local.__dict__.pop("norms")).mean()
+    def take(self) -> torch.Tensor: return torch.stack(self.local.__dict__.pop("moved")).mean()
 
 # %% ../nbs/02_needle_lm.ipynb #10e48395
-def _shard(run: _Run, recipe: Recipe, batch: _Batch, norms: _HeadNorms, dot: int, which: int) -> tuple[tuple[torch.Tensor, ...], dict]:
+def _shard(run: _Run, recipe: Recipe, batch: _Batch, rest: _Moved, dot: int, which: int) -> tuple[tuple[torch.Tensor, ...], dict]:
     "Gradients and log of every `recipe.threads`-th row, on one core"
     torch.set_num_threads(1)
     rows = slice(which, None, recipe.threads)
     part = _Batch(batch.ids[rows], {k: m[rows] for k, m in batch.masks.items()})
     loss, seen = _losses(run.model, part, dict(repeat=recipe.repeat_weight, answer=1.0, text=recipe.text_weight), dot)
-    norm = norms.take()
-    loss = loss + recipe.head_penalty[run.at["stage"]] * norm
-    return torch.autograd.grad(loss, list(run.model.parameters())), dict(head_norm=norm.item(), **seen)
+    moved = rest.take()
+    loss = loss + recipe.move_penalty[run.at["stage"]] * moved
+    return torch.autograd.grad(loss, list(run.model.parameters())), dict(moved=moved.item(), **seen)
 
 # %% ../nbs/02_needle_lm.ipynb #18fa00db
 def _mean(rows: Sequence[dict]) -> dict[str, float]:
@@ -530,9 +543,9 @@ def _mean(rows: Sequence[dict]) -> dict[str, float]:
     got = {k: [r[k] for r in rows if k in r] for k in dict.fromkeys(k for r in rows for k in r)}
     return {k: sum(v) / len(v) for k, v in got.items()}
 
-def _step(run: _Run, recipe: Recipe, batch: _Batch, norms: _HeadNorms, lr: float, dot: int, pool: ThreadPoolExecutor) -> dict[str, float]:
+def _step(run: _Run, recipe: Recipe, batch: _Batch, rest: _Moved, lr: float, dot: int, pool: ThreadPoolExecutor) -> dict[str, float]:
     "One update; returns what to log"
-    shards = list(pool.map(functools.partial(_shard, run, recipe, batch, norms, dot), range(recipe.threads)))
+    shards = list(pool.map(functools.partial(_shard, run, recipe, batch, rest, dot), range(recipe.threads)))
     for p, *g in zip(run.model.parameters(), *(grads for grads, _ in shards), strict=True): p.grad = torch.stack(g).mean(0)
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
     run.optimizer.step(lr)
@@ -577,7 +590,7 @@ def _open_run(out: Path, recipe: Recipe, resume: bool) -> _Run:
 def _write_log(path: Path, at: dict, rows: list[dict]) -> None:
     "Append one line: means over the longest rows since the last line"
     longest = [r for r in rows if r["length"] == max(x["length"] for x in rows)]
-    names = ("loss_repeat", "loss_answer", "loss_text", "head_norm", "accuracy_repeat", "accuracy_answer", "lr")
+    names = ("loss_repeat", "loss_answer", "loss_text", "moved", "accuracy_repeat", "accuracy_answer", "lr")
     mean = _mean(longest)
     line = [at["step"], at["tokens"], round(at["seconds"]), longest[0]["length"], *(f"{mean[n]:.5g}" if n in mean else "" for n in names)]
     if not path.exists(): path.write_text(",".join(["step", "tokens", "seconds", "length", *names]) + "\n")
@@ -599,10 +612,10 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     began, saved, rows = time.monotonic() - run.at["seconds"], time.monotonic(), []
     bar = tqdm(desc="needle-lm", unit="step", initial=run.at["step"], total=recipe.steps, disable=not progress)
-    with bar, _one_thread(), ThreadPoolExecutor(recipe.threads) as pool, _HeadNorms(run.model) as norms:
+    with bar, _one_thread(), ThreadPoolExecutor(recipe.threads) as pool, _Moved(run.model) as rest:
         while (lr_done := _rate(recipe, run.at))[1] < 1 and run.at["step"] != stop_at:
             batch = _make_batch(recipe, tok, focus, run.at["step"], run.at["stage"])
-            rows.append(_step(run, recipe, batch, norms, lr_done[0], dot, pool))
+            rows.append(_step(run, recipe, batch, rest, lr_done[0], dot, pool))
             run.at["seconds"] = time.monotonic() - began
             bar.update()
             if run.at["step"] % 20 == 0:

@@ -289,6 +289,16 @@ class MemoryModel(LogitsModel):
         raise MemoryError(f"{self.name} cannot run {n:,} tokens here, not even in small chunks: {need!r}")
 
 # %% ../nbs/01b_prefix.ipynb #cdfac465
+def _shared(
+    a: Tensor,  # token ids, (n,)
+    b: Tensor,  # token ids, (m,)
+) -> int:
+    """How many tokens two sequences begin with in common."""
+    n = min(len(a), len(b))
+    differ = torch.nonzero(a[:n] != b[:n])
+    return int(differ[0]) if len(differ) else n
+
+
 class PrefixModel(MemoryModel):
     """A model that also runs long inputs in chunks and keeps what it has computed."""
 
@@ -298,11 +308,17 @@ class PrefixModel(MemoryModel):
         chunk: int | None = None,  # tokens a step; None: what fits in memory
         *,
         keep: str = "all",  # "window": smaller caches for layers with a window, which cannot be cropped
+        like: Prefix | None = None,  # another prefix: what both begin with is taken from it, and not run again
         allow_longer: bool | None = None,  # go past `max_length`; None: as the model was loaded
     ) -> Prefix:
         """Run a text into a key-value cache that can be continued, cropped and used again."""
+        t = self.tokens(x, allow_longer=allow_longer)
+        shared = 0 if like is None else min(_shared(like.ids, t.ids), len(t) - 1)
+        if like is not None and shared and like.keep == "all" and like.cache.is_croppable:
+            base = like.crop(shared)
+            return self._grow(Prefix(self, base.ids, base.cache, "all", allow_longer), t.ids[shared:], chunk)[0]
         empty = Prefix(self, torch.empty(0, dtype=torch.int64), _new_cache(self.config, keep), keep, allow_longer)
-        return self._grow(empty, self.tokens(x, allow_longer=allow_longer), chunk)[0]
+        return self._grow(empty, t, chunk)[0]
 
     def _grow(self, old: Prefix, x: Any, chunk: int | None, all_rows: bool = False) -> tuple[Prefix, Tensor]:
         """A prefix with `x` after it, and the logits of its last token or of all of `x`."""
