@@ -497,7 +497,7 @@ def _bar_layers(rows: pl.DataFrame, name: str, what: str, ranged: bool) -> list[
 # %% ../../nbs/views/00_charts.ipynb #0f1ebeca
 def _narrowed(chart: Any, width: int) -> Any:    # a copy that is at most so wide; its title wrapped anew
     out = chart.copy()
-    if not isinstance(out.width, int) or out.width <= width: return out
+    if not isinstance(getattr(out, "width", None), int) or out.width <= width: return out
     out.width = width
     if not isinstance(out.title, alt.TitleParams): return out
     return _titled(out, " ".join(out.title.text), " ".join(out.title.subtitle), width)
