@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['MENDABLE', 'parser', 'read_text', 'first_tokens', 'example_text', 'load_model', 'report', 'one_line', 'show', 'main']
+__all__ = ['REPORTS', 'MENDABLE', 'parser', 'read_text', 'first_tokens', 'example_text', 'load_model', 'sinks_report',
+           'heads_report', 'probes', 'report', 'one_line', 'show', 'main']
 
 # %% ../nbs/05_cli.ipynb #e2b0fcfa
 def parser() -> argparse.ArgumentParser:
@@ -30,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     add("--context", type=int, metavar="N", help="read the first N tokens of the text only")
     add("--out", type=Path, metavar="DIR", required=True, help="a new folder for the page and the tables")
     add("--overwrite", action="store_true", help="replace DIR, if longlens wrote it")
+    add("--probes", default="sinks,heads", metavar="LIST", help="what to measure, with commas: sinks, heads (default: both)")
     add("--allow-longer", action="store_true", help="go beyond the length the model was made for, where its positions can")
     add("--device", help="cpu, cuda, cuda:1 ... (default: as the model is loaded)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="number format of the weights (default: as they are stored)")
@@ -82,6 +84,43 @@ def load_model(
     if asked.allow_longer: given["allow_longer"] = True
     return longlens.load(*([asked.model] if asked.model else []), **given)
 
+# %% ../nbs/05_cli.ipynb #391447bc
+def sinks_report(
+    lm: Any,        # `LongModel`
+    tokens: Any,    # `Tokens`: the text
+) -> Any:           # `SinkReport`
+    "Attention sinks in the text"
+    import longlens
+    return longlens.attention_sinks(lm, [tokens], progress=True)
+
+
+def heads_report(
+    lm: Any,        # `LongModel`
+    tokens: Any,    # `Tokens`: the text
+) -> Any:           # `HeadReport`
+    "Retrieval heads, on needles in the text"
+    import longlens
+    if lm.tokenizer is None: raise ValueError(f"{lm.name} has no tokenizer, so it cannot be asked anything: leave heads out of --probes")
+    least = min(256, lm.max_length or 256)
+    lengths = sorted({max(least, len(tokens) // k) for k in (4, 2, 1)})
+    haystack = longlens.Haystack.from_text(tokens.text, repeat=True)
+    return longlens.retrieval_heads(lm, lengths=lengths, depths=(0, 25, 50, 75, 100), haystack=haystack, control=tokens.ids[:512],
+                                    progress=True)
+
+
+REPORTS = {"sinks": sinks_report, "heads": heads_report}
+
+
+def probes(
+    asked: str,    # names with commas between them
+) -> list[str]:
+    "Which probes to run"
+    names = [n.strip() for n in asked.split(",") if n.strip()]
+    if not names: raise ValueError(f"--probes is empty: choose among {', '.join(REPORTS)}")
+    for n in names:
+        if n not in REPORTS: raise ValueError(f"--probes {asked}: there is no probe {n!r}, only {', '.join(REPORTS)}")
+    return list(dict.fromkeys(names))
+
 # %% ../nbs/05_cli.ipynb #7dd116c3
 def report(
     asked: argparse.Namespace,    # the arguments
@@ -89,21 +128,20 @@ def report(
     "Measure, then write the page and the tables"
     from longlens.report import atomic_write, free_place, new_folder
     free_place(asked.out, asked.overwrite)
-    text = read_text(asked.text) if asked.text else None
+    names, text = probes(asked.probes), read_text(asked.text) if asked.text else None
     lm = load_model(asked)
     tokens = first_tokens(lm.tokens(text, allow_longer=True), asked.context) if text else example_text(lm, asked.context)
     tokens = lm.tokens(tokens)    # says so now, if they are too many
     print(f"{lm.name} reads {len(tokens):,} tokens")
 
-    import longlens
     from longlens.views.page import write_page
-    sinks = longlens.attention_sinks(lm, [tokens], progress=True)
+    made = {name: REPORTS[name](lm, tokens) for name in names}
     with new_folder(asked.out, asked.overwrite) as folder:
         atomic_write(folder / "text.txt", tokens.text or "")
-        sinks.save(folder / "sinks")
-        write_page([sinks], folder / "index.html", title=f"{lm.name}, {len(tokens):,} tokens")
-    for line in sinks.findings(): print(f"  {line}")
-    print(f"tables: {asked.out / 'sinks'}\npage:   {asked.out / 'index.html'}")
+        for name, r in made.items(): r.save(folder / name)
+        write_page(list(made.values()), folder / "index.html", title=f"{lm.name}, {len(tokens):,} tokens")
+    for line in (line for r in made.values() for line in r.findings()): print(f"  {line}")
+    print(f"tables: {', '.join(str(asked.out / name) for name in made)}\npage:   {asked.out / 'index.html'}")
     return asked.out / "index.html"
 
 # %% ../nbs/05_cli.ipynb #1aa75956

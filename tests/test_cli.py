@@ -43,8 +43,10 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[object]:
     page.write_page = lambda reports, path, title: Path(path).write_text(title)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "longlens.views.page", page)
     monkeypatch.setitem(sys.modules, "longlens.views", ModuleType("longlens.views"))
-    monkeypatch.setitem(vars(longlens), "load", lambda *model, **given: SimpleNamespace(name="tiny", tokens=tokens))
+    model = SimpleNamespace(name="tiny", tokens=tokens, tokenizer=tokens, max_length=99)
+    monkeypatch.setitem(vars(longlens), "load", lambda *where, **given: model)
     monkeypatch.setitem(vars(longlens), "attention_sinks", sinks)
+    monkeypatch.setitem(vars(longlens), "retrieval_heads", lambda lm, **given: StandIn({"heads": pl.DataFrame({"layer": [1]})}))
     monkeypatch.chdir(tmp_path)
     Path("words.txt").write_text("one two three four")
     return read
@@ -56,10 +58,11 @@ def run(*args: str) -> int: return cli.main(["report", *args])
 def test_page_tables_and_text(quick: list[object], capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--text", "words.txt", "--out", "out") == 0
     assert quick == ["one two three four"]
-    assert sorted(p.name for p in Path("out").iterdir()) == [".longlens", "index.html", "sinks", "text.txt"]
+    assert sorted(p.name for p in Path("out").iterdir()) == [".longlens", "heads", "index.html", "sinks", "text.txt"]
     assert isinstance(Report.load("out/sinks"), StandIn)
     said = capsys.readouterr().out
-    for line in ("tiny reads 4 tokens", "Something was found", f"page:   {Path('out/index.html')}", f"tables: {Path('out/sinks')}"):
+    tables = f"tables: {Path('out/sinks')}, {Path('out/heads')}"
+    for line in ("tiny reads 4 tokens", "Something was found", f"page:   {Path('out/index.html')}", tables):
         assert line in said
 
 
@@ -76,6 +79,7 @@ def test_context_reads_the_beginning(quick: list[object]) -> None:
     (["--text", "words.txt", "--context", "5"], "--context 5: the text has only 4 tokens"),
     (["--text", "words.txt", "--context", "0"], "at least one token"),
     (["./nowhere"], "there is no model folder ./nowhere"),
+    (["--probes", "sinks,tails"], "there is no probe 'tails', only sinks, heads"),
     (["--out", "taken"], "taken exists: choose another folder, or replace it with --overwrite"),
     (["--out", "taken", "--overwrite"], "taken holds something that longlens did not write"),
     (["--out", "words.txt"], "words.txt is a file"),

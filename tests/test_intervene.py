@@ -10,8 +10,22 @@ import longlens as ll
 from longlens.measure.attach import _EDITS, _HELD, UnsupportedModel
 from longlens.measure.capture import capture
 from longlens.measure.intervene import (
-    _ACTIVE, Ablate, Intervention, LambdaMask, Streaming, ablate, check_heads, head_sizes, intervene, interventions, lambda_mask,
-    mean_outputs, scale_spans, served_heads, streaming, temperature,
+    _ACTIVE,
+    Ablate,
+    Intervention,
+    LambdaMask,
+    Streaming,
+    ablate,
+    check_heads,
+    head_sizes,
+    intervene,
+    interventions,
+    lambda_mask,
+    mean_outputs,
+    scale_spans,
+    served_heads,
+    streaming,
+    temperature,
 )
 from longlens.measure.statistics import Entropy, Received, Rows, SpanMass
 

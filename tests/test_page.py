@@ -14,7 +14,7 @@ import pytest
 
 from longlens.report import Report
 from longlens.views import page as page_module
-from longlens.views.charts import bars, compose, head_map, layer_profile, length_curve, position_profile
+from longlens.views.charts import arrange, bars, head_map, layer_profile, length_curve, position_profile
 from longlens.views.page import Section, page_html, write_page
 
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
@@ -49,7 +49,7 @@ class HostileReport(Report):
     def sections(self) -> list[Section]:
         f, bad = self.frames, HOSTILE[0]
         marks = f["tokens"].head(6)
-        two = compose([head_map(f["heads"], "sink_mass", title=bad, unit=bad, threshold=0.5),
+        two = arrange([head_map(f["heads"], "sink_mass", title=bad, unit=bad, threshold=0.5),
                        length_curve(f["lengths"].with_columns(kind=pl.lit(HOSTILE[2])), "sink_mass", by="kind", subtitle=bad)])
         return [Section("".join(HOSTILE), "\n\n".join(HOSTILE), two, f["tokens"]),
                 Section(bad, bad, position_profile(f["positions"], "alpha_mean", marks=marks, log=True)),

@@ -273,9 +273,9 @@ class SinkReport(Report):
 
     def chart(self) -> Any:
         "Layer x head map of the sinks, attention received by position, how both change with length, and the published metric"
-        from longlens.views.charts import compose
+        from longlens.views.charts import arrange
         single = [make(self).chart for make in (_heads_section, _tokens_section, _metric_section)]
-        return compose([*single[:2], *_length_charts(self), single[2]], columns=1)
+        return arrange([*single[:2], *_length_charts(self), single[2]], columns=1)
 
 
 def _mean_heads(report: SinkReport) -> pl.DataFrame:
@@ -340,9 +340,9 @@ EXPLAINED = {  # what a section's picture shows; filled in with the settings
 
 
 def _section(r: SinkReport, title: str, key: str, charts: list[Any], table: pl.DataFrame) -> Any:
-    from longlens.views.charts import compose
+    from longlens.views.charts import arrange
     from longlens.views.page import Section
-    return Section(title, EXPLAINED[key].format(**r.meta["settings"]), compose(charts) if len(charts) > 1 else charts[0], table)
+    return Section(title, EXPLAINED[key].format(**r.meta["settings"]), arrange(charts) if len(charts) > 1 else charts[0], table)
 
 # %% ../../nbs/probes/00_sinks.ipynb #7e2069bb
 def _heads_section(r: SinkReport) -> Any:

@@ -17,7 +17,7 @@ from .text import visible
 
 # %% auto #0
 __all__ = ['COLOURS', 'SHAPES', 'WIDTH', 'HEIGHT', 'PAD', 'FONT', 'ABOVE', 'ChartError', 'drawable', 'label', 'head_map',
-           'bin_positions', 'position_profile', 'summarise', 'length_curve', 'layer_profile', 'bars', 'compose']
+           'bin_positions', 'position_profile', 'summarise', 'length_curve', 'layer_profile', 'bars', 'arrange']
 
 # %% ../../nbs/views/00_charts.ipynb #ac276d7a
 class ChartError(ValueError):
@@ -503,7 +503,7 @@ def _narrowed(chart: Any, width: int) -> Any:    # a copy that is at most so wid
     return _titled(out, " ".join(out.title.text), " ".join(out.title.subtitle), width)
 
 # %% ../../nbs/views/00_charts.ipynb #b0a29323
-def compose(
+def arrange(
     charts: Sequence[Any],    # Altair charts
     columns: int = 2,         # beside each other
 ) -> Any:

@@ -21,7 +21,8 @@ def _ordinal(values: pl.Series, name: str, unit: str, size: int, room: int, desc
     at = values.unique().sort(descending=descending).to_list()
     every = -(-room * len(at) // max(1, size))  # ticks that have room
     return dict(type="ordinal", scale=alt.Scale(domain=at, paddingInner=0.04, paddingOuter=0),
-                axis=_axis(title=label(name, unit), values=at[::every], labelAngle=0, format=",~g", ticks=False, domain=False, labelOverlap=False))
+                axis=_axis(title=label(name, unit), values=at[::every], labelAngle=0, format=",~g", ticks=False, domain=False,
+                           labelOverlap=False))
 
 
 def depth_map(
