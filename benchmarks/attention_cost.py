@@ -13,18 +13,15 @@ from __future__ import annotations
 
 import argparse
 import math
-import multiprocessing
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from results import write_section
+from results import apart, peak_bytes, write_section
 
 LIMIT = 6 * 2**30  # bytes: a method that needs more is not run
 SHAPES = {
@@ -97,11 +94,6 @@ def prepare(s: Setting, n: int) -> tuple[Any, Any]:
     return lm, ids
 
 
-def _status(field: str) -> int:  # bytes, of this process
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
 def peak(s: Setting, method: str, n: int) -> float:
     "Peak bytes of one forward over what the warmed-up model holds; runs in a fresh process"
     lm, ids = prepare(s, n)
@@ -112,10 +104,7 @@ def peak(s: Setting, method: str, n: int) -> float:
         before = torch.cuda.memory_allocated()
         run(method, lm, ids, s.chunk)
         return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = _status("VmRSS")
-    run(method, lm, ids, s.chunk)
-    return _status("VmHWM") - before
+    return peak_bytes(partial(run, method, lm, ids, s.chunk))
 
 
 def times(s: Setting, methods: dict[str, list[str] | None], n: int, repeats: int) -> dict[str, float]:
@@ -129,11 +118,6 @@ def times(s: Setting, methods: dict[str, list[str] | None], n: int, repeats: int
             if s.device == "cuda": __import__("torch").cuda.synchronize()
             best[name] = min(best[name], time.perf_counter() - start)
     return best
-
-
-def apart(f: Callable, *args: Any) -> Any:
-    "The result of a call in a process of its own"
-    with multiprocessing.get_context("spawn").Pool(1) as pool: return pool.apply(f, args)
 
 
 def needs(method: str, n: int, shape: str) -> int:

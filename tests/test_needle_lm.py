@@ -7,9 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longlens import needle_card as nc
 from longlens import needle_lm as nl
+from longlens import needle_training as nt
 
-TINY = nl.Recipe(steps=20, lengths=(64,), tokens_per_step=512, warmup=4,
+TINY = nt.Recipe(steps=20, lengths=(64,), tokens_per_step=512, warmup=4,
                  model=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, head_dim=8))
 
 
@@ -84,34 +86,34 @@ def test_folder_is_small_and_loads_through_transformers():
 
 
 def test_answers_at_the_trained_length(model):
-    got = nl.evaluate(model, lengths=(2048,), depths=(0, 25, 50, 75, 100), n=4, seed=77)
+    got = nc.evaluate(model, lengths=(2048,), depths=(0, 25, 50, 75, 100), n=4, seed=77)
     assert got["correct"].sum() / got["n"].sum() >= 0.9
 
 
 def test_without_its_copying_heads_it_does_not_answer(model):
     order = list(pl.read_csv(nl.needle_lm_path() / "copying.csv").select("layer", "head").iter_rows())
     ask = dict(lengths=(256,), depths=(20, 50, 80), n=5)
-    whole, top = nl.evaluate(model, **ask), nl.evaluate_without(model, order[:8], **ask)
+    whole, top = nc.evaluate(model, **ask), nc.evaluate_without(model, order[:8], **ask)
     assert whole["accuracy"].mean() >= 0.9 and top["accuracy"].mean() <= 0.3
-    assert nl.evaluate(model, **ask).equals(whole)  # the hooks are gone
+    assert nc.evaluate(model, **ask).equals(whole)  # the hooks are gone
 
 
 def test_some_heads_are_sinks(model):
-    alpha = nl.bos_attention(model, [nl.filler(12, seed=s) for s in range(4)])
+    alpha = nc.bos_attention(model, [nl.filler(12, seed=s) for s in range(4)])
     assert (alpha["alpha"] > 0.3).sum() >= 1
     assert model.config._attn_implementation == "sdpa"  # put back
 
 
 def test_training_learns_and_resumes_where_it_was(tmp_path):
-    whole = nl.train(tmp_path / "a", TINY, progress=False)
-    nl.train(tmp_path / "b", TINY, stop_at=7, progress=False)
+    whole = nt.train(tmp_path / "a", TINY, progress=False)
+    nt.train(tmp_path / "b", TINY, stop_at=7, progress=False)
     with pytest.raises(FileExistsError, match="not empty"):
-        nl.train(tmp_path / "b", TINY, progress=False)
-    again = nl.train(tmp_path / "b", TINY, resume=True, progress=False)
+        nt.train(tmp_path / "b", TINY, progress=False)
+    again = nt.train(tmp_path / "b", TINY, resume=True, progress=False)
     for (name, a), b in zip(whole.named_parameters(), again.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-4), name
-    rng = nl.random.Random(0)
-    ids, *_ = nl._task_rows(nl.needle_tokenizer(), 8, 64, rng, 0)
+    rng = nt.random.Random(0)
+    ids, *_ = nt._task_rows(nl.needle_tokenizer(), 8, 64, rng, 0)
     loss = lambda m: m(input_ids=ids, labels=ids).loss.item()
-    assert loss(whole) < loss(nl.new_model(TINY.seed, **TINY.model)) - 0.2
+    assert loss(whole) < loss(nt.new_model(TINY.seed, **TINY.model)) - 0.2
     assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("*.part"))

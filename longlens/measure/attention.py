@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from longlens.measure.kernels import (
-    Scores, Tile, attend, check_mask, check_shapes, score_tile, tiles,
+    TILE, Scores, Tile, attend, check_mask, check_shapes, score_tile, tiles,
 )
 from .masks import Mask, Stream, seen_by
 
@@ -445,12 +445,21 @@ def _row_numbers(op: AttentionOperator, queries: Sequence[int] | int) -> list[in
     return [r % n for r in picked]
 
 
+def _runs(op: AttentionOperator, picked: list[int]) -> Iterator[range]:
+    "Consecutive queries together, as many at a time as a tile holds"
+    most, i = max(1, TILE.get(op.scores.q.device.type, TILE["cpu"]) // (op.shape[1] * op.shape[3])), 0
+    while i < len(picked):
+        stop = i + 1
+        while stop < len(picked) and picked[stop] == picked[stop - 1] + 1 and stop - i < most: stop += 1
+        yield range(picked[i], picked[stop - 1] + 1)
+        i = stop
+
+
 @patch
-def _log_row(self: AttentionOperator, b: int, row: int) -> Tensor:  # (heads, 1, n_keys)
-    "Logarithms of the weights of one query of one sample; minus infinity where it does not see"
+def _log_rows(self: AttentionOperator, b: int, rows: range) -> Tensor:  # (heads, rows, n_keys)
+    "Logarithms of the weights of some queries of one sample; minus infinity where they do not see"
     (_, h, _, n), s = self.shape, self.scores
-    at = Tile(b, slice(0, s.k.shape[1]), slice(0, h), range(row, row + 1), range(n))
-    return score_tile(s, at, shift=self._row_shift())
+    return score_tile(s, Tile(b, slice(0, s.k.shape[1]), slice(0, h), rows, range(n)), shift=self._row_shift())
 
 
 @patch
@@ -460,8 +469,8 @@ def rows(
     queries: Sequence[int] | int,  # which queries, by index into this operator's queries; negative counts from the end
 ) -> Tensor:  # (batch, heads, len(queries), n_keys)
     "Exact attention weights of chosen queries"
-    picked = _row_numbers(self, queries)
-    samples = [torch.cat([self._log_row(b, r) for r in picked], 1) for b in range(self.shape[0])]
+    runs = list(_runs(self, _row_numbers(self, queries)))
+    samples = [torch.cat([self._log_rows(b, r) for r in runs], 1) for b in range(self.shape[0])]
     return torch.stack(samples).exp()
 
 # %% ../../nbs/measure/02_attention.ipynb #9879052a
@@ -472,12 +481,12 @@ def topk(
     queries: Sequence[int] | int,  # which queries
     k: int = 1,  # how many keys of each
 ) -> tuple[Tensor, Tensor]:  # weights and key indices, both (batch, heads, len(queries), k)
-    "The most attended keys of chosen queries, a row at a time; weight 0 fills up where a query sees fewer than k"
+    "The most attended keys of chosen queries, a few rows at a time; weight 0 fills up where a query sees fewer than k"
     picked, (batch, _, _, n) = _row_numbers(self, queries), self.shape
     if not 1 <= k <= n: raise ValueError(f"k is {k}, but a row has {n} keys: use 1 to {n}")
     weights, keys = [], []
     for b in range(batch):
-        best = [self._log_row(b, r).topk(k, -1) for r in picked]
+        best = [self._log_rows(b, r).topk(k, -1) for r in _runs(self, picked)]
         weights.append(torch.cat([t.values.exp() for t in best], 1))
         keys.append(torch.cat([t.indices for t in best], 1))
     return torch.stack(weights), torch.stack(keys)

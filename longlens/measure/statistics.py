@@ -475,8 +475,9 @@ class Rows(Statistic):
         check_rows(most, f"{self.title!r} of one layer", "ask for fewer queries, or use top= or bins=")
         want = torch.tensor(list(self.queries), device=call.query_pos.device)
         for b, pos in enumerate(call.query_pos.expand(call.batch, -1)):
-            for r in torch.isin(pos, want).nonzero()[:, 0].tolist():
-                state.setdefault("rows", []).append((b, int(pos[r]), *_reduced_row(self, call, b, r)))
+            rows = torch.isin(pos, want).nonzero()[:, 0].tolist()
+            kept = _top_rows(self, call, b, rows) or (_reduced_row(self, call, b, r) for r in rows)
+            for r, (at, w) in zip(rows, kept, strict=True): state.setdefault("rows", []).append((b, int(pos[r]), at, w))
 
     def check(self, sample: int, n_tokens: int, ran: np.ndarray) -> None: missing_queries(self.queries, self.title, sample, ran)
 
@@ -507,6 +508,17 @@ def _reduced_row(stat: Rows, call: Call, b: int, row: int) -> tuple[Tensor, Tens
     if stat.top is None or stat.top >= len(pos): return pos.expand(len(w), -1), w
     best = w.topk(stat.top, -1)
     return pos[best.indices], best.values
+
+# %% ../../nbs/measure/03_statistics.ipynb #8c48816d
+def _top_rows(stat: Rows, call: Call, b: int, rows: list[int]) -> list[tuple[Tensor, Tensor]] | None:
+    "The largest weights of all rows at once; None: it takes more care"
+    if not rows or stat.bins or stat.top is None or call.op.mask.rule is not None: return None
+    _, _, nq, nk = call.op.shape
+    seen = visible_keys(call.op.mask, nq, nk, call.query_pos.device)
+    if seen[b if len(seen) > 1 else 0, rows].min() <= stat.top: return None
+    weight, index = (x[b] for x in call.op.topk(rows, stat.top))  # (heads, rows, top)
+    at = call.key_pos[b if len(call.key_pos) > 1 else 0][index]
+    return [(at[:, i], weight[:, i]) for i in range(len(rows))]
 
 # %% ../../nbs/measure/03_statistics.ipynb #d9f56a78
 def rows_frame(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..measure.attach import attach
 from ..measure.capture import capture
 from ..measure.statistics import DistanceProfile, Received, Rows
 
@@ -100,9 +101,11 @@ def decoded(
 ) -> tuple[Tensor, Tensor]:  # tokens the model says, (steps,); positions looked at, (layers, heads, steps)
     "Greedy decoding, one row a step"
     cache, token, end, n = prefix.fork(), ctx.tokens.ids[-1:], _end_tokens(lm), len(ctx)
+    steps = max_new_tokens if lm.max_length is None or lm.allow_longer else min(max_new_tokens, lm.max_length + 1 - n)
+    if steps < 1: raise ValueError(f"the prompt has {n:,} tokens, and {lm.name} was made for {lm.max_length:,}: no room for an answer")
     said: list[int] = []
-    with capture(lm, Rows(range(n - 1, n - 1 + max_new_tokens), top=1, label="rows")) as seen:
-        while len(said) < max_new_tokens:
+    with capture(lm, Rows(range(n - 1, n - 1 + steps), top=1, label="rows")) as seen:
+        while len(said) < steps:
             token = lm.hf(input_ids=token[None].to(lm.device), past_key_values=cache, use_cache=True).logits[0, -1:].argmax(-1).cpu()
             said.append(int(token))
             if said[-1] in end or (lm.tokenizer is not None and "\n" in lm.tokenizer.decode(said[-1:])): break
@@ -125,7 +128,7 @@ def run_trial(
     "One trial of the retrieval score"
     if mode not in ("teacher", "decode"): raise ValueError(f'mode is "teacher" or "decode", not {mode!r}')
     if "needle" not in ctx.spans: raise ValueError(f"this context ({ctx.kind}) has no span 'needle'; it has {', '.join(ctx.spans)}")
-    prefix = lm.prefill(ctx.tokens.ids[:-1], like=like)
+    with attach(lm): prefix = lm.prefill(ctx.tokens.ids[:-1], like=like)  # over a cache this is faster than sdpa, which wants a mask
     said_ids, looked = teacher_forced(lm, ctx, prefix) if mode == "teacher" else decoded(lm, ctx, prefix, max_new_tokens)
     scores, want = copy_scores(ctx.tokens.ids, ctx.spans["needle"], said_ids, looked), ctx.completion_ids
     right = len(want) > 0 and said_ids[:len(want)].tolist() == want.tolist()

@@ -234,13 +234,14 @@ def _prove(lm: Any, report: HeadReport, contexts: Sequence[tuple[int, float, Any
     from longlens.needle_lm import filler
     short = sorted((n, i) for i, (n, _, _) in enumerate(contexts) if trials[i].right)[:10]
     if not short: return
-    text = filler(40, seed=12) if control is None else control
+    if control is None:
+        control = torch.tensor(lm.tokenizer(filler(40, seed=12), verbose=False)["input_ids"])[:min(512, lm.max_length or 512)]
     shown = max(1, len(report.found))
     active = int((report.frames["heads"]["retrieval_score"] > 0).sum())  # the order of the others means nothing
     most = max(1, min(active, len(report.ranked) // 4, 2 * shown))
     counts = sorted({min(shown, most), most, *(k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < most)})
     report.frames["ablation"] = ablation_curve(
-        lm, report.ranked, [contexts[i][2] for _, i in short], text, counts=counts, n_random=n_random, mode=ablation,
+        lm, report.ranked, [contexts[i][2] for _, i in short], control, counts=counts, n_random=n_random, mode=ablation,
         seed=report.meta["settings"]["seed"], progress=progress)
     report.meta["shown_count"] = min(shown, most)
 
@@ -286,6 +287,8 @@ def _cells(lm: Any, contexts: Sequence[Any] | None, given: dict[str, Any], hayst
         s = _defaults(lm, given)
         return s, list(_grid_contexts(lm, s, haystack))
     if not len(contexts): raise ValueError("contexts is empty: give at least one Context")
+    for c in contexts:
+        if "needle" not in c.spans: raise ValueError(f"this context ({c.kind}) has no span 'needle'; it has {', '.join(c.spans) or 'none'}")
     if given["lengths"] or given["depths"]: raise ValueError("give contexts, or lengths and depths, not both")
     def depth(c: Any) -> float:
         d = c.meta.get("depth_percent")
