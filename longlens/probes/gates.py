@@ -171,7 +171,7 @@ def _text_source(lm: Any, texts: Any, s: GateSettings) -> Callable[[int], Labell
     "What text a step reads"
     if texts is None:
         most, lengths = lm.max_length or 2048, random.Random(s.seed)
-        lo = min(most, 2 * (s.sink + s.recent))
+        lo = min(most, max(320, 2 * (s.sink + s.recent)))
         pick = [round(lo + (most - lo) * lengths.randrange(50) / 49) for _ in range(s.steps)]  # one of 50 lengths
         return lambda i: fact_text(lm, pick[i], seed=f"{s.seed}-{i}")
     if callable(texts): return texts

@@ -195,7 +195,7 @@ def document_scores(
     out = []
     for d in documents:
         x = tokens[..., d.start:d.stop]
-        low = x.mean(-1, keepdim=True) - 2 * x.std(-1, correction=1, keepdim=True).nan_to_num()
+        low = x.mean(-1, keepdim=True) - (2 * x.std(-1, keepdim=True) if len(d) > 1 else 0)
         out.append(torch.where(x > low, x, 0).sum(-1))
     return torch.stack(out, -1)
 

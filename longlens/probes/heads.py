@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from ..measure.intervene import head_sizes, interventions
 from ..measure.statistics import tidy
 from .ablation import ablation_curve
-from .gates import GateSettings, duo_gates
+from .gates import GateSettings, duo_gates, fact_text
 from .head_report import VIEWS, HeadReport
 from .head_scores import Trial, pattern_scores, qr_scores, run_trial
 
@@ -174,7 +174,8 @@ def _qr(lm: Any, s: HeadSettings, progress: bool) -> dict[str, Tensor]:
 
 def _gates(lm: Any, s: HeadSettings, progress: bool) -> dict[str, Tensor]:
     if lm.name != "needle-lm": raise ValueError("the texts that gates are learned on depend on the model: call duo_gates(lm, texts)")
-    fit = duo_gates(lm, settings=GateSettings(steps=100, lr=.05, sink=16, recent=64, penalty=1.0), progress=progress)
+    short = GateSettings(steps=80, lr=.05, penalty=3.0, sink=16, recent=64)  # a minute's run for a model of this size
+    fit = duo_gates(lm, lambda i: fact_text(lm, 320 + 16 * (i % 20), seed=i), short, progress)
     n_heads = head_sizes(lm)[1]
     return {"gate": fit.array.repeat_interleave(n_heads // fit.array.shape[1], 1)}
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..measure.attention import log_windows
 from ..measure.capture import Capture, capture
+from ..measure.intervene import interventions
 from longlens.measure.statistics import (
     Distance, Entropy, MassiveActivations, Received, ResidualNorm, SinkMass, Statistic, Support, ValueNorm, tidy,
 )
@@ -418,7 +419,8 @@ def _steps(lm: Any, tokens: list[Any], settings: SinkSettings) -> Iterator[tuple
 
 def _what_was_run(lm: Any, tokens: list[Any], settings: SinkSettings) -> dict[str, Any]:
     return {"model": lm.name, "lengths": [len(t) for t in tokens], "settings": vars(settings), "dtype": str(lm.dtype),
-            "device": str(lm.device), "layers": lm.n_layers, "heads": lm.n_heads, "kv_heads": lm.n_kv_heads}
+            "device": str(lm.device), "layers": lm.n_layers, "heads": lm.n_heads, "kv_heads": lm.n_kv_heads,
+            "interventions": interventions(lm)}
 
 # %% ../../nbs/probes/00_sinks.ipynb #8302c26a
 def attention_sinks(
