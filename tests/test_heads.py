@@ -5,6 +5,7 @@ import functools
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -15,6 +16,7 @@ import longlens as ll
 from longlens.measure.intervene import interventions
 from longlens.pieces import Piece
 from longlens.probes.ablation import ablation_curve
+from longlens.probes.exchange import read_retrieval_scores, write_retrieval_scores
 from longlens.probes.gates import GateSettings, duo_gates
 from longlens.probes.head_report import HeadReport
 from longlens.probes.head_scores import pattern_scores, qr_scores, run_trial
@@ -170,6 +172,14 @@ def test_report_survives_its_folder(tmp_path: Path) -> None:
     assert isinstance(again, HeadReport) and again.found == report.found == [COPIES] and again.findings() == report.findings()
     assert [s.title for s in again.sections()] == [s.title for s in report.sections()]
     assert again.chart().to_json() == report.chart().to_json()
+
+
+def test_scores_go_to_the_published_format_and_back(tmp_path: Path) -> None:
+    lm = known()
+    report = retrieval_heads(lm, [question(lm, s) for s in range(4)], methods=(), ablation=None)
+    back = read_retrieval_scores(write_retrieval_scores(report.frames["scores"], tmp_path / "scores.json"))
+    mean = back.group_by("layer", "head").agg(pl.col("score").mean()).sort("layer", "head")["score"]
+    assert mean.to_list() == pytest.approx(report.frames["heads"]["retrieval_score"].to_list())
 
 
 def test_what_is_changed_meanwhile_is_said() -> None:

@@ -21,7 +21,8 @@ from ..measure.intervene import Intervention, head_sizes, intervene
 from ..measure.masks import Stream
 
 # %% auto #0
-__all__ = ['Labelled', 'Gated', 'fact_text', 'GateSettings', 'rate_multiplier', 'gate_loss', 'GateFit', 'duo_gates']
+__all__ = ['Labelled', 'Gated', 'fact_text', 'passkey_text', 'GateSettings', 'rate_multiplier', 'gate_loss', 'GateFit',
+           'duo_gates']
 
 # %% ../../nbs/probes/01c_gates.ipynb #cf6ff227
 @dataclass(frozen=True)
@@ -65,6 +66,17 @@ def fact_text(
         text += q + a + "."
     t = lm.tokens(text)
     return t.ids, torch.tensor([i for a, b in answers for i in t.span(a, b)])
+
+
+def passkey_text(
+    lm: Any,  # LongModel
+    n_tokens: int,  # at most
+    seed: int | str = 0,  # of the text
+) -> Labelled:
+    "Passkeys in filler, and all of them asked for and answered, as DuoAttention was trained"
+    from longlens.tasks import passkeys
+    ctx = passkeys(lm, n_tokens, seed=seed)
+    return ctx.tokens.ids, torch.tensor(ctx.meta["labels"])
 
 # %% ../../nbs/probes/01c_gates.ipynb #d03a7445
 @dataclass(frozen=True)
@@ -139,7 +151,7 @@ class GateFit:
 
 def duo_gates(
     lm: Any,  # LongModel, small enough to be differentiated through
-    texts: Callable[[int], Labelled] | Sequence[Labelled] | None = None,  # of step i, or in turn; None: facts, for needle-lm
+    texts: Callable[[int], Labelled] | Sequence[Labelled] | None = None,  # of step i, or in turn; None: passkeys (needle-lm: facts)
     settings: GateSettings | None = None,  # the published ones if not given
     progress: bool = True,  # show a bar
 ) -> GateFit:
@@ -168,12 +180,13 @@ def _gate_frame(gates: Tensor) -> pl.DataFrame:
 
 
 def _text_source(lm: Any, texts: Any, s: GateSettings) -> Callable[[int], Labelled]:
-    "What text a step reads"
-    if texts is None:
-        most, lengths = lm.max_length or 2048, random.Random(s.seed)
-        lo = min(most, max(320, 2 * (s.sink + s.recent)))
-        pick = [round(lo + (most - lo) * lengths.randrange(50) / 49) for _ in range(s.steps)]  # one of 50 lengths
-        return lambda i: fact_text(lm, pick[i], seed=f"{s.seed}-{i}")
+    "What text a step reads: of 50 lengths up to the model's own, if none are given"
     if callable(texts): return texts
-    if not len(texts): raise ValueError("no texts to train on: give pairs (token ids, positions of answer tokens)")
-    return lambda i: texts[i % len(texts)]
+    if texts is not None and len(texts): return lambda i: texts[i % len(texts)]
+    if texts is not None: raise ValueError("no texts to train on: give pairs (token ids, positions of answer tokens)")
+    make, least = (fact_text, 320) if lm.name == "needle-lm" else (passkey_text, 1000)
+    most, rng = min(32_000, lm.max_length or 32_000), random.Random(s.seed)
+    if most <= s.sink + s.recent:
+        raise ValueError(f"{lm.name} reads {most:,} tokens, and streaming heads see {s.sink} + {s.recent} of them: use smaller ones")
+    lengths = [round(min(least, most) + (most - min(least, most)) * rng.randrange(50) / 49) for _ in range(s.steps)]
+    return lambda i: make(lm, lengths[i], seed=f"{s.seed}-{i}")

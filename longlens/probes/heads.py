@@ -25,7 +25,7 @@ from .head_report import VIEWS, HeadReport
 from .head_scores import Trial, pattern_scores, qr_scores, run_trial
 
 # %% auto #0
-__all__ = ['METHODS', 'HeadSettings', 'run_trials', 'trial_frame', 'score_frame', 'grid_frame', 'rank_agreement',
+__all__ = ['METHODS', 'HeadSettings', 'run_trials', 'trial_frame', 'scores_frame', 'score_frame', 'grid_frame', 'rank_agreement',
            'stability_frame', 'qr_examples', 'agreement_frame', 'retrieval_heads']
 
 # %% ../../nbs/probes/02_heads.ipynb #f2c6502a
@@ -97,6 +97,17 @@ def trial_frame(
     both = enumerate(zip(contexts, trials, strict=True))
     return pl.DataFrame([dict(trial=i, context_length=n, depth_percent=float(d), tokens=len(c), kept=t.kept, right=t.right,
                               recall=t.recall, answer=" ".join(c.answers), said=t.said) for i, ((n, d, c), t) in both])
+
+
+def scores_frame(
+    lm: Any,  # LongModel
+    trials: Sequence[Trial],  # what came of all trials
+    keep_all: bool = False,  # count all of them
+) -> pl.DataFrame:  # trial, layer, head, score
+    "The score of every head in every trial that counts, as score files keep them"
+    kept = [i for i, t in enumerate(trials) if t.kept or keep_all]
+    if not kept: return pl.DataFrame(schema=dict(trial=pl.Int64, layer=pl.Int64, head=pl.Int64, score=pl.Float64))
+    return tidy({"trial": kept, **_head_axes(lm)}, {"score": _stacked([trials[i] for i in kept], "retrieval_score").numpy()})
 
 
 def _head_axes(lm: Any) -> dict[str, Sequence]:
@@ -173,9 +184,10 @@ def _qr(lm: Any, s: HeadSettings, progress: bool) -> dict[str, Tensor]:
 
 
 def _gates(lm: Any, s: HeadSettings, progress: bool) -> dict[str, Tensor]:
-    if lm.name != "needle-lm": raise ValueError("the texts that gates are learned on depend on the model: call duo_gates(lm, texts)")
-    short = GateSettings(steps=80, lr=.05, penalty=3.0, sink=16, recent=64)  # a minute's run for a model of this size
-    fit = duo_gates(lm, lambda i: fact_text(lm, 320 + 16 * (i % 20), seed=i), short, progress)
+    if lm.name == "needle-lm":  # a minute's run for a model of this size
+        short = GateSettings(steps=80, lr=.05, penalty=3.0, sink=16, recent=64)
+        fit = duo_gates(lm, lambda i: fact_text(lm, 320 + 16 * (i % 20), seed=i), short, progress)
+    else: fit = duo_gates(lm, progress=progress)
     n_heads = head_sizes(lm)[1]
     return {"gate": fit.array.repeat_interleave(n_heads // fit.array.shape[1], 1)}
 
@@ -307,7 +319,8 @@ def _assemble(lm: Any, s: HeadSettings, cells: list, done: list[Trial], methods:
     for m in methods:
         for name, x in METHODS[m](lm, s, progress).items(): heads = heads.with_columns(pl.Series(name, x.flatten().numpy()))
     top = max(1, int(heads["retrieval_head"].sum()))
-    frames = {"heads": heads, "trials": trial_frame(cells, done), "grid": grid_frame(lm, cells, done, s.keep_all),
+    frames = {"heads": heads, "trials": trial_frame(cells, done), "scores": scores_frame(lm, done, s.keep_all),
+              "grid": grid_frame(lm, cells, done, s.keep_all),
               "stability": stability_frame(counted, top, seed=s.seed), "agreement": agreement_frame(heads, top)}
     meta = {"model": lm.name, "settings": asdict(s), "counted": len(counted), "methods": list(methods), "interventions": interventions(lm),
             "layers": lm.n_layers, "heads": lm.n_heads, "kv_heads": lm.n_kv_heads, "dtype": str(lm.dtype), "device": str(lm.device)}

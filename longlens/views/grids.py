@@ -79,6 +79,7 @@ def count_curve(
     if ticks[0] < 0: raise ChartError(f"a count of {ticks[0]:g} in column {x!r}: counts are 0 or more")
     shown = ticks if len(ticks) <= 10 else None
     axis = _axis(title=label(x), format="d", **({"values": shown} if shown else {"tickCount": 8}))
-    scale = alt.Scale(type="symlog", constant=2, domain=[0, max(1, ticks[-1])], nice=False, padding=12)
+    wide = {"type": "symlog", "constant": 2} if ticks[-1] > 10 else {}  # counts that double need a scale that does
+    scale = alt.Scale(domain=[0, max(1, ticks[-1])], nice=False, padding=12, **wide)
     chart = _lines(points, alt.X("x:Q", scale=scale, axis=axis), label(x), label(name or value, unit), by, log)
     return _titled(chart, title or f"{label(value)} by {label(x)}".capitalize(), subtitle or _spread_text(points, over), WIDTH)
