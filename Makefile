@@ -47,7 +47,6 @@ clean:    ## remove what was made, except .venv
 	    echo "longlens needs Python 3.11 or newer, and found $${python:-none}. Install it, or say where it is: make PYTHON=/path/to/python3.11" >&2; exit 1; fi; \
 	echo "Making .venv with $$("$$python" --version)"; \
 	"$$python" -m venv .venv || { rm -rf .venv; echo "$$python cannot make a virtual environment (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
-	@$(PIP) install "pip>=25"    # the one that came with Python may take a quarter of an hour to resolve what follows
 
 # torch goes first: resolved with the rest, a newer build with gigabytes of CUDA packages may arrive
 .venv/.for-use: $(NEEDS) | .venv/bin/python
