@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..forward import _kv_heads
 from .attach import _EDITS, WAY_OUT, LayerCall, UnsupportedModel, attach, hf_model
 from .masks import Stream, positions, real_queries
 
@@ -30,9 +31,7 @@ def head_sizes(
 ) -> tuple[int, int, int]:  # layers, query heads, KV heads
     "How many layers and heads a model has"
     c = hf_model(model).config.get_text_config()
-    kv = next((v for n in ("num_key_value_heads", "num_kv_heads") if (v := getattr(c, n, None))), c.num_attention_heads)
-    if getattr(c, "multi_query", False) and not getattr(c, "new_decoder_architecture", False): kv = 1
-    return int(c.num_hidden_layers), int(c.num_attention_heads), int(kv)
+    return int(c.num_hidden_layers), int(c.num_attention_heads), int(_kv_heads(c))
 
 
 def check_heads(

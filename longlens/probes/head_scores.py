@@ -17,6 +17,7 @@ from torch import Tensor
 from ..measure.attach import attach
 from ..measure.capture import capture
 from ..measure.statistics import DistanceProfile, Received, Rows
+from ..prefix import _end_ids
 
 # %% auto #0
 __all__ = ['rouge1_recall', 'Trial', 'copy_scores', 'teacher_forced', 'decoded', 'run_trial', 'pattern_scores', 'query_attention',
@@ -83,14 +84,6 @@ def teacher_forced(
     said = logits.argmax(-1).cpu()
     return said, seen.top_keys()[0][..., 0].masked_fill(said != ctx.completion_ids, -1)
 
-
-def _end_tokens(lm: Any) -> set[int]:
-    "What ends an answer: the model's own end tokens, as its generation config names them"
-    for source in (getattr(lm.hf, "generation_config", None), lm.config):
-        end = getattr(source, "eos_token_id", None)
-        if end is not None: return set(end) if isinstance(end, list) else {end}
-    return set()
-
 # %% ../../nbs/probes/01_head_scores.ipynb #d147d5b4
 @torch.no_grad()
 def decoded(
@@ -100,7 +93,7 @@ def decoded(
     max_new_tokens: int = 50,  # steps at most
 ) -> tuple[Tensor, Tensor]:  # tokens the model says, (steps,); positions looked at, (layers, heads, steps)
     "Greedy decoding, one row a step"
-    cache, token, end, n = prefix.fork(), ctx.tokens.ids[-1:], _end_tokens(lm), len(ctx)
+    cache, token, end, n = prefix.fork(), ctx.tokens.ids[-1:], _end_ids(lm), len(ctx)
     steps = max_new_tokens if lm.max_length is None or lm.allow_longer else min(max_new_tokens, lm.max_length + 1 - n)
     if steps < 1: raise ValueError(f"the prompt has {n:,} tokens, and {lm.name} was made for {lm.max_length:,}: no room for an answer")
     said: list[int] = []
