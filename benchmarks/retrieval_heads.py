@@ -66,15 +66,11 @@ def run(way: str, lm: Any, contexts: Sequence) -> Any:  # (layers, heads)
     "Mean retrieval score of every head over the prompts"
     import torch
 
-    from longlens.probes.head_scores import run_trial
+    from longlens.probes.head_scores import Watch, run_trials
     if "eager" in way: return torch.stack([reference(lm, c, way != "sdpa+eager", 50 if "50" in way else None) for c in contexts]).mean(0)
-    like, scores = None, []
-    for c in contexts:
-        trial, prefix = run_trial(lm, c, "decode" if way == "decode" else "teacher", like=like)
-        assert trial.right, f"needle-lm did not say {c.completion!r} but {trial.said!r}: take another seed"
-        like = prefix if way == "shared" else None
-        scores.append(trial.retrieval_score)
-    return torch.stack(scores).mean(0)
+    trials = run_trials(lm, contexts, Watch("decode" if way == "decode" else "teacher"), reuse=way == "shared", batch_size=1)
+    for t in trials: assert t.right, f"needle-lm did not say {t.context.completion!r} but {t.said!r}: take another seed"
+    return torch.stack([t.retrieval_score for t in trials]).mean(0)
 
 
 def times(length: int, depths: int, repeats: int) -> tuple[dict[str, float], dict[str, Any]]:

@@ -143,6 +143,7 @@ def numbered_documents(
     gold_index: int = 0,  # where the gold one stands, from 0
     *,
     answers: Sequence[str] = (),  # what is right; the first one is the completion
+    answer_prefix: str = "",  # how the answer begins, after "Answer:", as in " It is"; the paper has none
     query_aware: bool = False,  # say the question before the documents too
     random_order: bool = False,  # shuffle the distractors, and say that the order is random
     closed_book: bool = False,  # no documents at all
@@ -160,8 +161,9 @@ def numbered_documents(
     meta: dict[str, Any] = {"gold_index": index, "n_documents": len(documents), "seed": seed, "setting": setting}
     if len(documents) > 1: meta["depth_percent"] = 100 * index / (len(documents) - 1)
     if closed_book: pieces, meta = pieces[-1:], {"n_documents": 0, "setting": setting}
-    return compose(model, pieces, answer_prefix="\nAnswer:", answers=answers, completion=f" {answers[0]}" if answers else "",
-                   question=question, kind="numbered_documents", chat=chat, allow_longer=allow_longer, meta=meta)
+    completion = f" {answers[0]}" if answers else ""
+    return compose(model, pieces, answer_prefix=f"\nAnswer:{answer_prefix}", answers=answers, completion=completion, question=question,
+                   kind="numbered_documents", chat=chat, allow_longer=allow_longer, meta=meta)
 
 # %% ../nbs/03a_tasks.ipynb #783cab5d
 _PARENTS = ("father", "mother", "dad", "mom")

@@ -19,7 +19,7 @@ from longlens.probes.ablation import ablation_curve
 from longlens.probes.exchange import read_retrieval_scores, write_retrieval_scores
 from longlens.probes.gates import GateSettings, duo_gates
 from longlens.probes.head_report import HeadReport
-from longlens.probes.head_scores import pattern_scores, qr_scores, run_trial
+from longlens.probes.head_scores import Watch, pattern_scores, qr_scores, run_trials
 from longlens.probes.heads import METHODS, retrieval_heads
 
 WORDS, PLACES = 32, 64  # tokens of the vocabulary, positions
@@ -102,7 +102,7 @@ def test_both_modes_agree_step_by_step() -> None:
     lm = known()
     for s in range(5):
         ctx = question(lm, s)
-        forced, free = (run_trial(lm, ctx, mode=m, max_new_tokens=3)[0] for m in ("teacher", "decode"))
+        forced, free = (run_trials(lm, [ctx], Watch(m, 3))[0] for m in ("teacher", "decode"))
         assert torch.equal(forced.said_ids, free.said_ids) and torch.equal(forced.looked, free.looked)
         assert torch.equal(forced.retrieval_score, free.retrieval_score)
 

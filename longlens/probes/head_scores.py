@@ -11,17 +11,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import polars as pl
 import torch
 from torch import Tensor
 
-from ..measure.attach import attach
+from ..cells import Cell, Start, Task
 from ..measure.capture import capture
-from ..measure.statistics import DistanceProfile, Received, Rows
+from ..measure.intervene import head_sizes
+from ..measure.statistics import DistanceProfile, Received, Rows, tidy
 from ..prefix import _end_ids
+from ..sweep import sweep
 
 # %% auto #0
-__all__ = ['rouge1_recall', 'Trial', 'copy_scores', 'teacher_forced', 'decoded', 'run_trial', 'pattern_scores', 'query_attention',
-           'document_scores', 'qr_scores']
+__all__ = ['Steps', 'rouge1_recall', 'Trial', 'copy_scores', 'teacher_forced', 'decoded', 'Watch', 'as_trial', 'run_trials',
+           'pattern_scores', 'query_attention', 'document_scores', 'qr_scores']
 
 # %% ../../nbs/probes/01_head_scores.ipynb #6b75c0d3
 def rouge1_recall(
@@ -72,62 +75,105 @@ def copy_scores(
     return copied.sum(-1) / len(needle), once.mean(-1)
 
 # %% ../../nbs/probes/01_head_scores.ipynb #dfb0e53d
+Steps = tuple[Tensor, Tensor]  # tokens the model says, (steps,); positions looked at, (layers, heads, steps)
+
+
 def teacher_forced(
     lm: Any,  # LongModel
-    ctx: Any,  # Context, with a completion
-    prefix: Any,  # the prompt less its last token, run; a Prefix
-) -> tuple[Tensor, Tensor]:  # tokens the model says, (steps,); positions looked at, (layers, heads, steps), -1 where it is wrong
+    cells: Sequence[Cell],  # prompts of equal length, with completions of equal length
+    start: Start,  # the prompts in a cache
+) -> list[Steps]:  # of each; position -1 where the model says something else
     "All answer rows in one forward, over the true completion"
-    if not len(ctx.completion_ids): raise ValueError(f"teacher forcing needs the true completion, and this context ({ctx.kind}) has none")
-    n, steps = len(ctx), torch.cat([ctx.tokens.ids[-1:], ctx.completion_ids[:-1]])
-    with capture(lm, Rows(range(n - 1, n - 1 + len(steps)), top=1)) as seen: logits = prefix.logits_after(steps)
-    said = logits.argmax(-1).cpu()
-    return said, seen.top_keys()[0][..., 0].masked_fill(said != ctx.completion_ids, -1)
+    n, want = start.n, torch.stack([c.completion for c in cells])
+    steps = torch.cat([start.last, want[:, :-1]], 1)
+    with capture(lm, Rows(range(n - 1, n - 1 + steps.shape[1]), top=1)) as seen:
+        out = lm.hf(input_ids=steps.to(lm.device), past_key_values=start.fork(), use_cache=True)
+    said = out.logits.argmax(-1).cpu()
+    looked = [seen.top_keys(sample=i)[0][..., 0] for i in range(len(cells))]
+    return [(s, at.masked_fill(s != w, -1)) for s, at, w in zip(said, looked, want, strict=True)]
 
 # %% ../../nbs/probes/01_head_scores.ipynb #d147d5b4
-@torch.no_grad()
 def decoded(
     lm: Any,  # LongModel
-    ctx: Any,  # Context
-    prefix: Any,  # the prompt less its last token, run; a Prefix
+    cells: Sequence[Cell],  # prompts of equal length
+    start: Start,  # the prompts in a cache
     max_new_tokens: int = 50,  # steps at most
-) -> tuple[Tensor, Tensor]:  # tokens the model says, (steps,); positions looked at, (layers, heads, steps)
+) -> list[Steps]:  # of each
     "Greedy decoding, one row a step"
-    cache, token, end, n = prefix.fork(), ctx.tokens.ids[-1:], _end_ids(lm), len(ctx)
+    cache, token, end, n = start.fork(), start.last, _end_ids(lm), start.n
     steps = max_new_tokens if lm.max_length is None or lm.allow_longer else min(max_new_tokens, lm.max_length + 1 - n)
     if steps < 1: raise ValueError(f"the prompt has {n:,} tokens, and {lm.name} was made for {lm.max_length:,}: no room for an answer")
-    said: list[int] = []
+    said: list[list[int]] = [[] for _ in cells]
+    going = set(range(len(cells)))
     with capture(lm, Rows(range(n - 1, n - 1 + steps), top=1, label="rows")) as seen:
-        while len(said) < steps:
-            token = lm.hf(input_ids=token[None].to(lm.device), past_key_values=cache, use_cache=True).logits[0, -1:].argmax(-1).cpu()
-            said.append(int(token))
-            if said[-1] in end or (lm.tokenizer is not None and "\n" in lm.tokenizer.decode(said[-1:])): break
-    return torch.tensor(said), _looked(seen, len(said))
+        for _ in range(steps):
+            token = lm.hf(input_ids=token.to(lm.device), past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1).cpu()
+            for i in list(going):
+                said[i].append(t := int(token[i]))
+                if t in end or (lm.tokenizer is not None and "\n" in lm.tokenizer.decode([t])): going.remove(i)
+            if not going: break
+    return [(torch.tensor(s), _looked(seen, i, len(s))) for i, s in enumerate(said)]
 
 
-def _looked(seen: Any, steps: int) -> Tensor:
+def _looked(seen: Any, sample: int, steps: int) -> Tensor:
     "Where each head looked most at each of the first steps, (layers, heads, steps)"
-    layers = [state["rows"] for _, _, state in seen._parts("rows")]
-    return torch.stack([torch.stack([pos[:, 0] for *_, pos, _ in sorted(rows, key=lambda r: r[1])[:steps]], 1).cpu() for rows in layers])
+    layers = [[(q, pos) for b, q, pos, _ in state["rows"] if first + b == sample] for first, _, state in seen._parts("rows")]
+    return torch.stack([torch.stack([pos[:, 0] for _, pos in sorted(rows, key=lambda r: r[0])[:steps]], 1).cpu() for rows in layers])
 
 # %% ../../nbs/probes/01_head_scores.ipynb #ff7efdad
-def run_trial(
+@dataclass(frozen=True)
+class Watch(Task):
+    "Let the model answer, and see where each head looks most at every step. Tables: `said` (step, token), `looked` (layer, head, step, position)"
+    mode: str = "teacher"  # "teacher" forcing, or "decode"
+    max_new_tokens: int = 50  # for "decode"
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("teacher", "decode"): raise ValueError(f'mode is "teacher" or "decode", not {self.mode!r}')
+
+    def check(self, lm: Any, cell: Cell) -> None:
+        if "needle" not in cell.spans: raise ValueError(f"{cell!r} has no span 'needle'; it has {', '.join(cell.spans) or 'none'}")
+        if self.mode == "teacher" and not len(cell.completion):
+            raise ValueError(f"teacher forcing needs the true completion, and {cell!r} has none")
+
+    def run(self, lm: Any, cells: Sequence[Cell], start: Start) -> list[dict[str, pl.DataFrame]]:
+        done = teacher_forced(lm, cells, start) if self.mode == "teacher" else decoded(lm, cells, start, self.max_new_tokens)
+        return [{"said": tidy({"step": range(len(s))}, {"token": s.numpy()}), "looked": _looked_table(at)} for s, at in done]
+
+
+def _looked_table(at: Tensor) -> pl.DataFrame:
+    layers, heads, steps = map(range, at.shape)
+    return tidy({"layer": layers, "head": heads, "step": steps}, {"position": at.numpy()})
+
+# %% ../../nbs/probes/01_head_scores.ipynb #9d550015
+def as_trial(
     lm: Any,  # LongModel
-    ctx: Any,  # Context: spans with "needle", a completion
-    mode: str = "teacher",  # "teacher" or "decode"
-    like: Any = None,  # a Prefix that may begin alike
-    max_new_tokens: int = 50,  # for "decode"
-) -> tuple[Trial, Any]:  # and the prefix that was run, for the next one
-    "One trial of the retrieval score"
-    if mode not in ("teacher", "decode"): raise ValueError(f'mode is "teacher" or "decode", not {mode!r}')
-    if "needle" not in ctx.spans: raise ValueError(f"this context ({ctx.kind}) has no span 'needle'; it has {', '.join(ctx.spans)}")
-    with attach(lm): prefix = lm.prefill(ctx.tokens.ids[:-1], like=like)  # over a cache this is faster than sdpa, which wants a mask
-    said_ids, looked = teacher_forced(lm, ctx, prefix) if mode == "teacher" else decoded(lm, ctx, prefix, max_new_tokens)
+    ctx: Any,  # Context: spans with "needle"
+    said_ids: Tensor,  # what the model said at every step, (steps,)
+    looked: Tensor,  # position that each head attended to most, (layers, heads, steps)
+    mode: str = "teacher",  # how it was run
+) -> Trial:
+    "What came of a question, scored"
     scores, want = copy_scores(ctx.tokens.ids, ctx.spans["needle"], said_ids, looked), ctx.completion_ids
     right = len(want) > 0 and said_ids[:len(want)].tolist() == want.tolist()
     found = said_ids[said_ids == want] if mode == "teacher" else said_ids  # what was said at its own step
     recall = rouge1_recall(" ".join(ctx.answers), _text(lm, found))
-    return Trial(ctx, said_ids, _text(lm, said_ids), looked, *scores, recall=recall, right=right), prefix
+    return Trial(ctx, said_ids, _text(lm, said_ids), looked, *scores, recall=recall, right=right)
+
+
+def run_trials(
+    lm: Any,  # LongModel
+    contexts: Sequence[Any],  # Context: spans with "needle", a completion
+    task: Watch = Watch(),
+    **how: Any,  # out, engine, progress and others, as for `sweep`
+) -> list[Trial]:
+    "Trials of the retrieval score, as a sweep"
+    done = sweep(lm, [Cell.of(c) for c in contexts], task, **how)
+    said, looked = (done.table(name).partition_by("cell", as_dict=True) for name in ("said", "looked"))
+    shape = head_sizes(lm)[:2]
+    def trial(i: int, ctx: Any) -> Trial:
+        tokens, at = said[i,]["token"].to_torch(), looked[i,]["position"].to_torch()
+        return as_trial(lm, ctx, tokens, at.view(*shape, -1), task.mode)
+    return [trial(i, c) for i, c in enumerate(contexts)]
 
 
 def _text(lm: Any, ids: Tensor) -> str: return lm.decode(ids) if lm.tokenizer is not None else " ".join(map(str, ids.tolist()))

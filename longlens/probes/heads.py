@@ -15,17 +15,16 @@ import numpy as np
 import polars as pl
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..measure.intervene import head_sizes, interventions
 from ..measure.statistics import tidy
 from .ablation import ablation_curve
 from .gates import GateSettings, duo_gates, fact_text
 from .head_report import VIEWS, HeadReport
-from .head_scores import Trial, pattern_scores, qr_scores, run_trial
+from .head_scores import Trial, Watch, pattern_scores, qr_scores, run_trials
 
 # %% auto #0
-__all__ = ['METHODS', 'HeadSettings', 'run_trials', 'trial_frame', 'scores_frame', 'score_frame', 'grid_frame', 'rank_agreement',
+__all__ = ['METHODS', 'HeadSettings', 'trial_frame', 'scores_frame', 'score_frame', 'grid_frame', 'rank_agreement',
            'stability_frame', 'qr_examples', 'agreement_frame', 'retrieval_heads']
 
 # %% ../../nbs/probes/02_heads.ipynb #f2c6502a
@@ -71,18 +70,6 @@ def _grid_contexts(lm: Any, s: HeadSettings, haystack: Any) -> Iterator[tuple[in
                 yield n, depth, needle_context(lm, n, depth, **how)
 
 
-def run_trials(
-    lm: Any,  # LongModel
-    contexts: Sequence[tuple[int, float, Any]],  # length and depth that were asked for, Context
-    settings: HeadSettings,  # of which mode and max_new_tokens count
-    progress: bool = True,  # show a bar
-) -> list[Trial]:
-    "All trials, each on the prefix of the one before as far as they begin alike"
-    out, like = [], None
-    for _, _, ctx in tqdm(contexts, desc="retrieval heads", unit="trial", disable=not progress):
-        trial, like = run_trial(lm, ctx, settings.mode, like, settings.max_new_tokens)
-        out.append(trial)
-    return out
 
 # %% ../../nbs/probes/02_heads.ipynb #addfd8cc
 def _stacked(trials: Sequence[Trial], name: str) -> Tensor:  # (trials, layers, heads)
@@ -276,6 +263,8 @@ def retrieval_heads(
     n_random: int = 5,  # draws of as many other heads
     control: Any = None,  # ordinary text for the ablation's perplexity; None: generated filler
     seed: int = 0,
+    out: Any = None,  # a folder: trials are kept there, and a second call resumes
+    engine: Any = "local",  # or "ray", or a Cluster: where trials run
     progress: bool = False,  # show progress bars
 ) -> HeadReport:
     "Find a model's retrieval heads, and prove them (Wu et al. 2024, arXiv 2404.15574)"
@@ -286,7 +275,7 @@ def retrieval_heads(
     given = dict(lengths=lengths, depths=depths, trials=trials, mode=mode, wording=wording, threshold=threshold, keep_all=keep_all,
                  seed=seed)
     s, cells = _cells(lm, contexts, given, haystack)
-    done = run_trials(lm, cells, s, progress)
+    done = run_trials(lm, [c for *_, c in cells], Watch(s.mode, s.max_new_tokens), out=out, engine=engine, progress=progress)
     report = _assemble(lm, s, cells, done, methods, progress)
     report.meta |= {"ablation_mode": ablation}
     if ablation and report.meta["counted"]: _prove(lm, report, cells, done, ablation, n_random, control, progress)
