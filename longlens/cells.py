@@ -70,7 +70,7 @@ def fingerprint(
     at_work = [content(i, "intervention") for i in _ACTIVE.get(id(hf), [])]
     made = hashlib.sha256(json.dumps([config, at_work, type(hf).__name__], sort_keys=True, default=str).encode())
     for name, x in hf.state_dict().items():
-        if x.is_meta: raise ValueError(f"the weight {name} is on the meta device (offloaded), so no key can be made of it: load it on a device")
+        if x.is_meta: raise ValueError(f"the weight {name} is offloaded (on the meta device), so it makes no key: load it elsewhere")
         made.update(f"{name} {x.dtype} {tuple(x.shape)}".encode() + _sums(x))
     made.update(_said(tok).encode())
     return made.hexdigest()[:32]
@@ -112,6 +112,9 @@ class Condition:
 
     shared: ClassVar[bool] = True  # the same for all cells? False: it looks at the cell
 
+    def check(self, lm: Any, cell: Cell) -> None:
+        """Raise if the model or the cell cannot take it; called for all cells before any of them runs."""
+
     def apply(self, lm: Any, cell: Cell) -> AbstractContextManager[Any]:
         """A block in which the model is changed."""
         raise NotImplementedError(f"{type(self).__name__} must define apply(lm, cell), which returns a context manager")
@@ -122,6 +125,9 @@ class Changed(Condition):
     """Interventions that are the same for every cell."""
 
     interventions: tuple[Intervention, ...]
+
+    def check(self, lm: Any, cell: Cell) -> None:
+        for i in self.interventions: i.prepare(lm)
 
     @contextmanager
     def apply(self, lm: Any, cell: Cell) -> Iterator[None]:

@@ -17,7 +17,7 @@ from typing import Any
 
 # %% auto #0
 __all__ = ['REPORTS', 'MENDABLE', 'parser', 'read_text', 'first_tokens', 'example_text', 'load_model', 'sinks_report',
-           'heads_report', 'probes', 'report', 'one_line', 'show', 'main']
+           'heads_report', 'middle_report', 'grid_report', 'probes', 'report', 'one_line', 'show', 'main']
 
 # %% ../nbs/05_cli.ipynb #e2b0fcfa
 def parser() -> argparse.ArgumentParser:
@@ -31,7 +31,10 @@ def parser() -> argparse.ArgumentParser:
     add("--context", type=int, metavar="N", help="read the first N tokens of the text only")
     add("--out", type=Path, metavar="DIR", required=True, help="a new folder for the page and the tables")
     add("--overwrite", action="store_true", help="replace DIR, if longlens wrote it")
-    add("--probes", default="sinks,heads", metavar="LIST", help="what to measure, with commas: sinks, heads (default: both)")
+    add("--probes", default="sinks,heads,middle,grid", metavar="LIST",
+        help="what to measure, with commas (default: all: sinks,heads,middle,grid)")
+    add("--results", type=Path, metavar="DIR", help="keep answers there while they come in; the same command again goes on from them")
+    add("--engine", choices=["local", "ray"], default="local", help="where questions are asked (default: here)")
     add("--allow-longer", action="store_true", help="go beyond the length the model was made for, where its positions can")
     add("--device", help="cpu, cuda, cuda:1 ... (default: as the model is loaded)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="number format of the weights (default: as they are stored)")
@@ -88,27 +91,67 @@ def load_model(
 def sinks_report(
     lm: Any,        # `LongModel`
     tokens: Any,    # `Tokens`: the text
+    **_: Any,
 ) -> Any:           # `SinkReport`
     "Attention sinks in the text"
     import longlens
     return longlens.attention_sinks(lm, [tokens], progress=True)
 
 
+def _haystack(lm: Any, tokens: Any, probe: str) -> Any:
+    "The text as a haystack"
+    import longlens
+    if lm.tokenizer is None: raise ValueError(f"{lm.name} has no tokenizer, so it cannot be asked anything: leave {probe} out of --probes")
+    return longlens.Haystack.from_text(tokens.text, repeat=True)
+
+
+def _lengths(lm: Any, n: int) -> list[int]:    # a quarter, a half and all of the text
+    least = min(256, lm.max_length or 256)
+    return sorted({max(least, n // k) for k in (4, 2, 1)})
+
+
 def heads_report(
     lm: Any,        # `LongModel`
     tokens: Any,    # `Tokens`: the text
+    **how: Any,     # out, engine, progress
 ) -> Any:           # `HeadReport`
     "Retrieval heads, on needles in the text"
     import longlens
-    if lm.tokenizer is None: raise ValueError(f"{lm.name} has no tokenizer, so it cannot be asked anything: leave heads out of --probes")
-    least = min(256, lm.max_length or 256)
-    lengths = sorted({max(least, len(tokens) // k) for k in (4, 2, 1)})
-    haystack = longlens.Haystack.from_text(tokens.text, repeat=True)
-    return longlens.retrieval_heads(lm, lengths=lengths, depths=(0, 25, 50, 75, 100), haystack=haystack, control=tokens.ids[:512],
-                                    progress=True)
+    return longlens.retrieval_heads(lm, lengths=_lengths(lm, len(tokens)), depths=(0, 25, 50, 75, 100),
+                                    haystack=_haystack(lm, tokens, "heads"), control=tokens.ids[:512], **how)
+
+# %% ../nbs/05_cli.ipynb #56d462ff
+def middle_report(
+    lm: Any,        # `LongModel`
+    tokens: Any,    # `Tokens`: the text, of which the length counts
+    **how: Any,     # out, engine, progress
+) -> Any:           # `MiddleReport`
+    "Answers by the place of the right document"
+    import longlens
+    from longlens.questions import fact_questions, place
+    _haystack(lm, tokens, "middle")
+    room = max(min(256, lm.max_length or 256), len(tokens))
+    for sentences in (5, 2, 0):
+        few, more = (len(place(lm, fact_questions(1, k, sentences=sentences)[0], allow_longer=True)) for k in (2, 6))
+        each = 1.1 * (more - few) / 4    # tokens of a document; some are longer
+        n = min(20, int((room - few) / each) + 2)
+        if n >= 10: break
+    if n < 3: raise ValueError(f"{room:,} tokens have no room for three documents: leave middle out of --probes")
+    return longlens.lost_in_the_middle(lm, fact_questions(10, n, sentences=sentences), positions=5, **how)
 
 
-REPORTS = {"sinks": sinks_report, "heads": heads_report}
+def grid_report(
+    lm: Any,        # `LongModel`
+    tokens: Any,    # `Tokens`: the text
+    **how: Any,     # out, engine, progress
+) -> Any:           # `GridReport`
+    "Needles in the text, by depth and length"
+    import longlens
+    haystack = _haystack(lm, tokens, "grid")
+    return longlens.needle_grid(lm, _lengths(lm, len(tokens)), (0, 25, 50, 75, 100), trials=2, haystack=haystack, **how)
+
+
+REPORTS = {"sinks": sinks_report, "heads": heads_report, "middle": middle_report, "grid": grid_report}
 
 
 def probes(
@@ -135,7 +178,8 @@ def report(
     print(f"{lm.name} reads {len(tokens):,} tokens")
 
     from longlens.views.page import write_page
-    made = {name: REPORTS[name](lm, tokens) for name in names}
+    how = {"out": asked.results, "engine": asked.engine, "progress": True}
+    made = {name: REPORTS[name](lm, tokens, **how) for name in names}
     with new_folder(asked.out, asked.overwrite) as folder:
         atomic_write(folder / "text.txt", tokens.text or "")
         for name, r in made.items(): r.save(folder / name)

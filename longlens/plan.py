@@ -9,6 +9,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ def _common(ids: Sequence[np.ndarray]) -> np.ndarray:  # (k - 1,)
     """How many tokens neighbours begin with in common."""
     import torch
 
-    return np.array([_shared(torch.from_numpy(a), torch.from_numpy(b)) for a, b in zip(ids, ids[1:], strict=False)], dtype=np.int64)
+    return np.array([_shared(torch.from_numpy(a), torch.from_numpy(b)) for a, b in pairwise(ids)], dtype=np.int64)
 
 
 def branch_points(
@@ -102,7 +103,7 @@ def make_batches(
     grain: int | None = None,  # shared beginnings are multiples of this many tokens; None: 8 to 512, by the longest prompt
 ) -> list[Batch]:
     """All cells as batches, in the order in which they run."""
-    if batch_size < 1 or (grain is not None and grain < 1): raise ValueError(f"batch_size {batch_size} and grain {grain}: each is 1 or more")
+    if batch_size < 1 or (grain is not None and grain < 1): raise ValueError(f"batch_size {batch_size}, grain {grain}: each is 1 or more")
     grain = grain or min(512, max(8, max(map(len, cells)) // 128))
     out: list[Batch] = []
     for condition, mine in _by_condition(cells):
@@ -167,9 +168,9 @@ class Plan:
     def frame(self) -> pl.DataFrame:
         """One row a batch that is left: cells, tokens of each prompt, tokens shared, tokens computed."""
         left = self.left
-        return pl.DataFrame({"cells": [len(b.cells) for b in left], "prompt_tokens": [b.n for b in left], "shared": [b.shared for b in left],
-                             "computed": tokens_of(left, self.cells)},
-                            schema={c: pl.Int64 for c in ("cells", "prompt_tokens", "shared", "computed")})
+        columns = {"cells": [len(b.cells) for b in left], "prompt_tokens": [b.n for b in left], "shared": [b.shared for b in left],
+                   "computed": tokens_of(left, self.cells)}
+        return pl.DataFrame(columns, schema=dict.fromkeys(columns, pl.Int64))
 
     def __repr__(self) -> str:
         lines = [f"{len(self.cells):,} cells" + f", {len(self.finished):,} of them finished" * bool(self.finished)]
@@ -177,7 +178,8 @@ class Plan:
             share = f" ({100 * self.tokens / self.naive:.0f} % of {self.naive:,} without shared beginnings)"
             lines.append(f"{self.tokens:,} tokens to compute{share}, in {len(self.left):,} batches")
             if self.memory is not None:
-                free = "" if self.memory.available is None else f", {_bytes(self.memory.available)} free"
+                scarce = self.memory.available is not None and self.memory.needed > self.memory.available / 4
+                free = f", {_bytes(self.memory.available or 0)} free" * scarce
                 lines.append(f"{_bytes(self.memory.needed)} of memory on top of {_bytes(self.memory.weights)} of weights{free}")
         lines.append(f"results in {self.folder}" if self.folder else "results in memory only (out= keeps them)")
         return "Plan: " + "\n      ".join(lines)

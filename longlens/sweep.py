@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from tqdm.auto import tqdm
 from .cells import Cell, Start, Tables, Task, cell_key, fingerprint
 from .forward import _check_length
 from .measure.attach import attach
-from .measure.intervene import interventions
 from .plan import Batch, Plan, chain_tokens, make_batches, same_condition
 from .prefix import Prefix, _fork, _new_cache, _rope_regime, _shared
 from .store import COSTS, Store, as_row
@@ -106,8 +105,8 @@ def _smaller(self: Runner, cells: Sequence[Cell], error: BaseException) -> bool:
     tried, self.chain = min(self.chunk, n), None
     if self.lm.device.type == "cuda": torch.cuda.empty_cache()
     if tried < 32 and few:
-        raise MemoryError(f"{self.lm.name} runs out of memory on {n:,} tokens even in chunks of {tried}: take shorter contexts, or a device "
-                          f"with more memory") from error
+        raise MemoryError(f"{self.lm.name} runs out of memory on {n:,} tokens even in chunks of {tried}: take shorter contexts, or a "
+                          f"device with more memory") from error
     what = f"chunks are halved from {tried:,} to {tried // 2:,} tokens" if tried >= 32 else f"its {len(cells)} cells are run in two parts"
     warnings.warn(f"out of memory in a batch of {len(cells)} x {n:,} tokens: {what}, and the sweep goes on", SweepWarning, stacklevel=3)
     if tried >= 32: self.chunk = tried // 2
@@ -128,7 +127,8 @@ def run_batch(
             with attach(runner.lm): return runner.task.run(runner.lm, cells, _started(runner, cells, cuts))
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error): raise
-            if not _smaller(runner, cells, error): return [t for part in (cells[:half], cells[half:]) for t in run_batch(runner, part, cuts)]
+            if not _smaller(runner, cells, error):
+                return [*run_batch(runner, cells[:half], cuts), *run_batch(runner, cells[half:], cuts)]
 
 # %% ../nbs/04_sweep.ipynb #a39ff8a9
 @dataclass(frozen=True)
@@ -221,12 +221,13 @@ def _check_cells(lm: Any, cells: Sequence[Cell], task: Task) -> None:
         n, total = len(c), len(c) + task.new_tokens(c)
         _check_length(lm, n, None)
         if lm.max_length is not None and not lm.allow_longer and total > lm.max_length:
-            raise ValueError(f"{c!r} and the {task.new_tokens(c)} tokens that may follow are more than the {lm.max_length:,} positions that "
-                             f"{lm.name} was made for: take shorter contexts, or say allow_longer=True")
+            raise ValueError(f"{c!r} and the {task.new_tokens(c)} tokens that may follow are more than the {lm.max_length:,} positions "
+                             f"that {lm.name} was made for: take shorter contexts, or say allow_longer=True")
         if _rope_regime(lm.config, n) != _rope_regime(lm.config, total):
-            raise ValueError(f"{lm.name} turns its positions otherwise in longer texts, and {c!r} would cross that border while it answers: "
+            raise ValueError(f"{lm.name} turns its positions otherwise in longer texts, and {c!r} would cross that border as it answers: "
                              f"take a context that is a little shorter or longer")
         task.check(lm, c)
+        if c.condition is not None: c.condition.check(lm, c)
 
 
 def make_plan(
@@ -241,6 +242,7 @@ def make_plan(
     grain: int | None = None,  # shared beginnings are multiples of this many tokens
 ) -> Plan:
     """What there is to do, and what it takes."""
+    reuse = reuse and _new_cache(lm.config, "all").is_croppable  # some models keep a state that cannot be taken back
     while True:
         batches = make_batches(cells, task, lm.config, reuse, batch_size, grain)
         b = max(batches, key=lambda b: len(b.cells) * b.n)
@@ -266,6 +268,7 @@ def sweep(
     grain: int | None = None,  # shared beginnings are multiples of this many tokens; None: 8 to 512, by the longest prompt
     dry_run: bool = False,  # only say what would be done
     progress: bool = False,  # show a bar, in tokens, with the time that is left
+    title: str | None = None,  # what the bar is called; None: the task's name
 ) -> Any:  # Swept, or a Plan if dry_run
     """Do a task with every cell of a grid; what is finished is kept, and not done again."""
     from longlens.models import load
@@ -277,12 +280,9 @@ def sweep(
     store.read(keys)
     plan = make_plan(lm, cells, task, store, keys, chunk, reuse, batch_size, grain)
     if dry_run: return plan
-    with tqdm(total=plan.tokens, unit="tok", unit_scale=True, desc=_title(task), disable=not progress) as bar:
+    with tqdm(total=plan.tokens, unit="tok", unit_scale=True, desc=title or type(task).__name__.lower(), disable=not progress) as bar:
         _keep(run(lm, _once(plan, keys), keys), store, bar)
     return Swept(plan, keys, store)
-
-
-def _title(task: Task) -> str: return type(task).__name__.lower()
 
 
 def _once(plan: Plan, keys: Sequence[str]) -> Plan:

@@ -52,7 +52,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[object]:
     return read
 
 
-def run(*args: str) -> int: return cli.main(["report", *args])
+def run(*args: str) -> int: return cli.main(["report", "--probes", "sinks,heads", *args])
 
 
 def test_page_tables_and_text(quick: list[object], capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,7 +79,7 @@ def test_context_reads_the_beginning(quick: list[object]) -> None:
     (["--text", "words.txt", "--context", "5"], "--context 5: the text has only 4 tokens"),
     (["--text", "words.txt", "--context", "0"], "at least one token"),
     (["./nowhere"], "there is no model folder ./nowhere"),
-    (["--probes", "sinks,tails"], "there is no probe 'tails', only sinks, heads"),
+    (["--probes", "sinks,tails"], "there is no probe 'tails', only sinks, heads, middle, grid"),
     (["--out", "taken"], "taken exists: choose another folder, or replace it with --overwrite"),
     (["--out", "taken", "--overwrite"], "taken holds something that longlens did not write"),
     (["--out", "words.txt"], "words.txt is a file"),

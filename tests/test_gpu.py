@@ -80,3 +80,19 @@ def test_capture_of_a_small_llama() -> None:
         other = gpu.frame(name)
         for column in frame.columns:
             torch.testing.assert_close(torch.tensor(other[column].to_numpy()), torch.tensor(frame[column].to_numpy()), rtol=1e-3, atol=1e-3)
+
+
+def test_sweep_of_a_small_llama() -> None:
+    "Shared beginnings, batches and answers on the GPU give what they give on the CPU"
+    import longlens as ll
+    from longlens.cells import Cell
+    from longlens.haystack import Haystack
+    from longlens.probes.asking import Ask
+    lms = [ll.load(device=d) for d in ("cpu", "cuda")]
+    at = [(d, t) for d in (10, 50, 90) for t in range(3)]
+    cells = [Cell.of(ll.needle_context(lms[0], 600, d, wording="facts", haystack=Haystack.generated(0), seed=t)) for d, t in at]
+    want, got = (ll.sweep(lm, cells, Ask(4, heads_on="needle")) for lm in lms)
+    assert want.table("answers")["said"].equals(got.table("answers")["said"])
+    for name, column in (("answers", "logprob"), ("attention", "mass")):
+        a, b = (s.table(name)[column].to_torch() for s in (want, got))
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)

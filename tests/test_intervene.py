@@ -1,10 +1,14 @@
 """Interventions against references made by other means, on every architecture of the zoo"""
 from __future__ import annotations
 
+import copy
+from contextlib import ExitStack
+from itertools import combinations_with_replacement
+
 import pytest
 import torch
 from transformers import DynamicCache
-from zoo import CAUSAL, ENCODERS, token_ids, zoo_model
+from zoo import CAUSAL, ENCODERS, POSITIONS, token_ids, zoo_model
 
 import longlens as ll
 from longlens.measure.attach import _EDITS, _HELD, UnsupportedModel
@@ -15,6 +19,7 @@ from longlens.measure.intervene import (
     Intervention,
     LambdaMask,
     Streaming,
+    Turner,
     ablate,
     check_heads,
     head_sizes,
@@ -27,6 +32,7 @@ from longlens.measure.intervene import (
     streaming,
     temperature,
 )
+from longlens.measure.positions import ms_poe, set_based
 from longlens.measure.statistics import Entropy, Received, Rows, SpanMass
 
 N = 40
@@ -157,7 +163,6 @@ def test_soft_capped_spans_are_refused() -> None:
 @torch.no_grad()
 def test_positions_can_be_turned_back(name: str) -> None:
     "With all rotations undone, a model gives the same scores as one that was run at position 0 throughout"
-    from longlens.measure.intervene import Turner
     model, ids = zoo_model(name), token_ids(N)
     here, there = Keep(), Keep()
     with intervene(model, here): model(ids)
@@ -179,6 +184,86 @@ def test_lambda_mask_in_pieces(name: str) -> None:
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=1e-3)
     a, b = (seen.frame("received").filter(sample=s).drop("sample") for s in (0, 1))
     assert (a["received"] - b["received"]).abs().max() < 1e-3
+
+
+def dynamic(name: str):
+    "A model of the zoo whose rotary frequencies grow with the text beyond its trained length"
+    model = zoo_model(name)
+    config = copy.deepcopy(model.config)
+    rope = config.rope_parameters
+    (rope if "rope_type" in rope else rope["full_attention"]).update(rope_type="dynamic", factor=2.)
+    built = type(model)(config).eval()
+    built.load_state_dict(model.state_dict())
+    return built
+
+
+def frequencies(model) -> dict[str, torch.Tensor]:
+    return {name: b.clone() for name, b in model.named_buffers() if name.endswith("inv_freq") and "original" not in name}
+
+
+def rotated_back(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    "Queries or keys before the rotation of their first dimensions, as many as there are angles"
+    d = cos.shape[-1]
+    x, rest = x[..., :d], x[..., d:]
+    return torch.cat([x * cos - torch.cat([-x[..., d // 2:], x[..., :d // 2]], -1) * sin, rest], -1)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gemma3"])
+@torch.no_grad()
+def test_distances_do_not_set_dynamic_frequencies_back(name: str) -> None:
+    "Beyond the trained length, first tokens are unrotated by the frequencies that rotated them, in all layers"
+    model, ids, at, ceiling, seen = dynamic(name), token_ids(POSITIONS + 40), torch.arange(POSITIONS + 40)[None], 30, Keep()
+    short = frequencies(model)
+    model(ids)
+    used = frequencies(model)
+    assert any((x != short[name]).any() for name, x in used.items())
+    with lambda_mask(model, 6, 20, ceiling), intervene(model, seen): model(ids)
+    assert all(torch.equal(x, used[name]) for name, x in frequencies(model).items())
+    kinds = model.config.layer_types if name == "gemma3" else [None] * len(seen.seen)
+    for layer, (call, _) in seen.seen.items():
+        cos, sin = model.model.rotary_emb(call.q, at, *[kinds[layer]] * (name == "gemma3"))  # as in the forward: up to the last token
+        far_q, far_k = call.streams[0].far
+        torch.testing.assert_close(far_k, rotated_back(call.k, cos, sin), atol=1e-4, rtol=1e-3)
+        capped = (x[:, at[0].clamp_max(ceiling)] for x in (cos, sin))
+        torch.testing.assert_close(rotated_back(far_q, *capped), rotated_back(call.q, cos, sin), atol=1e-4, rtol=1e-3)
+
+
+TURNING = {"lambda_mask": lambda m: lambda_mask(m, 2, 8), "ms_poe": lambda m: ms_poe(m, first_layer=0),
+           "set_based": lambda m: set_based(m, [(4, 9), (9, 16)])}
+
+
+@pytest.mark.parametrize("pair", list(combinations_with_replacement(TURNING, 2)), ids="-".join)
+@torch.no_grad()
+def test_only_one_changes_positions(pair: tuple[str, str]) -> None:
+    "In either order; the model is free again afterwards"
+    model, ids = zoo_model("llama"), token_ids(N)
+    before = model(ids).logits
+    for first, second in (pair, pair[::-1]):
+        with ExitStack() as stack:
+            for one in (first, second): stack.enter_context(TURNING[one](model))
+            with pytest.raises(UnsupportedModel, match=f"{first} and {second} change positions of the same layer: use one"): model(ids)
+        with TURNING[first](model): model(ids)
+    assert torch.equal(model(ids).logits, before) and not (_EDITS or _ACTIVE or _HELD)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "qwen3"])
+@torch.no_grad()
+def test_scaled_spans_inside_lambda_mask(name: str) -> None:
+    "First tokens that stand at the ceiling are scaled as all others; before lambda_mask, scale_spans is refused"
+    model, ids, c = zoo_model(name), token_ids(N), 2.5
+    plain, scaled = Keep(), Keep()
+    with lambda_mask(model, 4, 9, 12), intervene(model, plain): model(ids)
+    with lambda_mask(model, 4, 9, 12), scale_spans(model, {"a": (1, 3), "b": (33, 36)}, c, heads=[(0, 1)]), intervene(model, scaled):
+        model(ids)
+    p, got, w = formed(plain.seen[0][0]), formed(scaled.seen[0][0]), torch.ones(N)
+    w[1:3] = w[33:36] = c
+    want = p[:, 1] * w
+    torch.testing.assert_close(got[:, 1], want / want.sum(-1, keepdim=True), atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(got[:, 0], p[:, 0], atol=1e-5, rtol=1e-3)
+    v = scaled.seen[0][0].v.repeat_interleave(4 // scaled.seen[0][0].v.shape[1], 1)
+    torch.testing.assert_close(scaled.seen[0][1], got @ v, atol=1e-4, rtol=1e-3)
+    with scale_spans(model, {"a": (1, 3)}, 2.), lambda_mask(model, 4, 9), pytest.raises(UnsupportedModel, match="enter scale_spans after"):
+        model(ids)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "deepseek_v3"])

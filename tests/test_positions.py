@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import DynamicCache
 from zoo import CAUSAL, LAYERS, VOCAB, ZOO, token_ids, zoo_model
 
 import longlens as ll
+from longlens.measure import kernels
 from longlens.measure.attach import _EDITS, _HELD, UnsupportedModel
 from longlens.measure.capture import capture
 from longlens.measure.intervene import (
@@ -28,9 +30,11 @@ from longlens.measure.intervene import (
     streaming,
     temperature,
 )
+from longlens.measure.kernels import OptionRule, Scores, attend, attend_blocked
+from longlens.measure.masks import Mask, positions, visible_tile
 from longlens.measure.positions import POSITION_SCALINGS, MsPoE, SetBased, ms_poe, rescaled_positions, set_based
 from longlens.measure.redistribute import Redistribute, redistribute, redistributed_masses
-from longlens.measure.statistics import SinkMass
+from longlens.measure.statistics import Received, Rows, SinkMass
 from longlens.prefix import _new_cache
 
 N = 40
@@ -281,6 +285,153 @@ def test_what_set_based_cannot_do() -> None:
     for bad, match in (([], "needs the options"), ([(4, 9), (11, 12)], "tokens 9 to 10 stand between"), ([(4, 9), (8, 12)], "overlap"),
                        ([(4, 4)], "at least one token"), ([[(4, 9)], [(8, 12)]], "the blocks")):
         with pytest.raises(ValueError, match=match), set_based(model, bad): pass
+
+
+# Options in the kernels
+
+
+@st.composite
+def option_calls(draw, dtypes=(torch.float32, torch.float64)) -> tuple[Scores, torch.Tensor]:
+    "Queries anywhere in a text with blocks of options: cached, padded, with room for keys to come, with what kernels cannot do"
+    g, dtype = torch.Generator().manual_seed(draw(st.integers(0, 2**31))), draw(st.sampled_from(dtypes))
+    batch, kv, group, d = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 9))
+    blocks, end = [], 0
+    for lengths in draw(st.lists(st.lists(st.integers(1, 7), min_size=1, max_size=4), min_size=1, max_size=3)):
+        edges = torch.tensor([end + draw(st.integers(0, 6)), *lengths]).cumsum(0).tolist()
+        blocks.append(tuple(pairwise(edges)))
+        end = edges[-1]
+    past, n = draw(st.integers(0, end + 3)), draw(st.integers(1, end + 6))
+    n_k = past + n + draw(st.integers(0, 2))
+    edge, holes = torch.tensor([[draw(st.integers(0, n_k))] for _ in range(batch)]), torch.rand(batch, n_k, generator=g) < .7
+    keep = draw(st.sampled_from([None, torch.arange(n_k) >= edge, torch.arange(n_k) < edge, holes]))
+    at = None if keep is None else positions(Mask(keep=keep), n_k)
+    also = draw(st.sampled_from([None, None, None, lambda b, h, q, k: (q - k) % 3 != 1]))
+    mask = Mask(draw(st.none() | st.none() | st.integers(0, 20)), 0, past, keep, OptionRule(tuple(blocks), at, also=also))
+
+    def make(heads: int, m: int) -> torch.Tensor:
+        return (torch.randn(batch, heads, m, d, generator=g) * draw(st.sampled_from([.5, 3.]))).to(dtype)
+    cap = draw(st.none() | st.none() | st.just(3.))
+    return Scores(make(kv * group, n), make(kv, n_k), .4, mask, cap), make(kv, n_k)
+
+
+def seen_by_hand(m: Mask, batch: int, n: int, n_k: int) -> torch.Tensor:
+    "Who sees whom, pair by pair, from the definition, (batch, n, n_k)"
+    seen, rule = torch.zeros(batch, n, n_k, dtype=torch.bool), m.rule
+    option = {p: (i, j) for i, block in enumerate(rule.blocks) for j, (a, b) in enumerate(block) for p in range(a, b)}
+    for s in range(batch):
+        keep = [True] * n_k if m.keep is None else m.keep[s].tolist()
+        at = [sum(keep[:j]) for j in range(n_k)]  # tokens before it, padding aside
+        for i in range(n):
+            for j in range(m.offset + i + 1):
+                a, b = option.get(at[m.offset + i]), option.get(at[j])
+                hidden = a is not None and b is not None and a[0] == b[0] and a != b
+                near = m.left is None or m.offset + i - j <= m.left
+                also = rule.also is None or bool(rule.also(s, 0, m.offset + i, j))
+                seen[s, i, j] = keep[m.offset + i] and keep[j] and near and also and not hidden
+    return seen
+
+
+@settings(max_examples=150, deadline=None)
+@given(call=option_calls())
+def test_kernels_see_of_options_what_the_rule_says(call) -> None:
+    "Two ways to the same: the fused kernels by the blocks, and the tiles by the rule; and both by the definition"
+    s, v = call
+    (batch, _, n, _), n_k = s.q.shape, s.k.shape[2]
+    out, lse = attend(s.q, s.k, v, s.scale, s.mask, s.softcap)
+    by_rule = attend_blocked(s, v)
+    for got, want in zip((out, lse), by_rule, strict=True): torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
+    seen = seen_by_hand(s.mask, batch, n, n_k)
+    for b in range(batch):
+        tile = visible_tile(s.mask, b, slice(0, 1), range(n), range(n_k), torch.device("cpu"))
+        own = seen[b].any(-1, keepdim=True) | (s.mask.keep is None or s.mask.keep[b, s.mask.offset:s.mask.offset + n, None])
+        assert torch.equal(tile & own, seen[b])
+    x = s.q.double() @ s.k.double().repeat_interleave(s.group, 1).mT * s.scale
+    if s.softcap: x = s.softcap * torch.tanh(x / s.softcap)
+    x = x.masked_fill(~seen[:, None], -torch.inf)
+    torch.testing.assert_close(lse.double(), x.logsumexp(-1), atol=2e-5, rtol=1e-5)
+    want = x.softmax(-1).nan_to_num() @ v.double().repeat_interleave(s.group, 1)
+    torch.testing.assert_close(out.double(), want, atol=5e-5, rtol=1e-4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(call=option_calls(), cuts=st.lists(st.integers(1, 30), max_size=3))
+def test_chunks_of_queries_among_options(call, cuts) -> None:
+    s, v = call
+    n = s.q.shape[2]
+    whole, edges = attend(s.q, s.k, v, s.scale, s.mask, s.softcap), sorted({0, n, *(c for c in cuts if c < n)})
+    parts = [attend(s.q[:, :, a:b], s.k, v, s.scale, replace(s.mask, offset=s.mask.offset + a), s.softcap) for a, b in pairwise(edges)]
+    for got, want in zip(zip(*parts, strict=True), whole, strict=True):
+        torch.testing.assert_close(torch.cat(got, 2), want, atol=2e-5, rtol=1e-5)
+
+
+def test_gradients_and_half_precision_among_options() -> None:
+    "A kernel's log-sum-exp carries no gradient: a call that needs one goes by the rule"
+    g, rule = torch.Generator().manual_seed(0), OptionRule((((3, 8), (8, 10)), ((12, 13), (13, 17))))
+    q, k, v = (torch.randn(1, h, 20, 8, generator=g, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
+    seen = seen_by_hand(Mask(rule=rule), 1, 20, 20)
+    x = (q @ k.repeat_interleave(2, 1).mT * 8**-.5).masked_fill(~seen[:, None], -torch.inf)
+    formed = x.softmax(-1) @ v.repeat_interleave(2, 1)
+    out, lse = attend(q, k, v, mask=Mask(rule=rule))
+    want = torch.autograd.grad(formed.square().sum(), (q, k, v))
+    for a, b in zip(torch.autograd.grad(out.square().sum(), (q, k, v)), want, strict=True): torch.testing.assert_close(a, b)
+    assert not lse.requires_grad
+    with torch.no_grad():
+        for dtype, tol in ((torch.bfloat16, 3e-2), (torch.float16, 4e-3)):
+            out, lse = attend(*(t.to(dtype) for t in (q, k, v)), mask=Mask(rule=rule))
+            assert out.dtype == dtype
+            torch.testing.assert_close(out.double(), formed, atol=tol, rtol=tol)
+            torch.testing.assert_close(lse.double(), x.logsumexp(-1), atol=tol, rtol=tol)
+
+
+PLAIN = [name for name in ROTARY if name not in ("mistral", "gemma2", "gemma3", "gpt_oss")]  # without windows and soft caps
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@torch.no_grad()
+def test_options_of_plain_layers_go_by_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    "Whole, in pieces, one token at a time, padded: with the blocked path taken away"
+    model, ids = zoo_model(name), token_ids(N)
+    with set_based(model, BLOCKS): want = model(ids).logits
+
+    def refuse(*_): raise AssertionError("the blocked path was taken")
+    monkeypatch.setattr(kernels, "attend_blocked", refuse)
+    with set_based(model, BLOCKS):
+        close(model(ids).logits, want)
+        close(in_pieces(model, ids, (10, 23, 38, 39)), want)
+        close(in_pieces(model, ids, range(1, N)), want)
+        close(model(**left_padded(ids)).logits[:, 6:], want)
+        with temperature(model, .7), scale_spans(model, {"a": (4, 9)}, 2.): model(ids)
+
+
+@torch.no_grad()
+def test_layers_with_learned_sinks_among_options() -> None:
+    "The sink joins the denominator after the parts are merged"
+    model, ids, seen = zoo_model("gpt_oss"), token_ids(N), Keep()
+    with set_based(model, BLOCKS), intervene(model, seen): model(ids)
+    call = next(c for c in seen.final.values() if c.mask.left is None)
+    close(call.attend()[0], attend(call.q, call.k, call.v, call.scale, replace(call.mask, rule=seen_by_hand(call.mask, 1, N, N)[:, None]),
+                                   sinks=call.sinks)[0])
+    assert call.sinks is not None
+
+
+@torch.no_grad()
+def test_statistics_see_the_rule() -> None:
+    "What is captured while the kernels go by the blocks is the pattern of the mask, options hidden"
+    model, ids, seen = zoo_model("llama"), token_ids(N), Keep()
+    with set_based(model, BLOCKS), intervene(model, seen), capture(model, Rows(range(N), top=None), Received()) as got: model(ids)
+    for layer, call in seen.final.items():
+        assert isinstance(call.mask.rule, OptionRule) and (call.mask.left, call.mask.right, call.mask.keep) == (None, 0, None)
+        visible = seen_by_hand(call.mask, 1, N, N)[0]
+        x = (call.q @ call.k.repeat_interleave(2, 1).mT * call.scale)[0].masked_fill(~visible, -torch.inf)
+        pattern = x.softmax(-1)
+        rows = got.frame("rows").filter(layer=layer)
+        weights = torch.zeros(4, N, N)
+        weights[tuple(rows[c].to_torch().long() for c in ("head", "query", "position"))] = rows["weight"].to_torch().float()
+        torch.testing.assert_close(weights, pattern, atol=1e-5, rtol=1e-4)
+        assert (weights[:, ~visible] == 0).all()
+        close(seen.outs[layer][0], pattern @ call.v[0].repeat_interleave(2, 0))
+        received = got.frame("received").filter(layer=layer).sort("head", "position")["received"].to_torch().float().view(4, N)
+        torch.testing.assert_close(received, pattern.sum(1), atol=1e-4, rtol=1e-3)
 
 
 # Rescaled positions

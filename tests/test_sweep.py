@@ -160,7 +160,8 @@ def test_cuts_are_where_prompts_part(prompts: list[list[int]], grain: int) -> No
 def test_every_setting_makes_another_key() -> None:
     lm = ll.load()
     cell, made = Cell(torch.arange(3, 40), spans={"gold": range(3, 9)}), fingerprint(lm)
-    conditions = [None, *(Changed((Temperature(t),)) for t in (0.5, 1.5)), Changed((Ablate([(0, 1)]),)), Changed((Ablate([(0, 1)], "uniform"),))]
+    silent = [Changed((Ablate([(0, 1)], mode),)) for mode in ("zero", "uniform")]
+    conditions = [None, *(Changed((Temperature(t),)) for t in (0.5, 1.5)), *silent]
     tasks = [Ask(), Ask(50), Ask(stop=(".",)), Ask(heads_on="needle"), Ask(mean_on="x")]
     keys = {cell_key(replace(cell, condition=c), t, made) for c in conditions for t in tasks}
     assert len(keys) == len(conditions) * len(tasks)
@@ -199,3 +200,14 @@ def test_an_error_keeps_what_is_finished(tmp_path: Path) -> None:
     lm, cells = ll.load(zoo_model("llama"), check=False), [Cell(token_ids(n)[0]) for n in (40, 61, 80)]
     with pytest.raises(FloatingPointError): sweep(lm, cells, Fails(), out=tmp_path / "r")
     assert len(sweep(lm, cells, Fails(), out=tmp_path / "r", dry_run=True).finished) == 1
+
+
+def test_a_condition_that_the_model_cannot_take_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    from longlens.probes.remedies import REMEDIES
+    lm, ids = ll.load(zoo_model("gpt2"), check=False), token_ids(40)[0]
+    spans = {"document_0": range(5, 10), "document_1": range(10, 20)}
+    for name in ("ms_poe", "set_based", "yarn"):
+        cells = [Cell(ids), Cell(ids, spans=spans, condition=REMEDIES[name].condition)]
+        with pytest.raises(UnsupportedModel, match="no rotary module"): sweep(lm, cells, Logits(), out=tmp_path / name)
+    with pytest.raises(IndexError, match="layer 7"): sweep(lm, [Cell(ids), Cell(ids, condition=Changed((Ablate([(7, 0)]),)))], Logits())
+    assert not list(tmp_path.glob("*/part-*"))

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -300,11 +300,10 @@ class Turner:
         self.kinds = config.layer_types if "layer_type" in inspect.signature(self.rotary.forward).parameters else None
 
     def _angles(self, x: Tensor, at: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        "Cosine and sine of positions (batch, n), without the scaling that some models hide in them"
-        assert self.rotary is not None
+        "Cosine and sine of positions (batch, n), by the frequencies of the model's last forward, less the scaling that some hide in them"
         kind = {} if self.kinds is None else {"layer_type": self.kinds[layer]}
         scaling = getattr(self.rotary, "_".join([*kind.values(), "attention_scaling"]), 1.0)
-        cos, sin = self.rotary(x.float(), at, **kind)
+        cos, sin = inspect.unwrap(type(cast(nn.Module, self.rotary)).forward)(self.rotary, x.float(), at, **kind)
         return (cos / scaling).to(x), (sin / scaling).to(x)
 
     def turn(
@@ -319,6 +318,28 @@ class Turner:
         if apply is None: raise UnsupportedModel(f"{type(call.module).__name__} does not say how it rotates: no apply_rotary_pos_emb")
         cos, sin = self._angles(x, by.expand(len(x), -1), layer)
         return apply(x, x[:, :1], cos, sin)[0]
+
+    def turned(
+        self,
+        call: LayerCall,  # whose module says how
+        layer: int,  # its number
+        x: Tensor,  # rotated queries or keys, (batch, heads, n, d_head)
+        by: Tensor,  # how far, in tokens, (batch|1, n), or (batch|1, heads, n) where heads differ
+    ) -> Tensor:  # as x
+        "The same for an intervention at work, which must be alone in it; computed in float32 or more"
+        _check_turn(call)
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        if by.ndim == 3: wide, by = wide.flatten(0, 1)[:, None], by.expand(len(x), -1, -1).flatten(0, 1)
+        return self.turn(call, layer, wide, by).reshape(x.shape).to(x.dtype)
+
+
+def _check_turn(call: LayerCall) -> None:
+    "Raise if another intervention turns too, or if queries are no longer what the model made"
+    at_work = [getattr(e, "what", None) for e in _EDITS.get(id(call.module), [])]
+    turning = [what.name for what in at_work if what is not None and getattr(what, "turner", None) is not None]
+    if len(turning) > 1: raise UnsupportedModel(f"{' and '.join(turning)} change positions of the same layer: use one of them at a time")
+    if (d := call.q.shape[-1]) != getattr(call.module, "head_dim", d):
+        raise UnsupportedModel(f"queries are {d} wide and not {call.module.head_dim}: enter scale_spans after what changes positions")
 
 # %% ../../nbs/measure/06_intervene.ipynb #f19edfc4
 @dataclass(frozen=True)
@@ -341,8 +362,8 @@ class LambdaMask(Intervention):
         n_q, n_k, off = call.q.shape[2], call.k.shape[2], call.mask.offset
         at = positions(call.mask, n_k, call.q.device).clamp_min(0)  # (batch|1, n_keys)
         mine = at[:, off:off + n_q]
-        q = self.turner.turn(call, layer, call.q, mine.clamp_max(self.ceiling) - mine)
-        k = self.turner.turn(call, layer, call.k, -at)
+        q = self.turner.turned(call, layer, call.q, mine.clamp_max(self.ceiling) - mine)
+        k = self.turner.turned(call, layer, call.k, -at)
         return replace(call, streams=(*call.streams, Stream(_mine(None, call, layer), self.sink, self.recent, (q, k))))
 
 # %% ../../nbs/measure/06_intervene.ipynb #9b79313c
@@ -432,13 +453,15 @@ class ScaleSpans(Intervention):
 
     def before(self, call: LayerCall, layer: int) -> LayerCall:
         if call.softcap is not None: raise UnsupportedModel("spans cannot be scaled where logits are soft-capped (Gemma 2)")
-        if any(st.far is not None for st in call.streams):
-            raise UnsupportedModel("spans cannot be scaled inside lambda_mask: enter scale_spans first")
         on = torch.full((call.q.shape[1],), self.heads is None)
         on[[h for l, h in self.heads or () if l == layer]] = True
-        q = torch.cat([call.q, on.to(call.q)[None, :, None, None].expand(*call.q.shape[:3], 1)], -1)
-        k = torch.cat([call.k, (self._added(call) / call.scale).to(call.k)[:, None, :, None].expand(*call.k.shape[:3], 1)], -1)
-        return replace(call, q=q, k=k)
+        added = self._added(call) / call.scale
+
+        def wider(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+            return (torch.cat([q, on.to(q)[None, :, None, None].expand(*q.shape[:3], 1)], -1),
+                    torch.cat([k, added.to(k)[:, None, :, None].expand(*k.shape[:3], 1)], -1))
+        (q, k), far = wider(call.q, call.k), [None if st.far is None else wider(*st.far) for st in call.streams]
+        return replace(call, q=q, k=k, streams=tuple(replace(st, far=f) for st, f in zip(call.streams, far, strict=True)))
 
     def _added(self, call: LayerCall) -> Tensor:  # (batch|1, n_keys)
         "What is added to the logits of every key"

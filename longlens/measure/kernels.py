@@ -6,20 +6,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
 from longlens.measure.masks import (
-    Mask, Stream, _band, _inside, _of_sample, key_range, real_queries, stream_tile, visible_keys, visible_tile,
+    Mask, Stream, _band, _inside, _of_sample, key_range, positions, real_queries, stream_tile, visible_keys, visible_tile,
 )
 
 # %% auto #0
 __all__ = ['TILE', 'Scores', 'check_shapes', 'check_mask', 'Tile', 'score_tile', 'tiles', 'attend_blocked', 'fused', 'merge',
-           'attend']
+           'OptionRule', 'attend']
 
 # %% ../../nbs/measure/01_kernels.ipynb #85d0a119
 @dataclass
@@ -333,12 +333,82 @@ def _unpadded(s: Scores, v: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     return out, lse
 
 # %% ../../nbs/measure/01_kernels.ipynb #0853afb8
+@dataclass(frozen=True, eq=False)
+class OptionRule:
+    "A mask rule: within a block, a token sees no token of another option"
+    blocks: tuple[tuple[tuple[int, int], ...], ...]  # block by block, its options as (start, stop), side by side; token positions
+    at: Tensor | None = None  # where every key stands in its own text, (batch|1, n_keys), -1 at padding; None: at its number
+    first: int = 0  # number of the key that `at` begins with
+    also: Callable | None = None  # what must hold besides: a rule too
+
+    @cached_property
+    def _places(self) -> tuple[Tensor, Tensor]:
+        "Where options and the text around them begin, (n,), and a number for the block of each, (n + 1,)"
+        begin, block = [], [0]
+        for n, options in enumerate(self.blocks, 1):
+            begin += [*(a for a, _ in options), options[-1][1]]
+            block += [n] * len(options) + [-n]  # what follows a block is like a block of its own
+        return torch.tensor(begin), torch.tensor(block)
+
+    def __call__(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        "Does query number q see key number k?"
+        begin, block = (t.to(q.device) for t in self._places)
+        i, j = (torch.bucketize(self._positions(b, x), begin, right=True) for x in (q, k))
+        seen = (block[i] != block[j]) | (i == j)
+        return seen if self.also is None else seen & self.also(b, h, q, k)
+
+    def _positions(self, b: Tensor, number: Tensor) -> Tensor:
+        return number if self.at is None else self.at[int(b) if len(self.at) > 1 else 0][number - self.first]
+
+# %% ../../nbs/measure/01_kernels.ipynb #50705c79
+def _runs(blocks: tuple[tuple[tuple[int, int], ...], ...], first: int, last: int) -> Iterator[tuple[int, int, tuple]]:
+    "The queries [first, last) as runs: start, stop, and the options of their block; no options: outside of blocks"
+    for options in blocks:
+        for edge, inside in ((options[0][0], ()), (options[-1][1], options)):
+            if first < (stop := min(edge, last)): yield first, stop, inside
+            first = max(first, stop)
+    if first < last: yield first, last, ()
+
+
+def _side_by_side(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    "Output and lse of one part of the queries after another"
+    out, lse = zip(*parts, strict=True)
+    return (out[0], lse[0]) if len(parts) == 1 else (torch.cat(out, 2), torch.cat(lse, 2))
+
+
+def _apart(s: Scores, v: Tensor, rule: OptionRule) -> tuple[Tensor, Tensor]:
+    "Output and lse under a causal mask in which options do not see each other"
+    off, parts = s.mask.offset, []
+    for a, b, options in _runs(rule.blocks, off, off + s.q.shape[2]):
+        if not options:
+            parts.append(_causal(s.q[:, :, a - off:b - off], s.k, v, s.scale, a))
+            continue
+        own, start = [], options[0][0]
+        for c, d in options:
+            if (x := max(a, c)) < (y := min(b, d)):
+                own.append(_causal(s.q[:, :, x - off:y - off], s.k[:, :, c:y], v[:, :, c:y], s.scale, x - c))
+        past = [fused(s.q[:, :, a - off:b - off], s.k[:, :, :start], v[:, :, :start], s.scale)] if start else []
+        parts.append(merge(past[0], _side_by_side(own)) if past else _side_by_side(own))
+    return _side_by_side(parts)
+
+# %% ../../nbs/measure/01_kernels.ipynb #a5ca6d3c
+def _attend_options(s: Scores, v: Tensor, rule: OptionRule) -> tuple[Tensor, Tensor]:
+    m, n_k = s.mask, s.k.shape[2]
+    causal = m.left is None and m.right == 0 and m.start == 0 and m.offset + s.q.shape[2] <= n_k and rule.also is None
+    plain = replace(s, mask=replace(m, rule=None)).plain and _has_kernel(s.q)
+    if not (causal and plain) or _needs_grad(s.q, s.k, v): return attend_blocked(s, v)
+    if m.keep is None: return _apart(s, v, rule) if rule.at is None else attend_blocked(s, v)
+    if rule.at is None or not torch.equal(rule.at, positions(replace(m, before=None), n_k, rule.at.device)): return attend_blocked(s, v)
+    return _unpadded(replace(s, mask=replace(m, rule=OptionRule(rule.blocks))), v, m.keep)
+
+# %% ../../nbs/measure/01_kernels.ipynb #4bfe8c5d
 def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _attend(s: Scores, v: Tensor) -> tuple[Tensor, Tensor]:
     m, n, n_k = s.mask, s.q.shape[2], s.k.shape[2]
+    if isinstance(m.rule, OptionRule): return _attend_options(s, v, m.rule)
     if s.streams: return _attend_streams(s, v)
     if not (s.plain and _has_kernel(s.q)): return attend_blocked(s, v)
     windowed = not (m.left is None and m.right in (0, None))
@@ -371,8 +441,7 @@ def _stream(q: Tensor, k: Tensor, v: Tensor, s: Scores, st: Stream) -> tuple[Ten
     if a < n:
         recent = _banded(q[:, :, a:], k[:, :, :off + n], v[:, :, :off + n], s.scale, Mask(st.recent - 1, 0, off + a))
         parts.append(merge(recent, fused(qf[:, :, a:], kf[:, :, :st.sink], v[:, :, :st.sink], s.scale)) if st.sink else recent)
-    out, lse = zip(*parts, strict=True)
-    return torch.cat(out, 2), torch.cat(lse, 2)
+    return _side_by_side(parts)
 
 # %% ../../nbs/measure/01_kernels.ipynb #02d58f91
 def _simple_streams(s: Scores, v: Tensor) -> bool:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,13 +16,14 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from .attach import _EDITS, LayerCall, UnsupportedModel, hf_model
+from .attach import LayerCall, UnsupportedModel, hf_model
 from .intervene import _ACTIVE, Intervention, Turner, _enlist, head_sizes, intervene
+from .kernels import OptionRule
 from .masks import Mask, positions, visible_keys
 
 # %% auto #0
-__all__ = ['POSITION_SCALINGS', 'part_of', 'check_causal', 'StillTurner', 'position_awareness', 'MsPoE', 'ms_poe', 'SetBased',
-           'set_based', 'rescaled_positions']
+__all__ = ['POSITION_SCALINGS', 'part_of', 'check_causal', 'position_awareness', 'MsPoE', 'ms_poe', 'SetBased', 'set_based',
+           'rescaled_positions']
 
 # %% ../../nbs/measure/07_positions.ipynb #28a5735f
 def _slice(x: Tensor, sample: int | None, rows: range, keys: range) -> Tensor:
@@ -48,6 +48,7 @@ def _part_of_mask(m: Mask, sample: int | None, rows: range, keys: range, n_keys:
 
 def _moved(rule: Callable, sample: int, by: int) -> Callable:
     "A mask rule for a part that calls its sample 0 and its tokens by other numbers"
+    if not (sample or by): return rule
     return lambda b, h, q, k: rule(b + sample, h, q + by, k + by)
 
 # %% ../../nbs/measure/07_positions.ipynb #00f7d3f4
@@ -80,42 +81,12 @@ def check_causal(
         raise UnsupportedModel(f"{name} does not know who sees whom in a mask that is a 4-D tensor: give a 2-D padding mask, or none")
     if call.mask.right != 0: raise UnsupportedModel(f"layer {layer} is not causal, or by a mask of its own kind: {name} is for plain ones")
 
-# %% ../../nbs/measure/07_positions.ipynb #be4d9701
-class StillTurner(Turner):
-    "A turner that leaves frequencies as the model's last forward had them"
-    def _angles(self, x: Tensor, at: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        kind = {} if self.kinds is None else {"layer_type": self.kinds[layer]}
-        scaling = getattr(self.rotary, "_".join([*kind.values(), "attention_scaling"]), 1.0)
-        cos, sin = inspect.unwrap(type(cast(nn.Module, self.rotary)).forward)(self.rotary, x.float(), at, **kind)
-        return (cos / scaling).to(x), (sin / scaling).to(x)
-
-    def turned(
-        self,
-        call: LayerCall,  # whose module says how
-        layer: int,  # its number
-        x: Tensor,  # rotated queries or keys, (batch, heads, n, d_head)
-        by: Tensor,  # how far, in tokens, (batch|1, n), or (batch|1, heads, n) where heads differ
-    ) -> Tensor:  # as x
-        "x as it would be, had it stood `by` tokens further on; computed in float32 or more"
-        _check_turn(call)
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        if by.ndim == 3: wide, by = wide.flatten(0, 1)[:, None], by.expand(len(x), -1, -1).flatten(0, 1)
-        return self.turn(call, layer, wide, by).reshape(x.shape).to(x.dtype)
-
-
-def _check_turn(call: LayerCall) -> None:
-    at_work = [getattr(e, "what", None) for e in _EDITS.get(id(call.module), [])]
-    turning = [what.name for what in at_work if what is not None and getattr(what, "turner", None) is not None]
-    if len(turning) > 1: raise UnsupportedModel(f"{' and '.join(turning)} change positions of the same layer: use one of them at a time")
-    if (d := call.q.shape[-1]) != getattr(call.module, "head_dim", d):
-        raise UnsupportedModel(f"queries are {d} wide and not {call.module.head_dim}: enter scale_spans after what changes positions")
-
 # %% ../../nbs/measure/07_positions.ipynb #80fe47fa
 @torch.no_grad()
 def position_awareness(
     call: LayerCall,  # the first call of a text: as many queries as keys
     layer: int,  # its number
-    turner: StillTurner,  # of the model
+    turner: Turner,  # of the model
 ) -> Tensor:  # (batch, heads)
     "Share of keys that the last query attends to more than three times the mean, with queries and keys unrotated (arXiv 2403.04797)"
     n = call.q.shape[2]
@@ -150,7 +121,7 @@ class MsPoE(Intervention):
     first_layer: int = 2  # this and all later layers are changed
     order: Mapping[int, Sequence[int]] | None = None  # layer -> its heads, most aware first; None: found in every text
     as_published: bool = False  # give head h the ratio of rank order[h], as the reference code does
-    turner: StillTurner | None = field(default=None, repr=False)
+    turner: Turner | None = field(default=None, repr=False)
     n_layers: int = field(default=0, repr=False)
     read: dict[int, _Read] = field(default_factory=dict, repr=False, compare=False)  # layer -> what was found in the last text
     name: ClassVar[str] = "ms_poe"
@@ -165,7 +136,7 @@ class MsPoE(Intervention):
         for layer in () if order is None else range(self.first_layer, n_layers):
             if sorted(given := (order or {}).get(layer, ())) != list(range(n_heads)):
                 raise ValueError(f"the order of layer {layer} is {given}: it must name each of the heads 0 to {n_heads - 1} once")
-        return replace(self, order=order, turner=StillTurner(model), n_layers=n_layers, read={})
+        return replace(self, order=order, turner=Turner(model), n_layers=n_layers, read={})
 
     def layers(self) -> set[int]: return set(range(self.first_layer, self.n_layers))
 
@@ -248,29 +219,26 @@ def _check_block(block: Sequence[tuple[int, int]]) -> None:
 # %% ../../nbs/measure/07_positions.ipynb #fb708ce7
 @dataclass(frozen=True)
 class _Parallel:
-    "New positions, blocks and options of the tokens up to the end of the last block"
+    "New positions of the tokens up to the end of the last block"
+    blocks: tuple[tuple[tuple[int, int], ...], ...]  # options as (start, stop), block by block
     at: Tensor  # (n + 1,); the last entry is the first token after the blocks
-    block: Tensor  # (n + 1,), 0: none
-    option: Tensor  # (n + 1,), 0: none
     furthest: int  # by how much a token has come nearer to the beginning, at most
-
-    def of(self, table: Tensor, at: Tensor) -> Tensor: return table.to(at.device)[at.clamp(0, len(table) - 1)]
 
     def moved(self, at: Tensor) -> Tensor:
         "New positions of old ones"
-        return self.of(self.at, at) + (at - len(self.at) + 1).clamp_min(0)
+        last = len(self.at) - 1
+        return self.at.to(at.device)[at.clamp(0, last)] + (at - last).clamp_min(0)
 
 
-def _parallel(blocks: Sequence[Sequence[tuple[int, int]]]) -> _Parallel:
+def _parallel(blocks: tuple[tuple[tuple[int, int], ...], ...]) -> _Parallel:
     n, saved = blocks[-1][-1][1], 0
-    at, block, option = torch.arange(n + 1), torch.zeros(n + 1, dtype=torch.long), torch.zeros(n + 1, dtype=torch.long)
-    for i, options in enumerate(blocks, 1):
+    at = torch.arange(n + 1)
+    for options in blocks:
         start, stop = options[0][0], options[-1][1]
-        for j, (a, b) in enumerate(options, 1):
-            at[a:b], block[a:b], option[a:b] = torch.arange(b - a) + start - saved, i, j
+        for a, b in options: at[a:b] = torch.arange(b - a) + start - saved
         saved += stop - start - max(b - a for a, b in options)
         at[stop:] = torch.arange(stop, n + 1) - saved
-    return _Parallel(at, block, option, int((torch.arange(n + 1) - at).max()))
+    return _Parallel(blocks, at, int((torch.arange(n + 1) - at).max()))
 
 # %% ../../nbs/measure/07_positions.ipynb #556f1740
 @dataclass(frozen=True)
@@ -278,12 +246,12 @@ class SetBased(Intervention):
     "Options that start at the same position and do not see each other (arXiv 2406.06581)"
     spans: Any  # ranges or (start, stop) pairs of the options, a mapping to these, or a list of such blocks; token positions
     table: _Parallel | None = field(default=None, repr=False, compare=False)
-    turner: StillTurner | None = field(default=None, repr=False)
+    turner: Turner | None = field(default=None, repr=False)
     name: ClassVar[str] = "set_based"
 
     def prepare(self, model: Any) -> SetBased:
         blocks = _blocks(self.spans)
-        return replace(self, spans=blocks, table=_parallel(blocks), turner=StillTurner(model))
+        return replace(self, spans=blocks, table=_parallel(blocks), turner=Turner(model))
 
     def before(self, call: LayerCall, layer: int) -> LayerCall:
         assert self.table is not None and self.turner is not None
@@ -302,17 +270,16 @@ class SetBased(Intervention):
 # %% ../../nbs/measure/07_positions.ipynb #326393bb
 def _set_mask(m: Mask, at: Tensor, table: _Parallel, n_q: int) -> Mask:  # at: (batch|1, n_keys)
     "A causal mask in which options do not see each other"
-    if m.left is not None and m.start: _check_kept(m, at, table, n_q)
-    new, block, option = table.moved(at), table.of(table.block, at), table.of(table.option, at)
-    first, left, other = m.start, m.left, cast(Callable | None, m.rule)
+    padded, also = None if m.keep is None else at, cast(Callable | None, m.rule)
+    if m.left is None: return replace(m, rule=OptionRule(table.blocks, padded, m.start, also))
+    if m.start: _check_kept(m, at, table, n_q)
+    new, first, left = table.moved(at), m.start, m.left
 
-    def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        row = int(b) if len(at) > 1 else 0
-        i, j = q - first, k - first
-        seen = (block[row][i] != block[row][j]) | (option[row][i] == option[row][j])
-        if left is not None: seen = seen & (new[row][i] - new[row][j] <= left)
-        return seen if other is None else seen & other(b, h, q, k)
-    return replace(m, rule=rule, left=None if left is None else left + table.furthest)
+    def near(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        here = new[int(b) if len(new) > 1 else 0]
+        seen = here[q - first] - here[k - first] <= left
+        return seen if also is None else seen & also(b, h, q, k)
+    return replace(m, rule=OptionRule(table.blocks, padded, m.start, near), left=left + table.furthest)
 
 
 def _check_kept(m: Mask, at: Tensor, table: _Parallel, n_q: int) -> None:

@@ -111,15 +111,16 @@ class Ask(Task):
 
 
 def _answer(said: tuple[str | None, str | None], logits: Tensor | None, cell: Cell) -> pl.DataFrame:
-    """The row of `answers`: what was said, how that ended; log-probability of the true answer, per token too; was it the first choice throughout?"""
+    """The row of `answers`: what was said, how that ended; log-probability of the true answer; was it the first choice throughout?"""
     total = right = None
     if logits is not None:
         logs = logits.float().log_softmax(-1).cpu()
         total = float(logs.gather(-1, cell.completion[:, None]).sum())
         right = bool((logs.argmax(-1) == cell.completion).all())
     mean = None if total is None else total / len(cell.completion)
-    return pl.DataFrame({"said": [said[0]], "ended": [said[1]], "logprob": [total], "logprob_mean": [mean], "first_choice": [right]},
-                        schema={"said": pl.String, "ended": pl.String, "logprob": pl.Float64, "logprob_mean": pl.Float64, "first_choice": pl.Boolean})
+    values = {"said": said[0], "ended": said[1], "logprob": total, "logprob_mean": mean, "first_choice": right}
+    kinds = [pl.String, pl.String, pl.Float64, pl.Float64, pl.Boolean]
+    return pl.DataFrame([values], schema=dict(zip(values, kinds, strict=True)))
 
 
 def _masses(found: dict[str, Tensor], heads_on: str) -> Tables:
@@ -127,7 +128,7 @@ def _masses(found: dict[str, Tensor], heads_on: str) -> Tables:
     out: Tables = {}
     if mine := [n for n in found if re.fullmatch(heads_on, n)]:
         layers, heads = (x.flatten().numpy() for x in torch.meshgrid(*map(torch.arange, found[mine[0]].shape), indexing="ij"))
-        parts = [pl.DataFrame({"span": [n] * len(layers), "layer": layers, "head": heads, "mass": found[n].flatten().numpy()}) for n in mine]
-        out["attention"] = pl.concat(parts)
+        parts = [pl.DataFrame({"layer": layers, "head": heads, "mass": found[n].flatten().numpy()}) for n in mine]
+        out["attention"] = pl.concat(p.select(pl.lit(n).alias("span"), pl.all()) for n, p in zip(mine, parts, strict=True))
     if found: out["spans"] = pl.DataFrame({"span": list(found), "mass": [float(m.mean()) for m in found.values()]})
     return out

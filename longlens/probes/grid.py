@@ -17,10 +17,10 @@ from ..cells import Cell
 from ..context import needle_context, needle_depths
 from ..haystack import NIAH_TASKS, Haystack, Wording
 from ..measure.intervene import interventions
-from .answers import METRICS, bootstrap_interval, effective_length, read_niah_scores
+from .answers import METRICS, effective_length, read_niah_scores
 from .asking import Ask
 from .grid_report import GridReport
-from .middle import longer
+from .middle import check_metric, longer, reply_length, score_interval
 from .remedies import Remedy, find_remedies
 from ..sweep import sweep
 
@@ -35,6 +35,10 @@ KINDS: dict[str, dict[str, Any]] = {  # name -> arguments of needle_context
     "multiquery": {"n_queries": 4},
     **NIAH_TASKS,
 }
+
+
+def _check_threshold(threshold: float) -> None:
+    if not 0 <= threshold <= 1: raise ValueError(f"threshold is {threshold}: scores are shares, so it is 0 to 1 (85.6 % is 0.856)")
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,9 @@ class GridSettings:
     def __post_init__(self) -> None:
         if not self.lengths or not self.depths or not self.kinds: raise ValueError("lengths, depths and kinds need one value each at least")
         if bad := [d for d in self.depths if not 0 <= d <= 100]: raise ValueError(f"depth {bad[0]} is not a percentage from 0 to 100")
-        if bad := [k for k in self.kinds if k not in KINDS]: raise ValueError(f"there is no kind {bad[0]!r}: there are {', '.join(KINDS)}")
+        if odd := [k for k in self.kinds if k not in KINDS]: raise ValueError(f"there is no kind {odd[0]!r}: there are {', '.join(KINDS)}")
         if self.trials < 1: raise ValueError(f"trials is {self.trials}: 1 or more")
+        _check_threshold(self.threshold)
         if self.metric not in METRICS: raise ValueError(f"a metric is one of {', '.join(METRICS)}, not {self.metric!r}")
 
 # %% ../../nbs/probes/04a_grid.ipynb #78ba5da5
@@ -79,6 +84,9 @@ def _cells(lm: Any, s: GridSettings, remedies: Mapping[str, Remedy], how: Mappin
                     axes = dict(kind=kind, context_length=n, depth_percent=float(depth), trial=trial, realised_depth=real, tokens=len(ctx))
                     for name, r in remedies.items(): yield Cell.of(ctx, r.condition, remedy=name, **axes)
 
+
+def _once(values: Sequence[Any]) -> tuple[Any, ...]: return tuple(dict.fromkeys(values))  # a value that is said twice is one
+
 # %% ../../nbs/probes/04a_grid.ipynb #2f13da3b
 GRID = ["kind", "remedy"]  # what makes a grid
 
@@ -94,7 +102,7 @@ def grid_frames(
     grid = answers.group_by(cell, maintain_order=True).agg(*(pl.col(c).mean() for c in numbers), trials=pl.len())
     rows, reach = [], []
     for (*key, n), g in answers.group_by(*GRID, "context_length", maintain_order=True):
-        i = bootstrap_interval(g["score"], seed=seed)
+        i = score_interval(g["score"], seed)
         rows.append({**dict(zip(GRID, key, strict=True)), "context_length": n, "score": i.mean, "lower": i.lower, "upper": i.upper,
                      "cells": len(g)})
     lengths = pl.DataFrame(rows)
@@ -131,18 +139,23 @@ def needle_grid(
 
     lm, chosen = load(model), find_remedies(remedies)
     if moved := [n for n, r in chosen.items() if r.order is not None]:
-        raise ValueError(f"the remedy {moved[0]!r} changes the order of documents, and a haystack has none: measure it with lost_in_the_middle")
+        raise ValueError(f"the remedy {moved[0]!r} changes the order of documents, and a haystack has none: measure it with "
+                         "lost_in_the_middle")
     tiny, most = lm.name == "needle-lm", min(16384, lm.max_length or 16384)
     wording = wording or ("facts" if tiny else "ruler")
-    s = GridSettings(tuple(lengths or sorted({max(128, most // k) for k in (8, 4, 2, 1)})), tuple(depths if depths is not None else needle_depths(10)),
-                     tuple([kinds] if isinstance(kinds, str) else kinds), trials, tuple(chosen),
-                     wording if isinstance(wording, str) else wording.needle, metric, threshold, max_new_tokens or (32 if tiny else 128),
-                     (".", "\n") if tiny else ("\n",), seed, chat)
+    if lengths is None: lengths = sorted({max(128, most // k) for k in (8, 4, 2, 1)})
+    stop = (".", "\n") if tiny else ("\n",) if metric == "best_subspan_em" else ()  # the other metrics count the whole reply
+    if depths is None: depths = needle_depths(10)
+    s = GridSettings(_once(lengths), _once(depths), _once([kinds] if isinstance(kinds, str) else kinds), trials, tuple(chosen),
+                     wording if isinstance(wording, str) else wording.needle, metric, threshold,
+                     reply_length(max_new_tokens, 32 if tiny else 128), stop, seed, chat)
     how = {"wording": wording, "allow_longer": allow_longer} | ({"haystack": haystack} if haystack is not None else {})
     with longer(lm, allow_longer):
         cells = list(_cells(lm, s, chosen, how))
+        check_metric(s.metric, cells)
         done = sweep(lm, cells, Ask(s.max_new_tokens, s.stop, r"needle(_\d+)?", "$^"), out=out, engine=engine, batch_size=batch_size,
-                     dry_run=dry_run, progress=progress)
+                     dry_run=dry_run, progress=progress,
+                     title="needle grid")
         return done if dry_run else _assemble(lm, s, cells, done, chosen)
 
 # %% ../../nbs/probes/04a_grid.ipynb #0701e341
@@ -168,7 +181,9 @@ def published_grid(
     threshold: float = 0.856,  # what is good enough
 ) -> GridReport:
     """A published needle-in-a-haystack grid as a report (Kamradt 2023)."""
+    _check_threshold(threshold)
     f = read_niah_scores(path).with_columns(pl.col("score") / 10, kind=pl.lit("published"), remedy=pl.lit("none"))
-    s = dict(lengths=f["context_length"].unique().sort().to_list(), depths=f["depth_percent"].unique().sort().to_list(), kinds=["published"],
-             trials=int(f["trial"].max()), remedies=["none"], metric="judged, 1 to 10, divided by ten", threshold=threshold)  # type: ignore[arg-type]
+    said = {name: f[c].unique().sort().to_list() for name, c in (("lengths", "context_length"), ("depths", "depth_percent"))}
+    s = {**said, "kinds": ["published"], "trials": f["trial"].max(), "remedies": ["none"], "metric": "judged, 1 to 10, divided by ten",
+         "threshold": threshold}
     return GridReport({**grid_frames(f, threshold), "answers": f}, {"model": name or Path(path).stem, "settings": s})

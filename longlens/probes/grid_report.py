@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import polars as pl
 
+from .middle_report import said_cost, said_cut
 from ..report import Report
 
 # %% auto #0
@@ -22,7 +23,7 @@ class GridReport(Report):
 
     def findings(self) -> list[str]:
         """What was found, a sentence each"""
-        made = [*_said_kinds(self), _said_worst(self), *_said_help(self), _said_shared(self)]
+        made = [*_said_kinds(self), _said_worst(self), *_said_help(self), said_cut(self), said_cost(self)]
         return [s for s in made if s]
 
     def sections(self) -> list[Any]:
@@ -43,15 +44,16 @@ def _said_kinds(r: GridReport) -> list[str]:
     out, f = [], r.frames["lengths"].filter(remedy="none")
     for kind in r.meta["settings"]["kinds"]:
         g, e = f.filter(kind=kind).sort("context_length"), r.frames["effective"].filter(kind=kind, remedy="none").row(0, named=True)
-        shown = ", ".join(f"{x['score']:.2f} at {x['context_length']:,}" for x in (g.row(0, named=True), g.row(-1, named=True)))
-        out.append(f"{kind}: {g['score'].mean():.2f} over all cells, {shown} tokens; effective length (score {e['threshold']:g} or more up to "
+        shown = ", ".join(f"{x['score']:.2f} at {x['context_length']:,}" for x in g[[0, -1] if len(g) > 1 else [0]].iter_rows(named=True))
+        mean = (g["score"] * g["cells"]).sum() / g["cells"].sum()
+        out.append(f"{kind}: {mean:.2f} over all measurements, {shown} tokens; effective length (score {e['threshold']:g} or more up to "
                    f"there): {_reach(e['effective_length'])}")
     return out
 
 
 def _said_worst(r: GridReport) -> str:
     f = r.frames["grid"].filter(remedy="none")
-    by = f.group_by("depth_percent").agg(pl.col("score").mean()).sort("score")
+    by = f.group_by("depth_percent").agg(pl.col("score").mean().round(6)).sort("score", "depth_percent")
     low, high = by.row(0, named=True), by.row(-1, named=True)
     if low["score"] == high["score"]: return ""
     return f"worst depth {low['depth_percent']:g} % ({low['score']:.2f}), best {high['depth_percent']:g} % ({high['score']:.2f})"
@@ -60,19 +62,14 @@ def _said_worst(r: GridReport) -> str:
 def _said_help(r: GridReport) -> list[str]:
     f = r.frames["lengths"].group_by("remedy", maintain_order=True).agg(pl.col("score").mean())
     none = f.filter(remedy="none")["score"][0]
-    return [f"with {x['remedy']}: {x['score']:.2f} over all cells ({x['score'] - none:+.2f})" for x in f.iter_rows(named=True) if x["remedy"] != "none"]
-
-
-def _said_shared(r: GridReport) -> str:
-    if "tokens" not in r.meta: return ""
-    return (f"{r.meta['tokens']:,} tokens of prompts were computed, {100 * r.meta['tokens'] / r.meta['tokens_naive']:.0f} % of what they "
-            f"have: the rest was shared")
+    return [f"with {x['remedy']}: {x['score']:.2f} over all measurements ({x['score'] - none:+.2f})"
+            for x in f.filter(pl.col("remedy") != "none").iter_rows(named=True)]
 
 # %% ../../nbs/probes/04_grid_report.ipynb #7c48dd68
 GRID_EXPLAINED = {
-    "grid": "Share of what was asked for that the answer contains ({metric}), by where the needle was to stand and how long the context is. "
-            "0 % is the beginning of the haystack, 100 % its end, where the question follows.",
-    "lengths": "Mean over all depths, with a 95 % bootstrap interval over cells. Effective length is the longest at which, and below which, "
+    "grid": "Share of what was asked for that the answer contains ({metric}), by where the needle was to stand and how long the context "
+            "is. 0 % is the beginning of the haystack, 100 % its end, where the question follows.",
+    "lengths": "Mean over all depths, with a 95 % interval over measurements. Effective length is the longest at which, and below which, "
                "the mean is {threshold:g} or more.",
     "help": "The same cells with each remedy.",
     "real": "Needles stand between sentences, so not quite where they were to. Here every measurement is where its needle really stood.",
@@ -111,7 +108,8 @@ def _help_section(r: GridReport) -> Any:
     f = r.frames["answers"].filter(kind=kind)
     charts = [depth_map(f.filter(remedy=n), "score", title=n.replace("_", " ").capitalize(), domain=(0, 1), unit="share") for n in names]
     g = r.frames["lengths"].filter(kind=kind)
-    best = g.group_by("remedy").agg(pl.col("score").mean()).sort("score", descending=True)["remedy"].to_list()
+    mean = g.group_by("remedy", maintain_order=True).agg(pl.col("score").mean())
+    best = mean.sort("score", descending=True, maintain_order=True)["remedy"].to_list()
     shown = ["none", *[n for n in best if n != "none"][:3]]
     if g["context_length"].n_unique() > 1:
         few = pl.concat([g.filter(remedy=n) for n in shown])
@@ -124,7 +122,8 @@ def _real_section(r: GridReport) -> Any:
     from longlens.views.positions import depth_points
     if "realised_depth" not in r.frames["answers"].columns: return None
     f = r.frames["answers"].filter(kind=r.meta["settings"]["kinds"][0], remedy="none")
-    chart = depth_points(f, "score", depth="realised_depth", trial="trial" if f["trial"].n_unique() > 1 else None, domain=(0, 1), unit="share",
+    trial = "trial" if f["trial"].n_unique() > 1 else None
+    chart = depth_points(f, "score", depth="realised_depth", trial=trial, domain=(0, 1), unit="share",
                          title="Where the needles really stood")
     return _said(r, "Realised depths", "real", [chart], f)
 
@@ -132,6 +131,7 @@ def _real_section(r: GridReport) -> Any:
 def _head_section(r: GridReport) -> Any:
     from longlens.views.charts import head_map
     if "attention" not in r.frames: return None
-    f = r.frames["attention"].filter(kind=r.meta["settings"]["kinds"][0], remedy="none").group_by("layer", "head").agg(pl.col("mass").mean())
+    f = r.frames["attention"].filter(kind=r.meta["settings"]["kinds"][0], remedy="none")
+    f = f.group_by("layer", "head").agg(pl.col("mass").mean())
     chart = head_map(f.sort("layer", "head"), "mass", title="Which heads look at the needle", unit="share", name="attention to the needle")
-    return _said(r, "Heads that look at the needle", "heads", [chart], f.sort("mass", descending=True))
+    return _said(r, "Heads that look at the needle", "heads", [chart], f.sort("mass", "layer", "head", descending=[True, False, False]))

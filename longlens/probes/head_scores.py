@@ -123,7 +123,7 @@ def _looked(seen: Any, sample: int, steps: int) -> Tensor:
 # %% ../../nbs/probes/01_head_scores.ipynb #ff7efdad
 @dataclass(frozen=True)
 class Watch(Task):
-    "Let the model answer, and see where each head looks most at every step. Tables: `said` (step, token), `looked` (layer, head, step, position)"
+    "Let the model answer, and see where each head looks most. Tables: `said` (step, token), `looked` (layer, head, step, position)"
     mode: str = "teacher"  # "teacher" forcing, or "decode"
     max_new_tokens: int = 50  # for "decode"
 
@@ -167,7 +167,7 @@ def run_trials(
     **how: Any,  # out, engine, progress and others, as for `sweep`
 ) -> list[Trial]:
     "Trials of the retrieval score, as a sweep"
-    done = sweep(lm, [Cell.of(c) for c in contexts], task, **how)
+    done = sweep(lm, [Cell.of(c) for c in contexts], task, **{"title": "retrieval heads", **how})
     said, looked = (done.table(name).partition_by("cell", as_dict=True) for name in ("said", "looked"))
     shape = head_sizes(lm)[:2]
     def trial(i: int, ctx: Any) -> Trial:

@@ -29,7 +29,8 @@ from ..sweep import sweep
 
 # %% auto #0
 __all__ = ['POSITIONS', 'Item', 'KEYS', 'gold_positions', 'get_items', 'MiddleSettings', 'top_heads', 'score_interval',
-           'curve_frame', 'indices_frame', 'effects_frame', 'lost_in_the_middle', 'longer']
+           'curve_frame', 'indices_frame', 'effects_frame', 'lost_in_the_middle', 'longer', 'check_metric',
+           'reply_length']
 
 # %% ../../nbs/probes/03d_middle.ipynb #d7783ab7
 POSITIONS = {10: (0, 4, 9), 20: (0, 4, 9, 14, 19), 30: (0, 4, 9, 14, 19, 24, 29), 75: (0, 24, 49, 74), 140: (0, 34, 69, 104, 139),
@@ -58,7 +59,7 @@ Item = Question | KeyValue
 def _from_file(path: Path, limit: int | None) -> list[Item]:
     """Questions of a file of either published form."""
     import gzip
-    if not path.is_file(): raise FileNotFoundError(f"there is no file {path}: task is \"documents\", \"kv\", a file, or a list of questions")
+    if not path.is_file(): raise FileNotFoundError(f'there is no file {path}: task is "documents", "kv", a file, or a list of questions')
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f: first = f.readline()
     return list((read_key_values if '"ordered_kv_records"' in first else read_questions)(path, limit))
 
@@ -81,13 +82,23 @@ def get_items(
     seed: int,  # of what is drawn
 ) -> list[Item]:  # all of one kind, all of one size
     """The questions, with as many documents or pairs as are wanted."""
+    if count < 1 or (n is not None and n < 1):
+        raise ValueError(f"questions is {count} and n is {n}: ask one question or more, of one document or more")
     if isinstance(task, str) and task in ("documents", "kv"): return _made(lm, task, n or (20 if task == "documents" else 75), count, seed)
     items: list[Item] = _from_file(Path(task), count) if isinstance(task, (str, Path)) else list(task)[:count]
     if not items: raise ValueError("no questions: there is nothing to ask")
-    if len({type(i) for i in items}) > 1: raise TypeError("questions about documents and key-value lists are two tasks: ask them one after the other")
+    if len({type(i) for i in items}) > 1:
+        raise TypeError("questions about documents and key-value lists are two tasks: ask them one after the other")
     if isinstance(items[0], KeyValue): return [_shortened(i, n) for i in items if isinstance(i, KeyValue)]
-    some = [i for i in items if isinstance(i, Question)]
-    return list(with_distractors(some, n or _own_size(some), seed))
+    return _filled_up([i for i in items if isinstance(i, Question)], n, task, seed)
+
+
+def _filled_up(some: list[Question], n: int | None, task: Any, seed: int) -> list[Item]:
+    """Questions with n documents each; those they lack come from all that there are: asking more questions changes none of them."""
+    size = n or _own_size(some)
+    if all(len(q.others) + 1 >= size for q in some): return list(with_distractors(some, size, seed))
+    whole = read_questions(task, drop_empty=True) if isinstance(task, (str, Path)) else list(task)
+    return [*with_distractors(whole, size, seed)[: len(some)]]
 
 
 def _own_size(items: Sequence[Question]) -> int:
@@ -111,7 +122,10 @@ def _reordered(item: Item, gold: int, remedy: Remedy) -> tuple[Item, int]:
     if isinstance(item, KeyValue): raw: list[Any] = [r for r in item.records if r[0] != item.key]
     else: raw = list(item.others)
     ranked = [*raw[:gold], None, *raw[gold:]]  # None: the right one
-    placed = [ranked[i] for i in remedy.order(len(ranked))]
+    order = list(remedy.order(len(ranked)))
+    if sorted(order) != list(range(len(ranked))):
+        raise ValueError(f"a remedy's order of {len(ranked)} documents is {order!r:.80}: it must name each of 0 to {len(ranked) - 1} once")
+    placed = [ranked[i] for i in order]
     others, at = tuple(x for x in placed if x is not None), placed.index(None)
     if isinstance(item, KeyValue): return replace(item, records=((item.key, item.value), *others)), at
     return replace(item, others=others), at
@@ -132,6 +146,7 @@ class MiddleSettings:
     stop: tuple[str, ...]
     seed: int = 0
     chat: bool = False
+    what: str = "documents"  # or "pairs"
 
 
 def _cell(lm: Any, item: Item, number: int, gold: int, variant: str, remedy: tuple[str, Remedy], s: MiddleSettings,
@@ -174,13 +189,14 @@ def top_heads(
     heads: pl.DataFrame,  # layer, head, mass, for every cell
     share: float = 0.05,  # of all heads
 ) -> list[tuple[int, int]]:  # (layer, head), the first one most
-    """The heads that look at the right document most, over all cells without remedy."""
-    mean = heads.filter(remedy="none").group_by("layer", "head").agg(pl.col("mass").mean()).sort("mass", "layer", "head", descending=[True, False, False])
-    return list(mean.head(max(1, round(share * len(mean)))).select("layer", "head").iter_rows())
+    """The heads that look at the right document most, over all these cells without remedy."""
+    mean = heads.filter(remedy="none").group_by("layer", "head").agg(pl.col("mass").mean())
+    order = mean.sort("mass", "layer", "head", descending=[True, False, False]).select("layer", "head")
+    return list(order.head(max(1, round(share * len(mean)))).iter_rows())
 
 
 def _with_attention(answers: pl.DataFrame, spans: pl.DataFrame, heads: pl.DataFrame, top: Sequence[tuple[int, int]]) -> pl.DataFrame:
-    """The answers with the attention that the right document got: of all heads, as a share of what all documents got, and of the top heads."""
+    """The answers with the attention to the right document: of all heads, as a share of what all documents got, and of the top heads."""
     gold, best = heads.group_by("cell").agg(gold_attention=pl.col("mass").mean()), pl.DataFrame(top, schema=["layer", "head"], orient="row")
     most = heads.join(best, on=["layer", "head"], how="semi").group_by("cell").agg(top_attention=pl.col("mass").mean())
     total = spans.group_by("cell").agg(documents_attention=pl.col("mass").sum())
@@ -200,15 +216,15 @@ def score_interval(
 def curve_frame(
     answers: pl.DataFrame,  # a row for each question, position, variant and remedy
     seed: int = 0,  # of the draws
-) -> pl.DataFrame:  # variant, remedy, gold_index, questions, score, lower, upper, logprob, logprob_lower, logprob_upper, gold_attention, ...
+) -> pl.DataFrame:  # variant, remedy, gold_index, questions, score, lower, upper, logprob, ..., gold_attention, ...
     """The curves: means over questions, with 95 % intervals over questions."""
     rows = []
     for (*key, gold), g in answers.group_by(*KEYS, "gold_index", maintain_order=True):
         score, log = score_interval(g["score"], seed), bootstrap_interval(g["logprob"], seed=seed)
-        rows.append({**dict(zip(KEYS, key, strict=True)), "gold_index": gold, "depth_percent": g["depth_percent"].mean(), "questions": len(g),
-                     "score": score.mean, "lower": score.lower, "upper": score.upper, "logprob": log.mean, "logprob_lower": log.lower,
-                     "logprob_upper": log.upper, "gold_attention": g["gold_attention"].mean(), "gold_share": g["gold_share"].mean(),
-                     "top_attention": g["top_attention"].mean()})
+        rows.append({**dict(zip(KEYS, key, strict=True)), "gold_index": gold, "depth_percent": g["depth_percent"].mean(),
+                     "questions": len(g), "score": score.mean, "lower": score.lower, "upper": score.upper, "logprob": log.mean,
+                     "logprob_lower": log.lower, "logprob_upper": log.upper,
+                     **{c: g[c].mean() for c in ("gold_attention", "gold_share", "top_attention")}})
     return pl.DataFrame(rows)
 
 
@@ -223,7 +239,8 @@ def indices_frame(
         for measure in ("score", "logprob"):
             p = paired_ends_against_middle(g, measure, seed=seed).p
             f = position_indices(g, measure, seed=seed).with_columns(p=pl.when(pl.col("index") == "u_shape").then(pl.lit(p)))
-            parts.append(f.select(*(pl.lit(v).alias(k) for k, v in zip(KEYS, key, strict=True)), pl.lit(measure).alias("measure"), pl.all()))
+            named = zip([*KEYS, "measure"], [*key, measure], strict=True)
+            parts.append(f.select(*(pl.lit(v).alias(k) for k, v in named), pl.all()))
     return pl.concat(parts) if parts else pl.DataFrame()
 
 
@@ -273,7 +290,9 @@ def lost_in_the_middle(
         items = get_items(lm, task, n, questions, seed)
         s = _settings(lm, task, items, positions, variants, tuple(chosen), metric, max_new_tokens, seed, chat)
         cells = [*_cells(lm, items, s, chosen, allow_longer), *(_baselines(lm, items, s, allow_longer) if baselines else ())]
-        done = sweep(lm, cells, Ask(s.max_new_tokens, s.stop), out=out, engine=engine, batch_size=batch_size, dry_run=dry_run, progress=progress)
+        check_metric(s.metric, cells)
+        done = sweep(lm, cells, Ask(s.max_new_tokens, s.stop), out=out, engine=engine, batch_size=batch_size, dry_run=dry_run,
+                     progress=progress, title="lost in the middle")
         return done if dry_run else _assemble(lm, s, cells, done, chosen)
 
 # %% ../../nbs/probes/03d_middle.ipynb #646acbd0
@@ -289,6 +308,23 @@ def longer(
     finally: lm.allow_longer = before
 
 
+def check_metric(
+    metric: str,  # one of METRICS
+    cells: Sequence[Cell],  # with their right answers
+) -> None:
+    """Raise, before anything is run, if the metric is not defined for the answers of a cell."""
+    for answers in dict.fromkeys(c.answers for c in cells): METRICS[metric]("", answers)
+
+
+def reply_length(
+    asked: int | None,  # tokens, at most; None: as usual
+    usual: int,  # as published
+) -> int:
+    """How many tokens a written answer has at most."""
+    if asked is not None and asked < 1: raise ValueError(f"max_new_tokens is {asked}: an answer is written with one token or more")
+    return usual if asked is None else asked
+
+
 def _settings(lm: Any, task: Any, items: Sequence[Item], positions: Any, variants: Sequence[str], remedies: tuple[str, ...],
               metric: str | None, max_new_tokens: int | None, seed: int, chat: bool) -> MiddleSettings:
     """Settings, where nothing was said."""
@@ -296,25 +332,28 @@ def _settings(lm: Any, task: Any, items: Sequence[Item], positions: Any, variant
     sizes = {len(i.records) if isinstance(i, KeyValue) else 1 + len(i.others) for i in items}
     if len(sizes) > 1: raise ValueError(f"these lists have {min(sizes)} to {max(sizes)} pairs: say how many with n=")
     size, allowed = sizes.pop(), ("plain", "query_aware") if kv else VARIANTS[:3]
+    variants = tuple(dict.fromkeys([variants] if isinstance(variants, str) else variants))
+    if not variants: raise ValueError(f"variants is empty: give at least one of {', '.join(allowed)}")
     for v in variants:
         if v not in allowed: raise ValueError(f"a variant of this task is one of {', '.join(allowed)}, not {v!r}")
     metric = metric or ("kv_match" if kv else "best_subspan_em")
     if metric not in METRICS: raise ValueError(f"a metric is one of {', '.join(METRICS)}, not {metric!r}")
     name = task if isinstance(task, str) else task.name if isinstance(task, Path) else "own questions"
-    most = max_new_tokens or (8 if tiny else 100)
-    return MiddleSettings(Path(name).name, size, gold_positions(size, positions), len(items), tuple(variants), remedies, metric, most,
-                          (".", "\n") if tiny else ("\n",), seed, chat)
+    most = reply_length(max_new_tokens, 8 if tiny else 100)
+    stop = (".", "\n") if tiny else ("\n",) if metric == "best_subspan_em" else ()  # the other metrics count the whole reply
+    return MiddleSettings(Path(name).name, size, gold_positions(size, positions), len(items), variants, remedies, metric, most, stop, seed,
+                          chat, "pairs" if kv else "documents")
 
 
 def _assemble(lm: Any, s: MiddleSettings, cells: Sequence[Cell], done: Any, remedies: Mapping[str, Remedy]) -> MiddleReport:
     """The report of a finished sweep."""
-    heads, spans = done.table("attention"), done.table("spans")
-    top = top_heads(heads)
+    heads, spans = done.table("attention"), _documents(done.table("spans"))
+    top = top_heads(heads.filter(pl.col("gold_index").is_not_null()))  # not the right document alone, which any head looks at
     answers = _with_attention(_scored(done.table("answers"), cells, s.metric), spans, heads, top)
     main, alone = answers.filter(pl.col("gold_index").is_not_null()), answers.filter(pl.col("gold_index").is_null())
     where = [*KEYS, "gold_index"]
     frames = {"curve": curve_frame(main, s.seed), "answers": answers, "effects": effects_frame(main, s.seed),
-              "attention": _mean_mass(heads, [*where, "layer", "head"]), "documents": _mean_mass(_numbered(spans), [*where, "document"]),
+              "attention": _mean_mass(heads, [*where, "layer", "head"]), "documents": _mean_mass(spans, [*where, "document"]),
               "costs": done.costs}
     if len(found := indices_frame(main, s.seed)): frames["indices"] = found
     if len(alone): frames["baselines"] = _baseline_frame(alone, s.seed)
@@ -325,9 +364,9 @@ def _assemble(lm: Any, s: MiddleSettings, cells: Sequence[Cell], done: Any, reme
     return MiddleReport(frames, meta)
 
 
-def _numbered(spans: pl.DataFrame) -> pl.DataFrame:
-    """The number of each document or pair."""
-    return spans.with_columns(document=pl.col("span").str.extract(r"_(\d+)$").cast(pl.Int64))
+def _documents(spans: pl.DataFrame) -> pl.DataFrame:
+    """Documents or pairs with their numbers; the right one is among them, so its other name, gold, is left out."""
+    return spans.with_columns(document=pl.col("span").str.extract(r"_(\d+)$").cast(pl.Int64)).drop_nulls("document")
 
 
 def _mean_mass(f: pl.DataFrame, by: list[str]) -> pl.DataFrame:

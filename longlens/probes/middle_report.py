@@ -12,7 +12,7 @@ import polars as pl
 from ..report import Report
 
 # %% auto #0
-__all__ = ['MIDDLE_EXPLAINED', 'MiddleReport', 'parts_frame']
+__all__ = ['MIDDLE_EXPLAINED', 'MiddleReport', 'said_cut', 'said_cost', 'parts_frame']
 
 # %% ../../nbs/probes/03c_middle_report.ipynb #9c11199a
 class MiddleReport(Report):
@@ -22,7 +22,7 @@ class MiddleReport(Report):
 
     def findings(self) -> list[str]:
         """What was found, a sentence each"""
-        made = [_said_scores(self), _said_shape(self), _said_attention(self), *_said_remedies(self), _said_cost(self)]
+        made = [_said_scores(self), _said_shape(self), _said_attention(self), *_said_remedies(self), said_cut(self), said_cost(self)]
         return [s for s in made if s]
 
     def sections(self) -> list[Any]:
@@ -43,49 +43,85 @@ def _plain(r: MiddleReport, name: str = "curve") -> pl.DataFrame:
 
 def _what(r: MiddleReport) -> str:
     """What stands at the positions."""
-    return "pairs" if r.meta["settings"]["metric"] == "kv_match" else "documents"
+    return str(r.meta["settings"]["what"])
+
+
+def _at(gold_index: int, r: MiddleReport) -> str: return f"position {gold_index + 1:,} of {r.meta['settings']['n']:,}"
+
+
+def _spread(x: dict[str, Any]) -> str:
+    """Interval and p-value, as far as there are any: one question has none."""
+    if x["lower"] is None or x["lower"] != x["lower"]: return "one question, so no interval"
+    return f"{x['lower']:+.3f} to {x['upper']:+.3f}" + (f", p = {x['p']:.2g}" if x["p"] is not None else "")
 
 
 def _said_scores(r: MiddleReport) -> str:
     f, s = _plain(r), r.meta["settings"]
-    worst = f.sort("score").row(0, named=True)
+    worst = f.sort("score", "gold_index").row(0, named=True)
     base = ""
     if "baselines" in r.frames:
         b = dict(r.frames["baselines"].select("setting", "score").iter_rows())
         base = f" (closed book {b['closed_book']:.2f}, right document only {b['oracle']:.2f})"
-    said = f"{s['questions']:,} questions with {s['n']:,} {_what(r)}: {f['score'].mean():.2f} right over {len(f)} positions{base}"
+    many = f"{s['questions']:,} question{'s' * (s['questions'] > 1)} with {s['n']:,} {_what(r)[: None if s['n'] > 1 else -1]}"
+    if len(f) == 1: return f"{many}: {worst['score']:.2f} right at {_at(worst['gold_index'], r)}{base}"
+    said = f"{many}: {f['score'].mean():.2f} right over {len(f)} positions{base}"
     if f["score"].n_unique() == 1: return f"{said}, the same at each"
-    return (f"{said}; worst at position {worst['gold_index'] + 1} of {s['n']:,}: {worst['score']:.2f} ({worst['lower']:.2f} to "
-            f"{worst['upper']:.2f})")
+    return f"{said}; worst at {_at(worst['gold_index'], r)}: {worst['score']:.2f} ({worst['lower']:.2f} to {worst['upper']:.2f})"
 
 
 def _said_shape(r: MiddleReport) -> str:
     if "indices" not in r.frames: return ""
     f = {x["index"]: x for x in _plain(r, "indices").filter(measure="score").iter_rows(named=True)}
     u, first, last = (f[k] for k in ("u_shape", "primacy", "recency"))
-    sure = "no sign of it" if u["lower"] <= 0 <= u["upper"] else "better at the ends" if u["value"] > 0 else "better in the middle"
-    return (f"ends against middle: {u['value']:+.3f} ({u['lower']:+.3f} to {u['upper']:+.3f}, p = {u['p']:.2g}): {sure}; first "
-            f"{first['value']:+.3f}, last {last['value']:+.3f} against the middle")
+    at = r.meta["settings"]["positions"]
+    ends = "ends" if at[0] == 0 and at[-1] == r.meta["settings"]["n"] - 1 else f"positions {at[0] + 1:,} and {at[-1] + 1:,}"
+    return (f"{ends} against middle: {u['value']:+.3f} ({_spread(u)}): {_shape(u, first, last)}; first {first['value']:+.3f}, last "
+            f"{last['value']:+.3f} against the middle")
+
+
+def _shape(u: dict[str, Any], first: dict[str, Any], last: dict[str, Any]) -> str:
+    """What the indices say; nothing unless interval and test agree."""
+    if not (u["lower"] > 0 or u["upper"] < 0) or u["p"] >= 0.05: return "no sign of it"
+    if u["value"] < 0: return "better in the middle"
+    said = {(True, True): "better at both ends", (True, False): "better at the beginning", (False, True): "better at the end"}
+    return said.get((first["lower"] > 0, last["lower"] > 0), "better at the ends")
 
 
 def _said_attention(r: MiddleReport) -> str:
-    f = _plain(r).drop_nulls("top_attention").sort("top_attention")
+    f = _plain(r).drop_nulls("top_attention").sort("top_attention", "gold_index")
     if f.is_empty(): return ""
     low, high = f.row(0, named=True), f.row(-1, named=True)
     heads = ", ".join(f"{layer}-{head}" for layer, head in r.meta["top_heads"][:4]) + ", ..." * (len(r.meta["top_heads"]) > 4)
-    return (f"the heads that look at the right one most ({heads}) give it {100 * low['top_attention']:.0f} % of their attention at position "
-            f"{low['gold_index'] + 1} and {100 * high['top_attention']:.0f} % at position {high['gold_index'] + 1}")
+    least, most = (f"{100 * x['top_attention']:.0f} %" for x in (low, high))
+    who = f"the heads that look at the right one most ({heads})"
+    if len(f) == 1 or least == most: return f"{who} give it {most} of their attention" + ", wherever it stands" * (len(f) > 1)
+    return f"{who} give it {least} of their attention at position {low['gold_index'] + 1} and {most} at position {high['gold_index'] + 1}"
 
 
 def _said_remedies(r: MiddleReport) -> list[str]:
     f = r.frames["effects"].filter(variant=r.meta["settings"]["variants"][0], measure="score").filter(pl.col("remedy") != "none")
-    return [f"with {x['remedy']}: {x['mean']:.2f} right, {x['difference']:+.3f} ({x['lower']:+.3f} to {x['upper']:+.3f}, p = {x['p']:.2g})"
-            for x in f.sort("mean", descending=True).iter_rows(named=True)]
+    return [f"with {x['remedy']}: {x['mean']:.2f} right, {x['difference']:+.3f} ({_spread(x)})"
+            for x in f.sort("mean", descending=True, maintain_order=True).iter_rows(named=True)]
 
 
-def _said_cost(r: MiddleReport) -> str:
-    return (f"{r.meta['tokens']:,} tokens of prompts were computed, {100 * r.meta['tokens'] / r.meta['tokens_naive']:.0f} % of what they "
-            f"have: the rest was shared")
+def said_cut(
+    r: Report,  # with answers
+) -> str:
+    """How many written answers ended because the model has no more positions."""
+    f = r.frames["answers"]
+    cut = f.filter(ended="positions").height if "ended" in f.columns else 0
+    return f"{cut:,} of {len(f):,} answers were cut off where the model's positions end: take shorter contexts" if cut else ""
+
+
+def said_cost(
+    r: Report,  # with tokens and tokens_naive
+) -> str:
+    """How much of the prompts was computed."""
+    done, all_ = r.meta.get("tokens"), r.meta.get("tokens_naive")
+    if not done: return ""
+    said = f"{done:,} tokens of prompts were computed"
+    if done >= all_: return f"{said}: nothing could be shared"
+    return f"{said}, {100 * done / all_:.0f} % of what they have: the rest was shared"
 
 # %% ../../nbs/probes/03c_middle_report.ipynb #41d1e880
 MIDDLE_EXPLAINED = {
@@ -95,8 +131,8 @@ MIDDLE_EXPLAINED = {
     "logprob": "Log-probability of the right answer, in nats. It moves before right turns into wrong.",
     "variants": "The same questions put in other ways: with the question also before the {what} (query aware), or with the others in "
                 "random order, which the prompt says.",
-    "remedies": "Each remedy on the same questions. Ends: the right one first or last; middle: all other positions. Intervals are over "
-                "questions.",
+    "remedies": "Each remedy on the same questions. Ends: the first and the last of the positions asked; middle: the others. Intervals are "
+                "over questions.",
     "documents": "Where the answer looks when the right one stands at each position: mean attention to every one of the {what}.",
 }
 
@@ -122,7 +158,8 @@ def _curve_section(r: MiddleReport) -> Any:
     from longlens.views.positions import position_curve
     f = _ranked(_plain(r))
     chart = position_curve(f, "score", "position", attention="top_attention" if f["top_attention"].null_count() == 0 else None,
-                           lines=_baseline_lines(r, "score"), title="Answers by the position of the right document", unit="share right",
+                           title=f"Answers by the position of the right {_what(r)[:-1]}", unit="share right",
+                           lines=_baseline_lines(r, "score"),
                            domain=(0, 1), name="score", attention_name="attention of the heads that look at it most")
     return _section(r, "Lost in the middle?", "curve", chart, f)
 
@@ -147,10 +184,10 @@ def parts_frame(
     answers: pl.DataFrame,  # a row for each question, position and remedy, of one variant
     seed: int = 0,  # of the draws
 ) -> pl.DataFrame:  # remedy, part ("ends", "middle"), score, lower, upper
-    """Scores at the ends and between them, with intervals over questions."""
+    """Scores at the first and last position and between them, with intervals over questions."""
     from longlens.probes.answers import bootstrap_interval
-    last = answers["gold_index"].max()
-    f = answers.with_columns(part=pl.when(pl.col("gold_index").is_in([0, last])).then(pl.lit("ends")).otherwise(pl.lit("middle")))
+    ends = [answers["gold_index"].min(), answers["gold_index"].max()]
+    f = answers.with_columns(part=pl.when(pl.col("gold_index").is_in(ends)).then(pl.lit("ends")).otherwise(pl.lit("middle")))
     rows = []
     for (remedy, part), g in f.group_by("remedy", "part", maintain_order=True):
         i = bootstrap_interval(g["score"], seed=seed, groups=g["question"])
@@ -166,16 +203,18 @@ def _remedy_section(r: MiddleReport) -> Any:
     if answers["remedy"].n_unique() < 2: return None
     dots = remedy_dots(parts_frame(answers), "score", baseline="none", title="With and without remedies", unit="share right")
     curve = _ranked(r.frames["curve"].filter(variant=variant))
-    best = r.frames["effects"].filter(variant=variant, measure="score").sort("mean", descending=True)["remedy"].to_list()
+    effects = r.frames["effects"].filter(variant=variant, measure="score")
+    best = effects.sort("mean", descending=True, maintain_order=True)["remedy"].to_list()
     shown = ["none", *[n for n in best if n != "none"][:3]]
     few = curve.filter(pl.col("remedy").is_in(shown)).sort(pl.col("remedy").replace_strict(shown, range(len(shown))), maintain_order=True)
-    lines = position_curve(few, "score", "position", by="remedy", title="The curve, and with the best remedies", unit="share right", domain=(0, 1))
+    lines = position_curve(few, "score", "position", by="remedy", title="The curve, and with the best remedies", unit="share right",
+                           domain=(0, 1))
     return _section(r, "Remedies", "remedies", arrange([dots, lines], columns=1), r.frames["effects"])
 
 
 def _documents_section(r: MiddleReport) -> Any:
     from longlens.views.middle import looking_map
-    f = _plain(r, "documents").drop_nulls("document")
+    f = _plain(r, "documents")
     if f.is_empty(): return None
     chart = looking_map(_ranked(f.with_columns(document=pl.col("document") + 1)), _what(r)[:-1])
     return _section(r, "Where the answer looks", "documents", chart, f)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..cells import Cell, Changed, Condition
 from ..measure.attach import attach
 from ..measure.capture import capture
-from ..measure.intervene import Temperature
+from ..measure.intervene import Temperature, Turner
 from ..measure.positions import ms_poe, rescaled_positions, set_based
 from ..measure.redistribute import redistribute
 from ..measure.statistics import SpanMass
@@ -38,6 +38,8 @@ class Rescaled(Condition):
     def __post_init__(self) -> None:
         if self.kind not in ("linear", "ntk", "yarn"): raise ValueError(f'kind is "linear", "ntk" or "yarn", not {self.kind!r}')
 
+    def check(self, lm: Any, cell: Cell) -> None: Turner(lm)
+
     @contextmanager
     def apply(self, lm: Any, cell: Cell) -> Iterator[None]:
         with rescaled_positions(lm, self.kind, self.factor): yield
@@ -52,9 +54,12 @@ class PerHead(Condition):
     high: float = 1.8  # just above the ratio of the least
     first_layer: int = 2  # this and all later layers are changed
 
+    def check(self, lm: Any, cell: Cell) -> None: Turner(lm)
+
     @contextmanager
     def apply(self, lm: Any, cell: Cell) -> Iterator[None]:
-        with ms_poe(lm, self.low, self.high, self.first_layer) as (found,):
+        with ms_poe(lm, self.low, self.high, self.first_layer) as active:
+            found: Any = active[0]
             lm.logits(cell.ids, -1)
             order = {layer: read.order[0].tolist() for layer, read in found.read.items()}
         with ms_poe(lm, self.low, self.high, self.first_layer, order): yield
@@ -77,10 +82,16 @@ class AsSet(Condition):
 
     shared = False
 
+    def check(self, lm: Any, cell: Cell) -> None:
+        Turner(lm)
+        document_spans(cell)
+
     @contextmanager
     def apply(self, lm: Any, cell: Cell) -> Iterator[None]:
         spans = list(document_spans(cell).values())
-        upto = [b.start for b in spans[1:]] + [spans[-1].stop]
+        gap, end = cell.ids[spans[-2].stop : spans[-1].start], spans[-1].stop
+        alike = torch.equal(cell.ids[end : end + len(gap)], gap)  # does the same follow the last one as the others?
+        upto = [b.start for b in spans[1:]] + [end + len(gap) * alike]
         with set_based(lm, [range(s.start, stop) for s, stop in zip(spans, upto, strict=True)]): yield
 
 # %% ../../nbs/probes/03b_remedies.ipynb #2f2b8366
@@ -125,6 +136,8 @@ class Calibrated(Condition):
     last_layers: int = 16  # layers that are changed, from the last
     dummy: str = " This document is empty."  # stands in the place of each document once
 
+    def check(self, lm: Any, cell: Cell) -> None: document_spans(cell)
+
     @contextmanager
     def apply(self, lm: Any, cell: Cell) -> Iterator[None]:
         spans, found = document_spans(cell), relevance(lm, cell, self.dummy)
@@ -147,7 +160,8 @@ REMEDIES: dict[str, Remedy] = {
     "calibration": Remedy("attention of the answer shared out by what documents get above a dummy in their place (arXiv 2406.16008)",
                           Calibrated()),
     "ms_poe": Remedy("positions divided by a ratio of each head's own, 1.2 to 1.8 (arXiv 2403.04797)", PerHead()),
-    "set_based": Remedy("documents start at the same position and do not see each other (arXiv 2406.06581)", AsSet()),
+    "set_based": Remedy("documents start at the same position and do not see each other (arXiv 2406.06581); numbers before them still tell "
+                        "an order", AsSet()),
     "linear": Remedy("rotary positions halved", Rescaled("linear")),
     "ntk": Remedy("rotary base raised for twice the length (NTK-aware)", Rescaled("ntk")),
     "yarn": Remedy("rotary frequencies scaled by parts for twice the length (YaRN, arXiv 2309.00071)", Rescaled("yarn")),
@@ -161,7 +175,11 @@ def find_remedies(
     """The remedies that are meant, and doing nothing."""
     if isinstance(asked, str): asked = [asked]
     own = dict(asked) if isinstance(asked, Mapping) else {}
+    if "none" in own: raise ValueError("\"none\" is what every remedy is compared with, nothing changed: call yours something else")
+    for name, what in own.items():
+        if not isinstance(what, Remedy):
+            raise TypeError(f"the remedy {name!r} is a {type(what).__name__}: give Remedy(says, condition, order)")
     for name in asked:
         if name != "none" and name not in own and name not in REMEDIES:
             raise ValueError(f"there is no remedy {name!r}: there are {', '.join(REMEDIES)}, or give a mapping from names to Remedy(...)")
-    return {"none": Remedy("nothing is changed"), **{n: own.get(n) or REMEDIES[n] for n in asked if n != "none"}}
+    return {"none": Remedy("nothing is changed"), **{n: own[n] if n in own else REMEDIES[n] for n in asked if n != "none"}}

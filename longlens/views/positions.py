@@ -87,7 +87,8 @@ def _references(lines: Mapping[str, float], y_how: dict[str, Any], y_at: Any, he
     return charts
 
 # %% ../../nbs/views/00b_positions.ipynb #b58f743e
-_X_NAMES = {"gold_index": "gold index: the place of the answer, from 0", "depth_percent": "depth of the answer (%)",
+_X_NAMES = {"gold_index": "gold index: the place of the answer, from 0", "position": "place of the answer, from 1",
+            "depth_percent": "depth of the answer (%)",
             "context_length": "context length (tokens, log scale)"}
 
 
