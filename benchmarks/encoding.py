@@ -2,7 +2,7 @@
 
 Both share one model in memory and the same batch size; times are interleaved and the fastest of each counts. Texts are made of words and
 are mixed in length, or all about as long. Both sort by length: sentence-transformers by characters and in full batches, longlens by
-tokens, and on a CPU it ends a batch where a text would be padded by more than an eighth. The vectors must agree.
+tokens, and on a CPU it ends a batch at 2,048 tokens, or where a text would be padded by more than an eighth. The vectors must agree.
 
     python benchmarks/encoding.py                          # 512 texts of each kind: some minutes on two cores
     python benchmarks/encoding.py --texts 64 --repeats 2

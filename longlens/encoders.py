@@ -10,12 +10,13 @@ import inspect
 import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .forward import HFModel, HFTokenizer, ModelFacts, TokenIds, TokenModel, Tokens, _as_ids, _first, _pad
@@ -25,8 +26,7 @@ from longlens.models import (
 )
 
 # %% auto #0
-__all__ = ['POOLINGS', 'Pooling', 'EncoderTokens', 'EncoderTexts', 'EncoderForward', 'EncoderStates', 'Encoded',
-           'EncoderSettings', 'EncoderVectors', 'Encoder', 'load_encoder']
+__all__ = ['POOLINGS', 'Pooling', 'EncoderTokens', 'Encoder', 'Encoded', 'load_encoder']
 
 # %% ../nbs/01c_encoders.ipynb #d9eef47a
 _Weights = Callable[[Tensor, Tensor], Tensor]  # mask (batch, n) and positions from 1 (batch, n) -> weights (batch, n)
@@ -194,7 +194,7 @@ class _Rows:
 
 # %% ../nbs/01c_encoders.ipynb #a4da1fe0
 class EncoderTokens(TokenModel):
-    """A text encoder's model and tokenizer: texts in, checked rows of token ids out."""
+    """A text encoder's model and tokenizer: texts in, checked token ids out."""
 
     def __init__(
         self,
@@ -207,6 +207,9 @@ class EncoderTokens(TokenModel):
         super().__init__(hf, tokenizer, name)
         self.positions_limit = _positions_limit(hf, self.max_length)
         self.max_length = _configured_limit(self, self.positions_limit, configured, max_length)
+
+    if TYPE_CHECKING:
+        def __getattr__(self, name: str) -> Any: ...  # methods are added below, each beside its test
 
     def tokens(
         self,
@@ -223,177 +226,93 @@ class EncoderTokens(TokenModel):
         self._check_lengths([len(t)], bool(allow_longer))
         return t
 
-    def _check_lengths(self, lengths: Sequence[int] | np.ndarray, longer: bool = False, way: str = "split it") -> None:
-        """Raise if a text has more tokens than are read."""
-        limit = self.positions_limit if longer and self.positions == "learned" else None if longer else self.max_length
-        long = [i for i, n in enumerate(lengths) if limit is not None and n > limit]
-        if long:
-            also = f" (and {len(long) - 1:,} of the others are too long)" if len(long) > 1 else ""
-            raise ValueError(f"text {long[0]} has {lengths[long[0]]:,} tokens{also}, and {self.name} reads {limit:,}: {way}, "
-                             f"or choose a model for longer texts ({self._how_far()})")
+# %% ../nbs/01c_encoders.ipynb #951f12af
+@patch
+def _check_lengths(
+    self: EncoderTokens,
+    lengths: Sequence[int] | np.ndarray,  # tokens of every text
+    longer: bool = False,  # past `max_length`, as far as learned positions go
+    way: str = "split it",  # what the caller can do
+) -> None:
+    """Raise if a text has more tokens than are read."""
+    limit = (self.positions_limit if self.positions == "learned" else None) if longer else self.max_length
+    long = [i for i, n in enumerate(lengths) if limit is not None and n > limit]
+    if long:
+        also = f" (and {len(long) - 1:,} of the others are too long)" if len(long) > 1 else ""
+        raise ValueError(f"text {long[0]} has {lengths[long[0]]:,} tokens{also}, and {self.name} reads {limit:,}: {way}, "
+                         f"or choose a model for longer texts ({_how_far(self)})")
 
-    def _how_far(self) -> str:
-        """What could be done about the limit."""
-        end, now = self.positions_limit, self.max_length
-        if self.positions == "learned" and now == end:
-            return f"this one has {end:,} positions, a learned table that cannot go on"
-        if end is not None and now is not None and now < end:
-            return f"this one has {end:,} positions: load_encoder(..., max_length={end}) reads that far"
-        return f"this one goes on, usually with worse embeddings, by load_encoder(..., max_length=): its positions are {self.positions}"
+
+def _how_far(
+    m: EncoderTokens,  # the encoder
+) -> str:
+    """What could be done about its limit."""
+    end, now = m.positions_limit, m.max_length
+    if m.positions == "learned" and now == end:
+        return f"this one has {end:,} positions, a learned table that cannot go on"
+    if end is not None and now is not None and now < end:
+        return f"this one has {end:,} positions: load_encoder(..., max_length={end}) reads that far"
+    return f"this one goes on, usually with worse embeddings, by load_encoder(..., max_length=): its positions are {m.positions}"
 
 # %% ../nbs/01c_encoders.ipynb #56add9df
-class EncoderTexts(EncoderTokens):
-    """An encoder that reads many texts at once."""
+@patch
+def _tokenize(
+    self: EncoderTokens,
+    texts: list[str],  # not empty
+    cut: bool = False,  # at `max_length`
+) -> dict[str, list[list[int]]]:  # "input_ids", and "token_type_ids" where the tokenizer has segments
+    """Token ids of all texts."""
+    if self.tokenizer is None:
+        raise ValueError(f"{self.name} has no tokenizer, so it takes token ids: encode_tokens(ids), or load_encoder(model, tokenizer)")
+    how: dict[str, Any] = {"truncation": True, "max_length": self.max_length} if cut else {"truncation": False}
+    got = self.tokenizer(texts, **how, padding=False, return_attention_mask=False, verbose=False)
+    return {k: got[k] for k in ("input_ids", "token_type_ids") if k in got}
 
-    def _tokenize(self, texts: list[str], cut: bool = False) -> dict[str, list[list[int]]]:
-        """Token ids and segments of all texts."""
-        if self.tokenizer is None:
-            raise ValueError(f"{self.name} has no tokenizer, so it takes token ids: encode_tokens(ids), or load_encoder(model, tokenizer)")
-        how: dict[str, Any] = {"truncation": True, "max_length": self.max_length} if cut else {"truncation": False}
-        got = self.tokenizer(texts, **how, padding=False, return_attention_mask=False, verbose=False)
-        return {k: got[k] for k in ("input_ids", "token_type_ids") if k in got}
+# %% ../nbs/01c_encoders.ipynb #5fb74df3
+@patch
+def _read(
+    self: EncoderTokens,
+    texts: str | Iterable[str],  # as the user gives them
+    prompt: str = "",  # put before every text
+    truncate: bool = False,  # cut what is too long
+) -> _Rows:
+    """Texts as checked rows, cut only if that is allowed."""
+    full = [prompt + text for text in _check_texts(texts)]
+    got = self._tokenize(full)
+    lengths = np.array([len(row) for row in got["input_ids"]])
+    if len(bare := np.flatnonzero(lengths <= self.tokenizer.num_special_tokens_to_add())):
+        raise ValueError(f"text {bare[0]} has no tokens: the tokenizer drops all of its characters ({full[bare[0]][:20]!r})")
+    if not truncate:
+        self._check_lengths(lengths, way="split it, cut it with truncate=True (cut texts are counted)")
+    long = [] if self.max_length is None else np.flatnonzero(lengths > self.max_length).tolist()
+    for key, rows in (self._tokenize([full[i] for i in long], cut=True) if long else {}).items():
+        for i, row in zip(long, rows, strict=True):
+            got[key][i] = row
+    ids, types = [torch.tensor(row) for row in got["input_ids"]], got.get("token_type_ids", [])
+    _as_ids(torch.cat(ids), self._rows)
+    return _Rows(ids, [torch.tensor(row) for row in types] if any(map(any, types)) else None, lengths, len(long))
 
-    def _read(self, texts: str | Iterable[str], prompt: str, truncate: bool) -> _Rows:
-        """Texts as checked rows, cut only if that is allowed."""
-        full = [prompt + text for text in _check_texts(texts)]
-        got = self._tokenize(full)
-        lengths, tok = np.array([len(row) for row in got["input_ids"]]), self.tokenizer
-        if len(bare := np.flatnonzero(lengths <= (0 if tok is None else tok.num_special_tokens_to_add()))):
-            raise ValueError(f"text {bare[0]} has no tokens: the tokenizer drops all of its characters ({full[bare[0]][:20]!r})")
-        if not truncate:
-            self._check_lengths(lengths, way="split it, cut it with truncate=True (cut texts are counted)")
-        long = [] if self.max_length is None else np.flatnonzero(lengths > self.max_length).tolist()
-        for key, rows in (self._tokenize([full[i] for i in long], cut=True) if long else {}).items():
-            for i, row in zip(long, rows, strict=True):
-                got[key][i] = row
-        ids = [torch.tensor(row) for row in got["input_ids"]]
-        _as_ids(torch.cat(ids), self._rows)
-        types = got.get("token_type_ids", [])
-        segments = [torch.tensor(row) for row in types] if any(map(any, types)) else None
-        return _Rows(ids, segments, lengths, len(long))
+# %% ../nbs/01c_encoders.ipynb #5a7f74a4
+@patch
+def _id_rows(
+    self: EncoderTokens,
+    ids: Any,  # (n,), (batch, n), or several sequences
+) -> tuple[_Rows, bool]:  # and: is it one sequence?
+    """Token ids as checked rows."""
+    several = isinstance(ids, Sequence) and len(ids) > 0 and not isinstance(ids[0], (int, np.integer))
+    if isinstance(ids, str) or (several and any(isinstance(v, str) for v in ids)):
+        raise TypeError("token ids are wanted, and these are strings: for texts use encode")
+    if not several and not isinstance(ids, Tokens):
+        ids = _as_ids(ids, self._rows)
+    one = isinstance(ids, Tokens) or (isinstance(ids, Tensor) and ids.ndim == 1)
+    rows = [self.tokens(row, allow_longer=True).ids for row in ([ids] if one else ids)]
+    lengths = np.array([len(row) for row in rows])
+    self._check_lengths(lengths)
+    return _Rows(rows, None, lengths), one
 
-    def _id_rows(self, ids: Any) -> tuple[_Rows, bool]:  # and: is it one sequence?
-        """Token ids of one sequence (n,), of a batch (batch, n) or of several sequences, as checked rows."""
-        several = isinstance(ids, Sequence) and len(ids) > 0 and not isinstance(ids[0], (int, np.integer))
-        if isinstance(ids, str) or (several and any(isinstance(v, str) for v in ids)):
-            raise TypeError("token ids are wanted, and these are strings: for texts use encode")
-        if not several and not isinstance(ids, Tokens):
-            ids = _as_ids(ids, self._rows)
-        one = isinstance(ids, Tokens) or (isinstance(ids, Tensor) and ids.ndim == 1)
-        rows = [self.tokens(row, allow_longer=True).ids for row in ([ids] if one else ids)]
-        lengths = np.array([len(row) for row in rows])
-        self._check_lengths(lengths)
-        return _Rows(rows, None, lengths), one
-
-# %% ../nbs/01c_encoders.ipynb #638fb34e
-def _batches(
-    lengths: Sequence[int],  # tokens of every text
-    batch_size: int,  # texts of a batch, at most
-    fill: float = 0.0,  # shortest over longest text of a batch, at least
-    sort: bool = True,  # longest first; False: in the order given
-) -> list[list[int]]:
-    """Which texts go together."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i]) if sort else range(len(lengths))
-    out: list[list[int]] = []
-    low = high = 0
-    for i in order:
-        low, high = min(low, lengths[i]), max(high, lengths[i])
-        if out and len(out[-1]) < batch_size and low >= fill * high:
-            out[-1].append(i)
-        else:
-            out.append([i])
-            low = high = lengths[i]
-    return out
-
-# %% ../nbs/01c_encoders.ipynb #bea30141
-class EncoderForward(EncoderTexts):
-    """An encoder that also runs: token states out."""
-
-    def _padded(self, rows: _Rows, batch: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
-        """Arguments of the model, and the mask (batch, longest)."""
-        known = [v for v in (_first(self.tokenizer, "pad_token_id"), _first(self.config, "pad_token_id")) if v is not None]
-        ids, mask = _pad([rows.ids[i] for i in batch], "right", known[0] if known else 0)
-        out = {"input_ids": ids}
-        if not mask.all():
-            out["attention_mask"] = mask
-        if rows.types is not None and self._takes("token_type_ids"):
-            pad = _first(self.tokenizer, "pad_token_type_id") or 0
-            out["token_type_ids"] = _pad([rows.types[i] for i in batch], "right", pad)[0]
-        return {k: v.to(self.device) for k, v in out.items()}, mask.to(self.device)
-
-    def _takes(self, argument: str) -> bool:
-        """Does the model's forward have this argument?"""
-        return argument in inspect.signature(self.hf.forward).parameters
-
-    def _run(self, inputs: Mapping[str, Tensor], **kw: Any) -> Any:
-        """What the model returns, without a key-value cache."""
-        if self._takes("use_cache"):
-            kw.setdefault("use_cache", False)
-        return self.hf(**inputs, **{"return_dict": True, **kw})
-
-    def _states(self, inputs: Mapping[str, Tensor], layer: int | None) -> Tensor:
-        """States of all tokens after `layer` layers, (batch, n, d)."""
-        out = self._run(inputs, **({} if layer is None else {"output_hidden_states": True}))
-        if layer is None:
-            return out.last_hidden_state
-        self._check_count(out.hidden_states)
-        return out.hidden_states[layer]
-
-    def _check_count(self, states: Sequence[Tensor] | None) -> None:
-        """Raise if the model does not give its states layer by layer."""
-        if states is None or len(states) != self.n_layers + 1:
-            given = 0 if states is None else len(states)
-            raise ValueError(f"{type(self.hf).__name__} gives {given} hidden states for {self.n_layers} layers: its layers are not known")
-
-    def _check_layer(self, layer: int) -> None:
-        """Raise if there is no such hidden state."""
-        if not 0 <= layer <= self.n_layers:
-            raise IndexError(f"layer {layer}: hidden states are numbered 0 (the input of the first layer) to {self.n_layers} (the last)")
-
-# %% ../nbs/01c_encoders.ipynb #62a43c2a
-class EncoderStates(EncoderForward):
-    """An encoder whose states can be looked at."""
-
-    def __call__(
-        self,
-        x: str | Tokens | TokenIds | Sequence[str],  # a text, texts, token ids (n,) or (batch, n), or several sequences of ids
-        *,
-        truncate: bool = False,  # cut what is too long
-        grad: bool = False,  # keep what a backward pass needs
-        **kw: Any,  # handed to the model, e.g. output_hidden_states=True
-    ) -> Any:  # what the Hugging Face model returns
-        """Run the model on one batch, without prompts."""
-        text = isinstance(x, str) or (isinstance(x, Sequence) and len(x) > 0 and isinstance(x[0], str))
-        rows = self._read(x, "", truncate) if text else self._id_rows(x)[0]  # type: ignore[arg-type]
-        with torch.set_grad_enabled(grad):
-            return self._run(self._padded(rows, range(len(rows.ids)))[0], **kw)
-
-    def token_states(
-        self,
-        x: str | Tokens | TokenIds,  # one text, or token ids (n,)
-        layers: Sequence[int] | None = None,  # after so many layers: 0 is the input of the first; None: all
-    ) -> Tensor:  # (len(layers), n, d), float32
-        """States of every token of one text, layer by layer."""
-        wanted = range(self.n_layers + 1) if layers is None else layers
-        for layer in wanted:
-            self._check_layer(layer)
-        rows = _Rows([self.tokens(x).ids])
-        with torch.no_grad():
-            out = self._run(self._padded(rows, [0])[0], output_hidden_states=True).hidden_states
-        self._check_count(out)
-        return torch.stack([out[layer][0] for layer in wanted]).float()
-
-# %% ../nbs/01c_encoders.ipynb #0e1dfeef
-class Encoded(NamedTuple):
-    """Embeddings, and what was read for them."""
-
-    embeddings: np.ndarray  # (texts, d), float32
-    n_truncated: int  # texts that were cut
-    lengths: np.ndarray  # tokens of every whole text, special tokens and prompt included, (texts,)
-
-# %% ../nbs/01c_encoders.ipynb #5e92b8e6
-class EncoderSettings(EncoderStates):
-    """An encoder that knows what follows its token states."""
+# %% ../nbs/01c_encoders.ipynb #ac8f0a25
+class Encoder(EncoderTokens):
+    """A text encoder: one vector for each text. Made by `load_encoder`."""
 
     def __init__(
         self,
@@ -413,160 +332,291 @@ class EncoderSettings(EncoderStates):
         super().__init__(hf, tokenizer, name, max_length, configured)
         self.pooling, self.normalize, self.heads, self.dims = pooling, normalize, tuple(heads), dims
         self.prompts, self.default_prompt = dict(prompts or {}), default_prompt
-        self.width = self._check_widths()
+        self.width = _width(self.config.hidden_size, pooling, self.heads, self.name)  # numbers of a whole embedding
 
-    def _check_widths(self) -> int:
-        """Numbers of a whole embedding; raise if pooling and projections do not fit together."""
-        width = self.config.hidden_size * len(self.pooling.modes)
-        for head in self.heads:
-            if isinstance(head, _Dense):
-                if head.fan_in != width:
-                    raise ValueError(f"pooling {'+'.join(self.pooling.modes)} gives {width} numbers, and a Dense module of "
-                                     f"{self.name} takes {head.fan_in}: use the pooling it was made for")
-                width = head.linear.out_features
-        return width
+# %% ../nbs/01c_encoders.ipynb #213f89bf
+def _width(
+    hidden: int,  # numbers of a token's state
+    pooling: Pooling,  # how states become one vector
+    heads: Sequence[Callable],  # what is done to the vector
+    name: str,  # the model's
+) -> int:
+    """Numbers of an embedding; raise if pooling and projections do not fit together."""
+    width = hidden * len(pooling.modes)
+    for head in (h for h in heads if isinstance(h, _Dense)):
+        if head.fan_in != width:
+            raise ValueError(f"pooling {'+'.join(pooling.modes)} gives {width} numbers, and a Dense module of {name} takes "
+                             f"{head.fan_in}: use the pooling it was made for")
+        width = head.linear.out_features
+    return width
 
-    def _prompt(self, prompt: str | None, prompt_name: str | None) -> str:
-        """What is put before every text."""
-        if prompt is not None and prompt_name is not None:
-            raise ValueError("give prompt= (the words) or prompt_name=, not both")
-        name = self.default_prompt if prompt_name is None else prompt_name
-        if prompt is not None or name is None:
-            return prompt or ""
-        if name not in self.prompts:
-            raise ValueError(f"there is no prompt {name!r}: {self.name} has {', '.join(map(repr, self.prompts)) or 'none'}")
-        return self.prompts[name]
+# %% ../nbs/01c_encoders.ipynb #619e81f7
+@patch
+def __repr__(self: Encoder) -> str:
+    limit = "without limit" if self.max_length is None else f"up to {self.max_length:,} tokens"
+    of = f" of {self.positions_limit:,}" if self.positions_limit not in (None, self.max_length) else ""
+    return (
+        f"Encoder({self.name}: {type(self.hf).__name__}, {self.n_layers} layers x {self.n_heads} heads, {limit}{of}, "
+        f"{'+'.join(self.pooling.modes)} pooling{', normalised' if self.normalize else ''}, {self.dims or self.width} numbers, "
+        f"{'' if self.tokenizer is not None else 'no tokenizer, '}{str(self.dtype)[6:]} on {self.device})"
+    )
 
-    def _prompt_length(self, prompt: str) -> int:
-        """Tokens that a pooling without the prompt leaves out, special tokens before it included."""
-        if not prompt or self.pooling.include_prompt:
-            return 0
-        ids, tok = self._tokenize([prompt])["input_ids"][0], self.tokenizer
-        return len(ids) - (tok is not None and ids[-1] in tok.all_special_ids)
+# %% ../nbs/01c_encoders.ipynb #638fb34e
+_ON_CPU = {"fill": 7 / 8, "most": 2048}
+
+
+def _batches(
+    lengths: Sequence[int],  # tokens of every text
+    batch_size: int,  # texts of a batch, at most
+    sort: bool = True,  # longest first; False: in the order given
+    fill: float = 0.0,  # shortest over longest text of a batch, at least
+    most: float = float("inf"),  # tokens of a batch of several texts, padding included, at most
+) -> list[list[int]]:
+    """Which texts go together."""
+    out: list[list[int]] = []
+    low = high = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]) if sort else range(len(lengths)):
+        low, high = min(low, lengths[i]), max(high, lengths[i])
+        if out and len(out[-1]) < batch_size and low >= fill * high and (len(out[-1]) + 1) * high <= most:
+            out[-1].append(i)
+        else:
+            out.append([i])
+            low = high = lengths[i]
+    return out
+
+# %% ../nbs/01c_encoders.ipynb #bea30141
+@patch
+def _padded(
+    self: Encoder,
+    rows: _Rows,  # of all texts
+    batch: Sequence[int],  # which of them
+) -> tuple[dict[str, Tensor], Tensor]:  # arguments of the model, and the mask (batch, longest)
+    """One batch."""
+    known = [v for v in (_first(self.tokenizer, "pad_token_id"), _first(self.config, "pad_token_id")) if v is not None]
+    ids, mask = _pad([rows.ids[i] for i in batch], "right", known[0] if known else 0)
+    out = {"input_ids": ids}
+    if not mask.all():
+        out["attention_mask"] = mask
+    if rows.types is not None and self._takes("token_type_ids"):
+        pad = _first(self.tokenizer, "pad_token_type_id") or 0
+        out["token_type_ids"] = _pad([rows.types[i] for i in batch], "right", pad)[0]
+    return {k: v.to(self.device) for k, v in out.items()}, mask.to(self.device)
+
+
+@patch
+def _takes(self: Encoder, argument: str) -> bool:
+    """Does the model's forward have this argument?"""
+    return argument in inspect.signature(self.hf.forward).parameters
+
+# %% ../nbs/01c_encoders.ipynb #6b07c3f4
+@patch
+def _run(self: Encoder, inputs: Mapping[str, Tensor], **kw: Any) -> Any:
+    """What the model returns, without a key-value cache."""
+    if self._takes("use_cache"):
+        kw.setdefault("use_cache", False)
+    return self.hf(**inputs, **{"return_dict": True, **kw})
+
+
+@patch
+def _layers(self: Encoder, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
+    """States before and after every layer, (batch, n, d) each."""
+    out = self._run(inputs, output_hidden_states=True).hidden_states
+    if out is None or len(out) != self.n_layers + 1:
+        raise ValueError(f"{type(self.hf).__name__} gives {0 if out is None else len(out)} hidden states for {self.n_layers} layers: "
+                         "which is which is not known")
+    return out
+
+
+@patch
+def _check_layer(self: Encoder, layer: int) -> None:
+    """Raise if there is no such hidden state."""
+    if not 0 <= layer <= self.n_layers:
+        raise IndexError(f"layer {layer}: hidden states are numbered 0 (the input of the first layer) to {self.n_layers} (the last)")
+
+# %% ../nbs/01c_encoders.ipynb #62a43c2a
+@patch
+def __call__(
+    self: Encoder,
+    x: str | Tokens | TokenIds | Sequence[str],  # a text, texts, token ids (n,) or (batch, n), or several sequences of ids
+    *,
+    truncate: bool = False,  # cut texts that are too long
+    grad: bool = False,  # keep what a backward pass needs
+    **kw: Any,  # handed to the model, e.g. output_hidden_states=True
+) -> Any:  # what the Hugging Face model returns
+    """Run the model on one batch, without prompts."""
+    text = isinstance(x, str) or (isinstance(x, Sequence) and len(x) > 0 and isinstance(x[0], str))
+    rows = self._read(x, truncate=truncate) if text else self._id_rows(x)[0]
+    with torch.set_grad_enabled(grad):
+        return self._run(self._padded(rows, range(len(rows.ids)))[0], **kw)
+
+# %% ../nbs/01c_encoders.ipynb #7d94d5d6
+@patch
+@torch.no_grad()
+def token_states(
+    self: Encoder,
+    x: str | Tokens | TokenIds,  # one text, or token ids (n,)
+    layers: Sequence[int] | None = None,  # after so many layers: 0 is the input of the first; None: all
+) -> Tensor:  # (len(layers), n, d), float32
+    """States of every token of one text, layer by layer."""
+    wanted = range(self.n_layers + 1) if layers is None else layers
+    for layer in wanted:
+        self._check_layer(layer)
+    out = self._layers(self._padded(_Rows([self.tokens(x).ids]), [0])[0])
+    return torch.stack([out[layer][0] for layer in wanted]).float()
+
+# %% ../nbs/01c_encoders.ipynb #0e1dfeef
+@patch
+@torch.no_grad()
+def _embed(self: Encoder, rows: _Rows, batch_size: int, progress: bool, layer: int | None, sort: bool | None, **how: Any) -> np.ndarray:
+    """One vector a row, (rows, d)."""
+    from tqdm.auto import tqdm
+
+    if sort is None:
+        sort = not (self.hf._forward_hooks or self.hf._forward_pre_hooks)
+    on_cpu = self.device.type == "cpu"
+    batches, parts = _batches([len(row) for row in rows.ids], batch_size, sort, **(_ON_CPU if on_cpu else {})), []
+    with tqdm(total=len(rows.ids), desc=self.name, unit="text", disable=not progress) as bar:
+        for batch in batches:
+            inputs, mask = self._padded(rows, batch)
+            states = self._run(inputs).last_hidden_state if layer is None else self._layers(inputs)[layer]
+            parts.append(self._finish(self.pooling(states, mask, rows.prompt), **how))
+            bar.update(len(batch))
+    order = np.concatenate([np.array(batch) for batch in batches])
+    return self._checked(torch.cat(parts).cpu().numpy()[np.argsort(order)])
+
+# %% ../nbs/01c_encoders.ipynb #5e92b8e6
+@patch
+def _finish(
+    self: Encoder,
+    x: Tensor,  # pooled vectors, (batch, d)
+    normalize: bool | None,  # None: as the model says
+    dims: int | None,  # None: as the model says
+) -> Tensor:  # (batch, d), float32
+    """Projections, fewer numbers and normalisation."""
+    for head in self.heads:
+        x = head(x)
+    if dims is not None:
+        x = x[:, :dims]
+    if self.normalize if normalize is None else normalize:
+        x = _unit(x.float())
+    return (x if dims is not None else x[:, :self.dims]).float()
+
+# %% ../nbs/01c_encoders.ipynb #0d43bfa7
+@patch
+def _checked(self: Encoder, out: np.ndarray) -> np.ndarray:
+    """The embeddings, if all are numbers."""
+    bad = np.flatnonzero(~np.isfinite(out).all(1))
+    if len(bad):
+        raise FloatingPointError(f"{self.name} gives NaN or infinity for {len(bad)} of {len(out)} texts ({self.dtype}), "
+                                 f"first text {bad[0]}: look at its weights and number format")
+    return out
+
+
+@patch
+def _check_options(self: Encoder, batch_size: int, layer: int | None, dims: int | None) -> None:
+    """Raise before anything runs."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: it must be 1 or more")
+    if layer is not None:
+        self._check_layer(layer)
+    if dims is not None and not 1 <= dims <= self.width:
+        raise ValueError(f"dims is {dims}: embeddings of {self.name} have 1 to {self.width} numbers")
 
 # %% ../nbs/01c_encoders.ipynb #50557793
-class EncoderVectors(EncoderSettings):
-    """An encoder that also embeds."""
+@patch
+def _prompt(self: Encoder, prompt: str | None, prompt_name: str | None) -> str:
+    """What is put before every text."""
+    if prompt is not None and prompt_name is not None:
+        raise ValueError("give prompt= (the words) or prompt_name=, not both")
+    name = self.default_prompt if prompt_name is None else prompt_name
+    if prompt is not None or name is None:
+        return prompt or ""
+    if name not in self.prompts:
+        raise ValueError(f"there is no prompt {name!r}: {self.name} has {', '.join(map(repr, self.prompts)) or 'none'}")
+    return self.prompts[name]
 
-    def _embed(self, rows: _Rows, batch_size: int, progress: bool, normalize: bool | None, layer: int | None,
-               dims: int | None, sort: bool | None) -> np.ndarray:
-        """One vector a row, (rows, d)."""
-        from tqdm.auto import tqdm
 
-        if sort is None:
-            sort = not (self.hf._forward_hooks or self.hf._forward_pre_hooks)
-        batches = _batches([len(row) for row in rows.ids], batch_size, 7 / 8 if self.device.type == "cpu" else 0.0, sort)
-        parts = []
-        with torch.no_grad(), tqdm(total=len(rows.ids), desc=self.name, unit="text", disable=not progress) as bar:
-            for batch in batches:
-                inputs, mask = self._padded(rows, batch)
-                x = self.pooling(self._states(inputs, layer), mask, rows.prompt)
-                parts.append(self._finish(x, normalize, dims))
-                bar.update(len(batch))
-        order = np.concatenate([np.array(batch) for batch in batches])
-        return self._checked(torch.cat(parts).cpu().numpy()[np.argsort(order)])
-
-    def _finish(self, x: Tensor, normalize: bool | None, dims: int | None) -> Tensor:  # (batch, d), float32
-        """Projections, fewer numbers and normalisation of pooled vectors."""
-        for head in self.heads:
-            x = head(x)
-        if dims is not None:
-            x = x[:, :dims]
-        if self.normalize if normalize is None else normalize:
-            x = _unit(x.float())
-        return (x if dims is not None else x[:, :self.dims]).float()
-
-    def _checked(self, out: np.ndarray) -> np.ndarray:
-        """The embeddings, if all are numbers."""
-        bad = np.flatnonzero(~np.isfinite(out).all(1))
-        if len(bad):
-            raise FloatingPointError(f"{self.name} gives NaN or infinity for {len(bad)} of {len(out)} texts ({self.dtype}), "
-                                     f"first text {bad[0]}: look at its weights and number format")
-        return out
-
-    def _check_options(self, batch_size: int, layer: int | None, dims: int | None) -> None:
-        """Raise before anything runs."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}: it must be 1 or more")
-        if layer is not None:
-            self._check_layer(layer)
-        if dims is not None and not 1 <= dims <= self.width:
-            raise ValueError(f"dims is {dims}: embeddings of {self.name} have 1 to {self.width} numbers")
+@patch
+def _prompt_length(self: Encoder, prompt: str) -> int:
+    """Tokens that a pooling without the prompt leaves out, special tokens before it included."""
+    if not prompt or self.pooling.include_prompt:
+        return 0
+    ids = self._tokenize([prompt])["input_ids"][0]
+    return len(ids) - (ids[-1] in self.tokenizer.all_special_ids)
 
 # %% ../nbs/01c_encoders.ipynb #9028e002
-class Encoder(EncoderVectors):
-    """A text encoder: one vector for each text. Made by `load_encoder`."""
+class Encoded(NamedTuple):
+    """Embeddings, and what was read for them."""
 
-    def encode(
-        self,
-        texts: str | Iterable[str],  # one text or several
-        batch_size: int = 32,  # texts of a batch, at most
-        *,
-        truncate: bool = False,  # cut texts that are too long, with a warning that counts them; False: refuse them
-        progress: bool = False,  # show a bar
-        normalize: bool | None = None,  # at length 1; None: as the model says
-        layer: int | None = None,  # pool the states after so many layers; None: all layers
-        dims: int | None = None,  # keep the first numbers, normalised again; None: as the model says
-        prompt: str | None = None,  # words put before every text
-        prompt_name: str | None = None,  # name of one of `prompts`; None: the model's default, if any
-        sort: bool | None = None,  # run in order of length; None: unless a hook, such as a capture, watches the batches
-    ) -> np.ndarray:  # (texts, d), float32, in the order given; (d,) for one text
-        """Embeddings as sentence-transformers gives them."""
-        got = self.encode_counted(
-            texts, batch_size, truncate=truncate, progress=progress, normalize=normalize, layer=layer, dims=dims, prompt=prompt,
-            prompt_name=prompt_name, sort=sort)
-        if got.n_truncated:
-            warnings.warn(f"{got.n_truncated:,} of {len(got.lengths):,} texts were cut to {self.max_length:,} tokens (the longest "
-                          f"has {got.lengths.max():,}): their embeddings are those of their beginnings", stacklevel=2)
-        return got.embeddings[0] if isinstance(texts, str) else got.embeddings
+    embeddings: np.ndarray  # (texts, d), float32
+    n_truncated: int  # texts that were cut
+    lengths: np.ndarray  # tokens of every whole text, special tokens and prompt included, (texts,)
 
-    def encode_counted(
-        self,
-        texts: str | Iterable[str],  # one text or several
-        batch_size: int = 32,  # texts of a batch, at most
-        *,
-        truncate: bool = False,  # cut texts that are too long; False: refuse them
-        progress: bool = False,  # show a bar
-        normalize: bool | None = None,  # at length 1; None: as the model says
-        layer: int | None = None,  # pool the states after so many layers; None: all layers
-        dims: int | None = None,  # keep the first numbers, normalised again; None: as the model says
-        prompt: str | None = None,  # words put before every text
-        prompt_name: str | None = None,  # name of one of `prompts`; None: the model's default, if any
-        sort: bool | None = None,  # run in order of length; None: unless a hook, such as a capture, watches the batches
-    ) -> Encoded:
-        """Embeddings with the lengths of the texts, and how many were cut."""
-        self._check_options(batch_size, layer, dims)
-        words = self._prompt(prompt, prompt_name)
-        rows = self._read(texts, words, truncate)
-        rows = _Rows(rows.ids, rows.types, rows.lengths, rows.n_truncated, self._prompt_length(words))
-        out = self._embed(rows, batch_size, progress, normalize, layer, dims, sort)
-        return Encoded(out, rows.n_truncated, rows.lengths)
 
-    def encode_tokens(
-        self,
-        ids: Any,  # (n,), (batch, n), or several sequences; special tokens as they are to be
-        batch_size: int = 32,  # sequences of a batch, at most
-        *,
-        progress: bool = False,  # show a bar
-        normalize: bool | None = None,  # at length 1; None: as the model says
-        layer: int | None = None,  # pool the states after so many layers; None: all layers
-        dims: int | None = None,  # keep the first numbers, normalised again; None: as the model says
-        sort: bool | None = None,  # run in order of length; None: unless a hook, such as a capture, watches the batches
-    ) -> np.ndarray:  # (sequences, d), float32; (d,) for one
-        """Embeddings of token ids: nothing is added, nothing cut."""
-        self._check_options(batch_size, layer, dims)
-        rows, one = self._id_rows(ids)
-        out = self._embed(rows, batch_size, progress, normalize, layer, dims, sort)
-        return out[0] if one else out
+@patch
+def encode_counted(
+    self: Encoder,
+    texts: str | Iterable[str],  # one text or several
+    batch_size: int = 32,  # texts of a batch, at most
+    *,
+    truncate: bool = False,  # cut texts that are too long; False: refuse them
+    progress: bool = False,  # show a bar
+    normalize: bool | None = None,  # at length 1; None: as the model says
+    layer: int | None = None,  # pool the states after so many layers; None: all layers
+    dims: int | None = None,  # keep the first numbers, normalised again; None: as the model says
+    prompt: str | None = None,  # words put before every text
+    prompt_name: str | None = None,  # name of one of `prompts`; None: the model's default, if any
+    sort: bool | None = None,  # run in order of length; None: unless a hook, such as a capture, watches the batches
+) -> Encoded:
+    """Embeddings with the lengths of the texts, and how many were cut."""
+    self._check_options(batch_size, layer, dims)
+    words = self._prompt(prompt, prompt_name)
+    rows = replace(self._read(texts, words, truncate), prompt=self._prompt_length(words))
+    out = self._embed(rows, batch_size, progress, layer, sort, normalize=normalize, dims=dims)
+    return Encoded(out, rows.n_truncated, rows.lengths)
 
-    def __repr__(self) -> str:
-        limit = "without limit" if self.max_length is None else f"up to {self.max_length:,} tokens"
-        of = f" of {self.positions_limit:,}" if self.positions_limit not in (None, self.max_length) else ""
-        return (
-            f"Encoder({self.name}: {type(self.hf).__name__}, {self.n_layers} layers x {self.n_heads} heads, {limit}{of}, "
-            f"{'+'.join(self.pooling.modes)} pooling{', normalised' if self.normalize else ''}, {self.dims or self.width} numbers, "
-            f"{'' if self.tokenizer is not None else 'no tokenizer, '}{str(self.dtype)[6:]} on {self.device})"
-        )
+# %% ../nbs/01c_encoders.ipynb #6b9c5a72
+@patch
+def encode(
+    self: Encoder,
+    texts: str | Iterable[str],  # one text or several
+    batch_size: int = 32,  # texts of a batch, at most
+    *,
+    truncate: bool = False,  # cut texts that are too long, with a warning that counts them; False: refuse them
+    progress: bool = False,  # show a bar
+    normalize: bool | None = None,  # at length 1; None: as the model says
+    layer: int | None = None,  # pool the states after so many layers; None: all layers
+    dims: int | None = None,  # keep the first numbers, normalised again; None: as the model says
+    prompt: str | None = None,  # words put before every text
+    prompt_name: str | None = None,  # name of one of `prompts`; None: the model's default, if any
+    sort: bool | None = None,  # run in order of length; None: unless a hook, such as a capture, watches the batches
+) -> np.ndarray:  # (texts, d), float32, in the order given; (d,) for one text
+    """Embeddings as sentence-transformers gives them."""
+    got = self.encode_counted(texts, batch_size, truncate=truncate, progress=progress, normalize=normalize, layer=layer, dims=dims,
+                              prompt=prompt, prompt_name=prompt_name, sort=sort)
+    if got.n_truncated:
+        warnings.warn(f"{got.n_truncated:,} of {len(got.lengths):,} texts were cut to {self.max_length:,} tokens (the longest "
+                      f"has {got.lengths.max():,}): their embeddings are those of their beginnings", stacklevel=2)
+    return got.embeddings[0] if isinstance(texts, str) else got.embeddings
+
+# %% ../nbs/01c_encoders.ipynb #80cffa3c
+@patch
+def encode_tokens(
+    self: Encoder,
+    ids: Any,  # (n,), (batch, n), or several sequences; special tokens as they are to be
+    batch_size: int = 32,  # sequences of a batch, at most
+    *,
+    progress: bool = False,  # show a bar
+    normalize: bool | None = None,  # at length 1; None: as the model says
+    layer: int | None = None,  # pool the states after so many layers; None: all layers
+    dims: int | None = None,  # keep the first numbers, normalised again; None: as the model says
+    sort: bool | None = None,  # run in order of length; None: unless a hook, such as a capture, watches the batches
+) -> np.ndarray:  # (sequences, d), float32; (d,) for one
+    """Embeddings of token ids: nothing is added, nothing cut."""
+    self._check_options(batch_size, layer, dims)
+    rows, one = self._id_rows(ids)
+    out = self._embed(rows, batch_size, progress, layer, sort, normalize=normalize, dims=dims)
+    return out[0] if one else out
 
 # %% ../nbs/01c_encoders.ipynb #07e554e8
 @dataclass(frozen=True)

@@ -254,14 +254,15 @@ def test_other_positions_go_on_if_the_user_says_so():
 
 
 @pytest.mark.parametrize("sort", [True, False])
-@pytest.mark.parametrize("fill", [0.0, 0.875])
-def test_batches_hold_every_text_once(sort, fill):
+@pytest.mark.parametrize(("fill", "most"), [(0.0, np.inf), (0.875, 500), (0.875, 10)])
+def test_batches_hold_every_text_once(sort, fill, most):
     lengths = np.random.default_rng(0).integers(1, 200, 101).tolist()
-    got = _batches(lengths, 8, fill, sort)
-    assert sorted(i for b in got for i in b) == list(range(101)) and max(map(len, got)) <= 8
-    assert all(min(lengths[i] for i in b) >= fill * max(lengths[i] for i in b) for b in got)
-    if sort: assert [lengths[i] for b in got for i in b] == sorted(lengths, reverse=True)
-    else: assert [i for b in got for i in b] == list(range(101))
+    batches = _batches(lengths, 8, sort, fill, most)
+    got, order = [[lengths[i] for i in b] for b in batches], [i for b in batches for i in b]
+    assert sorted(order) == list(range(101)) and max(map(len, got)) <= 8
+    assert all(min(b) >= fill * max(b) and (len(b) == 1 or len(b) * max(b) <= most) for b in got)
+    if sort: assert [n for b in got for n in b] == sorted(lengths, reverse=True)
+    else: assert order == list(range(101))
 
 
 @pytest.mark.parametrize("name", ZOO)
