@@ -279,8 +279,8 @@ def _read(
     """Texts as checked rows, cut only if that is allowed."""
     full = [prompt + text for text in _check_texts(texts)]
     got = self._tokenize(full)
-    lengths = np.array([len(row) for row in got["input_ids"]])
-    if len(bare := np.flatnonzero(lengths <= self.tokenizer.num_special_tokens_to_add())):
+    lengths, tok = np.array([len(row) for row in got["input_ids"]]), self.tokenizer
+    if len(bare := np.flatnonzero(lengths <= (0 if tok is None else tok.num_special_tokens_to_add()))):
         raise ValueError(f"text {bare[0]} has no tokens: the tokenizer drops all of its characters ({full[bare[0]][:20]!r})")
     if not truncate:
         self._check_lengths(lengths, way="split it, cut it with truncate=True (cut texts are counted)")
@@ -541,8 +541,8 @@ def _prompt_length(self: Encoder, prompt: str) -> int:
     """Tokens that a pooling without the prompt leaves out, special tokens before it included."""
     if not prompt or self.pooling.include_prompt:
         return 0
-    ids = self._tokenize([prompt])["input_ids"][0]
-    return len(ids) - (ids[-1] in self.tokenizer.all_special_ids)
+    ids, tok = self._tokenize([prompt])["input_ids"][0], self.tokenizer
+    return len(ids) - (tok is not None and ids[-1] in tok.all_special_ids)
 
 # %% ../nbs/01c_encoders.ipynb #9028e002
 class Encoded(NamedTuple):
