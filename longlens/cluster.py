@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .cells import Cell, Task, fingerprint
 from .measure.intervene import interventions
 from .plan import Batch, Plan, chain_tokens, tokens_of
-from .sweep import Done, Runner, SweepWarning, do_batch
+from .sweeps import Done, Runner, SweepWarning, do_batch
 
 # %% auto #0
 __all__ = ['Said', 'PATIENCE', 'ClusterError', 'Job', 'cut_jobs', 'pack_model', 'unpack_model', 'Worker', 'pack_job', 'Crew',

@@ -21,7 +21,7 @@ from longlens.context import needle_context
 from longlens.haystack import Haystack
 from longlens.measure.intervene import Ablate, Temperature
 from longlens.models import LongModel
-from longlens.sweep import SweepWarning, sweep
+from longlens.sweeps import SweepWarning, sweep
 
 ray = pytest.importorskip("ray", reason="engine='ray' needs Ray: pip install longlens[ray]")
 pytestmark = pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")  # Ray's, where it did not start at once

@@ -26,7 +26,7 @@ from longlens.measure.intervene import Ablate, Streaming, Temperature
 from longlens.plan import branch_points, make_batches
 from longlens.probes.asking import Ask
 from longlens.store import HEAD, Store, StoreError
-from longlens.sweep import sweep
+from longlens.sweeps import sweep
 
 WORK = """
 import sys, time
@@ -37,7 +37,7 @@ from longlens.context import needle_context
 from longlens.haystack import Haystack
 from longlens.measure.intervene import Temperature
 from longlens.probes.asking import Ask
-from longlens.sweep import sweep
+from longlens.sweeps import sweep
 import torch
 torch.set_num_threads(1)
 

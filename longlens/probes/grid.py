@@ -22,7 +22,7 @@ from .asking import Ask
 from .grid_report import GridReport
 from .middle import check_metric, longer, reply_length, score_interval
 from .remedies import Remedy, find_remedies
-from ..sweep import sweep
+from ..sweeps import sweep
 
 # %% auto #0
 __all__ = ['KINDS', 'GRID', 'GridSettings', 'grid_frames', 'needle_grid', 'published_grid']

@@ -20,7 +20,7 @@ from ..measure.capture import capture
 from ..measure.intervene import head_sizes
 from ..measure.statistics import DistanceProfile, Received, Rows, tidy
 from ..prefix import _end_ids
-from ..sweep import sweep
+from ..sweeps import sweep
 
 # %% auto #0
 __all__ = ['Steps', 'rouge1_recall', 'Trial', 'copy_scores', 'teacher_forced', 'decoded', 'Watch', 'as_trial', 'run_trials',

@@ -25,7 +25,7 @@ from .remedies import Remedy, find_remedies
 from longlens.questions import (
     VARIANTS, KeyValue, Question, fact_pairs, fact_questions, place, read_key_values, read_questions, with_distractors,
 )
-from ..sweep import sweep
+from ..sweeps import sweep
 
 # %% auto #0
 __all__ = ['POSITIONS', 'Item', 'KEYS', 'gold_positions', 'get_items', 'MiddleSettings', 'top_heads', 'score_interval',
