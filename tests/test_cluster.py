@@ -24,7 +24,8 @@ from longlens.models import LongModel
 from longlens.sweeps import SweepWarning, sweep
 
 ray = pytest.importorskip("ray", reason="engine='ray' needs Ray: pip install longlens[ray]")
-pytestmark = pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")  # Ray's, where it did not start at once
+pytestmark = [pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning"),  # Ray's, where it did not start at once
+              pytest.mark.filterwarnings("ignore:no worker has been ready")]  # on a busy machine
 GONE = "is run again by another one"
 
 
