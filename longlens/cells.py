@@ -64,11 +64,12 @@ def _sums(x: Tensor, block: int = 4096) -> bytes:
 def fingerprint(
     model: Any,  # a LongModel, an Encoder or a transformers model
 ) -> str:  # 32 hexadecimal digits
-    """What a model computes with: config, weights, tokenizer, and the interventions that are at work."""
+    """What a model computes with: config, weights, tokenizer, the interventions that are at work, and may it go past its length?"""
     hf, tok = hf_model(model), getattr(model, "tokenizer", None)
     config = {k: v for k, v in hf.config.to_dict().items() if k not in _UNIMPORTANT}
     at_work = [content(i, "intervention") for i in _ACTIVE.get(id(hf), [])]
-    made = hashlib.sha256(json.dumps([config, at_work, type(hf).__name__], sort_keys=True, default=str).encode())
+    longer = bool(getattr(model, "allow_longer", False))  # decides where answers end
+    made = hashlib.sha256(json.dumps([config, at_work, type(hf).__name__, longer], sort_keys=True, default=str).encode())
     for name, x in hf.state_dict().items():
         if x.is_meta: raise ValueError(f"the weight {name} is offloaded (on the meta device), so it makes no key: load it elsewhere")
         made.update(f"{name} {x.dtype} {tuple(x.shape)}".encode() + _sums(x))
@@ -111,6 +112,7 @@ class Condition:
     """How the model is changed while a cell runs. A frozen dataclass whose fields are its settings."""
 
     shared: ClassVar[bool] = True  # the same for all cells? False: it looks at the cell
+    whole: ClassVar[bool] = False  # must a prompt run in one piece? Only where it is not shared
 
     def check(self, lm: Any, cell: Cell) -> None:
         """Raise if the model or the cell cannot take it; called for all cells before any of them runs."""

@@ -167,6 +167,7 @@ class _Brief:
     load: Any  # None: it is sent
     gpus: float
     threads: int
+    allow_longer: bool = False  # as here
 
 
 def _model_there(brief: _Brief, sent: Sequence[Any]) -> Any:
@@ -182,6 +183,7 @@ def _model_there(brief: _Brief, sent: Sequence[Any]) -> Any:
         if not brief.gpus and not said.keys() & {"device", "device_map"}: said["device"] = "cpu"
         lm = load(**said)
     if not isinstance(lm, LongModel): raise TypeError(f"load= is a function that returns a LongModel, and not a {type(lm).__name__}")
+    lm.allow_longer = brief.allow_longer
     if fingerprint(lm) != brief.made_of:
         raise ClusterError(f"workers have another model than this process (its weights, number format, config or tokenizer): {lm!r} there, "
                            f"{brief.shown} here. Load the same on both sides, with the same dtype= and revision=")
@@ -456,7 +458,8 @@ def _crew(cluster: Cluster, lm: Any, plan: Plan, keys: Sequence[str]) -> tuple[C
     room, gpus = _room(cluster, [n["Resources"] for n in ray.nodes() if n["Alive"]])
     jobs = cut_jobs(plan.left, plan.cells, cluster.workers or room)
     threads = cluster.threads or max(1, int(cluster.cpus))
-    brief = ray.cloudpickle.dumps(_Brief(plan.task, plan.chunk, fingerprint(lm), repr(lm), cluster.load, gpus, threads))
+    brief = ray.cloudpickle.dumps(_Brief(plan.task, plan.chunk, fingerprint(lm), repr(lm), cluster.load, gpus, threads,
+                                            lm.allow_longer))
     sent = [ray.put(pack_model(lm))] if cluster.load is None else []
     make = ray.remote(num_cpus=cluster.cpus, num_gpus=gpus, max_restarts=0, scheduling_strategy="SPREAD")(Worker)
     crew = Crew(lambda number: make.remote(number, brief, sent), lambda job: pack_job(job, plan, keys), jobs, plan.cells, cluster.retries)

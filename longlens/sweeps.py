@@ -84,11 +84,16 @@ def _started(self: Runner, cells: Sequence[Cell], cuts: Sequence[int]) -> Start:
     shared, n, config = cuts[-1] if cuts else 0, ids.shape[1], self.lm.config
     cache = _fork(chain.cache, len(cells)) if cuts and chain is not None else _new_cache(config, "all")
     chunk = self.chunk if _rope_regime(config, n) == _rope_regime(config, min(shared + self.chunk, n)) else n
-    if cells[0].condition is not None and not cells[0].condition.shared: chunk = n  # it looks at the whole prompt
+    if _whole(cells[0]): chunk = n
     _fill(self.lm, cache, ids[:, shared : n - 1], chunk)
     return Start(cache, ids[:, n - 1 :], n)
 
 # %% ../nbs/04_sweeps.ipynb #d899eacc
+def _whole(cell: Cell) -> bool:
+    """Must this prompt run in one piece?"""
+    return cell.condition is not None and cell.condition.whole and not cell.condition.shared
+
+
 class SweepWarning(UserWarning):
     """Something in a sweep went otherwise than planned; results are right, and it may be slower"""
 
@@ -104,9 +109,10 @@ def _smaller(self: Runner, cells: Sequence[Cell], error: BaseException) -> bool:
     n, few = len(cells[0]), len(cells) == 1
     tried, self.chain = min(self.chunk, n), None
     if self.lm.device.type == "cuda": torch.cuda.empty_cache()
-    if tried < 32 and few:
-        raise MemoryError(f"{self.lm.name} runs out of memory on {n:,} tokens even in chunks of {tried}: take shorter contexts, or a "
-                          f"device with more memory") from error
+    if (tried < 32 or _whole(cells[0])) and few:
+        how = "in one piece, as its condition wants it" if _whole(cells[0]) else f"even in chunks of {tried}"
+        raise MemoryError(f"{self.lm.name} runs out of memory on {n:,} tokens {how}: take shorter contexts, or a device with more "
+                          f"memory") from error
     what = f"chunks are halved from {tried:,} to {tried // 2:,} tokens" if tried >= 32 else f"its {len(cells)} cells are run in two parts"
     warnings.warn(f"out of memory in a batch of {len(cells)} x {n:,} tokens: {what}, and the sweep goes on", SweepWarning, stacklevel=3)
     if tried >= 32: self.chunk = tried // 2

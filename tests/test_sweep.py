@@ -211,3 +211,28 @@ def test_a_condition_that_the_model_cannot_take_is_refused_before_anything_runs(
         with pytest.raises(UnsupportedModel, match="no rotary module"): sweep(lm, cells, Logits(), out=tmp_path / name)
     with pytest.raises(IndexError, match="layer 7"): sweep(lm, [Cell(ids), Cell(ids, condition=Changed((Ablate([(7, 0)]),)))], Logits())
     assert not list(tmp_path.glob("*/part-*"))
+
+
+def test_answers_that_could_go_on_are_other_cells(tmp_path: Path) -> None:
+    "An answer that was cut off where positions end is not given out for one that may go further"
+    from longlens.needle_lm import filler
+    lm = ll.load()
+    cells = [Cell(lm.tokens(filler(250), allow_longer=True).ids[:2046])]
+    short = sweep(lm, cells, Ask(6), out=tmp_path).table("answers")
+    lm.allow_longer = True
+    long = sweep(lm, cells, Ask(6), out=tmp_path).table("answers")
+    assert short["ended"].to_list() == ["positions"] and long["ended"].to_list() == ["length"]
+    assert long["said"][0].startswith(short["said"][0]) and len(long["said"][0]) > len(short["said"][0])
+
+
+def test_looking_at_the_cell_does_not_ask_for_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    from longlens.probes.remedies import AsSet
+    lm, spans = ll.load(), {"document_0": range(5, 40), "document_1": range(40, 90)}
+    cell = Cell(torch.arange(3, 150), spans=spans, condition=AsSet())
+    whole, pieces = (sweep(lm, [cell], Ask(3, heads_on="$^"), chunk=c) for c in (None, 16))
+    assert pieces.costs["chunk"].to_list() == [16] and whole.table("answers")["said"].equals(pieces.table("answers")["said"])
+    monkeypatch.setattr(AsSet, "whole", True)
+    handle = lm.hf.register_forward_pre_hook(lambda m, a, k: (_ for _ in ()).throw(MemoryError("none left")), with_kwargs=True)
+    try:
+        with pytest.raises(MemoryError, match="in one piece, as its condition wants it"): sweep(lm, [cell], Ask(3))
+    finally: handle.remove()
