@@ -22,7 +22,7 @@ test: .venv/.for-work    ## every check: repository, lint, types, notebooks, tes
 	step "repository" $(BIN)/python tools/check.py; \
 	step "lint" $(BIN)/ruff check --quiet .; \
 	step "types" $(BIN)/mypy; \
-	step "notebooks" $(BIN)/nbdev_test --n_workers 2 --timing; \
+	step "notebooks" env OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing; \
 	step "tests" $(BIN)/python -m pytest; \
 	test -z "$$failed"
 

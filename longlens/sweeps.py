@@ -161,7 +161,7 @@ def do_batch(
     costs = [dict(seconds=seconds, tokens=t, chunk=runner.chunk, batch=len(cells), worker=runner.worker) for t in own]
     return Done(batch.cells, [as_row(k, t, c) for k, t, c in zip(keys, made, costs, strict=True)], sum(own))
 
-
+# %% ../nbs/04_sweeps.ipynb #14dfd0dc
 def local_engine(
     lm: Any,  # LongModel
     plan: Plan,  # what is left to do
@@ -202,7 +202,7 @@ class Swept:
     def __repr__(self) -> str:
         return f"Swept({len(self.keys):,} cells, {self.costs['tokens'].sum():,} tokens computed, {self.costs['seconds'].sum():.1f} s)"
 
-
+# %% ../nbs/04_sweeps.ipynb #5f5916b0
 def _keep(done: Iterator[Done], store: Store, bar: Any) -> None:
     """Take finished batches into the store; write them now and then, and at the end, however that comes."""
     begun = written = time.monotonic()
@@ -235,7 +235,7 @@ def _check_cells(lm: Any, cells: Sequence[Cell], task: Task) -> None:
         task.check(lm, c)
         if c.condition is not None: c.condition.check(lm, c)
 
-
+# %% ../nbs/04_sweeps.ipynb #aeb911dd
 def make_plan(
     lm: Any,  # LongModel
     cells: Sequence[Cell],  # all cells
@@ -260,7 +260,7 @@ def make_plan(
     folder = str(store.folder) if store is not None and store.folder else None
     return Plan(cells, task, batches, finished, lm.memory(n, size, many), folder, size)
 
-# %% ../nbs/04_sweeps.ipynb #aeb911dd
+# %% ../nbs/04_sweeps.ipynb #ac40e3f8
 def sweep(
     model: Any,  # a LongModel, or whatever `load` takes
     cells: Sequence[Cell],  # the grid
@@ -290,7 +290,7 @@ def sweep(
         _keep(run(lm, _once(plan, keys), keys), store, bar)
     return Swept(plan, keys, store)
 
-
+# %% ../nbs/04_sweeps.ipynb #8d563985
 def _once(plan: Plan, keys: Sequence[str]) -> Plan:
     """The plan without cells that are the same as one before."""
     first = {k: i for i, k in reversed(list(enumerate(keys)))}

@@ -73,7 +73,7 @@ def _made(lm: Any, task: str, n: int, count: int, seed: int) -> list[Item]:
     drawn = [draw_distinct("uuids", 2 * n, Random(f"kv {seed} {i}")) for i in range(count)]
     return [KeyValue(tuple(zip(d[::2], d[1::2], strict=True)), d[0], d[1]) for d in drawn]
 
-
+# %% ../../nbs/probes/03d_middle.ipynb #d55663c7
 def get_items(
     lm: Any,  # LongModel
     task: Any,  # "documents", "kv", a file, or questions
@@ -100,7 +100,7 @@ def _filled_up(some: list[Question], n: int | None, task: Any, seed: int) -> lis
     whole = read_questions(task, drop_empty=True) if isinstance(task, (str, Path)) else list(task)
     return [*with_distractors(whole, size, seed)[: len(some)]]
 
-
+# %% ../../nbs/probes/03d_middle.ipynb #690ae0da
 def _own_size(items: Sequence[Question]) -> int:
     """How many documents the questions have, if that is one number."""
     sizes = {1 + len(q.others) for q in items}
@@ -130,7 +130,7 @@ def _reordered(item: Item, gold: int, remedy: Remedy) -> tuple[Item, int]:
     if isinstance(item, KeyValue): return replace(item, records=((item.key, item.value), *others)), at
     return replace(item, others=others), at
 
-
+# %% ../../nbs/probes/03d_middle.ipynb #f6a478e0
 @dataclass(frozen=True)
 class MiddleSettings:
     """Settings of the probe"""
@@ -148,7 +148,7 @@ class MiddleSettings:
     chat: bool = False
     what: str = "documents"  # or "pairs"
 
-
+# %% ../../nbs/probes/03d_middle.ipynb #d12e854e
 def _cell(lm: Any, item: Item, number: int, gold: int, variant: str, remedy: tuple[str, Remedy], s: MiddleSettings,
           allow_longer: bool | None) -> Cell:
     """A question with its answer at a place."""
@@ -194,7 +194,7 @@ def top_heads(
     order = mean.sort("mass", "layer", "head", descending=[True, False, False]).select("layer", "head")
     return list(order.head(max(1, round(share * len(mean)))).iter_rows())
 
-
+# %% ../../nbs/probes/03d_middle.ipynb #ac0a116c
 def _with_attention(answers: pl.DataFrame, spans: pl.DataFrame, heads: pl.DataFrame, top: Sequence[tuple[int, int]]) -> pl.DataFrame:
     """The answers with the attention to the right document: of all heads, as a share of what all documents got, and of the top heads."""
     gold, best = heads.group_by("cell").agg(gold_attention=pl.col("mass").mean()), pl.DataFrame(top, schema=["layer", "head"], orient="row")
@@ -212,7 +212,7 @@ def score_interval(
     if scores.is_in([0.0, 1.0]).all(): return wilson_interval(float(scores.sum()), len(scores))
     return bootstrap_interval(scores, seed=seed)
 
-
+# %% ../../nbs/probes/03d_middle.ipynb #22ae06b9
 def curve_frame(
     answers: pl.DataFrame,  # a row for each question, position, variant and remedy
     seed: int = 0,  # of the draws
@@ -227,7 +227,7 @@ def curve_frame(
                      **{c: g[c].mean() for c in ("gold_attention", "gold_share", "top_attention")}})
     return pl.DataFrame(rows)
 
-
+# %% ../../nbs/probes/03d_middle.ipynb #8860fdd4
 def indices_frame(
     answers: pl.DataFrame,  # a row for each question, position, variant and remedy
     seed: int = 0,  # of the draws
@@ -243,7 +243,7 @@ def indices_frame(
             parts.append(f.select(*(pl.lit(v).alias(k) for k, v in named), pl.all()))
     return pl.concat(parts) if parts else pl.DataFrame()
 
-
+# %% ../../nbs/probes/03d_middle.ipynb #55eb9f84
 def effects_frame(
     answers: pl.DataFrame,  # a row for each question, position, variant and remedy
     seed: int = 0,  # of the draws
@@ -315,7 +315,7 @@ def check_metric(
     """Raise, before anything is run, if the metric is not defined for the answers of a cell."""
     for answers in dict.fromkeys(c.answers for c in cells): METRICS[metric]("", answers)
 
-
+# %% ../../nbs/probes/03d_middle.ipynb #72a6f828
 def reply_length(
     asked: int | None,  # tokens, at most; None: as usual
     usual: int,  # as published
@@ -324,7 +324,7 @@ def reply_length(
     if asked is not None and asked < 1: raise ValueError(f"max_new_tokens is {asked}: an answer is written with one token or more")
     return usual if asked is None else asked
 
-
+# %% ../../nbs/probes/03d_middle.ipynb #f77fd613
 def _settings(lm: Any, task: Any, items: Sequence[Item], positions: Any, variants: Sequence[str], remedies: tuple[str, ...],
               metric: str | None, max_new_tokens: int | None, seed: int, chat: bool) -> MiddleSettings:
     """Settings, where nothing was said."""
@@ -344,7 +344,7 @@ def _settings(lm: Any, task: Any, items: Sequence[Item], positions: Any, variant
     return MiddleSettings(Path(name).name, size, gold_positions(size, positions), len(items), variants, remedies, metric, most, stop, seed,
                           chat, "pairs" if kv else "documents")
 
-
+# %% ../../nbs/probes/03d_middle.ipynb #70be84d7
 def _assemble(lm: Any, s: MiddleSettings, cells: Sequence[Cell], done: Any, remedies: Mapping[str, Remedy]) -> MiddleReport:
     """The report of a finished sweep."""
     heads, spans = done.table("attention"), _documents(done.table("spans"))
@@ -368,7 +368,7 @@ def _documents(spans: pl.DataFrame) -> pl.DataFrame:
     """Documents or pairs with their numbers; the right one is among them, so its other name, gold, is left out."""
     return spans.with_columns(document=pl.col("span").str.extract(r"_(\d+)$").cast(pl.Int64)).drop_nulls("document")
 
-
+# %% ../../nbs/probes/03d_middle.ipynb #9cef3574
 def _mean_mass(f: pl.DataFrame, by: list[str]) -> pl.DataFrame:
     """Mean attention mass over questions."""
     return f.filter(pl.col("gold_index").is_not_null()).group_by(by, maintain_order=True).agg(pl.col("mass").mean())

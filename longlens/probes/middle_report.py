@@ -54,7 +54,7 @@ def _spread(x: dict[str, Any]) -> str:
     if x["lower"] is None or x["lower"] != x["lower"]: return "one question, so no interval"
     return f"{x['lower']:+.3f} to {x['upper']:+.3f}" + (f", p = {x['p']:.2g}" if x["p"] is not None else "")
 
-
+# %% ../../nbs/probes/03c_middle_report.ipynb #151c1f8a
 def _said_scores(r: MiddleReport) -> str:
     f, s = _plain(r), r.meta["settings"]
     worst = f.sort("score", "gold_index").row(0, named=True)
@@ -78,7 +78,7 @@ def _said_shape(r: MiddleReport) -> str:
     return (f"{ends} against middle: {u['value']:+.3f} ({_spread(u)}): {_shape(u, first, last)}; first {first['value']:+.3f}, last "
             f"{last['value']:+.3f} against the middle")
 
-
+# %% ../../nbs/probes/03c_middle_report.ipynb #a9e64d93
 def _shape(u: dict[str, Any], first: dict[str, Any], last: dict[str, Any]) -> str:
     """What the indices say; nothing unless interval and test agree."""
     if not (u["lower"] > 0 or u["upper"] < 0) or u["p"] >= 0.05: return "no sign of it"
@@ -103,7 +103,7 @@ def _said_remedies(r: MiddleReport) -> list[str]:
     return [f"with {x['remedy']}: {x['mean']:.2f} right, {x['difference']:+.3f} ({_spread(x)})"
             for x in f.sort("mean", descending=True, maintain_order=True).iter_rows(named=True)]
 
-
+# %% ../../nbs/probes/03c_middle_report.ipynb #4a1e4d0f
 def said_cut(
     r: Report,  # with answers
 ) -> str:
@@ -147,7 +147,7 @@ def _ranked(f: pl.DataFrame) -> pl.DataFrame:
     """Positions as people count them."""
     return f.with_columns(position=pl.col("gold_index") + 1)
 
-
+# %% ../../nbs/probes/03c_middle_report.ipynb #bc57ef63
 def _baseline_lines(r: MiddleReport, value: str) -> dict[str, float]:
     if "baselines" not in r.frames: return {}
     names = {"closed_book": "closed book", "oracle": "right document only"}
@@ -163,7 +163,7 @@ def _curve_section(r: MiddleReport) -> Any:
                            domain=(0, 1), name="score", attention_name="attention of the heads that look at it most")
     return _section(r, "Lost in the middle?", "curve", chart, f)
 
-# %% ../../nbs/probes/03c_middle_report.ipynb #bc57ef63
+# %% ../../nbs/probes/03c_middle_report.ipynb #5c7b86da
 def _logprob_section(r: MiddleReport) -> Any:
     from longlens.views.positions import position_curve
     f = _ranked(_plain(r))
@@ -179,7 +179,7 @@ def _variant_section(r: MiddleReport) -> Any:
     chart = position_curve(f, "score", "position", by="variant", title="The question put in other ways", unit="share right", domain=(0, 1))
     return _section(r, "Variants", "variants", chart, f)
 
-
+# %% ../../nbs/probes/03c_middle_report.ipynb #b3841d61
 def parts_frame(
     answers: pl.DataFrame,  # a row for each question, position and remedy, of one variant
     seed: int = 0,  # of the draws
@@ -194,7 +194,7 @@ def parts_frame(
         rows.append(dict(remedy=remedy, part=part, score=i.mean, lower=i.lower, upper=i.upper))
     return pl.DataFrame(rows)
 
-
+# %% ../../nbs/probes/03c_middle_report.ipynb #39bd27a3
 def _remedy_section(r: MiddleReport) -> Any:
     from longlens.views.charts import arrange
     from longlens.views.positions import position_curve, remedy_dots

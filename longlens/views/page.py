@@ -200,9 +200,11 @@ def _name(report: Report) -> str:    # SinkReport: Sink report
 def findings_html(
     reports: Sequence[Report],    # those of the page
 ) -> str:                         # HTML
-    "The findings of all reports in one list"
-    lines = [line for report in reports for line in report.findings()]
-    return f'<section class="findings"><h2>Main findings</h2><ul>{"".join(f"<li>{say(line)}</li>" for line in lines)}</ul></section>'
+    "The findings of all reports, a list each"
+    def told(report: Report) -> str:
+        lines = "".join(f"<li>{say(line)}</li>" for line in report.findings())
+        return f"<h3>{say(_name(report))}</h3>" * (len(reports) > 1) + f"<ul>{lines}</ul>"
+    return f'<section class="findings"><h2>Main findings</h2>{"".join(map(told, reports))}</section>'
 
 
 def contents_html(
