@@ -1,8 +1,9 @@
 """Run notebooks and store their outputs in them: tools/execute.py nbs/index.ipynb ...
 
 Each runs in a process of its own, in its own folder, through execnb (which nbdev_test uses too). Two runs give the
-same file: no counts, addresses, random ids, or progress bars. Cells that nbdev_test would skip (`#| eval: false`, and
-the flags of settings.ini such as `slow`) are skipped and keep the outputs they have; --flags runs some of them.
+same file: no counts, addresses, random ids, or progress bars. How charts and widgets are stored, outputs.py says. Cells
+that nbdev_test would skip (`#| eval: false`, and the flags of settings.ini such as `slow`) are skipped and keep the
+outputs they have; --flags runs some of them.
 """
 from __future__ import annotations
 
@@ -19,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from nbfiles import Cell, directives, read, source, write
+from outputs import store_charts, with_widget
 
 ROOT = Path(__file__).resolve().parent.parent
 ADDRESS = re.compile(r"(<[^<>]*?) at 0x[0-9a-fA-F]+(>)")
 RANDOM_ID = re.compile(r"(altair-viz-)[0-9a-f]{32}")
-UNSTORED = {"application/vnd.jupyter.widget-view+json"}    # a live widget needs a kernel; its text form stays
 
 
 def skipped(cell: Cell, flags: set[str]) -> bool:
@@ -36,7 +37,7 @@ def skipped(cell: Cell, flags: set[str]) -> bool:
 def tidy(output: dict[str, Any]) -> dict[str, Any]:
     "An output without what differs from run to run"
     if "execution_count" in output: output["execution_count"] = None
-    data = {kind: value for kind, value in output.get("data", {}).items() if kind not in UNSTORED}
+    data = with_widget(output.get("data", {}))
     text = json.dumps({**output, "data": data} if "data" in output else output)
     text = ADDRESS.sub(r"\1\2", text)
     number = hashlib.sha256(RANDOM_ID.sub(r"\1", text).encode()).hexdigest()[:32]
@@ -47,6 +48,7 @@ def run(path: Path, flags: set[str], timeout: int) -> str:
     "Execute one notebook in place; what went wrong, or nothing"
     from execnb.shell import CaptureShell
     notebook = read(path)
+    if any("altair" in source(cell) for cell in notebook["cells"]): store_charts()
     os.environ["IN_TEST"] = "1"    # nbdev: nothing is exported while a notebook runs
     sys.path.insert(0, str(ROOT))
     os.chdir(path.parent)
