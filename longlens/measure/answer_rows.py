@@ -109,11 +109,11 @@ def _rows_table(stat: MeanRows, state: dict) -> tuple[dict[str, Sequence], dict[
     position = state["position"][:, None].expand_as(total)
     return {"head": range(total.shape[1]), "_": range(total.shape[-1])}, {"position": position, "weight": total / rows[:, None]}
 
-# %% ../../nbs/measure/11_answers.ipynb #05355a41
+# %% ../../nbs/measure/11_answers.ipynb #763e9ec8
 def mean_over_layers(
     seen: Capture,  # of a MeanRows(..., by="layer")
     name: str = "mean_rows",  # name (or label) of it
-) -> list[Tensor]:  # (n_tokens,) of every text
+) -> list[Tensor]:  # (n,) of every text: all tokens run before, or together with, the last query; later ones get nothing
     "Mean over rows, heads and layers of the attention to every token, with the weights of the statistic"
     stat = seen._statistic(name)
     if not isinstance(stat, MeanRows) or stat.by != "layer": raise TypeError(f'{name!r} is not a MeanRows(..., by="layer")')
@@ -121,7 +121,14 @@ def mean_over_layers(
     out: list[Tensor] = []
     for total, rows, heads, at in zip(*(seen.tensors(name, key) for key in ("total", "rows", "heads", "position")), strict=True):
         mean = total.sum(0) / (rows[0] * heads.sum(0))[:, None]  # (batch, n)
-        out += [m[there] for m, there in zip(mean, at.amax(0) >= 0, strict=True)]
+        out += [_placed(m, pos) for m, pos in zip(mean, at.amax(0), strict=True)]
+    return out
+
+
+def _placed(x: Tensor, pos: Tensor) -> Tensor:
+    "Numbers put at their positions in the text; 0 at keys that every layer had let go of"
+    out = x.new_zeros(int(pos.max()) + 1)
+    out[pos[pos >= 0]] = x[pos >= 0]
     return out
 
 
