@@ -23,7 +23,7 @@ _WHERE = {    # public name -> the module that defines it
     "Context": "pieces", "compose": "pieces", "Haystack": "haystack", "needle_context": "context",
     "attention_sinks": "probes.sinks", "SinkReport": "probes.sinks",
     "retrieval_heads": "probes.heads", "HeadReport": "probes.head_report", "duo_gates": "probes.gates",
-    "load_encoder": "encoders", "Encoder": "encoders",
+    "load_encoder": "encoders", "Encoder": "encoders", "extended": "measure.windows",
     "sweep": "sweeps", "lost_in_the_middle": "probes.middle", "MiddleReport": "probes.middle_report",
     "needle_grid": "probes.grid", "GridReport": "probes.grid_report", "published_grid": "probes.grid",
     "SpectralNorm": "measure.collapse", "TokenSpread": "measure.collapse",

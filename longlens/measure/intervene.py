@@ -69,8 +69,11 @@ class Intervention:
         return self
 
     def layers(self) -> set[int] | None:
-        "Layers that are changed; None: all"
+        "Layers whose attention calls are changed; None: all"
         return None
+
+    def enter(self, model: Any, stack: ExitStack) -> None:
+        "What else is changed while the block runs; the stack takes it back"
 
     def before(self, call: LayerCall, layer: int) -> LayerCall:
         "What the call is given instead"
@@ -127,8 +130,10 @@ def intervene(
     hf = hf_model(model)
     with ExitStack() as stack:
         ready = [i.prepare(model) for i in interventions]
-        stack.enter_context(attach(hf))
-        for what in ready: _put(hf, what, stack)
+        if any(what.layers() != set() for what in ready): stack.enter_context(attach(hf))
+        for what in ready:
+            what.enter(model, stack)
+            _put(hf, what, stack)
         yield ready
 
 
@@ -142,7 +147,7 @@ def _put(hf: Any, what: Intervention, stack: ExitStack) -> None:
         _enlist(_EDITS, id(m), edit, stack)
         stack.callback(m.register_forward_hook(edit.check).remove)
         found.add(layer)
-    if not found or (wanted is not None and wanted - found):
+    if (wanted is None and not found) or (wanted is not None and wanted - found):
         raise UnsupportedModel(f"{type(hf).__name__} has no attention modules that {what.name!r} could change in layers "
                                f"{sorted((wanted or set()) - found)}")
     _enlist(_ACTIVE, id(hf), what, stack)
@@ -188,7 +193,10 @@ class Ablate(Intervention):
 
     def before(self, call: LayerCall, layer: int) -> LayerCall:
         if self.mode != "uniform": return call
-        return replace(call, q=_with(call.q, self._mine(layer), 0.), bias=_bias_with(call, self._mine(layer), 0.))
+        mine = self._mine(layer)
+        far = [None if st.far is None else (_with(st.far[0], mine, 0.), st.far[1]) for st in call.streams]
+        streams = tuple(replace(st, far=f) for st, f in zip(call.streams, far, strict=True))
+        return replace(call, q=_with(call.q, mine, 0.), bias=_bias_with(call, mine, 0.), streams=streams)
 
     def after(self, call: LayerCall, out: Tensor, layer: int) -> Tensor:
         if self.mode == "uniform": return out

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from longlens.measure.masks import (
-    Mask, Stream, _band, _inside, _of_sample, key_range, positions, real_queries, stream_tile, visible_keys, visible_tile,
+    ALL, Mask, Stream, _band, _inside, _of_sample, key_range, positions, real_queries, stream_tile, visible_keys, visible_tile,
 )
 
 # %% auto #0
@@ -319,6 +319,11 @@ def _has_holes(keep: Tensor) -> bool:
     return bool((~keep & (at > first) & (at < last)).any())
 
 
+def _rows_of(far: tuple[Tensor, Tensor] | None, b: int, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor] | None:
+    "Of a stream's queries and keys those of some tokens of a sample"
+    return None if far is None else (far[0][b:b + 1, :, rows], far[1][b:b + 1, :, keys])
+
+
 def _unpadded(s: Scores, v: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     out = s.q.new_zeros(*s.q.shape[:3], v.shape[-1])
     lse = s.q.new_full(s.q.shape[:3], -torch.inf, dtype=s.dtype)
@@ -327,7 +332,8 @@ def _unpadded(s: Scores, v: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
         rows, keys = real[b].nonzero()[:, 0], kept.nonzero()[:, 0]
         if not len(rows): continue
         inner = replace(s.mask, keep=None, offset=int(kept[:s.mask.offset].sum()))
-        alone = Scores(s.q[b:b + 1, :, rows], s.k[b:b + 1, :, keys], s.scale, inner)
+        streams = tuple(replace(st, far=_rows_of(st.far, b, rows, keys)) for st in s.streams)
+        alone = Scores(s.q[b:b + 1, :, rows], s.k[b:b + 1, :, keys], s.scale, inner, streams=streams)
         o, l = _attend(alone, v[b:b + 1, :, keys])
         out[b, :, rows], lse[b, :, rows] = o[0], l[0].to(s.dtype)
     return out, lse
@@ -454,6 +460,7 @@ def _simple_streams(s: Scores, v: Tensor) -> bool:
 
 
 def _attend_streams(s: Scores, v: Tensor) -> tuple[Tensor, Tensor]:
+    if _only_far(s, v): return _attend_far(s, v)
     if not _simple_streams(s, v): return attend_blocked(s, v)
     out = s.q.new_zeros(*s.q.shape[:3], v.shape[-1])
     lse = s.q.new_full(s.q.shape[:3], -torch.inf, dtype=s.dtype)
@@ -468,6 +475,44 @@ def _attend_streams(s: Scores, v: Tensor) -> tuple[Tensor, Tensor]:
             o, l = _stream(q, k, w, s, Stream(torch.ones(len(heads), dtype=torch.bool), st.sink, st.recent, far))
         out[:, heads], lse[:, heads] = o, l.to(s.dtype)
     return out, lse
+
+# %% ../../nbs/measure/01_kernels.ipynb #31c0ff8f
+def _only_far(s: Scores, v: Tensor) -> bool:
+    "Do the streams keep all tokens of all heads, at most one in each direction, in a mask that is plain?"
+    m, n_q, n_k = s.mask, s.q.shape[2], s.k.shape[2]
+    keep_all = all(st.sink >= ALL and st.far is not None and bool(st.heads.all()) for st in s.streams)
+    once = len({st.ahead for st in s.streams}) == len(s.streams)
+    whole = m.left is None and m.start == 0 and (m.right == 0 or (m.right is None and m.offset == 0 and n_q == n_k))
+    base = replace(s, streams=()).plain and _has_kernel(s.q) and m.offset + n_q <= n_k
+    holes = m.keep is not None and _has_holes(m.keep)
+    return keep_all and once and whole and base and not holes and not _needs_grad(s.q, s.k, v)
+
+
+def _merge_rows(whole: tuple[Tensor, Tensor], part: tuple[Tensor, Tensor], rows: slice) -> tuple[Tensor, Tensor]:
+    "Attention of all queries, in which some have seen more keys"
+    (out, lse), new = whole, merge((whole[0][:, :, rows], whole[1][:, :, rows]), part)
+    out[:, :, rows], lse[:, :, rows] = new[0], new[1].to(lse)
+    return out, lse
+
+# %% ../../nbs/measure/01_kernels.ipynb #43c3e882
+def _attend_far(s: Scores, v: Tensor) -> tuple[Tensor, Tensor]:
+    "Output and lse where distant keys are met by other queries and keys"
+    m, n, n_k = s.mask, s.q.shape[2], s.k.shape[2]
+    if m.keep is not None and not m.keep.all(): return _unpadded(s, v, m.keep)
+    if m.right == 0: n_k = min(n_k, m.offset + n)  # a static cache has room for more
+    width = {st.ahead: st.recent for st in s.streams}
+    near = Mask(width.get(False, n_k) - 1, 0 if m.right == 0 else width.get(True, n_k) - 1, m.offset)
+    got = _banded(s.q, s.k[:, :, :n_k], v[:, :, :n_k], s.scale, near)
+    for st in s.streams:
+        assert st.far is not None
+        a = max(0, st.recent - m.offset)  # of the queries, the first or the last so many see nothing far
+        if a >= n or (st.ahead and m.right == 0): continue
+        rows = slice(0, n - a) if st.ahead else slice(a, n)
+        q, k, w = (st.far[0][:, :, rows], *(x[:, :, a:] if st.ahead else x[:, :, :n_k] for x in (st.far[1], v)))
+        if st.ahead: q, k, w = q.flip(2), k.flip(2), w.flip(2)
+        out, lse = _causal(q, k, w, s.scale, 0 if st.ahead else m.offset + a - st.recent)
+        got = _merge_rows(got, (out.flip(2), lse.flip(2)) if st.ahead else (out, lse), rows)
+    return got
 
 # %% ../../nbs/measure/01_kernels.ipynb #85abc0c5
 def attend(

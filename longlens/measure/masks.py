@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['Mask', 'causal_mask', 'full_mask', 'key_range', 'visible_tile', 'real_queries', 'positions', 'visible_keys',
+__all__ = ['ALL', 'Mask', 'causal_mask', 'full_mask', 'key_range', 'visible_tile', 'real_queries', 'positions', 'visible_keys',
            'seen_by', 'Stream', 'stream_tile']
 
 # %% ../../nbs/measure/00_masks.ipynb #ed5b1e40
@@ -196,6 +196,9 @@ def seen_by(
     return (seen if mask.keep is None else seen * mask.keep.to(device)).float()
 
 # %% ../../nbs/measure/00_masks.ipynb #7a9d4f4c
+ALL = 2**31 - 1  # as `sink` of a stream: it keeps every token
+
+
 @dataclass(frozen=True)
 class Stream:
     "Heads that see only the first `sink` tokens of a text and the `recent` last ones"
@@ -204,6 +207,7 @@ class Stream:
     recent: int = 256  # tokens at the end, the query's own included
     far: tuple[Tensor, Tensor] | None = None  # queries (batch, heads, n_queries, d_head) and keys (batch, kv_heads, n_keys, d_head)
     # that meet where a first token is not recent; None: the usual ones (LM-Infinite's distance ceiling, arXiv 2308.16137)
+    ahead: bool = False  # recent are the query and the tokens after it; what stands before it is not the stream's business
 
 
 def _first_keys(mask: Mask, sink: int, b: int, keys: range, device: torch.device) -> Tensor:
@@ -224,9 +228,11 @@ def stream_tile(
 ) -> tuple[Tensor, Tensor] | None:  # seen, and first but not recent: bool, (heads, rows, keys); None: the stream hides nothing here
     "What the stream leaves of a tile"
     mine = stream.heads[heads].to(device)
-    if rows.stop - 1 + mask.offset - keys.start < stream.recent or not mine.any(): return None
+    furthest = keys.stop - 1 - rows.start - mask.offset if stream.ahead else rows.stop - 1 + mask.offset - keys.start
+    if furthest < stream.recent or not mine.any(): return None
     i = torch.arange(rows.start, rows.stop, device=device)[:, None] + mask.offset
-    recent = i - torch.arange(keys.start, keys.stop, device=device) < stream.recent
+    behind = i - torch.arange(keys.start, keys.stop, device=device)  # by how many tokens a key stands behind its query
+    recent = (-behind if stream.ahead else behind) < stream.recent
     first = _first_keys(mask, stream.sink, b, keys, device).expand_as(recent)
     mine = mine[:, None, None]
     return recent | first | ~mine, first & ~recent & mine

@@ -383,5 +383,10 @@ def _lengthen(model: Any, config: Any, kind: str, factor: float, stack: ExitStac
     if kind != "dynamic": _set(config, "max_position_embeddings", int(config.max_position_embeddings * factor), stack)
     if model is hf_model(model): return
     if getattr(model, "max_length", None): _set(model, "max_length", int(model.max_length * factor), stack)
+    _without_bridge(model, stack)
+
+
+def _without_bridge(model: Any, stack: ExitStack) -> None:
+    "A LongModel's bridge has rotary frequencies of its own: it makes another one while the stack is open, and then has the old one again"
     if (bridge := vars(model).pop("bridge", None)) is not None: stack.callback(vars(model).__setitem__, "bridge", bridge)
     else: stack.callback(vars(model).pop, "bridge", None)
