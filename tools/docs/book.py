@@ -1,0 +1,137 @@
+"""The notebooks of the project, as pages: what each is called, what it defines, and where it stands on the site.
+
+The order of the site is the table below; within a folder it is the order of the file names. A notebook in a folder that the
+table does not name gets a group of its own, so that a new one is never lost.
+"""
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from entries import Entry, entries
+from nbfiles import Cell, directives, read, source, without_directives
+
+GROUPS = {    # folder of nbs/ -> its heading, and a sentence for its page
+    "tutorials": ("Tutorials", "Executed analyses of models that ship with longlens: every number and picture was made by the cell above it."),
+    "": ("Models, contexts, sweeps", "The base that everything stands on: reports, models, long contexts with known places, grids of prompts."),
+    "measure": ("Measuring and changing attention", "Attention as an operator, statistics that are exact at any length, interventions."),
+    "probes": ("Probes", "One question each, answered with tables, a chart and sentences."),
+    "views": ("Charts, explorers, pages", "How reports are drawn, explored by hand, and written as pages."),
+}
+PARTS = {    # part of the public reference -> the modules whose public names it lists; the rest goes to the last
+    "models": ("Models and encoders", ("models", "forward", "prefix", "encoders", "needle_lm")),
+    "measuring": ("Measuring", ("measure.kernels", "measure.attention", "measure.capture", "measure.rollout")),
+    "statistics": ("Statistics", ("measure.statistics", "measure.collapse")),
+    "interventions": ("Interventions", ("measure.intervene", "measure.positions", "measure.redistribute")),
+    "contexts": ("Contexts", ("pieces", "haystack", "context", "tasks", "pairs", "questions", "retrieval", "rankings")),
+    "probes": ("Probes and reports", ("probes", "report", "sweeps", "cells", "cluster")),
+    "more": ("Views and the rest", ()),
+}
+TITLE = re.compile(r"\A\s*#[ \t]+(.+)(?:\s*\n>[ \t]*(.+))?")
+HIDDEN = {"hide", "default_exp"}
+
+
+def shown(cell: Cell) -> bool:
+    "Does a cell have a place on the page?"
+    marks = directives(cell)
+    return cell["cell_type"] != "raw" and not HIDDEN & set(marks) and marks.get("include") != "false" and bool(source(cell).strip())
+
+
+def exported(cell: Cell) -> bool:
+    "Is it a cell of the package?"
+    return cell["cell_type"] == "code" and bool({"export", "exporti", "exports"} & set(directives(cell)))
+
+
+@dataclass(frozen=True)
+class Page:
+    "One notebook"
+    path: Path      # of the file
+    name: str       # on the site, without suffix: measure/05_capture
+
+    @cached_property
+    def cells(self) -> list[Cell]: return read(self.path)["cells"]
+
+    @cached_property
+    def heading(self) -> tuple[str, str]:
+        "Title and subtitle"
+        first = next((source(c) for c in self.cells if c["cell_type"] == "markdown" and TITLE.match(source(c))), "")
+        found = TITLE.match(first)
+        return (found[1].strip(), (found[2] or "").strip()) if found else (self.path.stem, "")
+
+    @cached_property
+    def module(self) -> str:
+        "The module that the notebook exports to, without the package; empty if it exports nothing"
+        named = [directives(c)["default_exp"] for c in self.cells if c["cell_type"] == "code" and "default_exp" in directives(c)]
+        return named[0] if named and any(map(exported, self.cells)) else ""
+
+    @property
+    def folder(self) -> str: return self.name.rpartition("/")[0]
+
+    @cached_property
+    def entries(self) -> list[Entry]:
+        "What the notebook exports, in order"
+        return [e for c in self.cells if exported(c) for e in entries(without_directives(c), f"longlens.{self.module}")]
+
+
+def pages(nbs: Path) -> list[Page]:
+    "Every notebook under a folder, in the order of the site"
+    found = [Page(p, p.relative_to(nbs).with_suffix("").as_posix()) for p in nbs.rglob("*.ipynb")
+             if not any(part[0] in "._" for part in p.relative_to(nbs).parts)]
+    order = {folder: number for number, folder in enumerate(GROUPS)}
+    return sorted(found, key=lambda p: (order.get(p.folder, len(order)), p.folder, p.name))
+
+
+def grouped(found: Iterable[Page]) -> Iterator[tuple[str, str, str, list[Page]]]:
+    "Folder, heading, sentence and pages of each group; the landing page belongs to none"
+    inside: dict[str, list[Page]] = {}
+    for page in found:
+        if page.name != "index": inside.setdefault(page.folder, []).append(page)
+    for folder, these in inside.items():
+        title, said = GROUPS.get(folder, (folder.replace("_", " ").capitalize(), ""))
+        yield folder, title, said, these
+
+
+class Index:
+    "Every exported name: where it is defined, and which page says so"
+
+    def __init__(self, found: Iterable[Page], public: dict[str, str]):
+        self.public = public    # name -> module without the package, as longlens/__init__.py has it
+        self.names: dict[str, list[tuple[Entry, Page]]] = {}
+        self.patched: dict[str, list[Entry]] = {}
+        self.arguments: dict[str, set[str]] = {}    # module -> names of parameters in it
+        for page in found:
+            parts = [part for one in page.entries for part in (one, *one.members)]
+            self.arguments[page.module] = {p.name.lstrip("*") for part in parts for p in part.parameters}
+            for one in page.entries:
+                if "." in one.name: self.patched.setdefault(one.name.split(".")[0], []).append(one)
+                else: self.names.setdefault(one.name, []).append((one, page))
+
+    def find(self, name: str, module: str = "") -> tuple[Entry, Page] | None:
+        "A name's entry and page: the module's own, the public one, or the only one"
+        known = self.names.get(name, [])
+        module = module or self.public.get(name, "")
+        own = [pair for pair in known if pair[0].module == f"longlens.{module}"]
+        return own[0] if own else known[0] if len(known) == 1 else None
+
+    def whole(self, entry: Entry) -> Entry:
+        "A class with what it inherits, where it says nothing itself, and with the methods that were added to it later"
+        if entry.kind != "class": return entry
+        given = entry
+        for base in entry.bases:
+            known = self.find(base.split("[")[0])
+            if known and not given.parameters:
+                above = self.whole(known[0])
+                given = replace(given, parameters=above.parameters, marks=above.marks)
+        later = [m for m in self.patched.get(entry.name, []) if m.name not in {one.name for one in entry.members}]
+        init = next((m for m in later if m.name.endswith(".__init__")), None)
+        if init: given = replace(given, parameters=init.parameters, marks=init.marks)
+        return replace(given, members=(*entry.members, *(m for m in later if m.public)))
+
+    def target(self, name: str, module: str = "") -> str:
+        "What a link to a name points at; empty if there is no such name, or more than one"
+        known = self.find(name, module)
+        if not known: return ""
+        return f"longlens.{name}" if name in self.public else f"{known[0].module}.{name}"

@@ -1,0 +1,69 @@
+"""The site: tools/docs/build.py writes _docs from the notebooks, docs/, and the files that have a page.
+
+Every page works from a plain file server, and from the file system, with no network: Vega comes from vl-convert, which draws
+the pictures in the notebooks, MathJax from a Python package, and the rest is Sphinx's and the theme's. Nothing is executed.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from importlib.metadata import files
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+sys.path[:0] = [str(HERE), str(HERE.parent), str(ROOT)]
+
+from stage import Stage, stage
+
+MATHJAX = "sphinx-mathjax-offline"
+
+
+def vendored(to: Path) -> None:
+    "The scripts that pages load: Vega with the look of the report pages, and MathJax as one file"
+    from longlens.views.page import PAGE, vega_script
+    to.mkdir(parents=True, exist_ok=True)
+    (to / "vega.js").write_text(f"{vega_script()}\nwindow.longlensPage = {json.dumps(PAGE)};\n", encoding="utf-8")
+    found = [f for f in files(MATHJAX) or [] if f.name == "tex-svg.js"]
+    if not found: raise FileNotFoundError(f"{MATHJAX} has no tex-svg.js: install the version that constraints.txt names")
+    shutil.copy(found[0].locate(), to / "tex-svg.js")
+
+
+def sphinx(source: Path, out: Path, trees: Path, jobs: int) -> int:
+    "Run Sphinx; its exit status"
+    from sphinx.cmd.build import main
+    (static := source / "_static").mkdir(exist_ok=True)
+    os.environ.update(LONGLENS_ROOT=str(ROOT), LONGLENS_STATIC=str(static))
+    return main(["-q", "-b", "html", "-j", str(jobs), "-c", str(HERE), "-d", str(trees), str(source), str(out)])
+
+
+def build(out: Path, work: Path, jobs: int = 2) -> tuple[int, Stage]:
+    "Build the site; the exit status of Sphinx, and what was staged"
+    made = stage(ROOT, work / "source")
+    status = sphinx(work / "source", out, work / "doctrees", jobs)
+    vendored(out / "_static")
+    (out / "counts.json").write_text(json.dumps(made.counts, indent=1, sort_keys=True), encoding="utf-8")
+    (out / ".nojekyll").touch()    # GitHub leaves folders out that start with an underscore, unless told not to
+    return status, made
+
+
+def main(args: list[str] | None = None) -> int:
+    "Build, and say where it is"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "_docs", help="folder of the site")
+    parser.add_argument("--work", type=Path, default=ROOT / "build/docs", help="folder for sources and caches")
+    parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="processes")
+    asked = parser.parse_args(args)
+    start = time.time()
+    status, made = build(asked.out.resolve(), asked.work.resolve(), asked.jobs)
+    charts = sum(one["chart"] for one in made.counts.values())
+    print(f"{asked.out}/index.html: {len(list(asked.out.rglob('*.html')))} pages, {charts} live charts, {time.time() - start:.0f} s")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

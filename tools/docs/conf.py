@@ -1,0 +1,51 @@
+"How Sphinx builds the site; build.py calls it, and says where things are"
+from __future__ import annotations
+
+import os
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from stage import settings
+
+HERE = Path(__file__).resolve().parent
+about = settings(Path(os.environ["LONGLENS_ROOT"]))
+project, author = about["title"], about["author"]
+version = release = about["version"]
+copyright = f"{date.today().year}, {author}"
+extensions = ["myst_parser", "sphinx.ext.mathjax"]
+source_suffix = {".md": "markdown"}
+exclude_patterns: list[str] = []
+suppress_warnings = ["ref.python", "myst.xref_ambiguous"]    # a class and its public name are two entries of one thing
+
+myst_enable_extensions = ["attrs_block", "attrs_inline", "deflist", "dollarmath", "fieldlist"]
+myst_heading_anchors = 4
+myst_update_mathjax = False
+mathjax_path = "tex-svg.js"    # one file, fonts included: from the package sphinx-mathjax-offline
+mathjax3_config = {"svg": {"fontCache": "global"}}
+
+add_module_names = False
+python_maximum_signature_line_length = 80
+python_use_unqualified_type_names = True
+toc_object_entries_show_parents = "hide"
+pygments_style, pygments_dark_style = "friendly", "native"
+
+html_theme = "furo"
+html_title = f"{project} {version}"
+html_static_path = [str(HERE / "static"), os.environ["LONGLENS_STATIC"]]
+html_css_files = ["site.css"]
+html_theme_options = {"sidebar_hide_name": False, "navigation_with_keys": True}
+html_copy_source = False
+html_show_sphinx = False
+html_baseurl = about["doc_host"] + about["doc_baseurl"]
+
+
+def live(app: Any, pagename: str, templatename: str, context: dict[str, Any], doctree: Any) -> None:
+    "Vega goes only to pages with charts, and the host of widgets to pages with widgets"
+    body = context.get("body", "")
+    drawn = "data-chart" in body or "data-widget" in body
+    for name in ["vega.js", "charts.js"] * drawn + ["widgets.js"] * ("data-widget" in body): app.add_js_file(name, loading_method="defer")
+
+
+def setup(app: Any) -> None:
+    app.connect("html-page-context", live)

@@ -1,0 +1,154 @@
+"""What the exported cells of a notebook define, read from their source: names, signatures, docments.
+
+Nothing is imported, so that a notebook whose module is not exported yet, or does not import here, has its page all the
+same. A docment is the comment on the line of a parameter, or the comment lines above it, as fastcore reads them.
+"""
+from __future__ import annotations
+
+import ast
+import io
+import tokenize
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@dataclass(frozen=True)
+class Parameter:
+    "One parameter or field"
+    name: str                     # with its stars
+    annotation: str = ""          # as written
+    default: str | None = None    # as written
+    text: str = ""                # its docment
+
+
+@dataclass(frozen=True)
+class Entry:
+    "One name of the API"
+    name: str                              # in its module: `Report.save`
+    kind: str                              # function, class, method, property, data
+    module: str = ""                       # longlens.report
+    doc: str = ""                          # docstring
+    parameters: tuple[Parameter, ...] = ()
+    marks: tuple[str, ...] = ()            # "*" and "/" stand before the parameter of that number
+    returns: str = ""                      # annotation
+    returned: str = ""                     # docment of what is returned
+    bases: tuple[str, ...] = ()            # of a class
+    decorators: tuple[str, ...] = ()
+    members: tuple[Entry, ...] = field(default=())
+
+    @property
+    def public(self) -> bool: return not any(part.startswith("_") and part != "__call__" for part in self.name.split("."))
+
+    @property
+    def signature(self) -> str:
+        "As it would be written in Python, without `self`"
+        if self.kind in ("property", "data"): return ""
+        parts = [one.name + (f": {one.annotation}" if one.annotation else "")
+                 + ("" if one.default is None else f" = {one.default}" if one.annotation else f"={one.default}") for one in self.parameters]
+        for number, mark in sorted(((int(m[1:]), m[0]) for m in self.marks), reverse=True): parts.insert(number, mark)
+        arrow = f" -> {self.returns}" if self.returns and self.kind != "class" else ""
+        return f"({', '.join(parts)}){arrow}"
+
+
+def comments(source: str) -> dict[int, str]:
+    "The comments of a cell, by line"
+    found = {}
+    try:
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            if token.type == tokenize.COMMENT: found[token.start[0]] = token.string.lstrip("#").strip()
+    except (tokenize.TokenError, IndentationError): pass
+    return found
+
+
+def docment(line: int, said: dict[int, str], taken: set[int]) -> str:
+    "The comment on a line, or the comments right above it"
+    if line in said: return said[line]
+    above = []
+    while (line := line - 1) in said and line not in taken: above.insert(0, said[line])
+    return " ".join(above)
+
+
+def _default(node: ast.expr | None) -> str | None:
+    if node is None: return None
+    if isinstance(node, ast.Call) and ast.unparse(node.func) in ("field", "dataclasses.field"):
+        given = {k.arg: k.value for k in node.keywords}
+        return _default(given["default"]) if "default" in given else "..." if "default_factory" in given else None
+    return ast.unparse(node)
+
+
+def _parameters(node: Function, said: dict[int, str], drop_first: bool) -> tuple[tuple[Parameter, ...], tuple[str, ...], str]:
+    args = node.args
+    plain = [*args.posonlyargs, *args.args]
+    defaults = [None] * (len(plain) - len(args.defaults)) + [*args.defaults]
+    rows = [(arg, "", default) for arg, default in zip(plain, defaults, strict=True)][int(drop_first):]
+    marks = [f"/{len(args.posonlyargs) - drop_first}"] if args.posonlyargs else []
+    if args.vararg: rows.append((args.vararg, "*", None))
+    elif args.kwonlyargs: marks.append(f"*{len(rows)}")
+    rows += [(arg, "", default) for arg, default in zip(args.kwonlyargs, args.kw_defaults, strict=True)]
+    if args.kwarg: rows.append((args.kwarg, "**", None))
+    owner = {arg.lineno: arg.arg for arg, _, _ in rows} | ({node.returns.lineno: "return"} if node.returns else {})
+    told = lambda arg: docment(arg.lineno, said, {*owner}) if owner[arg.lineno] == arg.arg else ""
+    found = tuple(Parameter(stars + arg.arg, ast.unparse(arg.annotation) if arg.annotation else "", _default(default), told(arg))
+                  for arg, stars, default in rows)
+    returned = said.get(node.returns.lineno, "") if node.returns and node.body[0].lineno > node.returns.lineno else ""
+    return found, tuple(marks), returned
+
+
+def _doc(node: Function | ast.ClassDef) -> str: return ast.get_docstring(node) or ""
+
+
+def _function(node: Function, said: dict[int, str], owner: str = "") -> Entry:
+    decorators = tuple(ast.unparse(d).split("(")[0].split(".")[-1] for d in node.decorator_list)
+    kind = "function" if not owner else "property" if {"property", "cached_property", "patch_property"} & {*decorators} else "method"
+    static = "staticmethod" in decorators
+    found, marks, returned = _parameters(node, said, bool(owner) and not static)
+    return Entry(f"{owner}.{node.name}" if owner else node.name, kind, doc=_doc(node), parameters=found, marks=marks,
+                 returns=ast.unparse(node.returns) if node.returns else "", returned=returned, decorators=decorators)
+
+
+def _class(node: ast.ClassDef, said: dict[int, str]) -> Entry:
+    inside = [_function(one, said, node.name) for one in node.body if isinstance(one, Function)]
+    init = next((one for one in inside if one.name.endswith(".__init__")), None)
+    bases, decorators = tuple(map(ast.unparse, node.bases)), tuple(ast.unparse(d).split("(")[0] for d in node.decorator_list)
+    fields: tuple[Parameter, ...] = ()
+    if init is None and ("dataclass" in decorators or "NamedTuple" in bases or "TypedDict" in bases):
+        own = [one for one in node.body if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)]
+        lines = {one.lineno for one in own}
+        fields = tuple(Parameter(one.target.id, ast.unparse(one.annotation), _default(one.value), docment(one.lineno, said, lines))
+                       for one in own if isinstance(one.target, ast.Name) and not one.target.id.startswith("_")
+                       and "ClassVar" not in ast.unparse(one.annotation))
+    return Entry(node.name, "class", doc=_doc(node), parameters=init.parameters if init else fields, marks=init.marks if init else (),
+                 bases=bases, decorators=decorators, members=tuple(one for one in inside if one.public))
+
+
+def _patched(node: Function) -> str:
+    "The class that `@patch` gives a function to"
+    if not any(ast.unparse(d).split("(")[0] == "patch" for d in node.decorator_list) or not node.args.args: return ""
+    given = node.args.args[0].annotation
+    return ast.unparse(given).split("|")[0].strip(" '\"") if given else ""
+
+
+def _constant(node: ast.stmt, said: dict[int, str]) -> Iterator[Entry]:
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    for target in targets:
+        if isinstance(target, ast.Name) and target.id.isupper():
+            yield Entry(target.id, "data", doc=said.get(node.lineno, ""),
+                        returns=ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else "")
+
+
+def entries(
+    source: str,        # of an exported cell
+    module: str = "",   # that it is exported to
+) -> list[Entry]:
+    "The public names that a cell defines, in order"
+    try: tree = ast.parse(source)
+    except SyntaxError: return []
+    said, found = comments(source), []
+    for node in tree.body:
+        if isinstance(node, Function): found.append(_function(node, said, _patched(node)))
+        elif isinstance(node, ast.ClassDef): found.append(_class(node, said))
+        else: found += _constant(node, said)
+    placed = lambda one: replace(one, module=module, members=tuple(map(placed, one.members)))
+    return [placed(one) for one in found if one.public]

@@ -1,0 +1,38 @@
+// Draws the charts of a page from the specifications beside them. Ink is the page's own colour, so that both themes work.
+"use strict";
+window.longlens = (() => {
+  const options = {
+    ast: true, mode: "vega-lite", actions: {export: true, source: false, compiled: false, editor: false},
+    tooltip: {disableDefaultStyle: true}, downloadFileName: "longlens",
+  };
+  const MANY = 3000;    // rows: above this a chart is drawn on a canvas, which is faster, below it as SVG
+  const canvases = new Map();
+
+  const rows = (spec) => Math.max(0, ...Object.values(spec.datasets ?? {}).map((data) => data.length));
+
+  // an SVG knows currentColor; a canvas has to be told which colour that is
+  const config = (place, renderer) => renderer === "svg" ? window.longlensPage : JSON.parse(
+    JSON.stringify(window.longlensPage).replaceAll("currentColor", getComputedStyle(place).color));
+
+  const draw = async (place, spec) => {
+    const renderer = rows(spec) > MANY ? "canvas" : "svg";
+    try {
+      await vegaEmbed(place, spec, {...options, renderer, config: config(place, renderer)});
+      place.dataset.drawn = renderer;
+      if (renderer === "canvas") canvases.set(place, spec);
+    } catch (error) {
+      place.textContent = `This chart could not be drawn: ${error.message}`;
+      console.error(error);
+    }
+  };
+
+  const stored = (place) => JSON.parse(place.querySelector("script").textContent);
+  const again = () => canvases.forEach((spec, place) => draw(place, spec));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", again);
+  new MutationObserver(again).observe(document.body, {attributes: true, attributeFilter: ["data-theme"]});
+
+  const all = [...document.querySelectorAll("[data-chart]")];
+  const one = (rest) => { if (rest.length) draw(rest[0], stored(rest[0])).then(() => setTimeout(one, 0, rest.slice(1))); };
+  one(all);
+  return {draw, stored};
+})();
