@@ -25,7 +25,7 @@ from .text import visible
 # %% auto #0
 __all__ = ['INK', 'PAGE', 'MANY', 'NO_SCRIPT', 'Section', 'sections_of', 'say', 'paragraphs', 'table_html', 'as_json', 'drawing',
            'apart', 'figure', 'section_html', 'facts', 'leaves', 'run_html', 'findings_html', 'contents_html',
-           'vega_script', 'static', 'policy', 'body_html', 'page_html', 'write_page']
+           'vega_script', 'static', 'policy', 'scripts_html', 'body_html', 'page_html', 'write_page']
 
 # %% ../../nbs/views/01_page.ipynb #a01e0ce3
 @dataclass
@@ -35,6 +35,7 @@ class Section:
     text: str = ""                         # paragraphs, with an empty line between them
     chart: Any = None                      # an Altair chart
     table: pl.DataFrame | None = None      # its first rows are on the page, folded
+    view: Any = None                       # a text with shaded units: `TextData` of views/tokens
 
 # %% ../../nbs/views/01_page.ipynb #2a9d19b1
 def sections_of(
@@ -155,11 +156,15 @@ def section_html(
     anchor: str,                    # its id
     level: int,                     # of its heading
     drawings: list[dict[str, Any]], # all charts of the page so far
+    texts: list[dict[str, Any]],    # all texts of the page so far
 ) -> str:                           # HTML
-    "A heading, the text, the picture, the folded table"
+    "A heading, the text, the picture, the shaded text, the folded table"
     chart = figure(section, drawings) if section.chart is not None else ""
     table = table_html(section.table, section.title) if section.table is not None else ""
-    return f'<section id="{anchor}"><h{level}>{say(section.title, 200)}</h{level}>{paragraphs(section.text)}{chart}{table}</section>'
+    place = f'<div class="text" data-texts="{len(texts)}"></div>' if section.view is not None else ""
+    if section.view is not None: texts.append(section.view.page())
+    head = f"<h{level}>{say(section.title, 200)}</h{level}>"
+    return f'<section id="{anchor}">{head}{paragraphs(section.text)}{chart}{place}{table}</section>'
 
 # %% ../../nbs/views/01_page.ipynb #84e4263a
 def facts(
@@ -238,10 +243,23 @@ def policy(
     sums = " ".join(f"'sha256-{b64encode(sha256(s.encode()).digest()).decode()}'" for s in scripts) or "'none'"
     return f"default-src 'none'; script-src {sums}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
+# %% ../../nbs/views/01_page.ipynb #3c1f0b7a
+def scripts_html(
+    drawings: list[dict[str, Any]],    # all charts of the page
+    texts: list[dict[str, Any]],       # all shaded texts
+) -> tuple[str, list[str]]:            # HTML; what the policy must allow
+    "The data of charts and texts, and the scripts that draw them"
+    charts, module = [vega_script(), static("page.js")] * bool(drawings), [f"{static('tokens.js')}\nmountAll();"] * bool(texts)
+    data = f'<script type="application/json" id="charts">{as_json(drawings)}</script>'
+    if texts: data += f'<script type="application/json" id="texts">{as_json(texts)}</script>'
+    code = [f"<script>{c}</script>" for c in charts] + [f'<script type="module">{m}</script>' for m in module]
+    return "\n".join([data, *code]), charts + module
+
 # %% ../../nbs/views/01_page.ipynb #194ce08f
 def body_html(
     reports: Sequence[Report],         # what to show
     drawings: list[dict[str, Any]],    # all charts; filled here
+    texts: list[dict[str, Any]],       # all texts; filled here
 ) -> tuple[str, list[tuple[str, str]]]:    # HTML, and anchors with titles
     "Every section of every report"
     parts: list[str] = []
@@ -250,11 +268,11 @@ def body_html(
         if len(reports) > 1: parts.append(f"<h2>{say(_name(report))}</h2>")
         for section in sections_of(report):
             titles.append((f"section-{len(titles) + 1}", section.title))
-            parts.append(section_html(section, titles[-1][0], 3 if len(reports) > 1 else 2, drawings))
+            parts.append(section_html(section, titles[-1][0], 3 if len(reports) > 1 else 2, drawings, texts))
     return "".join(parts), titles
 
 # %% ../../nbs/views/01_page.ipynb #772aa488
-NO_SCRIPT = "<noscript><p class='note'>The charts need JavaScript, which is off here. The text and the tables do not.</p></noscript>"
+NO_SCRIPT = "<noscript><p class='note'>The pictures need JavaScript, which is off here. Words and tables do not.</p></noscript>"
 
 
 def page_html(
@@ -263,21 +281,22 @@ def page_html(
 ) -> str:                         # HTML
     "Reports as one HTML page that needs no network"
     drawings: list[dict[str, Any]] = []
-    body, titles = body_html(reports, drawings)
-    scripts = [vega_script(), static("page.js")] if drawings else []
+    texts: list[dict[str, Any]] = []
+    body, titles = body_html(reports, drawings, texts)
+    code, scripts = scripts_html(drawings, texts)
+    style = static("page.css") + static("tokens.css") * bool(texts)
     line = "".join(f"<span>{say(fact, 120)}</span>" for fact in facts(reports[0].meta))
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{policy(scripts)}">
 <meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">
 <title>{say(title, 200)}</title><link rel="icon" href="data:,">
-<style>{static("page.css")}</style></head>
-<body><header><h1>{say(title, 200)}</h1><p class="facts">{line}</p></header>{NO_SCRIPT if drawings else ""}
+<style>{style}</style></head>
+<body><header><h1>{say(title, 200)}</h1><p class="facts">{line}</p></header>{NO_SCRIPT if scripts else ""}
 <main>{findings_html(reports)}{contents_html(titles)}{body}
 <section id="run"><h2>What was run</h2>{"".join(map(run_html, reports))}</section></main>
 <footer>Made by longlens. This page is one file: nothing is loaded, nothing is sent.</footer>
-<script type="application/json" id="charts">{as_json(drawings)}</script>
-{"".join(f"<script>{code}</script>" for code in scripts)}
+{code}
 </body></html>
 """
 
