@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_parity import CASES, N, agree, eager, forward, padding
 from transformers import DynamicCache
-from zoo import CAUSAL, ZOO, token_ids, zoo_model
+from zoo import ZOO, token_ids, zoo_model
 
 from longlens.measure.answer_rows import MeanRows, mean_over_layers
 from longlens.measure.capture import capture

@@ -21,8 +21,8 @@ from .statistics import Call, Statistic, _inside, check_queries, missing_queries
 # %% auto #0
 __all__ = ['BLOCK', 'rolled', 'Rollout']
 
-# %% ../../nbs/measure/11a_rollout.ipynb #e74251c9
-BLOCK = 2**26  # numbers that the products of all heads may hold at a time
+# %% ../../nbs/measure/11a_rollout.ipynb #54cac477
+BLOCK = 2**24  # numbers that the products of all heads may hold at a time
 
 
 def rolled(
