@@ -32,6 +32,9 @@ lab: .venv/.for-work    ## JupyterLab on the tutorials
 bench: .venv/.for-work    ## measure what longlens costs, and write benchmarks/RESULTS.md
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
 
+docs: .venv/.for-work    ## the site, in _docs: works from any file server, and with no network
+	@$(BIN)/python tools/docs/build.py
+
 readme: .venv/.for-work    ## README.md from nbs/index.ipynb
 	@$(BIN)/python tools/readme.py
 
@@ -60,4 +63,4 @@ clean:    ## remove what was made, except .venv
 	@$(PIP) install -c constraints.txt -e '.[dev,bridge,embed]'
 	@touch $@
 
-.PHONY: help demo test lab bench readme clean
+.PHONY: help demo test lab bench docs readme clean

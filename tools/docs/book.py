@@ -132,6 +132,7 @@ class Index:
 
     def target(self, name: str, module: str = "") -> str:
         "What a link to a name points at; empty if there is no such name, or more than one"
+        name, _, member = name.partition(".")
         known = self.find(name, module)
-        if not known: return ""
-        return f"longlens.{name}" if name in self.public else f"{known[0].module}.{name}"
+        if not known or (member and f"{name}.{member}" not in {m.name for m in self.whole(known[0]).members}): return ""
+        return (f"longlens.{name}" if name in self.public else f"{known[0].module}.{name}") + f".{member}" * bool(member)

@@ -16,7 +16,10 @@ copyright = f"{date.today().year}, {author}"
 extensions = ["myst_parser", "sphinx.ext.mathjax"]
 source_suffix = {".md": "markdown"}
 exclude_patterns: list[str] = []
-suppress_warnings = ["ref.python", "myst.xref_ambiguous"]    # a class and its public name are two entries of one thing
+suppress_warnings = [
+    "ref.python",     # a public name has two entries: in the reference, and on the page of its module
+    "myst.header",    # a notebook may go from its title to a third level
+]
 
 myst_enable_extensions = ["attrs_block", "attrs_inline", "deflist", "dollarmath", "fieldlist"]
 myst_heading_anchors = 4

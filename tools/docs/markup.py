@@ -14,7 +14,7 @@ HEADING = re.compile(r"^#{1,6}[ \t].*$", re.MULTILINE)
 SPAN = re.compile(r"(?<![`\[])`([^`\n]+)`(?![`\]])")
 CODE_OR_MATH = re.compile(r"(?<!`)`[^`\n]+`(?!`)")
 LINK = re.compile(r"(\]\(|(?:src|href)=\")(?![a-z]+:|#|/)([^)\"\s]+)")
-CALLED = re.compile(r"(?:ll\.|longlens\.)?([A-Za-z_]\w*)(\(.*\))?")
+CALLED = re.compile(r"(?:ll\.|longlens\.)?([A-Za-z_]\w*(?:\.[a-z]\w*)?)(\(.*\))?")
 
 
 def outside(pattern: re.Pattern[str], text: str, change: Callable[[str], str]) -> str:
@@ -34,8 +34,8 @@ def escaped(text: str) -> str:
 
 def telling(name: str, calls: str | None, index: Index, module: str) -> bool:
     "Is a word in backticks meant as a name of the package, and not as a column, a word, or an argument?"
-    known = index.find(name, module)
-    if not known: return False
+    known = index.find(name.partition(".")[0], module)
+    if not known or not index.target(name, module): return False
     if calls or name.lower() != name or name in index.public: return True
     return (known[0].module == f"longlens.{module}" or "_" in name) and name not in index.arguments.get(module, set())
 

@@ -196,7 +196,7 @@ class Stage:
 
     def reference_part(self, part: str, title: str, mine: list[str]) -> tuple[str, str, str]:
         "One page of the reference; its name, its title, and a table of its names"
-        parts, rows = [f"# {title}", "```{py:currentmodule} longlens\n```"], ["| name | what it is |", "|---|---|"]
+        parts, rows = [f"# {title}"], ["| name | what it is |", "|---|---|"]
         for name in mine:
             found = self.index.find(name)
             if not found:
