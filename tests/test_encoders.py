@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from zoo import CAUSAL, ENCODERS, POSITIONS, VOCAB, ZOO, token_ids, zoo_model
 
-from longlens.encoders import POOLINGS, Encoder, Pooling, _batches, load_encoder
+from longlens.encoders import POOLINGS, Encoder, Pooling, load_encoder
+from longlens.encoding import _batches
 from longlens.measure.attach import attach
 from longlens.measure.capture import capture
 from longlens.measure.intervene import ablate, interventions, temperature
