@@ -7,6 +7,7 @@ const WIDEST = 400;       // characters in one line at most: marks without width
 const TALL = 8e6;         // pixels: taller elements are not reliable, so beyond this the scroll bar is scaled
 const SPARE = 8;          // lines drawn above and below what can be seen
 const MOST = 10000;       // matches that are counted
+const LONG = 2000;        // characters of a question or an answer that are shown
 const BINS = 160;         // of the map beside the text
 const SLICE = 12;         // milliseconds of layout at a time
 const INKS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999"];
@@ -230,7 +231,7 @@ export class TextView {
 
   build(place) {
     const {label, height} = this.settings;
-    this.root = make("div", "ll-tokens", null, {role: "group", "aria-label": seen(label), "data-lm-suppress-shortcuts": "true"});
+    this.root = make("div", "ll-tokens", null, {role: "group", "aria-label": seen(label), "data-lm-suppress-shortcuts": "true", "data-unit": this.word});
     this.asked = make("div", "ll-asked");
     this.bar = make("div", "ll-bar");
     this.spanBar = make("div", "ll-bar ll-spans");
@@ -718,7 +719,7 @@ export class TextView {
   strongest() {
     const {kind, values} = this.quantity, most = this.settings.top, best = [];    // [strength, unit], the strongest first
     for (let u = 0; u < this.n; u++) {
-      const v = kind === "diverging" ? Math.abs(values[u]) : values[u];
+      const v = kind === "diverging" && this.word === "token" ? Math.abs(values[u]) : values[u];    // sources are ranked by score
       if (!Number.isFinite(v) || (best.length === most && v <= best[most - 1][0])) continue;
       let k = best.length;
       while (k > 0 && best[k - 1][0] < v) k--;
@@ -751,7 +752,7 @@ export class TextView {
   drawAsked() {
     const {question, answer} = this.settings;
     this.asked.replaceChildren();
-    if (question) this.asked.append(line("Question", [visible(question, 2000)]));
+    if (question) this.asked.append(line("Question", [seen(question.slice(0, LONG)) + (question.length > LONG ? "…" : "")]));
     if (answer?.length) this.asked.append(line("Answer", answer.map((part) => this.answerPart(part))));
     function line(name, parts) {
       const e = make("p", "");
@@ -761,7 +762,7 @@ export class TextView {
   }
 
   answerPart({text, quantity, note}) {
-    const said = visible(text, 400).replace(/␣/g, " ");
+    const said = seen(text.slice(0, LONG)) + (text.length > LONG ? `… ${whole.format(text.length - LONG)} more characters` : "");
     if (!quantity) { const e = make("span", "ll-part", said); if (note) e.title = note; return e; }
     const b = button("", `Sources of ${visible(text, 100)}`, () => { this.setQuantity(quantity); this.tell({quantity}); }, "ll-pick");
     b.append(said);
