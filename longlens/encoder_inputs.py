@@ -77,6 +77,8 @@ class _Rows:
 class EncoderTokens(TokenModel):
     """A text encoder's model and tokenizer: texts in, checked token ids out."""
 
+    extended_by: str | None = None  # what lets it read past its positions at the moment
+
     def __init__(
         self,
         hf: HFModel,  # a model with hidden states
@@ -118,20 +120,23 @@ def _check_lengths(
     """Raise if a text has more tokens than are read."""
     limit = (self.positions_limit if self.positions == "learned" else None) if longer else self.max_length
     long = [i for i, n in enumerate(lengths) if limit is not None and n > limit]
-    if long:
+    if long and limit is not None:
         also = f" (and {len(long) - 1:,} of the others are too long)" if len(long) > 1 else ""
         raise ValueError(f"text {long[0]} has {lengths[long[0]]:,} tokens{also}, and {self.name} reads {limit:,}: {way}, "
-                         f"or choose a model for longer texts ({_how_far(self)})")
+                         f"or choose a model for longer texts ({_how_far(self, limit)})")
 
 
 def _how_far(
     m: EncoderTokens,  # the encoder
+    limit: int,  # tokens that it reads here
 ) -> str:
     """What could be done about its limit."""
-    end, now = m.positions_limit, m.max_length
-    if m.positions == "learned" and now == end:
-        return f"this one has {end:,} positions, a learned table that cannot go on"
-    if end is not None and now is not None and now < end:
+    end = m.positions_limit
+    if m.extended_by is not None:
+        return f"this one is extended by {m.extended_by}, which may reach further with a larger length="
+    if m.positions == "learned" and limit == end:
+        return f"this one has {end:,} positions, a learned table that cannot go on but by other uses of its rows: longlens.extended"
+    if end is not None and limit < end:
         return f"this one has {end:,} positions: load_encoder(..., max_length={end}) reads that far"
     return f"this one goes on, usually with worse embeddings, by load_encoder(..., max_length=): its positions are {m.positions}"
 

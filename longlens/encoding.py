@@ -68,6 +68,8 @@ def _width(
 def __repr__(self: Encoder) -> str:
     limit = "without limit" if self.max_length is None else f"up to {self.max_length:,} tokens"
     of = f" of {self.positions_limit:,}" if self.positions_limit not in (None, self.max_length) else ""
+    if self.extended_by is not None:
+        of = f" by {self.extended_by}"
     return (
         f"Encoder({self.name}: {type(self.hf).__name__}, {self.n_layers} layers x {self.n_heads} heads, {limit}{of}, "
         f"{'+'.join(self.pooling.modes)} pooling{', normalised' if self.normalize else ''}, {self.dims or self.width} numbers, "
@@ -179,13 +181,20 @@ def token_states(
 
 # %% ../nbs/01e_encoding.ipynb #0e1dfeef
 @patch
+def _is_watched(self: Encoder) -> bool:
+    """Does a hook look at the batches, which may mind their order?"""
+    hooks = [*self.hf._forward_hooks.values(), *self.hf._forward_pre_hooks.values()]
+    return not all(getattr(getattr(h, "__self__", h), "in_any_order", False) for h in hooks)
+
+
+@patch
 @torch.no_grad()
 def _embed(self: Encoder, rows: _Rows, batch_size: int, progress: bool, layer: int | None, sort: bool | None, **how: Any) -> np.ndarray:
     """One vector a row, (rows, d)."""
     from tqdm.auto import tqdm
 
     if sort is None:
-        sort = not (self.hf._forward_hooks or self.hf._forward_pre_hooks)
+        sort = not self._is_watched()
     on_cpu = self.device.type == "cpu"
     batches, parts = _batches([len(row) for row in rows.ids], batch_size, sort, **(_ON_CPU if on_cpu else {})), []
     with tqdm(total=len(rows.ids), desc=self.name, unit="text", disable=not progress) as bar:

@@ -25,7 +25,7 @@ from .positions import _exchange, _rotary_modules, _set, _without_bridge
 __all__ = ['WINDOWS', 'Extension', 'LearnedExtension', 'Recurrent', 'Grouped', 'Interpolated', 'NTK', 'group_distances',
            'SelfExtend', 'Window', 'windows_for', 'extended']
 
-# %% ../../nbs/measure/10_windows.ipynb #bdf38fcc
+# %% ../../nbs/measure/10_windows.ipynb #2a9c9958
 @dataclass(frozen=True)
 class Extension(Intervention):
     "Reading past the trained length (LongEmbed, arXiv 2404.12096)"
@@ -56,9 +56,10 @@ class Extension(Intervention):
     def layers(self) -> set[int] | None: return set()
 
     def enter(self, model: Any, stack: ExitStack) -> None:
+        if model is hf_model(model): return
         for name in ("max_length", "positions_limit"):
-            if model is not hf_model(model) and (now := getattr(model, name, None)) is not None:
-                _set(model, name, max(now, self.length), stack)
+            if (now := getattr(model, name, None)) is not None: _set(model, name, max(now, self.length), stack)
+        if hasattr(model, "extended_by"): _set(model, "extended_by", self.name, stack)
 
 
 def _other_ways(hf: Any) -> str:
