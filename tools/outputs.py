@@ -41,6 +41,16 @@ def store_charts() -> None:
     alt.renderers.register("png", both)
 
 
+def chart_of(data: dict[str, Any]) -> dict[str, Any] | None:
+    "The specification of the chart that an output shows, also where it is stored as Altair's HTML"
+    if CHART in data or WIDGET in data: return data.get(CHART)
+    html = "".join(data.get("text/html", ""))
+    if "altair-viz-" not in html or (at := html.rfind("})({")) < 0: return None
+    try: spec = json.JSONDecoder().raw_decode(html, at + 3)[0]
+    except json.JSONDecodeError: return None
+    return spec if "$schema" in spec else None
+
+
 def plain(model: dict[str, Any]) -> dict[str, Any]:
     "A model without what is not set, and without the name of the class that would show it in Jupyter"
     said = {k: rounded(v) for k, v in model["state"].items() if v is not None and not k.startswith(("_model_", "_view_"))}

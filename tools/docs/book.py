@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from entries import Entry, entries
+from entries import Entry, entries, ordered
 from nbfiles import Cell, directives, read, source, without_directives
 
 GROUPS = {    # folder of nbs/ -> its heading, and a sentence for its page
-    "tutorials": ("Tutorials", "Executed analyses of models that ship with longlens: every number and picture was made by the cell above it."),
-    "": ("Models, contexts, sweeps", "The base that everything stands on: reports, models, long contexts with known places, grids of prompts."),
+    "tutorials": ("Tutorials", "Executed analyses: every number and picture was made by the cell above it."),
+    "": ("Models, contexts, sweeps", "What everything stands on: reports, models, long contexts with known places, grids of prompts."),
     "measure": ("Measuring and changing attention", "Attention as an operator, statistics that are exact at any length, interventions."),
     "probes": ("Probes", "One question each, answered with tables, a chart and sentences."),
     "views": ("Charts, explorers, pages", "How reports are drawn, explored by hand, and written as pages."),
@@ -72,8 +72,8 @@ class Page:
 
     @cached_property
     def entries(self) -> list[Entry]:
-        "What the notebook exports, in order"
-        return [e for c in self.cells if exported(c) for e in entries(without_directives(c), f"longlens.{self.module}")]
+        "What the notebook exports, in order, private classes included"
+        return [e for c in self.cells if exported(c) for e in entries(without_directives(c), f"longlens.{self.module}", private=True)]
 
 
 def pages(nbs: Path) -> list[Page]:
@@ -122,9 +122,11 @@ class Index:
         given = entry
         for base in entry.bases:
             known = self.find(base.split("[")[0])
-            if known and not given.parameters:
-                above = self.whole(known[0])
-                given = replace(given, parameters=above.parameters, marks=above.marks)
+            if not known or (given.parameters and not given.fields): continue
+            above, own = self.whole(known[0]), {p.name: p for p in given.parameters}
+            if above.fields or not own:
+                both, marks = ordered([*(own.pop(p.name, p) for p in above.parameters), *own.values()])
+                given = replace(given, parameters=both, marks=marks or above.marks)
         later = [m for m in self.patched.get(entry.name, []) if m.name not in {one.name for one in entry.members}]
         init = next((m for m in later if m.name.endswith(".__init__")), None)
         if init: given = replace(given, parameters=init.parameters, marks=init.marks)
@@ -133,6 +135,7 @@ class Index:
     def target(self, name: str, module: str = "") -> str:
         "What a link to a name points at; empty if there is no such name, or more than one"
         name, _, member = name.partition(".")
-        known = self.find(name, module)
-        if not known or (member and f"{name}.{member}" not in {m.name for m in self.whole(known[0]).members}): return ""
+        known = None if name.startswith("_") else self.find(name, module)
+        if not known: return ""
+        if member and f"{name}.{member}" not in {m.name for m in self.whole(known[0]).members}: return ""
         return (f"longlens.{name}" if name in self.public else f"{known[0].module}.{name}") + f".{member}" * bool(member)

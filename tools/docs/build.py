@@ -33,20 +33,19 @@ def vendored(to: Path) -> None:
     shutil.copy(found[0].locate(), to / "tex-svg.js")
 
 
-def sphinx(source: Path, out: Path, trees: Path, jobs: int) -> int:
+def sphinx(root: Path, source: Path, out: Path, trees: Path, jobs: int) -> int:
     "Run Sphinx; its exit status"
     from sphinx.cmd.build import main
     (static := source / "_static").mkdir(exist_ok=True)
-    os.environ.update(LONGLENS_ROOT=str(ROOT), LONGLENS_STATIC=str(static))
+    os.environ.update(LONGLENS_ROOT=str(root), LONGLENS_STATIC=str(static))
     return main(["-q", "-b", "html", "-j", str(jobs), "-c", str(HERE), "-d", str(trees), str(source), str(out)])
 
 
-def build(out: Path, work: Path, jobs: int = 2) -> tuple[int, Stage]:
+def build(root: Path, out: Path, work: Path, jobs: int = 2) -> tuple[int, Stage]:
     "Build the site; the exit status of Sphinx, and what was staged"
-    made = stage(ROOT, work / "source")
-    status = sphinx(work / "source", out, work / "doctrees", jobs)
+    made = stage(root, work / "source")
+    status = sphinx(root, work / "source", out, work / "doctrees", jobs)
     vendored(out / "_static")
-    (out / "counts.json").write_text(json.dumps(made.counts, indent=1, sort_keys=True), encoding="utf-8")
     (out / ".nojekyll").touch()    # GitHub leaves folders out that start with an underscore, unless told not to
     return status, made
 
@@ -54,14 +53,16 @@ def build(out: Path, work: Path, jobs: int = 2) -> tuple[int, Stage]:
 def main(args: list[str] | None = None) -> int:
     "Build, and say where it is"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=ROOT, help="the project: settings.ini, nbs/, docs/")
     parser.add_argument("--out", type=Path, default=ROOT / "_docs", help="folder of the site")
     parser.add_argument("--work", type=Path, default=ROOT / "build/docs", help="folder for sources and caches")
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="processes")
     asked = parser.parse_args(args)
     start = time.time()
-    status, made = build(asked.out.resolve(), asked.work.resolve(), asked.jobs)
-    charts = sum(one["chart"] for one in made.counts.values())
-    print(f"{asked.out}/index.html: {len(list(asked.out.rglob('*.html')))} pages, {charts} live charts, {time.time() - start:.0f} s")
+    out = asked.out.resolve()
+    status, made = build(asked.root.resolve(), out, asked.work.resolve(), asked.jobs)
+    there = f"{len(list(out.rglob('*.html')))} pages, {made.live['chart']} live charts, {made.live['widget']} widgets"
+    print(f"{os.path.relpath(out)}/index.html: {there}, {time.time() - start:.0f} s")
     return status
 
 

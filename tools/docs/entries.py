@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import io
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -21,6 +21,7 @@ class Parameter:
     annotation: str = ""          # as written
     default: str | None = None    # as written
     text: str = ""                # its docment
+    named: bool = False           # a field that is given by name only
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,14 @@ class Entry:
     returned: str = ""                     # docment of what is returned
     bases: tuple[str, ...] = ()            # of a class
     decorators: tuple[str, ...] = ()
+    init: bool = False                     # does a class have an `__init__` of its own?
     members: tuple[Entry, ...] = field(default=())
+
+    @property
+    def fields(self) -> bool:
+        "Do its parameters come from fields, to which a subclass adds its own?"
+        made = {"dataclass", "dataclasses.dataclass"} & {*self.decorators}
+        return self.kind == "class" and bool(made) and not self.init
 
     @property
     def public(self) -> bool: return not any(part.startswith("_") and part != "__call__" for part in self.name.split("."))
@@ -65,7 +73,7 @@ def comments(source: str) -> dict[int, str]:
 def docment(line: int, said: dict[int, str], taken: set[int]) -> str:
     "The comment on a line, or the comments right above it"
     if line in said: return said[line]
-    above = []
+    above: list[str] = []
     while (line := line - 1) in said and line not in taken: above.insert(0, said[line])
     return " ".join(above)
 
@@ -108,19 +116,33 @@ def _function(node: Function, said: dict[int, str], owner: str = "") -> Entry:
                  returns=ast.unparse(node.returns) if node.returns else "", returned=returned, decorators=decorators)
 
 
+def ordered(fields: Iterable[Parameter]) -> tuple[tuple[Parameter, ...], tuple[str, ...]]:
+    "Fields as the constructor takes them, and the marks between them"
+    found = sorted(fields, key=lambda one: one.named)
+    first = next((number for number, one in enumerate(found) if one.named), None)
+    return tuple(found), () if first is None else (f"*{first}",)
+
+
+def _fields(node: ast.ClassDef, said: dict[int, str]) -> Iterator[Parameter]:
+    own = {one.target.id: one for one in node.body if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)}
+    lines = {one.lineno for one in own.values()}
+    for name, one in own.items():
+        annotation, value = ast.unparse(one.annotation), ast.unparse(one.value) if one.value else ""
+        if name.startswith("_") or "ClassVar" in annotation or "init=False" in value: continue
+        yield Parameter(name, annotation, _default(one.value), docment(one.lineno, said, lines), "kw_only=True" in value)
+
+
 def _class(node: ast.ClassDef, said: dict[int, str]) -> Entry:
     inside = [_function(one, said, node.name) for one in node.body if isinstance(one, Function)]
     init = next((one for one in inside if one.name.endswith(".__init__")), None)
-    bases, decorators = tuple(map(ast.unparse, node.bases)), tuple(ast.unparse(d).split("(")[0] for d in node.decorator_list)
-    fields: tuple[Parameter, ...] = ()
-    if init is None and ("dataclass" in decorators or "NamedTuple" in bases or "TypedDict" in bases):
-        own = [one for one in node.body if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)]
-        lines = {one.lineno for one in own}
-        fields = tuple(Parameter(one.target.id, ast.unparse(one.annotation), _default(one.value), docment(one.lineno, said, lines))
-                       for one in own if isinstance(one.target, ast.Name) and not one.target.id.startswith("_")
-                       and "ClassVar" not in ast.unparse(one.annotation))
-    return Entry(node.name, "class", doc=_doc(node), parameters=init.parameters if init else fields, marks=init.marks if init else (),
-                 bases=bases, decorators=decorators, members=tuple(one for one in inside if one.public))
+    bases, written = tuple(map(ast.unparse, node.bases)), [*map(ast.unparse, node.decorator_list)]
+    decorators = tuple(mark.split("(")[0] for mark in written)
+    has_fields = {"dataclass", "dataclasses.dataclass"} & {*decorators} or {"NamedTuple", "TypedDict"} & {*bases}
+    named = any("kw_only=True" in mark for mark in written)
+    fields = [replace(one, named=named or one.named) for one in _fields(node, said)] if has_fields else []
+    parameters, marks = (init.parameters, init.marks) if init else ordered(fields)
+    return Entry(node.name, "class", doc=_doc(node), parameters=parameters, marks=marks, bases=bases, decorators=decorators,
+                 init=init is not None, members=tuple(one for one in inside if one.public))
 
 
 def _patched(node: Function) -> str:
@@ -138,11 +160,16 @@ def _constant(node: ast.stmt, said: dict[int, str]) -> Iterator[Entry]:
                         returns=ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else "")
 
 
+def _placed(one: Entry, module: str) -> Entry:
+    return replace(one, module=module, members=tuple(_placed(m, module) for m in one.members))
+
+
 def entries(
     source: str,        # of an exported cell
     module: str = "",   # that it is exported to
+    private: bool = False,    # names with an underscore too
 ) -> list[Entry]:
-    "The public names that a cell defines, in order"
+    "The names that a cell defines, in order"
     try: tree = ast.parse(source)
     except SyntaxError: return []
     said, found = comments(source), []
@@ -150,5 +177,4 @@ def entries(
         if isinstance(node, Function): found.append(_function(node, said, _patched(node)))
         elif isinstance(node, ast.ClassDef): found.append(_class(node, said))
         else: found += _constant(node, said)
-    placed = lambda one: replace(one, module=module, members=tuple(map(placed, one.members)))
-    return [placed(one) for one in found if one.public]
+    return [_placed(one, module) for one in found if one.public or private]

@@ -18,7 +18,7 @@ from book import PARTS, Index, Page, exported, grouped, pages, shown
 from entries import entries
 from markup import block, demoted, described, escaped, linked, moved, raw
 from nbfiles import Cell, directives, source, without_directives
-from outputs import CHART, WIDGET
+from outputs import WIDGET, chart_of
 
 from longlens.views.page import as_json
 
@@ -26,6 +26,7 @@ BESIDE = {    # files of the repository that have a page: file -> page, its navi
     "benchmarks/RESULTS.md": "benchmarks", "CHANGELOG.md": "changelog", "CONTRIBUTING.md": "contributing",
 }
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+LOADER = re.compile(r"<script\b(?:(?!</script).)*?(?:https?:)?//(?:(?!</script).)*</script>|<link\b[^>]*>", re.DOTALL | re.IGNORECASE)
 STYLE = re.compile(r"<style>.*?</style>", re.DOTALL)
 SHAPE = re.compile(r"<small>shape: \((.*?)\)</small>")
 
@@ -53,7 +54,7 @@ class Stage:
         self.pages = pages(root / "nbs")
         self.index = Index(self.pages, public_names(root))
         self.made: set[Path] = set()
-        self.counts: dict[str, dict[str, int]] = {}    # page -> charts and widgets on it
+        self.live = {"chart": 0, "widget": 0}    # how many there are
 
     def write(self, name: str, data: str | bytes) -> None:
         "A file of the tree, touched only if it changed, so that Sphinx builds what is new"
@@ -89,7 +90,7 @@ class Stage:
 
     def html(self, html: str) -> str:
         shapes = SHAPE.findall(html)
-        html = SHAPE.sub("", STYLE.sub("", html)).replace(' border="1"', "")
+        html = LOADER.sub("", SHAPE.sub("", STYLE.sub("", html)).replace(' border="1"', ""))
         note = "".join(f'<p class="shape">{rows} rows, {columns} columns</p>'
                        for rows, _, columns in (shape.partition(", ") for shape in shapes))
         return raw(f'<div class="output html">{html}{note}</div>')
@@ -101,10 +102,9 @@ class Stage:
         width = f' width="{float(size["width"]):.0f}"' if "width" in size else ""
         return raw(f'<div class="output"><img alt="chart" src="{"../" * page.count("/")}_static/{name}"{width}></div>')
 
-    def live(self, kind: str, value: dict[str, Any], page: str) -> str:
+    def drawn(self, kind: str, value: dict[str, Any]) -> str:
         "A place for a chart or a widget, and beside it what it is drawn from"
-        counts = self.counts.setdefault(page, {"chart": 0, "widget": 0})
-        counts[kind] += 1
+        self.live[kind] += 1
         label = value.get("description") or title_of(value) if kind == "chart" else "widget, as it was stored"
         return raw(f'<div class="output live" data-{kind} role="group" aria-label="{escape(str(label), quote=True)}">'
                    f'<script type="application/json">{as_json(value)}</script></div>')
@@ -114,8 +114,8 @@ class Stage:
         if out["output_type"] == "stream": return self.text("".join(out["text"])) if out["name"] == "stdout" else ""
         if out["output_type"] == "error": return self.text(f"{out['ename']}: {out['evalue']}")
         data, one = out.get("data", {}), lambda kind: "".join(data[kind])
-        if WIDGET in data: return self.live("widget", data[WIDGET], page)
-        if CHART in data: return self.live("chart", data[CHART], page)
+        if WIDGET in data: return self.drawn("widget", data[WIDGET])
+        if chart := chart_of(data): return self.drawn("chart", chart)
         if "text/html" in data: return self.html(one("text/html"))
         if "image/svg+xml" in data: return raw(f'<div class="output">{one("image/svg+xml")}</div>')
         if "image/png" in data: return self.picture(one("image/png"), out.get("metadata", {}).get("image/png", {}), page)
