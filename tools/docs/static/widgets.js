@@ -119,6 +119,13 @@
     }
   }
 
+  // widgets know JupyterLab's themes: say which one the page is in
+  const dark = matchMedia("(prefers-color-scheme: dark)"), body = document.body;
+  const theme = () => { body.dataset.jpThemeLight = String(!(body.dataset.theme === "dark" || (body.dataset.theme !== "light" && dark.matches))); };
+  dark.addEventListener("change", theme);
+  new MutationObserver(theme).observe(body, {attributes: true, attributeFilter: ["data-theme"]});
+  theme();
+
   const all = [...document.querySelectorAll("[data-widget]")].map(async (place) => {
     const stored = window.longlens.stored(place), widgets = new Widgets(stored);
     try {
