@@ -27,6 +27,7 @@ _WHERE = {    # public name -> the module that defines it
     "sweep": "sweeps", "lost_in_the_middle": "probes.middle", "MiddleReport": "probes.middle_report",
     "needle_grid": "probes.grid", "GridReport": "probes.grid_report", "published_grid": "probes.grid",
     "SpectralNorm": "measure.collapse", "TokenSpread": "measure.collapse",
+    "length_collapse": "probes.collapse", "CollapseReport": "probes.collapse_report",
     "explore": "views.workbench", "Reading": "views.reading",
     "trace_context": "probes.traceback", "Trace": "probes.trace_report",
     "context_gain": "probes.context_gain", "GainReport": "probes.context_gain",

@@ -18,11 +18,13 @@ from .sources import TracePrompt, subset_tokens
 # %% auto #0
 __all__ = ['MOST_TOKENS', 'ValueFunction', 'Branch', 'branches', 'ScoreCosts', 'Step', 'make_steps', 'step_costs']
 
-# %% ../../nbs/probes/06a_subset_tree.ipynb #64324699
+# %% ../../nbs/probes/06a_subset_tree.ipynb #6c082e12
 class ValueFunction(Protocol):
     """What a set of players is worth."""
 
-    n: int  # players
+    @property
+    def n(self) -> int:
+        """How many players."""
 
     def __call__(
         self,

@@ -130,7 +130,7 @@ def _finished(lm: Any, tokens: Tokens, at: int, sources: Sources, answer: Any, s
     _check_length(lm, len(tokens) + len(said), allow_longer)
     return placed(tokens, at, sources, said, span, question=question, meta={**meta, "generated": generated})
 
-# %% ../../nbs/probes/06_trace_prompts.ipynb #6f868027
+# %% ../../nbs/probes/06_trace_prompts.ipynb #35d2c165
 def _context_span(ctx: Context) -> tuple[int, int]:
     """Characters of what stands between the instruction, if there is one, and the question."""
     chars: Any = ctx.tokens.offsets
@@ -149,7 +149,7 @@ def ready_prompt(
     span: Sequence[int] | None = None,  # characters of the context in it; None: all of a text; what a Context has before its question
     answer: str | TokenIds | None = None,  # what was said; None: the model answers
     *,
-    by: str | Sequence[Sequence[int]] = "words",  # one of SEGMENTERS, "tokens", or spans (start, end) in characters of the context
+    by: str | Sequence[Sequence[int]] | None = None,  # one of SEGMENTERS, "tokens", or spans in characters of the context; None: "words"
     size: int | None = None,  # words, sentences, ... that make one source
     answer_span: str | Sequence[int] | range | None = None,  # the part of the answer that is traced
     max_new_tokens: int | None = None,  # of an answer that the model writes
