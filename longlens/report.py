@@ -28,7 +28,7 @@ import polars as pl
 # %% auto #0
 __all__ = ['MARK', 'FORMAT', 'HEAD', 'REPORTS', 'ReportError', 'atomic_write', 'free_place', 'new_folder', 'plain', 'stamp',
            'check_name', 'check_frames', 'write_frames', 'read_frame', 'read_head', 'Tables', 'Report',
-           'finding_shapes', 'report_html', 'save_report', 'kind_class', 'load_report']
+           'finding_shapes', 'report_html', 'write_report', 'save_report', 'kind_class', 'load_report']
 
 # %% ../nbs/00_report.ipynb #76dafdee
 class ReportError(ValueError):
@@ -244,9 +244,10 @@ class Report(Tables):
         "The report as an Altair chart"
         raise TypeError(f"{type(self).__name__} draws no chart of its own: a subclass does, in chart()")
 
-    def widget(self) -> Any:
-        "The report to click through in a notebook; the chart, where there is nothing better"
-        return self.chart()
+    def widget(self, **how: Any) -> Any:
+        "The report to click through in a notebook: its explorer, or the chart where there is none; `model=` lets it compute more"
+        from longlens.views.explore import open_explorer
+        return open_explorer(self, **how)
 
     def save(self, path: str | Path, overwrite: bool = False) -> Path:
         "Keep it as a new folder of parquet and JSON (`save_report`)"
@@ -284,16 +285,23 @@ def report_html(
     return f"<div class='longlens-report'><p>{title}</p><ul>{found}</ul>{table}<p><small>frames: {others}</small></p></div>"
 
 # %% ../nbs/00_report.ipynb #8a7e8d8f
+def write_report(
+    report: Report,    # what to keep
+    folder: Path,      # that is there
+) -> None:
+    "Write a report's parquet files and its report.json into a folder"
+    said = write_frames(report.frames, folder)
+    head = {"longlens": FORMAT, "kind": report.meta["kind"], "meta": plain(report.meta), "frames": said}
+    atomic_write(folder / HEAD, json.dumps(head, indent=1, allow_nan=False))
+
+
 def save_report(
     report: Report,            # what to keep
     path: str | Path,          # a new folder
     overwrite: bool = False,   # may a folder that longlens made be replaced?
 ) -> Path:                     # the folder
     "Keep a report as a folder of parquet files and a report.json"
-    with new_folder(path, overwrite) as folder:
-        said = write_frames(report.frames, folder)
-        head = {"longlens": FORMAT, "kind": report.meta["kind"], "meta": plain(report.meta), "frames": said}
-        atomic_write(folder / HEAD, json.dumps(head, indent=1, allow_nan=False))
+    with new_folder(path, overwrite) as folder: write_report(report, folder)
     return Path(path)
 
 # %% ../nbs/00_report.ipynb #486ecacd

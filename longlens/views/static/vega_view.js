@@ -1,0 +1,106 @@
+// Draws a Vega-Lite chart that says which mark was clicked, and takes new rows without being drawn anew.
+// Vega comes from the kernel, once a page: nothing is loaded from a network, and no widget carries a copy.
+"use strict";
+const NAME = "longlensVegaEmbed";    // set by the bundle that the kernel sends
+const WAITING = Symbol.for("longlens.vega");
+const STEP = {ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [1, -1], ArrowDown: [1, 1]};
+
+const library = (model) => globalThis[WAITING] ??= new Promise((resolve, reject) => {
+  if (globalThis[NAME] ?? globalThis.vegaEmbed) return resolve(globalThis[NAME] ?? globalThis.vegaEmbed);
+  const take = (message, buffers) => {
+    if (message?.kind !== "vega") return;
+    model.off("msg:custom", take);
+    const url = URL.createObjectURL(new Blob([buffers[0]], {type: "text/javascript"}));
+    import(url).then(() => resolve(globalThis[NAME]), reject).finally(() => URL.revokeObjectURL(url));
+  };
+  model.on("msg:custom", take);
+  model.send({kind: "vega"});
+}).catch((error) => { delete globalThis[WAITING]; throw error; });
+
+const plain = (value) => typeof value === "object" && value !== null ? JSON.stringify(value) : value;
+
+function render({model, el}) {
+  const place = document.createElement("div");
+  place.className = "lx-chart";
+  place.setAttribute("role", "group");
+  el.append(place);
+  let drawn = null, turn = 0, line = Promise.resolve();
+
+  const rows = () => {
+    const picked = model.get("picked");
+    return {...model.get("rows"), picked: Object.keys(picked).length ? [picked] : []};
+  };
+
+  // an SVG knows currentColor; a canvas has to be told which colour that is
+  const inked = (spec) => ({...spec, config: JSON.parse(
+    JSON.stringify(spec.config ?? {}).replaceAll("currentColor", getComputedStyle(place).color))});
+
+  const pick = (datum) => {
+    const fields = model.get("fields");
+    if (!datum || !fields.length || fields.some((key) => datum[key] === undefined)) return;
+    model.set("picked", Object.fromEntries(fields.map((key) => [key, plain(datum[key])])));
+    model.save_changes();
+  };
+
+  const draw = async () => {
+    const mine = ++turn;
+    if (!drawn) place.textContent = "Drawing…";
+    try {
+      const embed = await library(model);
+      if (mine !== turn) return;
+      drawn?.finalize();
+      drawn = null;
+      place.setAttribute("aria-label", model.get("label"));
+      place.tabIndex = model.get("fields").length ? 0 : -1;
+      const spec = {...model.get("chart"), datasets: {...model.get("chart").datasets, ...rows()}};
+      const renderer = model.get("renderer");
+      const made = await embed(place, renderer === "canvas" ? inked(spec) : structuredClone(spec), {
+        renderer, ast: true, mode: "vega-lite", actions: false, tooltip: {id: "longlens-tooltip", disableDefaultStyle: true}});
+      if (mine !== turn) return made.finalize();
+      drawn = made;
+      drawn.view.addEventListener("click", (event, item) => pick(item?.datum));
+    } catch (error) {
+      place.textContent = `This chart could not be drawn: ${error.message}`;
+    }
+    place.dataset.drawn = String(mine);
+  };
+
+  const refresh = async () => {
+    if (!drawn) return;
+    for (const [name, values] of Object.entries(rows())) {
+      try { drawn.view.data(name, structuredClone(values)); } catch { /* this chart does not draw these rows */ }
+    }
+    await drawn.view.runAsync();
+    place.dataset.refreshed = String(Number(place.dataset.refreshed ?? 0) + 1);
+  };
+
+  const next = (job) => { line = line.then(job, job); };
+  const on = {"change:chart": () => next(draw), "change:rows": () => next(refresh), "change:picked": () => next(refresh)};
+  for (const [event, does] of Object.entries(on)) model.on(event, does);
+  next(draw);
+
+  // arrow keys move the picked mark along the two axes
+  place.addEventListener("keydown", (event) => {
+    const step = STEP[event.key], steps = model.get("steps"), fields = model.get("fields");
+    if (!step || !steps.length) return;
+    const [axis, by] = step, now = {...model.get("picked")};
+    if (axis >= steps.length) return;
+    const at = steps[axis].indexOf(now[fields[axis]]);
+    fields.forEach((key, i) => { now[key] ??= steps[i][0]; });
+    now[fields[axis]] = steps[axis][Math.min(Math.max(at + by, 0), steps[axis].length - 1)];
+    event.preventDefault();
+    pick(now);
+  });
+
+  const seen = new MutationObserver(() => { if (model.get("renderer") === "canvas") next(draw); });
+  seen.observe(document.body, {attributes: true, attributeFilter: ["data-jp-theme-light", "data-jp-theme-name"]});
+
+  return () => {
+    turn++;
+    seen.disconnect();
+    for (const [event, does] of Object.entries(on)) model.off(event, does);
+    drawn?.finalize();
+  };
+}
+
+export default {render};
