@@ -54,7 +54,11 @@ function share({kind, low, high}, v) {
 // ---- data: bytes come as DataViews from a kernel, and in base 64 from a page
 
 function bytes(x) {
-  if (typeof x === "string") return Uint8Array.from(atob(x), (c) => c.charCodeAt(0)).buffer;
+  if (typeof x === "string") {
+    const text = atob(x), out = new Uint8Array(text.length);
+    for (let i = 0; i < text.length; i++) out[i] = text.charCodeAt(i);
+    return out.buffer;
+  }
   return x.buffer.slice(x.byteOffset, x.byteOffset + x.byteLength);
 }
 const u32 = (x) => x === undefined || x === null ? null : new Uint32Array(bytes(x));
@@ -86,15 +90,13 @@ class Ruler {    // widths of characters as they are shown; without kerning and 
 
   measure(char) { return this.pen.measureText(char.replace(HIDDEN, sign)).width; }
 
-  at(text, i) {    // width of the character that starts at i
-    const unit = text.charCodeAt(i);
-    if (unit >= 0xd800 && unit < 0xdc00 && i + 1 < text.length) {
+  at(text, i, step = size(text, i)) {    // width of the character that starts at i
+    if (step === 2) {
       const point = text.codePointAt(i);
-      if (point > 0xffff) {
-        if (!this.far.has(point)) this.far.set(point, this.measure(String.fromCodePoint(point)));
-        return this.far.get(point);
-      }
+      if (!this.far.has(point)) this.far.set(point, this.measure(String.fromCodePoint(point)));
+      return this.far.get(point);
     }
+    const unit = text.charCodeAt(i);
     if (this.near[unit] < 0) this.near[unit] = this.measure(text[i]);
     return this.near[unit];
   }
@@ -149,7 +151,8 @@ class Lines {    // where every line starts; made in slices, as far as it is nee
       const c = text.charCodeAt(i);
       if (c === 10) return i + 1;
       while (this.unit < n && ends[this.unit] <= i) this.unit++;
-      const step = c >= 0xd800 && c < 0xdc00 ? size(text, i) : 1, w = this.ruler.at(text, i), space = c === 32 || c === 9;
+      const parted = this.unit < n && (ends[this.unit] === i + 1 || starts[this.unit] === i + 1);    // half a pair in each of two tokens
+      const step = parted || c < 0xd800 || c > 0xdbff ? 1 : size(text, i), w = this.ruler.at(text, i, step), space = c === 32 || c === 9;
       if (space && this.unit < n && starts[this.unit] === i) rest = i;    // a token keeps its leading space
       if ((x + w > this.width && i > from) || i - from >= WIDEST) return rest > from ? rest : i;
       [x, i] = [x + w, i + step];
@@ -275,7 +278,10 @@ export class TextView {
     this.root.addEventListener("keydown", (e) => {
       if ((e.ctrlKey || e.metaKey) && e.key === "f") { e.preventDefault(); this.search.focus(); this.search.select(); }
     });
-    this.view.addEventListener("mouseover", (e) => this.point(this.unitOf(e)));
+    this.view.addEventListener("mousemove", (e) => {    // browsers also tell when the text moves below a mouse that rests
+      const at = `${e.clientX},${e.clientY}`;
+      if (at !== this.mouse) { this.mouse = at; this.point(this.unitOf(e)); }
+    });
     this.view.addEventListener("mouseleave", () => this.point(-1));
     this.view.addEventListener("click", (e) => {
       const u = this.unitOf(e);
@@ -288,7 +294,7 @@ export class TextView {
     });
     this.search.addEventListener("input", () => { clearTimeout(this.typed); this.typed = setTimeout(() => this.find(), 120); });
     this.search.addEventListener("keydown", (e) => {
-      if (e.key === "Enter") { clearTimeout(this.typed); this.find(); this.step(e.shiftKey ? -1 : 1); }
+      if (e.key === "Enter") { clearTimeout(this.typed); if (this.search.value !== this.sought) this.find(); this.step(e.shiftKey ? -1 : 1); }
       else if (e.key === "Escape") { this.search.value = ""; this.find(); this.view.focus(); } else return;
       e.preventDefault();
     });
@@ -331,7 +337,7 @@ export class TextView {
     for (const b of this.spanBar.querySelectorAll("button")) b.setAttribute("aria-pressed", String(b.dataset.span === name));
     const list = this.spanBar.querySelector("select");
     if (list) list.value = this.span ? name : "";
-    if (this.span) { this.cursor = this.span.start; this.show(this.context.starts[this.span.start]); this.tellDetails(true); }
+    if (this.span) { [this.cursor, this.hover] = [this.span.start, -1]; this.show(this.context.starts[this.span.start]); this.tellDetails(true); }
     this.redraw();
   }
 
@@ -372,7 +378,7 @@ export class TextView {
   go(u, extend) {    // the cursor moves, and the selection follows when it rests
     const to = Math.max(0, Math.min(this.n - 1, u));
     if (this.cursor < 0 && u < 0) return this.go(this.first(), extend);
-    this.cursor = to;
+    [this.cursor, this.hover] = [to, -1];
     this.show(this.context.starts[to]);
     this.redraw();
     this.tellDetails(true);
@@ -407,7 +413,7 @@ export class TextView {
   // -- search
 
   find() {
-    const sought = this.search.value;
+    const sought = this.sought = this.search.value;
     [this.matches, this.match] = [[], -1];
     if (sought) {
       const pattern = new RegExp(sought.replace(/[\\^$.*+?()[\]{}|/]/g, "\\$&"), "giu");
@@ -430,7 +436,7 @@ export class TextView {
     const many = this.matches.length;
     this.match = this.match < 0 ? this.nearest(by) : (this.match + by + many) % many;
     const at = this.matches[this.match], u = last(this.context.starts, at);
-    if (u >= 0 && at < this.context.ends[u]) this.cursor = u;
+    if (u >= 0 && at < this.context.ends[u]) [this.cursor, this.hover] = [u, -1];
     this.show(at);
     this.sayFound();
     this.redraw();

@@ -1,0 +1,429 @@
+"The token view in a browser: fast at 100,000 tokens, faithful to every character, harmless, usable without a mouse"
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import sys
+import time
+import unicodedata
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from longlens.report import Report
+from longlens.views.page import Section, as_json, policy, static, write_page
+from longlens.views.text import visible
+from longlens.views.tokens import Shade, TextData, text_html, token_data, utf16, utf16_at
+from longlens.views.trace import trace_data, trace_page
+
+CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+ARGS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync").split()
+N = 100_000
+HOSTILE = [
+    "<script>window.hacked = 1</script>", "</script><script>window.hacked = 2</script>", "<img src=x onerror='window.hacked=3'>",
+    "\"><svg onload=window.hacked=4>", "' onmouseover='window.hacked=5", "</style><script>window.hacked=6</script>", "<!--<script>",
+    "\x1b[31mred\x1b[0m", "\u202egnp.exe\u202c", "zero\u200bwidth", "line\u2028separator", "${window.hacked=7}", "\ud83d", "\ude00\ud83d",
+    "\x00nul\r\n",
+    "&lt;b&gt;", "\u0301\u0301accent", "e" + "\u0301" * 3000, "", " ", "\n", "\u05e9\u05dc\u05d5\u05dd", "a😀b", "javascript:x",
+]
+TAGS = {*"DIV SPAN I MARK BUTTON SELECT OPTION INPUT OUTPUT B P TABLE CAPTION THEAD TBODY TR TH TD".split()}
+ANY = st.characters(codec="utf-16", categories=None) | st.sampled_from("\ud83d\ude00\n\t \u202e\u0301<&😀")
+TOKENS = st.lists(st.text(ANY, max_size=12), min_size=1, max_size=30)
+
+
+def many(n: int) -> list[str]:
+    "A text of n tokens: words, ends of words, stops and new lines"
+    r, words, ends = random.Random(0), "the of code for baker counts sacks gate reads nobody sign lamb with".split(), "ing ed s , .".split()
+    return [w if (w := r.choice(words + ends)) in ends else ("\n" if r.random() < .01 else " ") + w for _ in range(n)]
+
+
+@pytest.fixture(scope="module")
+def large() -> TextData:
+    r = np.random.default_rng(0)
+    values = {"attention received": Shade(r.random(N) ** 30 + 1e-9, kind="log"), "score": r.normal(size=N), "position": np.arange(N)}
+    spans = {"document": range(10_000, 60_000), "needle": range(50_000, 50_012), "question": range(N - 20, N)}
+    return token_data(many(N), values, spans)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+    if not Path(CHROMIUM).exists(): pytest.skip(f"no browser at {CHROMIUM}: apt-get install chromium, or name one in CHROMIUM")
+    with playwright.sync_playwright() as p:
+        chromium = p.chromium.launch(executable_path=CHROMIUM, headless=True, args=ARGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def open_page(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    "Opens a page from its file, with no network; nothing may be loaded, and nothing said on the console"
+    tabs = []
+
+    def go(html: str | Path, scheme: str = "light", width: int = 1100) -> Any:
+        path = html if isinstance(html, Path) else tmp_path / "page.html"
+        if isinstance(html, str): path.write_text(framed(html), encoding="utf-8")
+        context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
+        tab = context.new_page()
+        tab.set_default_timeout(20_000)
+        tab.wrong = []
+        tab.on("console", lambda m: tab.wrong.append(m.text) if m.type in ("error", "warning") else None)
+        tab.on("pageerror", lambda e: tab.wrong.append(str(e)))
+        tab.on("request", lambda r: tab.wrong.append(r.url) if not r.url.startswith(("file:", "data:", "blob:")) else None)
+        tabs.append((context, tab))
+        tab.goto(path.as_uri())
+        tab.wait_for_selector(".ll-tokens[data-drawn]")
+        return tab
+    yield go
+    for context, tab in tabs:
+        assert tab.evaluate("window.hacked") is None and tab.wrong == []
+        context.close()
+
+
+def framed(fragment: str) -> str:
+    "A page with a policy that lets only the fragment's own script run"
+    scripts = re.findall(r'<script type="module">(.*?)</script>', fragment, re.S)
+    return (f'<!DOCTYPE html><html><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy(scripts)}">'
+            f'<meta name="color-scheme" content="light dark"></head><body>{fragment}</body></html>')
+
+
+def until(tab: Any, said: str) -> None:
+    "Waits for an expression; the policy of the page forbids what Playwright's own waiting does"
+    end = time.monotonic() + 20
+    while not tab.evaluate(said):
+        assert time.monotonic() < end, said
+        time.sleep(0.02)
+
+
+VIEW = "document.querySelector('[data-texts]').view"
+
+
+OVERFLOW = "Math.max(...[...document.querySelectorAll('.ll-line')].map((l) => l.scrollWidth - l.clientWidth))"    # pixels
+
+
+def unit(tab: Any, u: int) -> Any: return tab.locator(f".ll-u[data-u='{u}']").first
+
+
+def details(tab: Any) -> str: return tab.locator(".ll-details").inner_text()
+
+
+@pytest.mark.browser
+def test_100_000_tokens_are_there_at_once(open_page: Any, large: TextData) -> None:
+    tab = open_page(text_html(large))
+    painted = tab.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
+    shown = tab.evaluate("performance.now()")
+    assert painted < 1000 and shown < 2500, f"first paint after {painted:.0f} ms, text after {shown:.0f} ms"
+    count = "document.querySelectorAll('.ll-view *').length"
+    sizes = [tab.evaluate(count)]
+    frames = tab.evaluate("""async () => {
+        const view = document.querySelector(".ll-view"), times = [];
+        for (let k = 1; k <= 40; k++) {
+            const start = performance.now();
+            view.scrollTop = view.scrollHeight * k / 40;
+            await new Promise(requestAnimationFrame);
+            await new Promise((done) => setTimeout(done, 0));
+            times.push(performance.now() - start);
+        }
+        return times;
+    }""")
+    sizes.append(tab.evaluate(count))
+    assert max(sizes) < 4000 and sorted(frames)[20] < 100, (sizes, frames)
+    assert unit(tab, N - 1).is_visible()
+    assert tab.evaluate(OVERFLOW) <= 0
+
+
+@pytest.mark.browser
+def test_what_is_chosen_is_told_and_shown(open_page: Any, large: TextData) -> None:
+    tab = open_page(text_html(large))
+    tab.evaluate(f"() => {{ window.told = []; {VIEW}.tell = (news) => window.told.push(news); }}")
+    tab.get_by_role("button", name="Go to needle").click()
+    assert unit(tab, 50_000).is_visible() and "in needle" in " ".join(details(tab).split())
+    unit(tab, 50_003).click()
+    tab.locator(".ll-quantity").select_option("score")
+    unit(tab, 50_009).click(modifiers=["Shift"])
+    assert tab.evaluate("window.told") == [{"span": "needle"}, {"selected": 50_003, "selection": [50_003, 50_004]}, {"quantity": "score"},
+                                           {"selected": 50_003, "selection": [50_003, 50_010]}]
+    assert tab.locator(".ll-legend").inner_text().split()[1] == "0"
+    value = np.frombuffer(large.quantities[1]["values"], np.float32)[50_009]
+    unit(tab, 50_009).hover()
+    assert f"score {float(value):.4g}" in " ".join(details(tab).split())
+    assert "is-cold" in unit(tab, 50_009).get_attribute("class") or value > 0
+    box = tab.locator(".ll-map").bounding_box()
+    tab.mouse.click(box["x"] + 9, box["y"] + box["height"] * .9)
+    until(tab, f"{VIEW}.lines.starts[{VIEW}.top] > {VIEW}.context.text.length * .85")
+
+
+@pytest.mark.browser
+def test_without_a_mouse(open_page: Any) -> None:
+    tab = open_page(text_html(token_data(many(5000), {"alpha": np.arange(5000.)}, {"needle": range(900, 905)})))
+    view = tab.get_by_role("listbox")
+    view.focus()
+    said = lambda: tab.locator("[aria-live][role=status]").inner_text()
+    active = lambda: tab.evaluate("document.getElementById(document.querySelector('.ll-view').getAttribute('aria-activedescendant'))"
+                                  "?.dataset.u")
+    for key, at in zip("ArrowRight ArrowRight End ArrowRight ArrowLeft Home".split(), "0 1 4999 4999 4998 0".split(), strict=True):
+        tab.keyboard.press(key)
+        until(tab, f"{VIEW}.cursor === {at} && !{VIEW}.waiting")
+        assert active() == at
+    until(tab, f"{VIEW}.selected === 0")
+    for key in ("ArrowDown", "PageDown"):
+        before = tab.evaluate(f"{VIEW}.cursor")
+        tab.keyboard.press(key)
+        until(tab, f"{VIEW}.cursor > {before} + 3 && !{VIEW}.waiting")
+    tab.keyboard.press("Enter")
+    at = tab.evaluate(f"{VIEW}.selected")
+    tab.wait_for_timeout(150)
+    assert f"position {at} of 5,000, alpha {at}" in said()
+    option = unit(tab, at)
+    assert [option.get_attribute(name) for name in ("role", "aria-selected", "aria-setsize")] == ["option", "true", "5000"]
+    tab.keyboard.press("ArrowUp")
+    until(tab, f"{VIEW}.cursor < {at}")
+    tab.keyboard.press("Shift+ArrowRight")
+    until(tab, f"{VIEW}.range !== null || {VIEW}.cursor === {at}")
+    for _ in range(12):    # everything that can be focused shows that it is
+        tab.keyboard.press("Tab")
+        assert tab.evaluate("document.activeElement === document.body || getComputedStyle(document.activeElement).outlineStyle === 'solid'")
+
+
+@pytest.mark.browser
+def test_search(open_page: Any) -> None:
+    words = [f" word{i}" for i in range(3000)]
+    words[10] = words[2500] = " A.c(*"
+    tab = open_page(text_html(token_data(words)))
+    tab.get_by_role("listbox").focus()
+    tab.keyboard.press("/")
+    tab.keyboard.type("a.C(*")
+    tab.keyboard.press("Enter")
+    found = tab.locator(".ll-found")
+    assert found.inner_text() == "1 of 2" and tab.locator("mark.is-here").inner_text() == "A.c(*"
+    tab.keyboard.press("Enter")
+    assert found.inner_text() == "2 of 2"
+    until(tab, f"{VIEW}.cursor === 2500 && !{VIEW}.waiting")
+    assert tab.locator("mark.is-here").is_visible()
+    tab.keyboard.press("Enter")
+    assert found.inner_text() == "1 of 2"
+    tab.get_by_role("button", name="Previous match").click()
+    assert found.inner_text() == "2 of 2"
+    tab.locator(".ll-search").fill("nowhere")
+    tab.keyboard.press("Enter")
+    assert found.inner_text() == "not found"
+    tab.keyboard.press("Escape")
+    assert tab.evaluate("document.activeElement.className") == "ll-view" and found.inner_text() == ""
+    tab.keyboard.press("Control+f")
+    assert tab.evaluate("document.activeElement.className") == "ll-search"
+
+
+@pytest.mark.browser
+def test_hostile_text_is_text(open_page: Any) -> None:
+    values = {HOSTILE[0]: np.arange(len(HOSTILE)), HOSTILE[2]: np.ones(len(HOSTILE))}
+    bad = token_data(HOSTILE, values, {HOSTILE[3]: (0, 3), HOSTILE[1]: (2, 9)}, label=HOSTILE[4], top=30)
+    answer = [{"text": HOSTILE[2], "quantity": HOSTILE[2], "note": HOSTILE[5]}, {"text": HOSTILE[1]}]
+    bad.settings.update(question=HOSTILE[0], answer=answer)
+    tab = open_page(text_html(bad))
+    for u in range(len(HOSTILE)): unit(tab, u).hover(force=True)
+    tab.evaluate("document.querySelectorAll('.ll-tokens button').forEach((b) => b.click())")
+    tab.locator(".ll-search").fill("<script>")
+    tab.keyboard.press("Enter")
+    tab.wait_for_timeout(300)
+    assert set(tab.evaluate("[...document.querySelectorAll('.ll-tokens, .ll-tokens *')].map((e) => e.tagName)")) <= TAGS
+    names = set(tab.evaluate("[...document.querySelectorAll('.ll-tokens *')].flatMap((e) => e.getAttributeNames())"))
+    assert not [n for n in names if n.startswith("on") or n in ("href", "src", "srcdoc")]
+    shown = tab.locator(".ll-view").inner_text()
+    assert re.findall(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]", shown) == []
+    assert r"\u202egnp.exe\u202c" in shown and r"\ud83d\ude00\ud83d" in shown and "a😀b" in shown
+    assert tab.evaluate(OVERFLOW) <= 0
+
+
+@pytest.mark.browser
+def test_ten_megabytes_of_one_word(open_page: Any) -> None:
+    word = "w" * 10_000_000
+    tab = open_page(text_html(token_data(["The", " ", word, " end"], {"alpha": [1, 2, 3, 4]}, top=3)))
+    fold = tab.locator(".ll-fold")
+    assert fold.inner_text() == "… 9,999,840 more characters"
+    start = tab.evaluate("performance.now()")
+    unit(tab, 3).click()
+    unit(tab, 2).hover()
+    assert "(10,000,000 characters)" in details(tab) and len(tab.locator(".ll-tokens").inner_text()) < 3000
+    fold.click()
+    until(tab, "document.querySelector('.ll-fold') === null || document.querySelector('.ll-fold').textContent.includes('9,995,840')")
+    assert tab.evaluate("performance.now()") - start < 3000 and tab.evaluate("document.querySelectorAll('.ll-view *').length") < 4000
+    for text in (word, "w " * 5_000_000):
+        frame = pl.DataFrame({"start": [0, 5_000_000], "end": [5_000_000, 10_000_000], "score": [1.0, 2.0]})
+        tab = open_page(text_html(trace_data(text, frame)))
+        tab.get_by_role("listbox").focus()
+        tab.keyboard.press("End")
+        until(tab, f"{VIEW}.cursor === 1 && !{VIEW}.waiting")
+        assert unit(tab, 1).is_visible() and tab.evaluate("document.querySelectorAll('.ll-view *').length") < 4000
+
+
+@pytest.fixture(scope="module")
+def bench(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    "A page with the module's functions, to try many small texts"
+    path = tmp_path_factory.mktemp("bench") / "bench.html"
+    script = static("tokens.js") + """
+        Object.assign(window, {seen, visible, show: async (data) => {
+            document.body.replaceChildren();
+            const view = new TextView(document.body, readContext(data.context), {...data.settings, height: 400});
+            view.setQuantities(data.quantities.map(readQuantity));
+            view.setSpans(data.spans);
+            await new Promise(requestAnimationFrame);
+            await new Promise((done) => setTimeout(done, 0));
+            view.resize(); view.draw();
+            return view;
+        }});"""
+    path.write_text(f'<meta charset="utf-8"><style>{static("tokens.css")}</style><body></body><script type="module">{script}</script>')
+    tab = browser.new_page(viewport={"width": 500, "height": 600})
+    tab.goto(path.as_uri())
+    tab.wait_for_function("window.show !== undefined")
+    yield tab
+    tab.close()
+
+
+def signs(text: str) -> str:
+    "What the view writes for a text, without what it adds before accents"
+    from longlens.views.text import _sign
+    return "".join(_sign(c) for c in utf16(text).decode("utf-16-le", "surrogatepass"))
+
+
+@pytest.mark.browser
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(tokens=TOKENS)
+def test_every_character_of_every_token_is_shown(bench: Any, tokens: list[str]) -> None:
+    data = as_json(token_data(tokens, {"alpha": np.arange(len(tokens))}).page())
+    shown = bench.evaluate("""async (json) => {
+        const view = await show(JSON.parse(json)), texts = {}, all = document.querySelectorAll(".ll-u").length;
+        for (const e of document.querySelectorAll(".ll-u")) texts[e.dataset.u] = (texts[e.dataset.u] ?? "") + e.textContent;
+        view.destroy();
+        return texts;
+    }""", data)
+    for u, token in enumerate(tokens):
+        if any(unicodedata.category(c) == "Cn" for c in token): continue    # the browser may know a newer Unicode
+        if str(u) in shown: assert shown[str(u)].replace("◌", "") == (signs(token) or "∅").replace("◌", ""), repr(token)
+    assert "0" in shown
+
+
+@pytest.mark.browser
+def test_signs_are_those_of_python(bench: Any) -> None:
+    "For all of Unicode that this Python knows, a few of the characters for private use"
+    known = [c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) not in ("Cn", "Co") or ord(c) % 977 == 0]
+    known = [c for c in known if unicodedata.category(c) != "Cn"]
+    hidden = {ord(c): s for c in known if (s := signs(c)) != c}
+    got = bench.evaluate("""(codes) => codes.map((c) => [c, seen(String.fromCodePoint(c)).replace(/^◌/, "")])
+                            .filter(([c, s]) => s !== String.fromCodePoint(c))""", [ord(c) for c in known if c != "◌"])
+    assert dict(got) == hidden
+
+
+@pytest.mark.browser
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(words=st.text(st.characters(codec="utf-8") | st.sampled_from(" \n\u202e😀"), max_size=90), limit=st.integers(1, 80))
+def test_labels_are_those_of_python(bench: Any, words: str, limit: int) -> None:
+    if any(unicodedata.category(c) in ("Cn", "Mc", "Me", "Mn") for c in words): return    # Unicode grows; accents differ by a sign
+    assert bench.evaluate("([text, limit]) => visible(text, limit)", [words, limit]) == visible(words, limit)
+
+
+@given(words=st.text(st.characters(codec="utf-16", categories=None) | st.sampled_from("😀\ud83d\ude00a")), data=st.data())
+def test_places_in_utf16(words: str, data: st.DataObject) -> None:
+    a = data.draw(st.integers(0, len(words)))
+    b = data.draw(st.integers(a, len(words)))
+    i, j = (int(k) for k in utf16_at(words, [a, b]))
+    assert utf16(words)[2 * i:2 * j] == utf16(words[a:b])
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_can_be_read_on_every_shade(open_page: Any, scheme: str) -> None:
+    "Ink against the strongest shade of both colours, and what is written softly against the paper (WCAG: 4.5)"
+    data = token_data([" hot", " cold", " none", " \n"], {"change": [1, -1, 0, np.nan]}, {"needle": (0, 1)})
+    tab = open_page(text_html(data), scheme)
+    tab.locator(".ll-search").fill("none")
+    tab.keyboard.press("Enter")
+    ratios = tab.evaluate("""() => {
+        const pen = Object.assign(document.createElement("canvas"), {width: 1, height: 1}).getContext("2d", {willReadFrequently: true});
+        const lum = (...layers) => {
+            layers.forEach((c) => { pen.fillStyle = c; pen.fillRect(0, 0, 1, 1); });
+            const v = [...pen.getImageData(0, 0, 1, 1).data].slice(0, 3).map((x) => x / 255);
+            const [r, g, b] = v.map((x) => x <= .03928 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4);
+            return .2126 * r + .7152 * g + .0722 * b;
+        };
+        const paper = getComputedStyle(document.querySelector(".ll-tokens")).backgroundColor;
+        const inked = [...document.querySelectorAll(".ll-u, .ll-note, .ll-ends span, mark, .ll-fact b, .ll-found")];
+        return inked.map((e) => {
+            const style = getComputedStyle(e), back = lum(paper, style.backgroundColor), ink = lum(style.color);
+            return [(Math.max(ink, back) + .05) / (Math.min(ink, back) + .05), e.className || e.tagName];
+        });
+    }""")
+    assert min(ratios)[0] > 4.5, min(ratios)
+
+
+@pytest.mark.browser
+def test_it_follows_the_theme_of_the_notebook(open_page: Any) -> None:
+    tab = open_page(text_html(token_data([" a"], {"alpha": [1]})), "light")
+    paper = "getComputedStyle(document.querySelector('.ll-tokens')).backgroundColor"
+    light = tab.evaluate(paper)
+    tab.evaluate("document.body.dataset.jpThemeLight = 'false'")
+    dark = tab.evaluate(paper)
+    tab.emulate_media(color_scheme="dark")
+    tab.evaluate("document.body.dataset.jpThemeLight = 'true'")
+    assert light != dark and tab.evaluate(paper) == light
+
+
+class WithText(Report):
+    "A text among the sections of a page"
+
+    def sections(self) -> list[Section]:
+        return [Section("What is looked at", view=token_data(HOSTILE, {"alpha": np.arange(len(HOSTILE))}, height=200)),
+                Section("Again", view=token_data([" one", " two"], top=2), table=self.table)]
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1100), ("dark", 500)])
+def test_among_the_sections_of_a_page(open_page: Any, tmp_path: Path, scheme: str, width: int) -> None:
+    path = write_page(WithText({"numbers": pl.DataFrame({"x": [1]})}), tmp_path / "index.html")
+    html = path.read_text(encoding="utf-8")
+    assert html.count("</script") == 3 and not re.findall(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\ud800-\udfff]", html)
+    tab = open_page(path, scheme, width)
+    assert tab.locator(".ll-tokens[data-drawn]").count() == 2
+    assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+@pytest.mark.browser
+def test_a_trace_of_a_thousand_sources(open_page: Any, tmp_path: Path) -> None:
+    r = random.Random(1)
+    parts = [" ".join(r.choice(("baker", "code", "gate", "the", "😀", "lamb")) for _ in range(100)) + ". " for _ in range(1000)]
+    context, ends = "".join(parts), np.cumsum([*map(len, parts)])
+    frame = pl.DataFrame({"index": range(1000), "start": ends - [*map(len, parts)], "end": ends, "score": [r.gauss(0, .1) for _ in parts],
+                          "token_start": range(0, 100_000, 100), "token_end": range(100, 100_100, 100), "error": [None] * 1000})
+    score = lambda at: frame.with_columns(score=pl.when(pl.col("index") == at).then(3.0).otherwise("score"))
+    said = pl.DataFrame({"token": [" It", " is", " lamb"], "logprob": [-.5, -.25, -.125]})
+    path = trace_page(tmp_path / "trace.html", context, {(2, 3): score(700), (0, 2): score(20)}, "<b>Which?</b>", said)
+    tab = open_page(path)
+    assert tab.evaluate("performance.now()") < 3000 and tab.evaluate("document.querySelectorAll('.ll-tokens *').length") < 3000
+    rows = tab.locator(".ll-top tbody tr")
+    assert rows.count() == 10 and rows.first.inner_text().split()[1] == "700"
+    start, end = frame.row(700, named=True)["start"], frame.row(700, named=True)["end"]
+    assert f"{start:,} to {end:,}" in rows.first.inner_text() and "70,000 to 70,100" in rows.first.inner_text()
+    rows.first.click()
+    until(tab, f"!{VIEW}.waiting && {VIEW}.selected === 700")
+    assert unit(tab, 700).is_visible() and "is-hot" in unit(tab, 700).get_attribute("class")
+    shown = tab.evaluate(f"[...'x'].map(() => {VIEW}.context.text.slice({VIEW}.context.starts[700], {VIEW}.context.ends[700]))[0]")
+    assert shown == parts[700]
+    pick = tab.get_by_role("button", name="Sources of ␣It is")
+    pick.click()
+    assert rows.first.inner_text().split()[1] == "20" and pick.get_attribute("aria-pressed") == "true"
+    assert pick.get_attribute("title") == "log probability -0.75"
+    assert "<b>Which?</b>" in tab.locator(".ll-asked").inner_text()
+
+
+def test_the_script_makes_no_html() -> None:
+    script = static("tokens.js")
+    assert not re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function|</script|<!--|https?:", script)
+    assert json.loads(as_json(token_data(HOSTILE).page()))["context"]["unit"] == "token"
