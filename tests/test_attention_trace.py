@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
+import polars as pl
 import pytest
 import torch
 from test_parity import CASES, N, agree, eager, forward, padding
 from transformers import DynamicCache
 from zoo import ZOO, token_ids, zoo_model
 
+import longlens as ll
 from longlens.measure.answer_rows import MeanRows, mean_over_layers
 from longlens.measure.capture import capture
 from longlens.measure.rollout import Rollout
+from longlens.probes.attention_trace import AttentionRollout, AttnTrace, MeanAttention, RetrievalAttention, draw_sources
+from longlens.probes.perturbation import TraceJob
+from longlens.probes.sources import token_prompt
+from longlens.probes.trace_prompts import ready_prompt
 
 SPANS = {"head": (0, 5), "body": (5, 24), "tail": (24, 33)}  # every sample has these positions
 ROWS = (range(30, 36), [20, 29, 35])  # queries of each sample
@@ -78,3 +87,155 @@ def test_a_forward_that_fails_midway_does_not_leak_into_the_next() -> None:
         model(ids)
     with capture(model, Rollout(SPANS, range(30, 36))) as clean: model(ids)
     assert seen.frame("rollout").equals(clean.frame("rollout"))
+
+
+MODELS = ("gpt2", "llama", "mistral", "qwen3", "gemma2", "gemma3", "gpt_oss", "gpt_neox", "opt", "deepseek_v3")
+SOURCES = [(1, 6), (6, 9), (9, 20), (20, 21), (21, 32), (32, 37)]  # token positions; 0 and what follows are the prompt around them
+
+
+def prompt_of(model, answer_span: range | None = None):
+    "A LongModel of the zoo, and a prompt of 40 tokens with six sources and an answer of four"
+    ids = token_ids(44)[0]
+    return ll.load(model), token_prompt(ids[:40], SOURCES, ids[40:], answer_span)
+
+
+def row_means(model, ids: torch.Tensor, rows: range, pick=lambda P: P.mean((0, 1))) -> np.ndarray:
+    "Mean of some rows of the formed patterns, (n,), over the heads that are picked"
+    P = eager(model, ids[None], None)[0][:, 0].double()  # (layers, heads, n, n)
+    return pick(P[:, :, list(rows)].mean(2)).numpy()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_draws_agree_with_formed_patterns(name: str) -> None:
+    "Subsets that share beginnings, against one whole eager forward for each draw"
+    model = ZOO[name]()
+    lm, prompt = prompt_of(model)
+    tracer = AttnTrace(draws=7, share=0.5, top_tokens=3)
+    got = tracer.run(TraceJob(lm, prompt, seed=3))
+    random, each = np.random.RandomState(3), [[] for _ in SOURCES]
+    for _ in range(7):
+        kept = sorted(random.permutation(6)[:3].tolist())
+        ids = torch.cat([prompt.ids[:1], *(prompt.ids[a:b] for a, b in (SOURCES[i] for i in kept)), prompt.ids[37:], prompt.answer.ids])
+        row, at = row_means(model, ids, range(len(ids) - 5, len(ids))), 1
+        for i in kept:
+            size = SOURCES[i][1] - SOURCES[i][0]
+            each[i].append(np.sort(row[at:at + size])[-3:].mean())
+            at += size
+    np.testing.assert_allclose(got.values, [np.mean(x) if x else 0 for x in each], rtol=1e-4, atol=1e-6)
+    assert got.frames["draws"].group_by("source").len().sort("source")["len"].to_list() == [len(x) for x in each if x]
+    assert got.costs.tokens == tracer.cost(TraceJob(lm, prompt, seed=3)).tokens <= got.costs.plain_tokens
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_methods_agree_with_formed_patterns(name: str) -> None:
+    model = ZOO[name]()
+    lm, prompt = prompt_of(model)
+    rows, ids = range(39, 44), prompt.whole
+    row = row_means(model, ids, rows)
+    last = lm.n_layers - 1
+    heads = {(0, 1): 0.25, (last, 2): 0.5}
+    of_heads = row_means(model, ids, rows, lambda P: (0.25 * P[0, 1] + 0.5 * P[last, 2]) / 0.75)
+    R = rolled_out(eager(model, ids[None], None)[0][:, 0])[-1, 39:44].mean(0).numpy()
+    wanted = {
+        MeanAttention(): [row[a:b].mean() for a, b in SOURCES],
+        MeanAttention(layers=(last,), total=True): [row_means(model, ids, rows, lambda P: P[last].mean(0))[a:b].sum() for a, b in SOURCES],
+        AttnTrace(draws=1, share=1.0, top_tokens=99): [row[a:b].mean() for a, b in SOURCES],
+        RetrievalAttention(): [of_heads[a:b].sum() for a, b in SOURCES],
+        AttentionRollout(): [R[a:b].sum() for a, b in SOURCES],
+        AttentionRollout(total=False): [R[a:b].mean() for a, b in SOURCES],
+    }
+    for tracer, want in wanted.items():
+        np.testing.assert_allclose(tracer.run(TraceJob(lm, prompt, heads=heads)).values, want, rtol=2e-4, atol=2e-6, err_msg=f"{tracer}")
+
+
+@torch.no_grad()
+def test_a_model_that_attends_alike_gives_numbers_known_beforehand() -> None:
+    "Without queries, every row is uniform over what it sees"
+    model = ZOO["llama"]()
+    for layer in model.model.layers: layer.self_attn.q_proj.weight.zero_()
+    lm, prompt = prompt_of(model, range(1, 3))  # the row before the second token of the answer, its own, and the third token's
+    each = np.mean([1 / 41, 1 / 42, 1 / 43])
+    np.testing.assert_allclose(MeanAttention().run(TraceJob(lm, prompt)).values, [each] * 6, rtol=1e-5)
+    sizes = np.array([b - a for a, b in SOURCES])
+    np.testing.assert_allclose(MeanAttention(total=True).run(TraceJob(lm, prompt)).values, each * sizes, rtol=1e-5)
+    uniform = torch.tril(torch.ones(44, 44, dtype=torch.float64))
+    step = (uniform / uniform.sum(-1, keepdim=True) + torch.eye(44)) / 2
+    R = (step @ step)[40:43].mean(0)
+    np.testing.assert_allclose(AttentionRollout().run(TraceJob(lm, prompt)).values, [float(R[a:b].sum()) for a, b in SOURCES], rtol=1e-5)
+    short = AttnTrace(draws=400, share=0.5, top_tokens=2).run(TraceJob(lm, prompt))  # shorter prompts get more: 1 / (their length)
+    draws = short.frames["draws"].with_columns(size=pl.col("source").replace_strict(dict(enumerate(sizes.tolist()))).sum().over("draw"))
+    rows = [pl.col("size") + 4 + i for i in (1, 2, 3)]  # 4 tokens around the sources; a row sees itself too
+    assert (draws["score"] - draws.select(sum(1 / r for r in rows) / 3).to_series()).abs().max() < 1e-6
+
+
+def test_draws_are_the_published_ones() -> None:
+    "Expected number of draws, determinism, few sources, few tokens"
+    every = np.concatenate([np.concatenate(draw_sources(25, seed=s)) for s in range(100)])
+    assert np.bincount(every).sum() == 100 * 30 * 10 and abs(np.bincount(every) / 100 - 12).max() < 1.5
+    assert all(np.array_equal(a, b) for a, b in zip(draw_sources(25, seed=1), draw_sources(25, seed=1), strict=True))
+    assert [len(d) for d in draw_sources(2, share=0.4)] == [1] * 30  # int(2 * 0.4) is 0, and the published code draws nothing
+    lm, prompt = prompt_of(zoo_model("llama"))
+    few = AttnTrace(draws=1, share=0.34).run(TraceJob(lm, prompt))
+    assert (few.values == 0).sum() == 4 and "4 of 6 sources were in none of the 1 draws" in few.notes[0] and np.isnan(few.errors).all()
+    many = AttnTrace(draws=30).run(TraceJob(lm, prompt))
+    assert many.notes == () and (many.errors > 0).all()
+    assert many.costs.evaluations <= 15 < many.costs.asked == 30  # there are 15 pairs of 6 sources: equal ones run once
+
+
+def test_an_intervention_holds_while_it_is_traced() -> None:
+    "Heads that are silenced change what later layers look at"
+    lm, prompt = prompt_of(ZOO["llama"]())
+    before = MeanAttention().run(TraceJob(lm, prompt)).values
+    with ll.ablate(lm, heads=[(0, h) for h in range(lm.n_heads)]): during = MeanAttention().run(TraceJob(lm, prompt)).values
+    assert abs(during - before).max() > 1e-4
+    assert np.array_equal(MeanAttention().run(TraceJob(lm, prompt)).values, before)
+
+
+@pytest.mark.parametrize("error,make", [
+    ("there is no layer 15: ", lambda job: MeanAttention(layers=range(15, 20)).run(job)),
+    ("layers is empty", lambda job: MeanAttention(layers=[]).run(job)),
+    ("there is no head \\(7, 0\\)", lambda job: RetrievalAttention().run(replace(job, heads=[(7, 0)]))),
+    ("none of the 1 retrieval heads is in the layers", lambda job: RetrievalAttention(layers=[1]).run(replace(job, heads=[(0, 0)]))),
+    ("weights of a mean are 0 or more", lambda job: RetrievalAttention().run(replace(job, heads={(0, 0): -1.0}))),
+    ("needs to know which heads retrieve", lambda job: RetrievalAttention().run(job)),
+    ("share is 0", lambda job: AttnTrace(share=0)),
+    ("top_tokens are 1 or more", lambda job: AttnTrace(top_tokens=0)),
+])
+def test_bad_settings_say_what_is_wrong(error: str, make) -> None:
+    with pytest.raises((ValueError, IndexError), match=error): make(TraceJob(*prompt_of(zoo_model("llama"))))
+
+
+def test_a_report_without_retrieval_heads_is_refused() -> None:
+    class Nothing(ll.HeadReport): found = ()
+    with pytest.raises(ValueError, match="found no retrieval heads, so there is nothing to weigh by"):
+        RetrievalAttention().run(TraceJob(*prompt_of(zoo_model("llama")), heads=Nothing.__new__(Nothing)))
+
+
+def test_rollout_in_chunks_is_rollout(monkeypatch: pytest.MonkeyPatch) -> None:
+    "Where the memory is short the prompt comes in chunks; where it is too short, nothing runs"
+    lm, prompt = prompt_of(ZOO["mistral"]())
+    whole = AttentionRollout().run(TraceJob(lm, prompt)).values
+    memory, prefill, seen = type(lm).memory, type(lm).prefill, []
+    def tight(self, n, chunk=None, *a, **kw): return replace(memory(self, n, chunk, *a, **kw), available=free[0])
+    monkeypatch.setattr(type(lm), "memory", tight)
+    free = [int(1.2 * memory(lm, 44, 32).needed)]
+    monkeypatch.setattr(type(lm), "prefill", lambda self, x, chunk=None, **kw: (seen.append(chunk), prefill(self, x, chunk, **kw))[1])
+    np.testing.assert_allclose(AttentionRollout().run(TraceJob(lm, prompt)).values, whole, rtol=1e-5)
+    assert seen == [32]
+    free[0] = 20_000
+    with pytest.raises(MemoryError): AttentionRollout().cost(TraceJob(lm, prompt))
+
+
+def test_needle_lm_finds_its_fact_by_attention() -> None:
+    "Three questions: plain attention and heads that copy point at the fact"
+    lm = ll.load()
+    for seed in (0, 2, 3):
+        ctx = ll.needle_context(lm, 700, 30 * seed, wording="facts", n_keys=4, seed=seed)
+        prompt = ready_prompt(lm, ctx, by="sentences", size=2)
+        right = next(i for i, r in enumerate(prompt.ranges) if ctx.spans["needle"].start in r)
+        job = TraceJob(lm, prompt, heads=[(2, 0), (2, 1)])
+        assert MeanAttention().run(job).values.argmax() == right
+        copying = RetrievalAttention().run(job).values
+        assert copying.argmax() == right and copying[right] > 0.5
