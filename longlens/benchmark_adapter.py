@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -69,12 +70,16 @@ class MTEBEncoder:
         query_prompt: str = "",  # before queries, such as "query: "
         document_prompt: str = "",  # before documents
         prompt: str = "",  # before texts of tasks that know neither
+        truncate: bool = False,  # let an Encoder cut texts that are too long; False: refuse them
     ):
         self.model = encoder
         self._encode = getattr(encoder, "encode", encoder)
         if not callable(self._encode): raise TypeError(f"an encoder has a method encode, and {type(encoder).__name__} has none")
         self.name = name or str(getattr(encoder, "name", None) or type(encoder).__name__)
         self.revision, self.prompts = revision, {"query": query_prompt, "document": document_prompt, "": prompt}
+        if truncate and not hasattr(encoder, "encode_counted"):
+            raise TypeError(f"truncate=True is for an Encoder of longlens, which counts what it cuts, not for {type(encoder).__name__}")
+        self.truncate, self.n_texts, self.n_truncated = truncate, 0, 0  # texts so far, and those that were cut
 
     def encode(
         self,
@@ -84,13 +89,29 @@ class MTEBEncoder:
         hf_split: str = "",  # of the task; not looked at
         hf_subset: str = "",  # of the task; not looked at
         prompt_type: Any = None,  # mteb's PromptType: query, document or None
-        **kwargs: Any,  # batch_size and others; the batches are made already
+        batch_size: int = 32,  # texts; an Encoder makes its own batches, in order of length
+        **kwargs: Any,  # others; not looked at
     ) -> np.ndarray:  # (n, d), float32
         """Embeddings of all texts, with the prompt of their kind before them."""
         prompt = self.prompts[str(getattr(prompt_type, "value", prompt_type or ""))]
         batches = [_texts_of(b, str(getattr(task_metadata, "name", "?"))) for b in inputs]
         if not batches: raise ValueError("there are no texts to encode")
-        return np.concatenate([_rows(self._encode([prompt + t for t in texts]), len(texts)) for texts in batches])
+        batches = [[prompt + t for t in texts] for texts in batches]
+        self.n_texts += sum(map(len, batches))
+        if hasattr(self.model, "encode_counted"): return self._in_order_of_length([t for texts in batches for t in texts], batch_size)
+        return np.concatenate([_rows(self._encode(texts), len(texts)) for texts in batches])
+
+    def _in_order_of_length(
+        self,
+        texts: list[str],  # of all batches
+        batch_size: int,  # texts
+    ) -> np.ndarray:  # (n, d), float32
+        """Embeddings by an Encoder, and how many texts it cut."""
+        got = self.model.encode_counted(texts, batch_size, truncate=self.truncate)
+        self.n_truncated += got.n_truncated
+        if got.n_truncated:
+            warnings.warn(f"{got.n_truncated:,} of {len(texts):,} texts were cut to {self.model.max_length:,} tokens", stacklevel=3)
+        return got.embeddings
 
     def similarity(
         self,
@@ -113,6 +134,7 @@ class MTEBEncoder:
         try: active = interventions(self.model)
         except TypeError: active = []  # nothing that longlens could change
         said = {f"{k}_prompt".lstrip("_"): v for k, v in self.prompts.items() if v}
+        if self.truncate: said["truncate"] = f"{self.model.max_length} tokens"
         return said | ({"interventions": json.dumps(active, sort_keys=True, default=str)} if active else {})
 
     @property

@@ -478,3 +478,30 @@ def test_mteb_itself(needle_tok: Any, tmp_path: Path) -> None:
         theirs = dict(frame.filter(pl.col("split") == f"test_{t.length}").select("metric", "score").iter_rows())
         assert theirs["ndcg_at_10"] == theirs["main_score"] == pytest.approx(ours["ndcg_10"].mean(), abs=1e-4)
         assert theirs["ndcg_at_1"] == pytest.approx(ours["hit_1"].mean(), abs=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mteb_on_minilm_changed_and_extended(tmp_path: Path) -> None:
+    mteb = pytest.importorskip("mteb", reason='runs mteb on a task made here: pip install "mteb>=2"')
+    from longlens.encoders import load_encoder
+    from longlens.measure.intervene import temperature
+    from longlens.measure.windows import extended
+    minilm()
+    enc, cache = load_encoder(device="cpu"), mteb.ResultCache(tmp_path)
+    tasks = {n: needle_retrieval(enc, n, n_queries=8, n_documents=16) for n in (64, 600)}
+
+    def both(task: RetrievalTask) -> tuple[float, float]:
+        "nDCG@10 by mteb and by longlens"
+        frame = benchmark_scores(enc, mteb_task(task, "longlens-needles"), cache=cache)
+        return frame.filter(pl.col("metric") == "ndcg_at_10")["score"].item(), evaluate_retrieval(task, enc)["ndcg_10"].mean()
+
+    with pytest.raises(ValueError, match="reads 256"): both(tasks[600])
+    cutting = MTEBEncoder(enc, truncate=True)  # documents that are equal once they are cut tie, and mteb breaks ties by name
+    assert benchmark_scores(cutting, mteb_task(tasks[600], "longlens-needles"), cache=cache).height > 50
+    assert (cutting.n_texts, cutting.n_truncated) == (24, 16)
+    got = {"plain": both(tasks[64])}
+    with temperature(enc, .5): got["sharp"] = both(tasks[64])
+    for kind in ("grouped", "recurrent"):
+        with extended(enc, kind, length=1024): got[kind] = both(tasks[600])
+    for name, (theirs, ours) in got.items(): assert theirs == pytest.approx(ours, abs=1e-4), name
+    assert got["plain"] != got["sharp"], got  # the cache has not mixed them up
