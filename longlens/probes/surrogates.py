@@ -63,7 +63,7 @@ def fit_surrogate(
     if not np.isfinite(y).all(): raise ValueError(f"{(~np.isfinite(y)).sum()} of {len(y)} values are not finite: no line fits them")
     scaler = scaling.StandardScaler().fit(x)
     lasso = linear.Lasso(alpha=alpha, random_state=0).fit(scaler.transform(x), y / tokens)
-    weights = lasso.coef_ / scaler.scale_
+    weights = lasso.coef_ / scaler.scale_ + 0.0  # no -0
     return Surrogate(weights * tokens, float(lasso.intercept_ - scaler.mean_ @ weights) * tokens)
 
 # %% ../../nbs/probes/06d_surrogates.ipynb #080af0d1
