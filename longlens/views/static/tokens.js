@@ -459,7 +459,7 @@ export class TextView {
     this.lay(new Ruler(style), width - 28);
     if (this.wanted !== undefined) this.show(this.wanted);
     else if (anchor) this.scrollTo(this.lines.of(anchor));
-    this.later();
+    this.draw();    // now, so that the first thing that is painted has text
   }
 
   lay(ruler, width) {
@@ -535,7 +535,7 @@ export class TextView {
       this.view.setAttribute("aria-activedescendant", `${this.id}-${this.cursor}`);
     else this.view.removeAttribute("aria-activedescendant");
     this.where(this.lines.starts[this.top], this.lines.starts[Math.min(this.lines.count, this.top + page)]);
-    this.root.dataset.drawn = "yes";
+    this.root.dataset.drawn ??= Math.round(performance.now());    // milliseconds after the page was opened
   }
 
   line(i) {
@@ -634,7 +634,7 @@ export class TextView {
     this.legend.append(scale);
     let unknown = 0;
     for (const v of q.values) if (!Number.isFinite(v)) unknown++;
-    const notes = [q.kind === "log" ? "log scale" : "", q.note ?? "", unknown ? `hatched: not measured (${whole.format(unknown)})` : ""].filter(Boolean);
+    const notes = [q.kind === "log" ? "log scale" : "", q.note ?? "", unknown ? `hatched: no number (${whole.format(unknown)})` : ""].filter(Boolean);
     if (notes.length) this.legend.append(make("span", "ll-note", seen(notes.join("; "))));
   }
 
