@@ -6,7 +6,7 @@ const FOLD = 400, KEPT = 160, MORE = 4000;    // characters: longer units or wor
 const WIDEST = 400;       // characters in one line at most: marks without width would never fill it
 const TALL = 8e6;         // pixels: taller elements are not reliable, so beyond this the scroll bar is scaled
 const SPARE = 8;          // lines drawn above and below what can be seen
-const MOST = 10000;       // matches that are counted
+const MOST = 100000;      // matches that are counted
 const LONG = 2000;        // characters of a question or an answer that are shown
 const BINS = 160;         // of the map beside the text
 const SLICE = 12;         // milliseconds of layout at a time
