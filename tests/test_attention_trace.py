@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -16,10 +18,12 @@ import longlens as ll
 from longlens.measure.answer_rows import MeanRows, mean_over_layers
 from longlens.measure.capture import capture
 from longlens.measure.rollout import Rollout
+from longlens.needle_lm import filler
 from longlens.probes.attention_trace import AttentionRollout, AttnTrace, MeanAttention, RetrievalAttention, draw_sources
 from longlens.probes.perturbation import TraceJob
 from longlens.probes.sources import token_prompt
 from longlens.probes.trace_prompts import ready_prompt
+from longlens.probes.traceback import trace_context
 
 SPANS = {"head": (0, 5), "body": (5, 24), "tail": (24, 33)}  # every sample has these positions
 ROWS = (range(30, 36), [20, 29, 35])  # queries of each sample
@@ -239,3 +243,28 @@ def test_needle_lm_finds_its_fact_by_attention() -> None:
         assert MeanAttention().run(job).values.argmax() == right
         copying = RetrievalAttention().run(job).values
         assert copying.argmax() == right and copying[right] > 0.5
+
+
+def test_methods_are_found_by_name(tmp_path) -> None:
+    "Through `trace_context`: settings, spans of the answer, costs, errors, and what a report keeps"
+    lm = ll.load()
+    documents = [f"{filler(3, seed=i)} The code for {said}." for i, said in enumerate(("Ada is lamb", "Eve is stone"))]
+    ask = "What is the code for Eve?"
+    for method, settings in (("attntrace", {"draws": 5}), ("attention", {"layers": range(2, 4)}), ("rollout", {"skip": 0.4}),
+                             ("retrieval_attention", {})):
+        trace = trace_context(lm, documents, ask, method=method, by="sentences", heads=[(2, 0), (2, 1)], **settings)
+        scores = trace.frames["sources"]["score"]
+        assert scores.is_finite().all() and (scores >= 0).all() and scores.sum() > 0
+        cost = trace_context(lm, documents, ask, method=method, by="sentences", heads=[(2, 0)], dry_run=True, **settings)
+        assert cost.exact and cost.tokens == trace.frames["costs"].filter(stage="method")["tokens"].item()
+        trace.save(tmp_path / method)
+        assert ll.Report.load(tmp_path / method).frames["sources"].equals(trace.frames["sources"])
+    assert trace.top(1)["text"].item().strip() == "The code for Eve is stone."
+    with pytest.raises(ValueError, match="needs heads"): trace_context(lm, documents, ask, method="retrieval_attention")
+    with pytest.raises(TypeError, match="has no setting 'beta'"): trace_context(lm, documents, ask, method="attntrace", beta=3)
+
+
+def test_a_script_sees_the_methods_at_once() -> None:
+    code = "from longlens.probes.traceback import load_methods; print(load_methods()['attntrace'])"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.startswith("AttnTrace(draws=30, share=0.4, top_tokens=5, layers=None)")

@@ -29,7 +29,7 @@ __all__ = ['HOW_TO_FIND', 'TRACERS', 'Glance', 'glance', 'pool_sources', 'glance
            'mean_of_draws', 'layer_weights', 'retrieval_weights', 'AttentionTracer', 'AttnTrace', 'MeanAttention',
            'RetrievalAttention', 'roll_out', 'AttentionRollout']
 
-# %% ../../nbs/probes/06c_attention_trace.ipynb #28d8ebe4
+# %% ../../nbs/probes/06c_attention_trace.ipynb #105e688e
 class Glance(NamedTuple):
     "Where the answer looked in a prompt of k tokens"
 
@@ -50,7 +50,7 @@ def glance(
     at = np.arange(len(prompt)) if kept is None else subset_tokens(prompt, kept)
     ids, k = torch.cat([prompt.ids[torch.from_numpy(at)], prompt.answer.ids]), len(at)
     rows = range(k + prompt.traced.start - 1, k + prompt.traced.stop)
-    shared = 0 if like is None or not like.cache.is_croppable else min(_shared(like.ids, ids[:rows.start]), rows.start - 1)
+    shared = 0 if like is None or not like.cache.is_croppable else max(0, min(_shared(like.ids, ids[:rows.start]), rows.start - 1))
     with attach(lm): seen, before = attention_of(lm, ids, rows, weights, like, allow_longer=True)  # its length has been checked
     return Glance(seen[:k].cpu().numpy().astype(float), prompt.owner[at], rows.stop - shared, before)
 
