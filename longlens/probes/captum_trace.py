@@ -109,9 +109,10 @@ def surrogate_values(
         raise ValueError(f"kernel_shap fits {n + 1} numbers for {n} sources, and samples is {samples}: it needs {n + 2} or more")
     game = MaskGame(values)
     method = getattr(extra_module("captum.attr", kind), kind)(game)
-    with _seeded(seed): found = _attribute(method, n, n_samples=samples, perturbations_per_eval=min(samples, at_once))
-    if not draws: return found, None
-    return found, _fit_again(method, np.concatenate(game.masks), np.concatenate(game.worth), draws, 2 * shap, seed)
+    with _seeded(seed):  # captum's loader of samples draws from it too
+        found = _attribute(method, n, n_samples=samples, perturbations_per_eval=min(samples, at_once))
+        if not draws: return found, None
+        return found, _fit_again(method, np.concatenate(game.masks), np.concatenate(game.worth), draws, 2 * shap, seed)
 
 # %% ../../nbs/probes/06e_captum.ipynb #6f9c3881
 class SubsetTracer(Tracer):
