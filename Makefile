@@ -14,7 +14,7 @@ export PYTHONUTF8 := 1
 help:    ## what there is to make
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 14
 
-demo: .venv/.for-use    ## measure the small model that ships with longlens, and write the report as a page
+demo: .venv/.for-use    ## measure the small models that come with longlens, and write the report as a page
 	@$(BIN)/longlens report --out $(DEMO) --overwrite --open
 
 test: .venv/.for-work    ## every check: repository, lint, types, notebooks, tests
@@ -55,7 +55,7 @@ clean:    ## remove what was made, except .venv
 .venv/.for-use: $(NEEDS) | .venv/bin/python
 	@echo "Installing longlens and what it needs (minutes, once)"
 	@$(PIP) install $(TORCH)
-	@$(PIP) install -c constraints.txt -e .
+	@$(PIP) install -c constraints.txt -e '.[embed]'
 	@touch $@
 
 .venv/.for-work: $(NEEDS) | .venv/.for-use

