@@ -8,11 +8,12 @@ from __future__ import annotations
 from unicodedata import category, combining
 
 # %% auto #0
-__all__ = ['SIGNS', 'BLANK', 'visible']
+__all__ = ['SIGNS', 'SELECTORS', 'BLANK', 'visible']
 
 # %% ../../nbs/views/02_text.ipynb #2aa450a2
 SIGNS = {"\n": "⏎", "\t": "⇥"}    # what has a sign of its own
-BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")    # letters by their class, and yet nothing is drawn
+SELECTORS = frozenset(map(chr, (*range(0xfe00, 0xfe0e), *range(0xe0100, 0xe01f0))))    # of variants; those of emoji are left
+BLANK = SELECTORS | set("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")    # letters or marks by their class, and yet nothing is drawn
 
 
 def _sign(char: str) -> str:

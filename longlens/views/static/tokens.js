@@ -15,7 +15,7 @@ const INKS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", 
 // ---- characters
 
 const SIGNS = {"\n": "⏎", "\t": "⇥"};
-const UNSEEN = "\\p{C}\\p{Zl}\\p{Zp}\\u034f\\u115f\\u1160\\u17b4\\u17b5\\u2800\\u3164\\uffa0";
+const UNSEEN = "\\p{C}\\p{Zl}\\p{Zp}\\u034f\\u115f\\u1160\\u17b4\\u17b5\\u2800\\u3164\\uffa0\\ufe00-\\ufe0d\\u{e0100}-\\u{e01ef}";
 const HIDDEN = new RegExp(`[${UNSEEN}]|(?! )\\p{Zs}`, "gu");
 const MARK = /^\p{M}/u;
 
