@@ -20,7 +20,7 @@ from .statistics import Call, Statistic, _grow, _place, check_queries, missing_q
 # %% auto #0
 __all__ = ['check_head_weights', 'MeanRows', 'mean_over_layers', 'attention_of']
 
-# %% ../../nbs/measure/11_answers.ipynb #908bdf99
+# %% ../../nbs/measure/11_answers.ipynb #df347cfc
 def _by_sample(queries: Sequence) -> bool: return len(queries) > 0 and not isinstance(queries[0], (int, np.integer))
 
 
@@ -28,7 +28,7 @@ def _each_sample(queries: Sequence) -> list[Sequence[int]]:
     "The queries of every sample of a batch; of one entry: the same for all"
     return list(queries) if _by_sample(queries) else [queries]
 
-
+# %% ../../nbs/measure/11_answers.ipynb #fcd120cd
 def _asked(queries: Sequence, pos: Tensor, batch: int) -> Tensor:  # bool, (batch, n_queries)
     "Which queries of a call were asked for"
     each = _each_sample(queries)
@@ -36,7 +36,7 @@ def _asked(queries: Sequence, pos: Tensor, batch: int) -> Tensor:  # bool, (batc
     samples = zip(pos.expand(batch, -1), each if len(each) == batch else each * batch, strict=True)
     return torch.stack([torch.isin(p, torch.tensor(list(q), device=pos.device)) for p, q in samples]) & (pos >= 0)
 
-# %% ../../nbs/measure/11_answers.ipynb #6e430e52
+# %% ../../nbs/measure/11_answers.ipynb #34783db6
 def check_head_weights(
     weights: Mapping[tuple[int, int], float],  # (layer, head) -> weight
     who: str,  # named in the error
@@ -47,7 +47,7 @@ def check_head_weights(
         if not (math.isfinite(w) and w >= 0): raise ValueError(f"{who}: head {at} has weight {w}: weights of a mean are 0 or more")
     if not any(weights.values()): raise ValueError(f"{who}: all {len(weights)} heads have weight 0: there is nothing to average")
 
-
+# %% ../../nbs/measure/11_answers.ipynb #2910cae9
 def _layer_weights(weights: Mapping[tuple[int, int], float] | None, layer: int, n_heads: int, like: Tensor) -> Tensor:  # (heads,)
     "The weights of the heads of one layer"
     if weights is None: return like.new_ones(n_heads)
@@ -88,7 +88,7 @@ class MeanRows(Statistic):
         each = _each_sample(self.queries)
         missing_queries(each[sample % len(each)], self.title, sample, ran)
 
-# %% ../../nbs/measure/11_answers.ipynb #7a69238b
+# %% ../../nbs/measure/11_answers.ipynb #bc149f4b
 def _add_rows(stat: MeanRows, state: dict, call: Call) -> None:
     "Add the wanted rows of a call, and count them"
     member = _asked(stat.queries, call.query_pos, call.batch).to(call.op.scores.dtype)
@@ -100,7 +100,7 @@ def _add_rows(stat: MeanRows, state: dict, call: Call) -> None:
     state["heads"] = w.sum().expand(call.batch)  # sum of the weights
     _place(state, call.key_pos, call.batch, call.start)
 
-
+# %% ../../nbs/measure/11_answers.ipynb #5e945596
 def _rows_table(stat: MeanRows, state: dict) -> tuple[dict[str, Sequence], dict[str, Any]]:
     "Axes and means of a layer"
     total, rows = state["total"], state["rows"].clamp_min(1)[:, None]
@@ -109,7 +109,7 @@ def _rows_table(stat: MeanRows, state: dict) -> tuple[dict[str, Sequence], dict[
     position = state["position"][:, None].expand_as(total)
     return {"head": range(total.shape[1]), "_": range(total.shape[-1])}, {"position": position, "weight": total / rows[:, None]}
 
-# %% ../../nbs/measure/11_answers.ipynb #763e9ec8
+# %% ../../nbs/measure/11_answers.ipynb #f75895c8
 def mean_over_layers(
     seen: Capture,  # of a MeanRows(..., by="layer")
     name: str = "mean_rows",  # name (or label) of it
@@ -124,14 +124,14 @@ def mean_over_layers(
         out += [_placed(m, pos) for m, pos in zip(mean, at.amax(0), strict=True)]
     return out
 
-
+# %% ../../nbs/measure/11_answers.ipynb #eaf79a3e
 def _placed(x: Tensor, pos: Tensor) -> Tensor:
     "Numbers put at their positions in the text; 0 at keys that every layer had let go of"
     out = x.new_zeros(int(pos.max()) + 1)
     out[pos[pos >= 0]] = x[pos >= 0]
     return out
 
-
+# %% ../../nbs/measure/11_answers.ipynb #20b5fa5a
 def _check_layers(stat: MeanRows, measured: set[int]) -> None:
     "Raise if a weight names a layer that the model does not have"
     for layer, head in stat.weights or {}:

@@ -29,7 +29,7 @@ __all__ = ['HOW_TO_FIND', 'TRACERS', 'Glance', 'glance', 'pool_sources', 'glance
            'mean_of_draws', 'layer_weights', 'retrieval_weights', 'AttentionTracer', 'AttnTrace', 'MeanAttention',
            'RetrievalAttention', 'roll_out', 'AttentionRollout']
 
-# %% ../../nbs/probes/06c_attention_trace.ipynb #105e688e
+# %% ../../nbs/probes/06c_attention_trace.ipynb #d7c16a07
 class Glance(NamedTuple):
     "Where the answer looked in a prompt of k tokens"
 
@@ -38,7 +38,7 @@ class Glance(NamedTuple):
     tokens: int  # that were run for it
     prefix: Any  # the Prefix in front of the rows
 
-
+# %% ../../nbs/probes/06c_attention_trace.ipynb #bfcc8465
 def glance(
     lm: Any,  # LongModel
     prompt: TracePrompt,
@@ -70,14 +70,14 @@ def pool_sources(
     count, amount = np.bincount(owner[at], minlength=n), np.bincount(owner[at], attention[at], n)
     return np.where(count, amount / np.where(total, 1, np.maximum(count, 1)), np.nan)
 
-# %% ../../nbs/probes/06c_attention_trace.ipynb #2f9f1f64
+# %% ../../nbs/probes/06c_attention_trace.ipynb #211c334c
 def _in_order(subsets: Sequence[np.ndarray]) -> dict[tuple[int, ...], list[int]]:
     "The numbers of the subsets that are equal, in the order in which most beginnings are shared"
     found: dict[tuple[int, ...], list[int]] = {}
     for i, s in enumerate(subsets): found.setdefault(tuple(int(x) for x in s), []).append(i)
     return dict(sorted(found.items()))
 
-
+# %% ../../nbs/probes/06c_attention_trace.ipynb #c4cb5ef1
 def glances(
     lm: Any,  # LongModel
     prompt: TracePrompt,
@@ -92,7 +92,7 @@ def glances(
         before = g.prefix
         yield numbers, g
 
-
+# %% ../../nbs/probes/06c_attention_trace.ipynb #6d172382
 def glance_costs(
     lm: Any,  # LongModel
     prompt: TracePrompt,
@@ -143,7 +143,7 @@ def layer_weights(
         raise IndexError(f"there is no layer {bad[0]}: {lm.name} has {lm.n_layers}, 0 to {lm.n_layers - 1}")
     return {(int(layer), head): 1.0 for layer in layers for head in range(lm.n_heads)}
 
-# %% ../../nbs/probes/06c_attention_trace.ipynb #dec77eef
+# %% ../../nbs/probes/06c_attention_trace.ipynb #c54027c5
 HOW_TO_FIND = "report = retrieval_heads(lm) finds them; or give heads as [(layer, head), ...] or {(layer, head): weight}"
 
 
@@ -162,7 +162,7 @@ def retrieval_weights(
                              "Was the report made with another model?")
     return weights
 
-
+# %% ../../nbs/probes/06c_attention_trace.ipynb #c08ccb5f
 def _scored(report: Any) -> dict[tuple[int, int], float]:
     "The retrieval heads of a HeadReport with their scores"
     if not report.found:
@@ -192,7 +192,7 @@ class AttentionTracer(Tracer):
         if job.lm is None or job.prompt is None: raise ValueError(f"{type(self).__name__} reads attention: it needs a model and a prompt")
         return job.prompt
 
-# %% ../../nbs/probes/06c_attention_trace.ipynb #ef7232dd
+# %% ../../nbs/probes/06c_attention_trace.ipynb #b22cd3bf
 @dataclass(frozen=True)
 class AttnTrace(AttentionTracer):
     "Attention to the few tokens of a source that get most, mean over random subsets with the source (AttnTrace, arXiv 2508.03793)"
@@ -218,7 +218,7 @@ class AttnTrace(AttentionTracer):
         costs.seconds = time.perf_counter() - begun
         return _of_draws(values, costs)
 
-
+# %% ../../nbs/probes/06c_attention_trace.ipynb #b4f6e60a
 def _of_draws(values: np.ndarray, costs: ScoreCosts) -> TraceScores:
     "Scores of draws, (draws, n), and how often each source was in one"
     mean, error, count = mean_of_draws(values)
@@ -267,7 +267,7 @@ class RetrievalAttention(MeanAttention):
         if not some: raise ValueError(f"none of the {len(found)} retrieval heads is in the layers {list(self.layers)}")
         return some
 
-# %% ../../nbs/probes/06c_attention_trace.ipynb #e88881a9
+# %% ../../nbs/probes/06c_attention_trace.ipynb #6c37a207
 def _rollout_room(lm: Any, n_tokens: int, n_sources: int) -> tuple[int, int]:
     "How many tokens go at a time, and bytes for the columns; raises where they do not fit"
     columns = 4 * n_tokens * n_sources
@@ -279,7 +279,7 @@ def _rollout_room(lm: Any, n_tokens: int, n_sources: int) -> tuple[int, int]:
     raise MemoryError(f"rollout keeps a number for each of {n_tokens:,} tokens and {n_sources:,} sources in {lm.n_layers} layers, "
                       f"{_bytes(need)}, and {_bytes(part.available or 0)} are free: take fewer sources (a larger size=), or coarse_to_fine")
 
-
+# %% ../../nbs/probes/06c_attention_trace.ipynb #2da9e638
 def roll_out(
     lm: Any,  # LongModel
     prompt: TracePrompt,
