@@ -42,7 +42,7 @@ def answer_target(
 
     return target
 
-
+# %% ../../nbs/probes/06e_captum_gradients.ipynb #5f759063
 @contextmanager
 def _frozen(hf: Any) -> Iterator[None]:
     """Weights of which no gradients are kept."""
@@ -52,7 +52,7 @@ def _frozen(hf: Any) -> Iterator[None]:
     finally:
         for p in some: p.requires_grad_(True)
 
-# %% ../../nbs/probes/06e_captum_gradients.ipynb #451335a7
+# %% ../../nbs/probes/06e_captum_gradients.ipynb #f2f96e64
 def _saved_bytes(lm: Any, ids: Tensor) -> int:
     """What a forward pass over ids (1, n) saves for the backward one, weights and logits apart."""
     there = {t.untyped_storage().data_ptr() for t in (*lm.hf.parameters(), *lm.hf.buffers())}
@@ -69,7 +69,7 @@ def _saved_bytes(lm: Any, ids: Tensor) -> int:
             return sum(t.untyped_storage().nbytes() for t in kept.values())
     finally: hook.remove()
 
-# %% ../../nbs/probes/06e_captum_gradients.ipynb #45d9f865
+# %% ../../nbs/probes/06e_captum_gradients.ipynb #703f0d42
 PROBES = (64, 128, 256)  # tokens of the short passes
 
 
@@ -86,7 +86,7 @@ def backward_bytes(
     if getattr(lm.config, "sliding_window", None): kept += n * n * lm.dtype.itemsize  # the mask of layers with a window
     return int(1.25 * kept) + rows * lm.vocab_size * (lm.dtype.itemsize + 12)  # a quarter more: gradients on their way
 
-# %% ../../nbs/probes/06e_captum_gradients.ipynb #3cf0688a
+# %% ../../nbs/probes/06e_captum_gradients.ipynb #95131408
 def neutral_id(
     lm: Any,  # LongModel
     token: str | int,  # a text, whose last token is meant, or a token id
@@ -96,14 +96,14 @@ def neutral_id(
     if not 0 <= token < lm._rows: raise ValueError(f"baseline {token} is no token: {lm.name} has 0 to {lm._rows - 1}")
     return token
 
-
+# %% ../../nbs/probes/06e_captum_gradients.ipynb #5b03005f
 def _inputs(lm: Any, prompt: TracePrompt, baseline: str | int) -> tuple[Tensor, Tensor]:  # ids and baseline ids, (1, n)
     ids = prompt.whole[: prompt.answer_rows.stop].clone()
     empty = ids.clone()
     empty[: len(prompt)][torch.from_numpy(prompt.owner >= 0)] = neutral_id(lm, baseline)
     return ids[None].to(lm.device), empty[None].to(lm.device)
 
-# %% ../../nbs/probes/06e_captum_gradients.ipynb #38a9545e
+# %% ../../nbs/probes/06e_captum_gradients.ipynb #97b7e839
 def steps_at_once(
     lm: Any,  # LongModel
     ids: Tensor,  # prompt and answer, (n,)
@@ -119,7 +119,7 @@ def steps_at_once(
                           "narrow the context down first (coarse_to_fine), or take a method without gradients, such as loo or attntrace")
     return min(fit, most)
 
-# %% ../../nbs/probes/06e_captum_gradients.ipynb #f0013f8f
+# %% ../../nbs/probes/06e_captum_gradients.ipynb #e74ac39c
 class TokenScores(NamedTuple):
     """What each token of the prompt adds, and whether it adds up"""
 
@@ -127,7 +127,7 @@ class TokenScores(NamedTuple):
     difference: float  # of the target, input less baseline; NaN if there is no baseline
     gap: float  # the sum of all tokens less that difference
 
-
+# %% ../../nbs/probes/06e_captum_gradients.ipynb #78f3936d
 def integrated_tokens(
     lm: Any,  # LongModel
     prompt: TracePrompt,
@@ -144,7 +144,7 @@ def integrated_tokens(
     each = found.detach().cpu().double().sum(-1)[0].numpy()
     return TokenScores(each[: len(prompt)], float(each.sum() - gap), float(gap))
 
-# %% ../../nbs/probes/06e_captum_gradients.ipynb #2c9fec15
+# %% ../../nbs/probes/06e_captum_gradients.ipynb #6b8ed778
 def gradient_tokens(
     lm: Any,  # LongModel
     prompt: TracePrompt,
@@ -158,7 +158,7 @@ def gradient_tokens(
         found = method.attribute(ids)
     return TokenScores(found.detach().cpu().double().sum(-1)[0].numpy()[: len(prompt)], float("nan"), float("nan"))
 
-# %% ../../nbs/probes/06e_captum_gradients.ipynb #79d3d3c3
+# %% ../../nbs/probes/06e_captum_gradients.ipynb #a908ff77
 class IncompleteAttribution(UserWarning):
     """The parts do not add up to the whole"""
 
@@ -175,7 +175,7 @@ def check_complete(
                       "allowed), so take more steps, or another baseline", IncompleteAttribution, stacklevel=2)
     return allowed
 
-
+# %% ../../nbs/probes/06e_captum_gradients.ipynb #a90cf113
 def source_sums(
     prompt: TracePrompt,
     tokens: np.ndarray,  # a number for each token of the prompt, (n,)
@@ -184,7 +184,7 @@ def source_sums(
     mine = prompt.owner >= 0
     return np.bincount(prompt.owner[mine], tokens[mine], minlength=prompt.n)
 
-# %% ../../nbs/probes/06e_captum_gradients.ipynb #ab20e671
+# %% ../../nbs/probes/06e_captum_gradients.ipynb #4d83c416
 class GradientTracer(Tracer):
     """A method of captum that takes gradients at the embeddings"""
 
@@ -207,13 +207,13 @@ class GradientTracer(Tracer):
 
     def notes(self, s: TokenScores) -> tuple[str, ...]: return ()
 
-# %% ../../nbs/probes/06e_captum_gradients.ipynb #e89696ed
+# %% ../../nbs/probes/06e_captum_gradients.ipynb #7a9ae0bb
 def _with_model(tracer: Tracer, job: TraceJob) -> TracePrompt:
     """The prompt of a job; a game has no gradients."""
     if job.prompt is None: raise ValueError(f"{type(tracer).__name__} takes gradients of a model, and this job is a game without one")
     return job.prompt
 
-
+# %% ../../nbs/probes/06e_captum_gradients.ipynb #90f6aaab
 @contextmanager
 def _counted(hf: Any) -> Iterator[list[int]]:
     """Counts what runs: sequences and tokens."""
@@ -228,14 +228,14 @@ def _counted(hf: Any) -> Iterator[list[int]]:
     try: yield seen
     finally: hook.remove()
 
-# %% ../../nbs/probes/06e_captum_gradients.ipynb #c3dc5727
+# %% ../../nbs/probes/06e_captum_gradients.ipynb #7aaccb60
 def _forwards(prompt: TracePrompt, passes: int) -> TraceCost:
     """The cost of forward passes over a whole prompt, and of the short ones that see what memory they take."""
     n = prompt.answer_rows.stop
     probes = PROBES if n > PROBES[-1] else (n,)
     return TraceCost(passes + len(probes), passes * n + sum(probes), True)
 
-# %% ../../nbs/probes/06e_captum_gradients.ipynb #21ad4215
+# %% ../../nbs/probes/06e_captum_gradients.ipynb #a77b1fb1
 @dataclass(frozen=True)
 class CaptumIntegratedGradients(GradientTracer):
     """captum's LayerIntegratedGradients at the embeddings (arXiv 1703.01365)"""
@@ -258,7 +258,7 @@ class CaptumIntegratedGradients(GradientTracer):
         return (f"the gradients add up to {s.difference + s.gap:.3g} nats, and the answer's log-probability with the sources is "
                 f"{s.difference:.3g} nats above that with {self.baseline!r} for each of their tokens",)
 
-# %% ../../nbs/probes/06e_captum_gradients.ipynb #82f2dcaf
+# %% ../../nbs/probes/06e_captum_gradients.ipynb #e54d8201
 @dataclass(frozen=True)
 class CaptumGradient(GradientTracer):
     """captum's LayerGradientXActivation at the embeddings"""

@@ -47,13 +47,13 @@ def _seeded(seed: int) -> Iterator[None]:
     try: yield
     finally: torch.default_generator.set_state(state)
 
-
+# %% ../../nbs/probes/06e_captum.ipynb #fa827caa
 def _attribute(method: Any, n: int, **options: Any) -> np.ndarray:  # (n,)
     """One call of a captum method on a row of ones against zeros."""
     found = method.attribute(torch.ones(1, n), baselines=torch.zeros(1, n), **options)
     return found[0].double().numpy()
 
-# %% ../../nbs/probes/06e_captum.ipynb #0887dac6
+# %% ../../nbs/probes/06e_captum.ipynb #6f38b5db
 def ablation_values(
     values: Values,  # what subsets are worth
     n: int,  # sources
@@ -63,7 +63,7 @@ def ablation_values(
     method = extra_module("captum.attr", "captum_ablation").FeatureAblation(MaskGame(values))
     return _attribute(method, n, perturbations_per_eval=min(n, at_once))
 
-
+# %% ../../nbs/probes/06e_captum.ipynb #32f4a702
 def sampled_shapley(
     values: Values,  # what subsets are worth
     n: int,  # sources
@@ -77,7 +77,7 @@ def sampled_shapley(
         each = np.stack([_attribute(method, n, n_samples=1, perturbations_per_eval=min(n, at_once)) for _ in range(samples)])
     return each.mean(0), each.std(0, ddof=1) / np.sqrt(samples) if samples > 1 else np.full(n, np.nan)
 
-# %% ../../nbs/probes/06e_captum.ipynb #c7b791ee
+# %% ../../nbs/probes/06e_captum.ipynb #b93cd665
 def _fit_again(method: Any, masks: np.ndarray, worth: np.ndarray, draws: int, fixed: int, seed: int) -> np.ndarray:  # (n,)
     """Standard errors of a captum surrogate: refitted to samples drawn anew, but for the first `fixed`."""
     from torch.utils.data import DataLoader, TensorDataset
@@ -92,7 +92,7 @@ def _fit_again(method: Any, masks: np.ndarray, worth: np.ndarray, draws: int, fi
         found.append(method.interpretable_model.representation().flatten().double().numpy())
     return np.std(found, axis=0, ddof=1)
 
-# %% ../../nbs/probes/06e_captum.ipynb #8a41c794
+# %% ../../nbs/probes/06e_captum.ipynb #071091b7
 def surrogate_values(
     kind: str,  # "KernelShap" or "Lime"
     values: Values,  # what subsets are worth
@@ -114,7 +114,7 @@ def surrogate_values(
         if not draws: return found, None
         return found, _fit_again(method, np.concatenate(game.masks), np.concatenate(game.worth), draws, 2 * shap, seed)
 
-# %% ../../nbs/probes/06e_captum.ipynb #6f9c3881
+# %% ../../nbs/probes/06e_captum.ipynb #744e07c8
 class SubsetTracer(Tracer):
     """A method of captum that asks for the values of subsets"""
 
@@ -142,7 +142,7 @@ class SubsetTracer(Tracer):
         known = dict(zip((row.tobytes() for row in masks), job.scorer(masks), strict=True))
         return TraceScores(*self.attribute(lambda kept: np.array([known[row.tobytes()] for row in kept]), job))
 
-# %% ../../nbs/probes/06e_captum.ipynb #ea2c3373
+# %% ../../nbs/probes/06e_captum.ipynb #a96d7a27
 @dataclass(frozen=True)
 class CaptumAblation(SubsetTracer):
     """captum's FeatureAblation: the same as `loo`"""
@@ -152,7 +152,7 @@ class CaptumAblation(SubsetTracer):
     def attribute(self, values: Values, job: TraceJob, errors: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
         return ablation_values(values, job.n), None
 
-
+# %% ../../nbs/probes/06e_captum.ipynb #22fd16db
 @dataclass(frozen=True)
 class CaptumShapley(SubsetTracer):
     """captum's ShapleyValueSampling, 25 orders as captum has it"""
@@ -166,7 +166,7 @@ class CaptumShapley(SubsetTracer):
         mean, error = sampled_shapley(values, job.n, self.samples, job.seed)
         return mean, error if self.samples > 1 else None
 
-# %% ../../nbs/probes/06e_captum.ipynb #ea2633af
+# %% ../../nbs/probes/06e_captum.ipynb #958ce293
 def _at_least(samples: int | None, least: int) -> None:
     if samples is not None and samples < least: raise ValueError(f"samples is {samples}: {least} or more")
 
@@ -185,7 +185,7 @@ class CaptumKernelShap(SubsetTracer):
         samples = max(25, 4 * job.n) if self.samples is None else self.samples
         return surrogate_values("KernelShap", values, job.n, samples, job.seed, self.draws * errors)
 
-# %% ../../nbs/probes/06e_captum.ipynb #847172a0
+# %% ../../nbs/probes/06e_captum.ipynb #a906825f
 @dataclass(frozen=True)
 class CaptumLime(SubsetTracer):
     """captum's Lime, 50 subsets as captum has it"""

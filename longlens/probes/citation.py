@@ -25,7 +25,7 @@ __all__ = ['ASK', 'NoCitation', 'read_citations', 'citation_scores', 'citation_p
 class NoCitation(ValueError):
     """The model's reply cites nothing that can be used"""
 
-
+# %% ../../nbs/probes/06f_citation.ipynb #e9336d5e
 def read_citations(
     reply: str,  # what the model said
     n: int,  # texts, numbered from 1
@@ -41,7 +41,7 @@ def read_citations(
         rows.append((order, f"[{found[:20]}]", source, use))
     return pl.DataFrame(rows, schema={"order": pl.Int64, "cited": pl.String, "source": pl.Int64, "use": pl.String}, orient="row")
 
-# %% ../../nbs/probes/06f_citation.ipynb #4a8494be
+# %% ../../nbs/probes/06f_citation.ipynb #97709821
 def citation_scores(
     citations: pl.DataFrame,  # as read_citations gives them
     n: int,  # texts
@@ -51,12 +51,12 @@ def citation_scores(
     scores[cited] = np.arange(len(cited), 0, -1)
     return scores
 
-# %% ../../nbs/probes/06f_citation.ipynb #c7b154ea
+# %% ../../nbs/probes/06f_citation.ipynb #5abb8a99
 ASK = ("Below are {n} numbered texts, a query, and an answer that was given from them.\n\nTexts:\n{texts}\n\nQuery: {question}\n\n"
        "Answer: {answer}\n\nWhich {k} of the texts did the answer rest on most? Reply with their numbers only, the most important first, "
        "in the form [10]>[32]>[7].")
 
-
+# %% ../../nbs/probes/06f_citation.ipynb #ed59c73b
 def citation_prompt(
     lm: Any,  # LongModel, with a chat template
     prompt: TracePrompt,
@@ -72,13 +72,13 @@ def citation_prompt(
     longer = lm.max_length is not None and len(prompt.whole) > lm.max_length  # that was allowed before, so it is now
     return compose(lm, [re.sub(r"\{(\w+)\}", lambda m: str(filled[m[1]]), ASK)], chat=True, allow_longer=longer or None)
 
-# %% ../../nbs/probes/06f_citation.ipynb #26091ffa
+# %% ../../nbs/probes/06f_citation.ipynb #614c2ad0
 def _asked(job: TraceJob) -> TracePrompt:
     """The prompt of a job; a game has no model to ask."""
     if job.prompt is None: raise ValueError("self_citation asks a model, and this job is a game without one")
     return job.prompt
 
-
+# %% ../../nbs/probes/06f_citation.ipynb #b953e1d3
 def _used(said: str, n: int, k: int, name: str) -> pl.DataFrame:
     """The citations of a reply, if one can be used."""
     from longlens.views.text import visible
@@ -89,7 +89,7 @@ def _used(said: str, n: int, k: int, name: str) -> pl.DataFrame:
                          f"{visible(said, 200)!r}. Take another method, or a model that follows such instructions")
     return found
 
-# %% ../../nbs/probes/06f_citation.ipynb #b941756b
+# %% ../../nbs/probes/06f_citation.ipynb #9fbb2fa0
 @dataclass(frozen=True)
 class SelfCitation(Tracer):
     """The texts that the model itself cites (baseline of TracLLM, arXiv 2506.04202)"""

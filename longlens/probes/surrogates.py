@@ -31,7 +31,7 @@ def ablation_masks(
     if not 0 < keep < 1: raise ValueError(f"keep is {keep}: a probability between 0 and 1")
     return np.stack([np.random.RandomState(seed + i).choice([False, True], size=n, p=[1 - keep, keep]) for i in range(count)])
 
-# %% ../../nbs/probes/06d_surrogates.ipynb #b1a50916
+# %% ../../nbs/probes/06d_surrogates.ipynb #f6a07235
 def extra_module(
     name: str,  # of a module, as it is imported
     what: str,  # what needs it
@@ -40,7 +40,7 @@ def extra_module(
     try: return importlib.import_module(name)
     except ImportError as e: raise ImportError(f"{what} needs {name.partition('.')[0]}: pip install longlens[trace]") from e
 
-
+# %% ../../nbs/probes/06d_surrogates.ipynb #19245033
 class Surrogate(NamedTuple):
     """A linear model of what ablations do"""
 
@@ -50,7 +50,7 @@ class Surrogate(NamedTuple):
     def predict(self, masks: np.ndarray) -> np.ndarray:  # (count, n) -> (count,)
         return masks @ self.weights + self.bias
 
-# %% ../../nbs/probes/06d_surrogates.ipynb #2592a439
+# %% ../../nbs/probes/06d_surrogates.ipynb #2a0de902
 def fit_surrogate(
     masks: np.ndarray,  # which sources each ablation keeps, (count, n), bool
     values: np.ndarray,  # what came of it, (count,)
@@ -66,13 +66,13 @@ def fit_surrogate(
     weights = lasso.coef_ / scaler.scale_ + 0.0  # no -0
     return Surrogate(weights * tokens, float(lasso.intercept_ - scaler.mean_ @ weights) * tokens)
 
-# %% ../../nbs/probes/06d_surrogates.ipynb #080af0d1
+# %% ../../nbs/probes/06d_surrogates.ipynb #a7aec3ff
 def _ranks_alike(a: np.ndarray, b: np.ndarray) -> float:  # Spearman; NaN where one of them is constant
     a, b = a.round(9), b.round(9)  # equal but for rounding is equal
     if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0: return float("nan")
     return float(pl.DataFrame({"a": a, "b": b}).select(pl.corr("a", "b", method="spearman")).item())
 
-
+# %% ../../nbs/probes/06d_surrogates.ipynb #de948960
 def linear_datamodelling_score(
     predicted: np.ndarray,  # by a surrogate, (held out,)
     true: np.ndarray,  # what came of the same ablations, (held out,)
@@ -86,7 +86,7 @@ def linear_datamodelling_score(
     some = [r for r in again if r == r] or [float("nan")]
     return Interval(_ranks_alike(predicted, true), *map(float, np.quantile(some, [(1 - level) / 2, (1 + level) / 2])))
 
-# %% ../../nbs/probes/06d_surrogates.ipynb #04d631be
+# %% ../../nbs/probes/06d_surrogates.ipynb #94fc6b4d
 def surrogate_errors(
     masks: np.ndarray,  # which sources each ablation keeps, (count, n), bool
     values: np.ndarray,  # what came of it, (count,)
@@ -99,7 +99,7 @@ def surrogate_errors(
     drawn = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
     return np.std([fit_surrogate(masks[i], values[i], tokens, alpha).weights for i in drawn], axis=0, ddof=1)
 
-# %% ../../nbs/probes/06d_surrogates.ipynb #50ab6bba
+# %% ../../nbs/probes/06d_surrogates.ipynb #52c5bee9
 @dataclass(frozen=True)
 class ContextCite(Tracer):
     """Weights of a sparse linear model of random ablations (ContextCite, arXiv 2409.00729)"""
@@ -132,7 +132,7 @@ class ContextCite(Tracer):
 
 TRACERS["contextcite"] = ContextCite()
 
-# %% ../../nbs/probes/06d_surrogates.ipynb #b90d16a9
+# %% ../../nbs/probes/06d_surrogates.ipynb #51c98bfd
 def _ablation_frames(masks: np.ndarray, true: np.ndarray, fitted: Surrogate, k: int, seed: int) -> dict[str, pl.DataFrame]:
     """Every ablation, and how well those after the k-th are foretold."""
     foretold, known = fitted.predict(masks), {row.tobytes() for row in masks[:k]}
@@ -143,7 +143,7 @@ def _ablation_frames(masks: np.ndarray, true: np.ndarray, fitted: Surrogate, k: 
            "unseen": sum(row.tobytes() not in known for row in masks[k:]), "bias": fitted.bias}
     return {"ablations": each, "fidelity": pl.DataFrame([row])}
 
-
+# %% ../../nbs/probes/06d_surrogates.ipynb #7ac0e897
 def _said_fit(fitted: Surrogate, f: dict[str, Any]) -> tuple[str, ...]:
     """What to say of a fit."""
     if not fitted.weights.any():
