@@ -5,6 +5,7 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -39,7 +40,7 @@ ARGS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-back
 HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked=2'>"
 
 
-def build(out: Path, root: Path = ROOT) -> Path:
+def build(out: Path, root: Path) -> Path:
     "Run tools/docs/build.py in a process of its own"
     run = [sys.executable, ROOT / "tools/docs/build.py", "--root", root, "--out", out, "--work", out.with_name("work")]
     done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
@@ -49,7 +50,17 @@ def build(out: Path, root: Path = ROOT) -> Path:
 
 
 @pytest.fixture(scope="session")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path: return build(tmp_path_factory.mktemp("site") / "out")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "The files that the site is made of, as they are now"
+    copy = tmp_path_factory.mktemp("project")
+    for name in ("settings.ini", "CHANGELOG.md", "CONTRIBUTING.md", "README.md", "LICENSE"): shutil.copy(ROOT / name, copy)
+    for name in ("nbs", "docs", "benchmarks", "longlens"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "*.safetensors"))
+    return copy
+
+
+@pytest.fixture(scope="session")
+def site(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path: return build(tmp_path_factory.mktemp("site") / "out", project)
 
 
 class Html(HTMLParser):
@@ -107,6 +118,14 @@ def test_every_link_leads_somewhere(site: Path, parsed: dict[Path, Html]) -> Non
     assert sum(len(html.links) for html in parsed.values()) > 5000
 
 
+def test_formulas_are_formulas(parsed: dict[Path, Html], site: Path) -> None:
+    "No mathematics is left as it was written, in backslashes and dollar signs"
+    not_prose = r'<(span|div) class="math .*?</\1>|<(pre|code|script|style|title|svg)\b.*?</\2>|<[^>]*>'
+    for path in parsed:
+        text = re.sub(not_prose, "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+        assert not re.findall(r".*(?:\\[a-z]{2,}|\$[^\s$][^$\n]*\$).*", text), path.relative_to(site)
+
+
 def test_nothing_is_loaded_from_elsewhere(parsed: dict[Path, Html], site: Path) -> None:
     outside = {load for html in parsed.values() for load in html.loads if re.match(r"[a-z]+:|//", load) and not load.startswith("data:")}
     assert outside == {load for load in outside if load.startswith(longlens_host())}, outside
@@ -118,9 +137,9 @@ def longlens_host() -> str:    # <link rel=canonical>: says where a page is publ
     return settings(ROOT)["doc_host"]
 
 
-def test_every_notebook_has_a_page(site: Path, parsed: dict[Path, Html]) -> None:
+def test_every_notebook_has_a_page(project: Path, site: Path, parsed: dict[Path, Html]) -> None:
     reached = {(path.parent / unquote(link.partition("#")[0])).resolve() for path, html in parsed.items() for link in html.links if link}
-    for page in pages(ROOT / "nbs"):
+    for page in pages(project / "nbs"):
         assert site / f"{page.name}.html" in reached, f"{page.name} has no page that a link leads to"
 
 
@@ -390,7 +409,7 @@ def expected(page: Any) -> int:
 
 
 @pytest.mark.browser
-def test_every_page_in_a_browser(playwright: Any, site: Path, address: str) -> None:
+def test_every_page_in_a_browser(playwright: Any, project: Path, site: Path, address: str) -> None:
     names = sorted(p.relative_to(site).as_posix() for p in site.rglob("*.html"))
 
     async def all_pages(context: Any) -> list[dict[str, Any]]:
@@ -403,7 +422,7 @@ def test_every_page_in_a_browser(playwright: Any, site: Path, address: str) -> N
     found = dict(zip(names, seen, strict=True))
     assert outside == []
     assert {name: one["console"] for name, one in found.items() if one["console"]} == {}
-    charts = {f"{page.name}.html": expected(page) for page in pages(ROOT / "nbs")}
+    charts = {f"{page.name}.html": expected(page) for page in pages(project / "nbs")}
     assert {name: one["charts"] for name, one in found.items() if one["charts"]} == {name: n for name, n in charts.items() if n}
     assert sum(charts.values()) > 5
     assert {name for name, one in found.items() if one["empty"] or one["wrong"]} == set()

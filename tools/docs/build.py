@@ -38,13 +38,22 @@ def sphinx(root: Path, source: Path, out: Path, trees: Path, jobs: int) -> int:
     from sphinx.cmd.build import main
     (static := source / "_static").mkdir(exist_ok=True)
     os.environ.update(LONGLENS_ROOT=str(root), LONGLENS_STATIC=str(static))
-    return main(["-q", "-b", "html", "-j", str(jobs), "-c", str(HERE), "-d", str(trees), str(source), str(out)])
+    # -a: all pages are written, for each has the navigation of the whole site; what is read again is what changed
+    return main(["-q", "-a", "-b", "html", "-j", str(jobs), "-c", str(HERE), "-d", str(trees), str(source), str(out)])
+
+
+def swept(source: Path, out: Path) -> None:
+    "Remove pages whose sources are gone, which Sphinx leaves"
+    for page in out.rglob("*.html"):
+        name = page.relative_to(out).with_suffix("")
+        if not (source / name).with_suffix(".md").exists() and name.name not in ("genindex", "search", "py-modindex"): page.unlink()
 
 
 def build(root: Path, out: Path, work: Path, jobs: int = 2) -> tuple[int, Stage]:
     "Build the site; the exit status of Sphinx, and what was staged"
     made = stage(root, work / "source")
     status = sphinx(root, work / "source", out, work / "doctrees", jobs)
+    swept(work / "source", out)
     vendored(out / "_static")
     (out / ".nojekyll").touch()    # GitHub leaves folders out that start with an underscore, unless told not to
     return status, made
