@@ -145,7 +145,7 @@ class SubsetScorer:
 
 def _floor(values: np.ndarray) -> np.ndarray: return np.where(np.isneginf(values), FLOOR, values)
 
-# %% ../../nbs/probes/06a_subsets.ipynb #d8914683
+# %% ../../nbs/probes/06a_subsets.ipynb #9dc2cc5f
 @dataclass(frozen=True, eq=False)
 class ScorePlan:
     """What is left to do for some subsets."""
@@ -167,8 +167,8 @@ def _subset_key(prompt: TracePrompt, mask: np.ndarray) -> bytes:
 def _masks(prompt: TracePrompt, kept: Any) -> list[np.ndarray]:
     """Subsets, one bool for each source."""
     kept = np.asarray(kept)
-    if kept.dtype != bool or kept.ndim != 2 or kept.shape[1] != prompt.n:
-        raise ValueError(f"subsets are bools of shape (subsets, {prompt.n} sources), not {kept.dtype} of shape {kept.shape}")
+    if kept.dtype != bool or kept.ndim != 2 or kept.shape[1] != prompt.n or not len(kept):
+        raise ValueError(f"subsets are bools of shape (one or more, {prompt.n} sources), not {kept.dtype} of shape {kept.shape}")
     return list(kept)
 
 # %% ../../nbs/probes/06a_subsets.ipynb #ebf932d8
@@ -206,13 +206,16 @@ def plan_subsets(
     plain, asked = (sum(len(subset_tokens(prompt, m)) + t - 1 for m in these) for these in (new.values(), masks))
     return ScorePlan(keys, new, steps, tokens, chunk, ScoreCosts(len(masks), len(new), sum(tokens), plain, asked))
 
-# %% ../../nbs/probes/06a_subsets.ipynb #5cebb868
+# %% ../../nbs/probes/06a_subsets.ipynb #4049ae84
 def _run_step(s: SubsetScorer, step: Step, ats: Sequence[np.ndarray], chunk: int) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
     """The leaves of a branch, batch by batch: their numbers, and what came of them."""
     todo = list(step.batches)
     while todo:
         start, batch = todo.pop(0)
-        size = len(ats[batch[0]]) + len(s.walker.answer) if _turned(s.lm, ats[batch[0]], s.walker.answer) else chunk
+        size = chunk
+        if _turned(s.lm, ats[batch[0]], s.walker.answer):
+            size = len(ats[batch[0]]) + len(s.walker.answer)
+            _as_short(s.lm)
         try:
             s.walker.grow(step.at, chunk)
             yield batch, s.walker.leaves([ats[i] for i in batch], start, size)
@@ -225,7 +228,12 @@ def _run_step(s: SubsetScorer, step: Step, ats: Sequence[np.ndarray], chunk: int
 
 def _turned(lm: Any, at: np.ndarray, answer: Tensor) -> bool:
     """Are positions turned otherwise than in a short text, so that the prompt has to run in one piece?"""
-    return _rope_regime(lm.config, len(at) + len(answer)) != _rope_regime(lm.config, 1)
+    return _rope_regime(lm.config, len(at) + len(answer) - 1) != _rope_regime(lm.config, 1)
+
+
+def _as_short(lm: Any) -> None:
+    """Have positions turned as in a short text: with dynamic scaling, transformers goes on with what the longest text so far needed."""
+    if 10**9 in _rope_regime(lm.config, 10**9): lm._logits_at(torch.tensor([0]), input_ids=torch.zeros(1, 1).long().to(lm.device))
 
 
 def _shrink(s: SubsetScorer, error: BaseException, chunk: int, batch: int, n: int) -> int:
@@ -240,7 +248,7 @@ def _shrink(s: SubsetScorer, error: BaseException, chunk: int, batch: int, n: in
                   SweepWarning, stacklevel=2)
     return max(32, min(chunk, n) // 2)
 
-# %% ../../nbs/probes/06a_subsets.ipynb #a72572f1
+# %% ../../nbs/probes/06a_subsets.ipynb #ace34a64
 def _routed(lm: Any) -> ExitStack:
     """Attention through longlens, where the model allows it."""
     stack = ExitStack()
@@ -265,10 +273,10 @@ def _recall(s: SubsetScorer, keys: Sequence[bytes]) -> None:
     if s.store is None or not (new := {f"{s.run_key} {k.hex()}": k for k in keys if k not in s.known}): return
     s.store.read(new)
     for name in new.keys() & s.store.rows.keys():
-        f = s.store.table("tokens", [name])
+        f = s.store.table("answer", [name])
         _remember(s, new[name], np.stack([f["logprob"].to_numpy(), f["log_odds"].to_numpy()]))
 
-# %% ../../nbs/probes/06a_subsets.ipynb #0a144849
+# %% ../../nbs/probes/06a_subsets.ipynb #06ee961f
 def _remember(s: SubsetScorer, key: bytes, values: np.ndarray) -> None:
     s.known[key] = values
     if np.isneginf(values[0]).any(): s.floored.add(key)
@@ -280,12 +288,12 @@ def _keep(s: SubsetScorer, keys: Sequence[bytes], values: np.ndarray) -> None:
     if s.store is None: return
     tables = [pl.DataFrame({"token": range(v.shape[1]), "logprob": v[0], "log_odds": v[1]}) for v in values]
     names = [f"{s.run_key} {k.hex()}" for k in keys]
-    s.store.add([as_row(name, {"tokens": t}, {"batch": len(keys)}) for name, t in zip(names, tables, strict=True)])
+    s.store.add([as_row(name, {"answer": t}, {"batch": len(keys)}) for name, t in zip(names, tables, strict=True)])
     if (now := time.monotonic()) - s.written > 10:
         s.store.write()
         s.written = now
 
-# %% ../../nbs/probes/06a_subsets.ipynb #38a7051e
+# %% ../../nbs/probes/06a_subsets.ipynb #526f59e6
 def measure_subsets(
     s: SubsetScorer,
     kept: Any,  # (m, n), bool
@@ -296,17 +304,17 @@ def measure_subsets(
     bar = tqdm(total=plan.costs.tokens, unit="tok", unit_scale=True, desc="subsets", disable=not s.progress or not keys)
     try:
         with bar, torch.no_grad(), _routed(s.lm):
+            _as_short(s.lm)
             for step, tokens in zip(plan.steps, plan.tokens, strict=True):
                 for batch, values in _run_step(s, step, ats, plan.chunk): _keep(s, [keys[i] for i in batch], values)
                 bar.update(tokens)
     finally:
         if s.store is not None: s.store.write()
-    c = s.costs
-    s.costs = ScoreCosts(*(a + b for a, b in zip(vars(c).values(), vars(plan.costs).values(), strict=True)))
-    s.costs.seconds = c.seconds + time.perf_counter() - begun
+    plan.costs.seconds = time.perf_counter() - begun
+    s.costs += plan.costs
     return np.stack([s.known[k] for k in plan.keys])
 
-# %% ../../nbs/probes/06a_subsets.ipynb #6b42ed2d
+# %% ../../nbs/probes/06a_subsets.ipynb #01c26e63
 def plain_scores(
     lm: Any,  # LongModel
     prompt: TracePrompt,
@@ -317,6 +325,6 @@ def plain_scores(
     for mask in _masks(prompt, kept):
         ids, a = prompt.ids[torch.from_numpy(subset_tokens(prompt, mask))], prompt.answer.ids[: prompt.traced.stop]
         rows = torch.arange(len(ids) + prompt.traced.start - 1, len(ids) + len(a) - 1)
-        logits = lm.logits(torch.cat([ids, a]), rows, allow_longer=True)
+        logits = lm.logits(torch.cat([ids, a[:-1]]), rows, allow_longer=True)
         out.append(answer_measures(logits[None], a[prompt.traced.start :])[0, 0].sum())
     return _floor(np.array(out))

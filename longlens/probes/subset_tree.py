@@ -63,7 +63,7 @@ def branches(
         yield Branch(depth, tuple(order[a] for a, b in groups if b - a == 1), order[lo])
         todo += [g for g in reversed(groups) if g[1] - g[0] > 1]
 
-# %% ../../nbs/probes/06a_subset_tree.ipynb #d468fddf
+# %% ../../nbs/probes/06a_subset_tree.ipynb #60c73245
 @dataclass
 class ScoreCosts:
     """What scoring has cost, or is going to cost."""
@@ -80,9 +80,15 @@ class ScoreCosts:
         """How many times fewer tokens than one whole forward for each subset."""
         return self.plain_tokens / self.tokens if self.tokens else 1.0
 
+    def __add__(self, other: ScoreCosts) -> ScoreCosts:
+        return ScoreCosts(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def __sub__(self, other: ScoreCosts) -> ScoreCosts:
+        return ScoreCosts(*(a - b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
     def __repr__(self) -> str:
         return (f"ScoreCosts({self.evaluations:,} subsets run of {self.asked:,} asked for, {self.tokens:,} tokens instead of "
-                f"{self.plain_tokens:,}, {self.seconds:.2f} s)")
+                f"{self.plain_tokens:,})")
 
 # %% ../../nbs/probes/06a_subset_tree.ipynb #13b1da55
 MOST_TOKENS = 4096  # of a batch, filled up
@@ -112,7 +118,7 @@ def _segments(prompt: TracePrompt) -> tuple[np.ndarray, np.ndarray]:
     starts = np.flatnonzero(np.append(True, prompt.owner[1:] != prompt.owner[:-1]))
     return prompt.owner[starts], np.diff(np.append(starts, len(prompt.owner)))
 
-# %% ../../nbs/probes/06a_subset_tree.ipynb #255feb0b
+# %% ../../nbs/probes/06a_subset_tree.ipynb #4259e793
 def make_steps(
     prompt: TracePrompt,
     masks: Sequence[np.ndarray],  # subsets, bool for each source; all different
@@ -126,7 +132,7 @@ def make_steps(
     n = [int(size[r].sum()) for r in rows]
     if 0 in n: raise ValueError("without any source the prompt has no token: put something before or after the context in the template")
     t = prompt.traced.stop
-    like = [reuse and _rope_regime(config, k + t) == _rope_regime(config, 1) for k in n]  # positions are turned as in a short text
+    like = [reuse and _rope_regime(config, k + t - 1) == _rope_regime(config, 1) for k in n]  # positions are turned as in a short text
     steps = [Step(np.empty(0, np.int64), ((0, (i,)),)) for i in range(len(n)) if not like[i]]
     mine = [i for i in range(len(n)) if like[i]]
     for b in branches([rows[i] for i in mine]) if mine else ():

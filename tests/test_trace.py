@@ -1,0 +1,581 @@
+"""Context traceback: sources to the character, scores against plain forwards, games whose solution is known, what is refused"""
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import combinations
+from math import comb
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_context import CHATML, MAKE
+from tokenizers import AddedToken
+from zoo import CAUSAL, token_ids, zoo_model
+
+import longlens as ll
+from longlens.needle_lm import filler
+from longlens.probes import subset_scores
+from longlens.probes.coarse_to_fine import CoarseToFine
+from longlens.probes.perturbation import (
+    TRACERS,
+    InformedSearch,
+    Shapley,
+    TraceCost,
+    TraceJob,
+    Tracer,
+    TraceScores,
+    chain_masks,
+    find_tracer,
+    informed_search,
+    marginals,
+)
+from longlens.probes.sources import TracePrompt, cut_context, narrowed, placed, source_frame, subset_ids, subset_tokens, token_prompt
+from longlens.probes.subset_scores import FLOOR, SubsetScorer, plain_scores
+from longlens.probes.subset_tree import _alike, branches
+from longlens.probes.trace_prompts import ready_prompt, trace_prompt
+from longlens.sweeps import SweepWarning
+from longlens.views.page import page_html
+
+PEOPLE = {"Ada": "lamb", "Bob": "river", "Eve": "stone", "Tom": "table", "Una": "glass", "Max": "paper"}
+DOCUMENTS = [f"{filler(2, seed=i)} The code for {who} is {what}." for i, (who, what) in enumerate(PEOPLE.items())]
+ASK = "What is the code for Eve?"
+QUICK = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+
+
+@pytest.fixture(scope="module")
+def lm() -> ll.LongModel: return ll.load()
+
+
+@pytest.fixture
+def prompt(lm: ll.LongModel) -> TracePrompt: return trace_prompt(lm, DOCUMENTS, ASK)
+
+
+def some_prompt(n: int = 8, long: int = 8, seed: int = 3, answer: tuple[int, ...] = (7, 9, 11, 4), **kw: Any) -> TracePrompt:
+    "Random tokens in sources of different sizes, with tokens that belong to none before, between and after"
+    ids, spans, at = token_ids(3 + n * long + 5, seed=seed)[0], [], 3
+    for i in range(n):
+        spans.append((at, at + long - i % 3))
+        at += long
+    return token_prompt(ids, spans, list(answer), **kw)
+
+
+def some_subsets(n: int, many: int, seed: int = 0) -> np.ndarray:
+    "Each left out, each alone, all, none, and others at random"
+    eye = np.eye(n, dtype=bool)
+    return np.concatenate([~eye, eye, np.ones((1, n), bool), np.zeros((1, n), bool), np.random.default_rng(seed).random((many, n)) < 0.5])
+
+
+# Sources
+
+WORDS = ["It", "rains.", "No!", "naïve", "日本。", "a", "\n\n", " ", "\t", "🙂", "x" * 20, "é", "'s"]
+words = st.lists(st.sampled_from(WORDS), min_size=1, max_size=60)
+
+
+@QUICK
+@given(words, st.sampled_from(["words", "sentences", "paragraphs"]), st.integers(1, 5))
+def test_sources_are_the_context_to_the_character(parts: list[str], by: str, size: int) -> None:
+    text = " ".join(parts)
+    if not text.strip():
+        with pytest.raises(ValueError, match="no sources"): cut_context(text, by, size)
+        return
+    s = cut_context(text, by, size)
+    assert "".join(s.texts) == text and all(t.strip() for t in s.texts)
+
+
+def test_words_are_tracllms_segments() -> None:
+    text = " ".join(f"w{i}" for i in range(250))
+    theirs = [" ".join(text.split(" ")[i : i + 100]) + " " for i in range(0, 250, 100)]
+    assert cut_context(text).texts == [*theirs[:-1], theirs[-1][:-1]]  # the last of theirs has a space that the text does not have
+
+
+@pytest.mark.parametrize("tok", MAKE)
+@pytest.mark.parametrize("by", ["words", "sentences", "paragraphs", "tokens"])
+def test_every_token_of_the_context_has_one_source(tok: str, by: str) -> None:
+    lm = ll.load(zoo_model("llama"), MAKE[tok]())
+    lm._rows = 10_000  # type: ignore[misc]  # these tokenizers have more tokens than the model
+    text = "\n\n".join(DOCUMENTS[:3]) + "\n\n  And (so) on: 12345 …  "
+    p = trace_prompt(lm, text, "Who?", "nobody", by=by, size=7 if by == "words" else None, allow_longer=True)
+    spans = np.array(p.sources.spans)
+    assert spans[0, 0] == 0 and spans[-1, 1] == len(text) and (spans[1:, 0] == spans[:-1, 1]).all()
+    assert (np.diff(p.owner[p.owner >= 0]) >= 0).all()
+    assert [list(r) for r in p.ranges] == [np.flatnonzero(p.owner == i).tolist() for i in range(p.n)]
+    whole = lm.tokens(p.tokens.text).ids
+    n = len(p)
+    assert subset_ids(p, np.ones(p.n, bool)).tolist() == whole[:n].tolist()
+    for i, r in enumerate(p.ranges):  # a token stands in the source of its first visible character
+        for a, b in p.tokens.offsets[r.start : r.stop].tolist():
+            visible = [c for c in range(a, b) if not p.tokens.text[c].isspace()]
+            assert not visible or spans[i, 0] <= visible[0] - p.at < spans[i, 1]
+    outside = [i for i in np.flatnonzero(p.owner < 0) if p.tokens.offsets[i, 0] < p.tokens.offsets[i, 1]]
+    for i in outside:
+        a, b = p.tokens.offsets[i].tolist()
+        assert a < p.at or b > p.at + len(text.rstrip())
+
+
+def test_own_spans_leave_the_rest_of_the_context_alone(lm: ll.LongModel) -> None:
+    text = "Nothing here. The code for Bob is river. The code for Eve is stone. And nothing there."
+    spans = [(text.index("The code for Bob"), text.index("The code for Eve") - 1), (text.index("The code for Eve"), text.index(" And"))]
+    p = trace_prompt(lm, text, ASK, by=spans)
+    assert p.sources.texts == ["The code for Bob is river.", "The code for Eve is stone."]
+    assert lm.decode(subset_ids(p, [0])).startswith("Nothing here. The code for Bob is river. And nothing there.\nQuestion")
+    assert ll.trace_context(lm, text, ASK, by=spans).top(1)["source"].item() == 1
+    with pytest.raises(ValueError, match="only white space"): trace_prompt(lm, text, ASK, by=[(13, 14)])
+
+
+def test_a_source_without_a_token_joins_its_neighbour_or_is_refused(lm: ll.LongModel) -> None:
+    word = "extraordinarily"
+    ids = lm.tokens(word, add_special_tokens=False)
+    inside = next(i for i in range(1, len(word)) if i not in ids.offsets.flatten().tolist())
+    with pytest.raises(ValueError, match="has no token of its own"): trace_prompt(lm, word, ASK, "x", by=[(inside, inside + 1)])
+    p = trace_prompt(lm, "日本", ASK, "x", by="tokens")  # several tokens a character: one source each
+    assert p.sources.texts == ["日", "本"] and [len(r) for r in p.ranges] == [3, 3]
+
+
+def test_narrowing_keeps_tokens_and_characters(lm: ll.LongModel, prompt: TracePrompt) -> None:
+    fine, parents = narrowed(prompt, [4, 1], "sentences")
+    assert sorted(set(parents)) == [1, 4]
+    assert fine.ids.tolist() == subset_ids(prompt, [1, 4]).tolist()
+    assert "".join(fine.sources.texts) == prompt.sources.texts[1] + prompt.sources.texts[4]
+    a, b = fine.sources.spans[0]
+    assert prompt.sources.text[a:b] == fine.sources.texts[0]
+    word, above = narrowed(fine, [len(fine.ranges) - 1], "tokens")
+    assert "paper" not in "".join(word.sources.texts) and set(above) == {fine.n - 1}
+    assert subset_tokens(word, []).tolist() == np.flatnonzero(word.owner < 0).tolist()
+    with pytest.raises(ValueError, match="no sources"): narrowed(prompt, [])
+    with pytest.raises(IndexError, match="no source 9"): narrowed(prompt, [9])
+
+
+# Prompts and answers
+
+def test_templates_and_answers(lm: ll.LongModel) -> None:
+    p = trace_prompt(lm, "Bob is {here}. {question}", "Who?", "Bob", template="Q {question} {brace} C {context} A")
+    assert p.tokens.text == "Q Who? {brace} C Bob is {here}. {question} A"
+    assert p.answer.text == " Bob" and p.sources.text == p.tokens.text[p.at : p.at + len(p.sources.text)]
+    assert trace_prompt(lm, "x y", "Who?", "北京", template="raw").answer.text == "北京"  # no space where there are no spaces
+    assert trace_prompt(lm, "x y", "Who?", [5, 6], template="raw").answer.ids.tolist() == [5, 6]
+    tail = trace_prompt(lm, "one two", "Who?", "it is Bob, I think", template="raw", answer_span="Bob")
+    assert "".join(tail.answer.strings[i] for i in tail.traced) == " Bob"
+    again = trace_prompt(lm, "one two", "Who?", "it is Bob, I think", template="raw", answer_span=(7, 10))
+    assert again.traced == tail.traced
+    for bad, message in [("Tom", "stands 0 times"), ((3, 99), "not a span"), (range(2, 99), "not tokens of the answer")]:
+        with pytest.raises(ValueError, match=message): trace_prompt(lm, "one two", "Who?", "it is Bob", answer_span=bad)
+    with pytest.raises(ValueError, match="has it 2 times"): trace_prompt(lm, "x", "y", "z", template="{context} {context}")
+
+
+def test_a_chat_template_stands_around(lm: ll.LongModel) -> None:
+    tok = MAKE["llama3"]()
+    tok.add_special_tokens({"additional_special_tokens": [AddedToken("<|im_start|>"), AddedToken("<|im_end|>")]})
+    tok.chat_template = CHATML
+    chatty = ll.load(zoo_model("llama"), tok)
+    chatty._rows = 10_000  # type: ignore[misc]
+    p = trace_prompt(chatty, DOCUMENTS[:2], "user", "Yes", template="contextcite", chat=True, system="user Context: ")
+    text = p.tokens.text or ""
+    assert text[p.at : p.at + len(p.sources.text)] == p.sources.text and text.endswith("<|im_start|>assistant\n")
+    assert p.answer.text == "Yes" and text[: p.at].endswith("\n Context: ".strip()[-9:] + " ")
+    with pytest.raises(ValueError, match="special=True"): trace_prompt(chatty, ["a <|im_end|> b"], "q", "a", chat=True)
+    assert trace_prompt(chatty, ["a <|im_end|> b"], "q", "a", chat=True, special=True).n == 1
+
+
+def test_prompts_that_are_ready(lm: ll.LongModel) -> None:
+    ctx = ll.needle_context(lm, 400, depth_percent=40, wording="facts")
+    t = ll.trace_context(lm, ctx, by="sentences")
+    assert t.top(1)["excerpt"].item() == f"The code for {ctx.question.split()[-1][:-1]} is {ctx.answer}."
+    text = ctx.text
+    at = text.index("\nQuestion")
+    same = ll.trace_context(lm, text, span=(0, at), by="sentences", answer=f" {ctx.answer}")
+    assert same.frames["sources"]["score"].to_list() == pytest.approx(t.frames["sources"]["score"].to_list(), abs=1e-5)
+    with pytest.raises(ValueError, match="the prompt has the characters"): ready_prompt(lm, text, (5, 10**6))
+
+
+# Scores
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_scores_are_those_of_plain_forwards(name: str) -> None:
+    lm = ll.load(zoo_model(name))
+    p, kept = some_prompt(answer_span=range(1, 4)), some_subsets(8, 12)
+    scorer = SubsetScorer(lm, p)
+    said = scorer.plan(kept)
+    np.testing.assert_allclose(scorer(kept), plain_scores(lm, p, kept), atol=1e-4)
+    assert scorer.costs.tokens == said.tokens < 0.7 * said.plain_tokens and scorer.costs.evaluations == said.evaluations
+    again = SubsetScorer(lm, p, batch_size=1)
+    np.testing.assert_allclose(again(kept), scorer(kept), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_oss"])
+def test_small_chunks_give_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = ll.load(zoo_model(name))
+    p, kept = some_prompt(), some_subsets(8, 12)
+    monkeypatch.setattr(subset_scores, "_fitting", lambda *_: (3, 5))
+    np.testing.assert_allclose(SubsetScorer(lm, p)(kept), plain_scores(lm, p, kept), atol=1e-4)
+
+
+def turned(rope: dict[str, Any]) -> ll.LongModel:
+    "A small model whose positions are turned otherwise in texts of more than 32 tokens"
+    import transformers
+    torch.manual_seed(0)
+    c = transformers.LlamaConfig(vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                                 max_position_embeddings=32, initializer_range=0.2, rope_parameters=rope)
+    return ll.load(transformers.AutoModelForCausalLM.from_config(c).eval())
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_that_depend_on_the_length(kind: str) -> None:
+    more: dict[str, Any] = {"factor": 4.0} if kind == "dynamic" else {
+        "factor": 4.0, "original_max_position_embeddings": 32, "short_factor": [1.0] * 8, "long_factor": [3.0] * 8}
+    lm, p, kept = turned({"rope_type": kind, "rope_theta": 10_000.0, **more}), some_prompt(), some_subsets(8, 12)
+    fresh = np.concatenate([plain_scores(ll.load(copy.deepcopy(lm.hf)), p, kept[i : i + 1]) for i in range(len(kept))])
+    scorer = SubsetScorer(lm, p)
+    np.testing.assert_allclose(scorer(kept), fresh, atol=1e-4)
+    assert scorer.costs.tokens < scorer.costs.plain_tokens  # short ones are still shared
+
+
+def test_a_state_that_cannot_be_taken_back() -> None:
+    import transformers
+    torch.manual_seed(0)
+    c = transformers.Lfm2Config(vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                                num_key_value_heads=2, layer_types=["conv", "full_attention"], block_ff_dim=128)
+    lm, p, kept = ll.load(transformers.AutoModelForCausalLM.from_config(c).eval()), some_prompt(), some_subsets(8, 4)
+    scorer = SubsetScorer(lm, p)
+    assert not scorer.reuse
+    np.testing.assert_allclose(scorer(kept), plain_scores(lm, p, kept), atol=1e-4)
+    assert scorer.costs.tokens == scorer.costs.plain_tokens
+
+
+def test_contexts_at_the_very_end_and_nothing_around(lm: ll.LongModel) -> None:
+    zoo = ll.load(zoo_model("llama"))
+    p = token_prompt([1, 5, 6, 7, 8, 9], [(1, 3), (3, 5), (5, 6)], [4, 3])  # nothing after the last source
+    kept = np.array([[i >> k & 1 for k in range(3)] for i in range(8)], dtype=bool)
+    np.testing.assert_allclose(SubsetScorer(zoo, p)(kept), plain_scores(zoo, p, kept), atol=1e-4)
+    bare = token_prompt([5, 6, 7], [(0, 1), (1, 3)], [4])
+    with pytest.raises(ValueError, match="without any source the prompt has no token"): SubsetScorer(zoo, bare)(kept[:1, :2])
+
+
+@QUICK
+@given(st.sets(st.frozensets(st.integers(0, 6)), min_size=1, max_size=30))
+def test_every_subset_is_a_leaf_once(sets: set[frozenset[int]]) -> None:
+    rows = [np.array(sorted(s), dtype=np.int64) for s in sets]
+    seen, held, tokens = [], np.empty(0, np.int64), 0
+    for b in branches(rows):
+        at = rows[b.one][: b.depth]
+        tokens, held = tokens + len(at) - _alike(held, at), at if _alike(held, at) < len(at) else held
+        assert all(_alike(rows[i], at) == len(at) for i in b.leaves)
+        seen += b.leaves
+        tokens += sum(len(rows[i]) - b.depth for i in b.leaves)
+    assert sorted(seen) == list(range(len(rows)))
+    prefixes = {tuple(r[:k]) for r in rows for k in range(1, len(r) + 1)}
+    assert tokens == len(prefixes)  # every shared beginning is computed exactly once
+
+
+def test_logit_sums_are_contextcites(lm: ll.LongModel, prompt: TracePrompt) -> None:
+    p = trace_prompt(lm, DOCUMENTS, ASK, " stone and the river")
+    scorer, kept = SubsetScorer(lm, p), some_subsets(6, 2)
+    for mask, mine in zip(kept, scorer.logit_sums(kept), strict=True):
+        ids = subset_ids(p, mask)
+        logits = lm.logits(torch.cat([ids, p.answer.ids])).double()[len(ids) - 1 : -1]
+        own = logits.gather(-1, p.answer.ids[:, None])[:, 0]
+        rest = logits.scatter(-1, p.answer.ids[:, None], -torch.inf).logsumexp(-1)
+        assert mine == pytest.approx(float((own - rest).sum()), abs=1e-3)
+
+
+def test_a_killed_run_goes_on(lm: ll.LongModel, prompt: TracePrompt, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, calls, real = some_subsets(6, 10), [0], subset_scores.Walker.leaves
+
+    def dies(self: Any, *a: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 4: raise KeyboardInterrupt
+        return real(self, *a)
+
+    monkeypatch.setattr(subset_scores.Walker, "leaves", dies)
+    with pytest.raises(KeyboardInterrupt): SubsetScorer(lm, prompt, out=tmp_path)(kept)
+    monkeypatch.setattr(subset_scores.Walker, "leaves", real)
+    second = SubsetScorer(lm, prompt, out=tmp_path)
+    plan = second.plan(kept)
+    assert 0 < plan.evaluations < len({m.tobytes() for m in kept})
+    np.testing.assert_allclose(second(kept), plain_scores(lm, prompt, kept), atol=1e-4)
+    assert second.costs.evaluations == plan.evaluations
+    assert SubsetScorer(lm, prompt, out=tmp_path).plan(kept).evaluations == 0
+    other = trace_prompt(lm, DOCUMENTS, ASK, "river")  # another answer is another result
+    assert SubsetScorer(lm, other, out=tmp_path).plan(kept).evaluations == len({m.tobytes() for m in kept})
+
+
+def test_out_of_memory_is_survived_and_said(lm: ll.LongModel, prompt: TracePrompt, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, real = some_subsets(6, 10), subset_scores.Walker.leaves
+
+    def small(self: Any, ats: Any, start: int, chunk: int) -> Any:
+        if len(ats) > 1 or chunk > 64: raise torch.OutOfMemoryError("no")
+        return real(self, ats, start, chunk)
+
+    monkeypatch.setattr(subset_scores.Walker, "leaves", small)
+    with pytest.warns(SweepWarning, match="both are halved"): values = SubsetScorer(lm, prompt)(kept)
+    np.testing.assert_allclose(values, plain_scores(lm, prompt, kept), atol=1e-4)
+    monkeypatch.setattr(subset_scores.Walker, "leaves", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    with pytest.warns(SweepWarning), pytest.raises(MemoryError, match="even in chunks of 32"): SubsetScorer(lm, prompt)(kept)
+
+
+def test_memory_is_kept_to(lm: ll.LongModel, prompt: TracePrompt) -> None:
+    with pytest.raises(MemoryError, match="max_memory is 10 kB"): SubsetScorer(lm, prompt, max_memory=10_000)(some_subsets(6, 1))
+    roomy = subset_scores._fitting(SubsetScorer(lm, prompt), len(prompt))
+    tight = subset_scores._fitting(SubsetScorer(lm, prompt, max_memory=9_000_000), len(prompt))
+    assert roomy[0] == 8 and tight[0] * tight[1] < roomy[0] * roomy[1]
+    with pytest.raises(ValueError, match="batch_size is 0"): SubsetScorer(lm, prompt, batch_size=0)
+
+
+def test_what_was_true_without_an_intervention_is_forgotten(lm: ll.LongModel, prompt: TracePrompt) -> None:
+    scorer, kept = SubsetScorer(lm, prompt), some_subsets(6, 2)
+    before = scorer(kept)
+    with ll.ablate(lm, heads=[(2, 0), (2, 1)]):
+        without = scorer(kept)
+        np.testing.assert_allclose(without, plain_scores(lm, prompt, kept), atol=1e-4)
+    assert np.abs(before - without).max() > 0.1
+    np.testing.assert_allclose(scorer(kept), before, atol=1e-6)
+
+
+# Games
+
+@dataclass
+class Game:
+    "Weights of sets: a set is worth what it contains"
+    n: int
+    worth: dict[tuple[int, ...], float]
+
+    def __call__(self, kept: np.ndarray) -> np.ndarray:
+        return sum((w * kept[:, list(s)].all(1) for s, w in self.worth.items()), np.zeros(len(kept)))
+
+
+def exact_shapley(game: Game) -> np.ndarray:
+    "By the definition"
+    out, others = np.zeros(game.n), lambda i: [j for j in range(game.n) if j != i]
+
+    def value(s: tuple[int, ...]) -> float:
+        mask = np.zeros((1, game.n), bool)
+        mask[0, list(s)] = True
+        return float(game(mask)[0])
+
+    for i in range(game.n):
+        for k in range(game.n):
+            for s in combinations(others(i), k): out[i] += (value((*s, i)) - value(s)) / (game.n * comb(game.n - 1, k))
+    return out
+
+
+GAME = Game(6, {(0,): 1.0, (1, 2): 4.0, (2, 3, 4): -3.0, (5,): 0.5})
+
+
+def test_shapley_values_are_estimated_without_bias() -> None:
+    true = exact_shapley(GAME)
+    assert true == pytest.approx([1, 2, 1, -1, -1, 0.5])
+    many = Shapley(permutations=3000).run(TraceJob(game=GAME))
+    assert np.abs(many.values - true).max() < 4 * many.errors.max() < 0.2
+    few = [Shapley(permutations=12).run(TraceJob(game=GAME, seed=s)) for s in range(200)]
+    spread = np.stack([f.values for f in few]).std(0)
+    assert np.stack([f.errors for f in few]).mean(0) == pytest.approx(spread, rel=0.15)
+    assert all(f.values.sum() == pytest.approx(2.5) for f in few)  # efficiency, in every sample
+    assert (Shapley().run(TraceJob(game=GAME, seed=1)).values == Shapley().run(TraceJob(game=GAME, seed=1)).values).all()
+
+
+def test_chains_hold_who_came_before() -> None:
+    masks = chain_masks(np.array([[2, 0, 1]]))
+    assert masks[0].astype(int).tolist() == [[0, 0, 0], [0, 0, 1], [1, 0, 1], [1, 1, 1]]
+    assert marginals(GAME, np.array([[1, 2, 0, 3, 4, 5]]))[0].tolist() == [1, 0, 4, 0, -3, 0.5]
+
+
+def test_denoised_values_are_means_of_the_largest() -> None:
+    t = find_tracer("denoised_shapley", {"permutations": 9, "beta": 0.4})
+    m = marginals(GAME, t.orders(TraceJob(game=GAME)))
+    assert t.run(TraceJob(game=GAME)).values == pytest.approx(np.sort(m, 0)[-3:].mean(0))  # int(3.6) = 3 of 9
+    one = find_tracer("denoised_shapley", {"permutations": 3, "beta": 0.1}).run(TraceJob(game=GAME, seed=2))
+    assert one.values == pytest.approx(marginals(GAME, Shapley(3).orders(TraceJob(game=GAME, seed=2))).max(0))
+
+
+@pytest.mark.parametrize(("n", "counts"), [(6, [6]), (10, [8, 7]), (100, [8] + 4 * [10]), (200, [8] + 5 * [10]), (320, [8] + 6 * [10])])
+def test_the_search_scores_as_many_groups_as_published(n: int, counts: list[int]) -> None:
+    nodes, values, seen = informed_search(lambda nodes: np.array([float(len(r)) for r in nodes]), n)
+    assert seen.group_by("level").len().sort("level")["len"].to_list() == counts
+    assert len(nodes) == 5 and all(len(r) == 1 for r in nodes) and len(values) == 5
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_a_search_among_few_still_scores_them(n: int) -> None:
+    found = InformedSearch().run(TraceJob(game=Game(n, {(n - 1,): 3.0})))
+    assert found.values.tolist() == [0.0] * (n - 1) + [6.0]  # leave-one-out counts double
+    assert found.frames["search"].group_by("function").len()["len"].to_list() == [n] * 3
+
+
+def test_a_search_by_hand() -> None:
+    # 7 sources, the best 2 groups kept; what counts are 1 and 6. [0-6] -> [0-2][3-6], kept unscored (2 groups); then scored
+    # [0][1-2][3-4][5-6] -> keeps [1-2] and [5-6] -> [1][2][5][6] -> keeps [1] and [6]
+    nodes, values, seen = informed_search(lambda nodes: np.array([3.0 * (1 in r) + 2.0 * (6 in r) for r in nodes]), 7, 2)
+    assert [r.start for r in nodes] == [1, 6] and values.tolist() == [3, 2]
+    assert seen.select("level", "start", "stop", "kept").rows() == [
+        (0, 0, 1, False), (0, 1, 3, True), (0, 3, 5, False), (0, 5, 7, True), (1, 1, 2, True), (1, 2, 3, False), (1, 5, 6, False),
+        (1, 6, 7, True)]
+
+
+def test_a_searched_group_stands_alone() -> None:
+    class Watch(Game):
+        def __call__(self, kept: np.ndarray) -> np.ndarray:
+            seen.append(kept.copy())
+            return super().__call__(kept)
+
+    seen: list[np.ndarray] = []
+    InformedSearch(functions=("loo",), keep=2).run(TraceJob(game=Watch(8, {(3,): 1.0})))
+    sizes = [sorted(set(k.sum(1).tolist())) for k in seen]
+    assert sizes == [[6, 8], [3, 4], ] or sizes[-1] == [3, 4]  # the second level knows nothing of what was dropped
+    assert TRACERS["tracllm"] == InformedSearch(("stc", "loo", "denoised_shapley"), 5, 2.0, 20, 0.2)  # published defaults
+
+
+def test_costs_are_said_before(lm: ll.LongModel, prompt: TracePrompt) -> None:
+    for name in ("loo", "stc", "shapley", "denoised_shapley", "tracllm", "coarse_to_fine"):
+        job = TraceJob(lm, prompt)
+        said = TRACERS[name].cost(job)
+        found = TRACERS[name].run(job)
+        costs = found.costs or job.scorer.costs
+        assert costs.tokens <= said.tokens and costs.evaluations <= said.evaluations
+        assert not said.exact or (costs.tokens, costs.evaluations) == (said.tokens, said.evaluations)
+
+
+# The function
+
+def test_every_method_finds_the_document(lm: ll.LongModel) -> None:
+    for name in ("loo", "stc", "shapley", "denoised_shapley", "tracllm"):
+        t = ll.trace_context(lm, DOCUMENTS, ASK, method=name, k=50)
+        assert t.top(1)["source"].item() == 2 and len(t.top()) == 6 and t.meta["answer"].strip() == "stone" and t.meta["generated"]
+        f = t.frames["sources"]
+        assert [t.context[a:b] for a, b in f.select("start", "end").rows()] == f["text"].to_list()
+
+
+def test_equal_passages_stay_two(lm: ll.LongModel) -> None:
+    twice = [DOCUMENTS[2], DOCUMENTS[0], DOCUMENTS[2], DOCUMENTS[1]]
+    t = ll.trace_context(lm, twice, ASK, method="stc")
+    f = t.frames["sources"]
+    assert f["source"].to_list() == [0, 1, 2, 3] and set(t.top(2)["source"]) == {0, 2}
+    assert ll.trace_context(lm, twice, ASK, method="tracllm").frames["sources"]["score"].null_count() == 0
+
+
+def test_part_of_an_answer(lm: ll.LongModel) -> None:
+    answer = "stone. The code for Bob is river"
+    of = lambda part: ll.trace_context(lm, DOCUMENTS, ASK, answer, answer_span=part)
+    assert of("stone").top(1)["source"].item() == 2 and of("river").top(1)["source"].item() == 1
+    f = of("river").frames["answer"]
+    assert f.filter("traced")["text"].to_list() == [" river"] and f["logprob"].is_not_null().sum() == 1
+
+
+def test_what_is_refused(lm: ll.LongModel) -> None:
+    def refused(message: str, *a: Any, error: type[Exception] = ValueError, **kw: Any) -> None:
+        with pytest.raises(error, match=message): ll.trace_context(lm, *a, **kw)
+
+    refused("there are no sources", "  \n ", ASK)
+    refused("document 1 is empty", ["a", " "], ASK)
+    refused("was made for 2,048 positions", DOCUMENTS * 40, ASK)
+    refused("and budget is 500", DOCUMENTS, ASK, budget=500)
+    refused("no setting 'beta'", DOCUMENTS, ASK, method="shapley", beta=0.2, error=TypeError)
+    refused("there is no method 'best'", DOCUMENTS, ASK, method="best")
+    refused("the answer is empty", DOCUMENTS, ASK, " ")
+    refused("k is 0", DOCUMENTS, ASK, k=0)
+    refused("chat template", DOCUMENTS, ASK, chat=True)
+    refused("size is 0", DOCUMENTS[0], ASK, size=0)
+    cost = ll.trace_context(lm, DOCUMENTS, ASK, method="shapley", dry_run=True)
+    assert isinstance(cost, TraceCost) and cost.exact
+
+
+def test_an_answer_without_any_probability(lm: ll.LongModel) -> None:
+    def never(token: int) -> Callable:
+        def hook(module: Any, args: Any, out: Any) -> Any:
+            out.logits[..., token] = -torch.inf
+            return out
+        return hook
+
+    stone, river = (lm.tokenizer.encode(f" {w}", add_special_tokens=False)[0] for w in ("stone", "river"))
+    with_hook = lm.hf.register_forward_hook(never(stone))
+    try:
+        with pytest.raises(ValueError, match="gives the token ' stone' of the answer no probability at all"):
+            ll.trace_context(lm, DOCUMENTS, ASK, "stone")
+    finally: with_hook.remove()
+
+    def only_short(module: Any, args: Any, kw: Any, out: Any) -> Any:  # " river" can only be said after much context
+        if kw["past_key_values"] is None or kw["past_key_values"].get_seq_length() < 200: out.logits[..., river] = -torch.inf
+        return out
+
+    with_hook = lm.hf.register_forward_hook(only_short, with_kwargs=True)
+    try: t = ll.trace_context(lm, DOCUMENTS, "What is the code for Bob?", "river", method="stc")
+    finally: with_hook.remove()
+    assert t.frames["sources"]["score"].to_list() == [0.0] * 6  # all of them -1000, as nothing is
+    assert "no source speaks for the answer" in t.findings()[1] and f"count as {FLOOR:g} nats" in t.findings()[2]
+
+
+def test_a_method_of_ones_own(lm: ll.LongModel) -> None:
+    @dataclass(frozen=True)
+    class Longest(Tracer):
+        power: float = 1.0
+
+        def cost(self, job: TraceJob) -> TraceCost: return TraceCost(0, 0, True)
+        def run(self, job: TraceJob) -> TraceScores: return TraceScores(np.array([float(len(r)) for r in job.prompt.ranges]) ** self.power)
+
+    TRACERS["longest"] = Longest()
+    try: t = ll.trace_context(lm, DOCUMENTS, ASK, method="longest", power=2.0)
+    finally: del TRACERS["longest"]
+    f = t.frames["sources"]
+    assert f["score"].to_list() == [float(n) ** 2 for n in f["tokens"]] and t.meta["settings"] == {"power": 2.0}
+    assert ll.trace_context(lm, DOCUMENTS, ASK, method=Longest()).meta["method"] == "Longest"
+
+
+def test_coarse_to_fine_finds_the_word(lm: ll.LongModel) -> None:
+    text = "\n\n".join(DOCUMENTS)
+    t = ll.trace_context(lm, text, ASK, method="coarse_to_fine", keep=2)
+    f = t.frames["levels"].filter(rank=1)
+    assert t.meta["by"] == "paragraphs" and f["by"].to_list() == ["paragraphs", "sentences", "tokens"]
+    assert [s.strip() for s in f["text"]][:2] == [DOCUMENTS[2], "The code for Eve is stone."]
+    levels = t.frames["levels"]
+    assert all(t.context[a:b] == s for a, b, s in levels.select("start", "end", "text").rows())
+    above = {(x["level"], x["source"]): (x["start"], x["end"]) for x in levels.iter_rows(named=True)}
+    for x in levels.filter(pl.col("level") > 0).iter_rows(named=True):
+        a, b = above[x["level"] - 1, x["parent"]]
+        assert a <= x["start"] < x["end"] <= b
+    alone = ll.trace_context(lm, DOCUMENTS, ASK, method="coarse_to_fine", levels=(), keep=2).frames["levels"]
+    assert len(alone) == 6  # nothing finer was asked for
+    assert CoarseToFine(method="stc").inner == TRACERS["stc"]
+
+
+HOSTILE = ["<script>alert(1)</script> The code for Eve is stone. </style><img src=x onerror=alert(2)>",
+           "\x1b[31mred\x1b[0m \u202eevil\u2066 \u200b", "a" * 50_000, "The code for Bob is river. \U0001f600"]
+
+
+def test_hostile_text_is_shown_and_does_nothing(lm: ll.LongModel) -> None:
+    owner = np.repeat(np.arange(4), 2)
+    texts, spans = "".join(HOSTILE), np.cumsum([0, *map(len, HOSTILE)])
+    cut = cut_context(texts, [*zip(spans[:-1].tolist(), spans[1:].tolist(), strict=True)])
+    offsets = [(spans[i] + k, spans[i] + k + 1) for i in range(4) for k in (0, 4)]
+    tokens = ll.models.Tokens(torch.arange(8), texts, torch.tensor(offsets))
+    p = placed(tokens, 0, cut, ll.models.Tokens(torch.tensor([3]), "<b>\x1b", torch.tensor([[0, 4]])), question="<i>?")
+    assert p.owner.tolist() == owner.tolist()
+    from longlens.probes.trace_report import make_trace
+    costs = pl.DataFrame({"stage": ["answer", "method"], **{c: [1, 4] for c in ("evaluations", "asked", "tokens", "plain_tokens")}})
+    meta = dict(method="<u>loo", unit="nats", says="<s>", k=5, signed=True, model="m", generated=False)
+    t = make_trace(p, TraceScores(np.arange(4.0)), np.array([-0.5]), costs, meta)
+    page, here = page_html([t], "title"), t._repr_html_()
+    bad = ("<script>alert", "<img src=x", "\x1b", "\u202e", "\u2066", "\u200b", "<i>", "<u>loo", "a" * 1000)
+    assert not [b for b in bad for html in (page, here) if b in html]
+    assert not [b for b in bad[2:6] if b in str(t.top())]  # a terminal does what it is told
+    assert t.context == texts and "\x1b" not in "".join(t.findings())
+    assert "\\x1b" in str(t.chart().to_dict())
+
+
+def test_a_trace_comes_back_from_its_folder(lm: ll.LongModel, tmp_path: Any) -> None:
+    t = ll.trace_context(lm, DOCUMENTS, ASK, method="shapley", out=tmp_path / "scores")
+    t.save(tmp_path / "trace")
+    back = ll.Report.load(tmp_path / "trace")
+    assert type(back) is ll.Trace and back.findings() == t.findings() and back.top().equals(t.top()) and back.context == t.context
+    again = ll.trace_context(lm, DOCUMENTS, ASK, method="shapley", out=tmp_path / "scores")
+    assert again.frames["costs"]["evaluations"].to_list() == [0, 0]
+    assert again.frames["sources"].equals(t.frames["sources"])
+
+
+def test_ids_alone_are_traced() -> None:
+    t = ll.trace_context(zoo_model("llama"), some_prompt(), method="loo")
+    assert len(t.frames["sources"]) == 8 and t.meta["answer"] == "7 9 11 4"
+    assert source_frame(some_prompt())["token_start"].to_list()[:2] == [3, 11]
