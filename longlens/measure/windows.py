@@ -25,7 +25,7 @@ from .positions import _exchange, _rotary_modules, _set, _without_bridge
 __all__ = ['WINDOWS', 'Extension', 'LearnedExtension', 'Recurrent', 'Grouped', 'Interpolated', 'NTK', 'group_distances',
            'SelfExtend', 'Window', 'windows_for', 'extended']
 
-# %% ../../nbs/measure/10_windows.ipynb #2a9c9958
+# %% ../../nbs/measure/10_windows.ipynb #6870d2de
 @dataclass(frozen=True)
 class Extension(Intervention):
     "Reading past the trained length (LongEmbed, arXiv 2404.12096)"
@@ -61,12 +61,12 @@ class Extension(Intervention):
             if (now := getattr(model, name, None)) is not None: _set(model, name, max(now, self.length), stack)
         if hasattr(model, "extended_by"): _set(model, "extended_by", self.name, stack)
 
-
+# %% ../../nbs/measure/10_windows.ipynb #a5782f60
 def _other_ways(hf: Any) -> str:
     names = windows_for(hf)
     return f"It can be extended by {', '.join(names)}" if names else "None of WINDOWS can extend it"
 
-# %% ../../nbs/measure/10_windows.ipynb #958835cf
+# %% ../../nbs/measure/10_windows.ipynb #6a3e347a
 class _Table(NamedTuple):
     "A learned table of positions"
     model: nn.Module  # whose forward takes position_ids
@@ -76,7 +76,7 @@ class _Table(NamedTuple):
     @property
     def n(self) -> int: return len(self.rows.weight) - self.first
 
-
+# %% ../../nbs/measure/10_windows.ipynb #e48982e9
 def _position_table(hf: Any) -> _Table:
     base, config = getattr(hf, "base_model", hf), hf.config.get_text_config()
     found = [m for n, m in base.named_modules() if n.rsplit(".", 1)[-1] == "position_embeddings" and type(m) is nn.Embedding]
@@ -85,7 +85,20 @@ def _position_table(hf: Any) -> _Table:
                                "MPNet, DistilBERT)")
     return _Table(base, found[0], 0 if found[0].padding_idx is None else found[0].padding_idx + 1)
 
-# %% ../../nbs/measure/10_windows.ipynb #b4c4be3f
+# %% ../../nbs/measure/10_windows.ipynb #560c6faa
+def _places(table: _Table, given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:  # (batch, n) each
+    "Where every token stands in its text, below 0 at padding that has a row of its own; and which are no padding"
+    ids, mask, at, own = given.get("input_ids"), given.get("attention_mask"), given.get("position_ids"), table.rows.padding_idx
+    if mask is not None and getattr(mask, "ndim", 0) != 2:
+        raise ValueError(f"positions are found by a padding mask (batch, tokens), and this is a {type(mask).__name__} of another shape")
+    like = given["inputs_embeds"][..., 0] if ids is None else ids
+    real = torch.ones_like(like, dtype=torch.bool) if mask is None else mask.bool()
+    if at is not None: return at.expand(like.shape) - table.first, real
+    if own is None or ids is None: return torch.arange(like.shape[1], device=like.device).expand(like.shape), real
+    seen = ids != own
+    return (seen.cumsum(1) - 1).masked_fill(~seen, -1), real & seen
+
+# %% ../../nbs/measure/10_windows.ipynb #371cbc45
 class _Lookup:
     "Gives a model other positions, and what lies between the rows of its table"
     in_any_order = True  # batches may be sorted: each text is looked up by itself
@@ -94,30 +107,15 @@ class _Lookup:
         self.what, self.table, self.share = what, table, torch.zeros(0)
         self.signature = inspect.signature(table.model.forward)
 
-    def places(self, given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:  # (batch, n) each
-        "Where every token stands in its text, below 0 at padding that has a row of its own; and which are no padding"
-        ids, mask, at = given.get("input_ids"), given.get("attention_mask"), given.get("position_ids")
-        like = given["inputs_embeds"][..., 0] if ids is None else ids
-        if mask is not None and getattr(mask, "ndim", 0) != 2:
-            raise ValueError(f"{self.what.name} needs the padding as a mask (batch, tokens), not {type(mask).__name__} of another shape")
-        real = torch.ones_like(like, dtype=torch.bool) if mask is None else mask.bool()
-        own = self.table.rows.padding_idx
-        if at is not None: return at.expand(like.shape) - self.table.first, real
-        if own is None or ids is None: return torch.arange(like.shape[1], device=like.device).expand(like.shape), real
-        seen = ids != own
-        return (seen.cumsum(1) - 1).masked_fill(~seen, -1), real & seen
-
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         bound = self.signature.bind_partial(*args, **kwargs)
-        at, real = self.places(bound.arguments)
+        at, real = _places(self.table, bound.arguments)
         n = at.masked_fill(~real, -1).amax(1, keepdim=True) + 1
-        if (longest := int(n.max())) > self.what.length:
-            raise ValueError(f"a text has {longest:,} tokens, and {self.what.name} reaches {self.what.length:,}: give a larger length=")
+        _check_reach(self.what, int(n.max()))
         to = self.what.rows(at.clamp_min(0), n.clamp_min(1)).clamp_max(self.what.known - 1)  # padding may stand anywhere
         whole = to.floor().long()
         self.share = to - whole
-        rows = torch.where(at < 0, max(self.table.first - 1, 0), whole + self.table.first)
-        bound.arguments["position_ids"] = rows
+        bound.arguments["position_ids"] = torch.where(at < 0, max(self.table.first - 1, 0), whole + self.table.first)
         return bound.args, bound.kwargs
 
     def after(self, module: nn.Module, args: tuple, out: Tensor) -> Tensor:
@@ -125,6 +123,11 @@ class _Lookup:
         last = self.table.first + self.what.known - 1
         above = nn.functional.embedding((args[0] + 1).clamp_max(last), self.table.rows.weight)
         return out + self.share[..., None].to(out) * (above - out)
+
+# %% ../../nbs/measure/10_windows.ipynb #121068c4
+def _check_reach(what: Extension, longest: int) -> None:
+    if longest > what.length:
+        raise ValueError(f"a text has {longest:,} tokens, and {what.name} reaches {what.length:,}: give a larger length=")
 
 # %% ../../nbs/measure/10_windows.ipynb #82225441
 @dataclass(frozen=True)
@@ -174,7 +177,7 @@ class Interpolated(LearnedExtension):
     def rows(self, at: Tensor, n: Tensor) -> Tensor:
         return torch.where(n <= self.known, at.float(), at / -(-self.length // self.known))
 
-# %% ../../nbs/measure/10_windows.ipynb #fe0b3c97
+# %% ../../nbs/measure/10_windows.ipynb #ed09b50d
 def _new_base(config: Any, factor: float) -> dict[str, Any]:
     "The config's rope parameters with another base, for all layers or for those without a window"
     rope = copy.deepcopy(config.rope_parameters)
@@ -183,11 +186,9 @@ def _new_base(config: Any, factor: float) -> dict[str, Any]:
     return rope
 
 
-def _rotary_limit(hf: Any) -> int:
-    config = hf.config.get_text_config()
-    return int(config.max_position_embeddings)
+def _rotary_limit(hf: Any) -> int: return int(hf.config.get_text_config().max_position_embeddings)
 
-
+# %% ../../nbs/measure/10_windows.ipynb #223a504b
 @dataclass(frozen=True)
 class NTK(Extension):
     "A larger base of the rotary frequencies"
@@ -224,7 +225,7 @@ def group_distances(
     grouped = i // group - j // group + (window - window // group) * torch.sign(i - j)
     return torch.where((i - j).abs() < window, i - j, grouped)
 
-# %% ../../nbs/measure/10_windows.ipynb #9dae6633
+# %% ../../nbs/measure/10_windows.ipynb #d93d5fc6
 def _check_far(hf: Any) -> None:
     "Raise if no layer meets distances that are new to it, or if calls cannot be changed"
     if not hf._can_set_attn_implementation(): raise UnsupportedModel(f"{type(hf).__name__} does not use the attention interface")
@@ -233,7 +234,7 @@ def _check_far(hf: Any) -> None:
     if set(types) == {"sliding_attention"}:
         raise UnsupportedModel(f"all layers of {type(hf).__name__} see a window only, and meet no distance that is new to them")
 
-
+# %% ../../nbs/measure/10_windows.ipynb #c036f7b7
 def _check_groups(what: SelfExtend) -> None:
     "Raise if the distances of a long text are more than those that are known"
     if what.group < 2 or not 1 <= what.window < what.known:
@@ -244,7 +245,7 @@ def _check_groups(what: SelfExtend) -> None:
         raise ValueError(f"with {what.known:,} known positions, groups of {what.group} and a window of {what.window} reach "
                          f"{room * what.group:,} tokens, and length is {what.length:,}: take group={enough}")
 
-# %% ../../nbs/measure/10_windows.ipynb #5cbc0d49
+# %% ../../nbs/measure/10_windows.ipynb #a37e083d
 @dataclass(frozen=True)
 class SelfExtend(Extension):
     "Rotary positions of distant tokens in groups (SelfExtend, arXiv 2401.01325), on both sides in encoders"
@@ -271,11 +272,10 @@ class SelfExtend(Extension):
         _check_plain(call, layer)
         at = positions(call.mask, call.k.shape[2], call.q.device).clamp_min(0)
         n = at[:, :call.q.shape[2]].amax(1, keepdim=True) + 1
-        if (longest := int(n.max())) > self.length:
-            raise ValueError(f"a text has {longest:,} tokens, and self_extend reaches {self.length:,}: give a larger length=")
+        _check_reach(self, longest := int(n.max()))
         return _in_groups(self, call, layer, at, n) if longest > self.known else call
 
-
+# %% ../../nbs/measure/10_windows.ipynb #45933312
 def _check_plain(call: LayerCall, layer: int) -> None:
     m = call.mask
     if m.offset or m.start: raise UnsupportedModel("self_extend reads a text in one piece: not in chunks, and not on from a cache")
@@ -298,7 +298,7 @@ def _in_groups(what: SelfExtend, call: LayerCall, layer: int, at: Tensor, n: Ten
         streams.append(Stream(every, ALL, what.window, fore, ahead=True))
     return replace(call, streams=(*call.streams, *streams))
 
-# %% ../../nbs/measure/10_windows.ipynb #96ab4488
+# %% ../../nbs/measure/10_windows.ipynb #faec4a89
 class Window(NamedTuple):
     "A way to read longer texts"
     positions: str  # "learned" or "rotary"
@@ -314,7 +314,7 @@ WINDOWS: dict[str, Window] = {
     "self_extend": Window("rotary", SelfExtend, "distances beyond a window are counted in groups"),
 }
 
-
+# %% ../../nbs/measure/10_windows.ipynb #2fad7122
 def _fits(window: Window, hf: Any) -> bool:
     try: window.make.limit(hf)
     except UnsupportedModel: return False
