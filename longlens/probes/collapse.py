@@ -33,7 +33,7 @@ from ..store import Store, as_row
 # %% auto #0
 __all__ = ['length_collapse', 'Run', 'do_parts']
 
-# %% ../../nbs/probes/05e_collapse.ipynb #4b398542
+# %% ../../nbs/probes/05e_collapse.ipynb #24ea5ad4
 def _windows(enc: Encoder, windows: str | Sequence[str], beyond: Iterable[int] | None) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Ways to read past the encoder's length, and lengths, checked."""
     if not windows:
@@ -52,7 +52,7 @@ def _windows(enc: Encoder, windows: str | Sequence[str], beyond: Iterable[int] |
         for n in lengths: WINDOWS[w].make(n).prepare(enc)
     return names, lengths
 
-
+# %% ../../nbs/probes/05e_collapse.ipynb #9b978c60
 def _layers_and_dims(enc: Encoder, layers: Iterable[int] | None, dims: Iterable[int] | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """2D truncation: at most seven layers from the input to the last, and five numbers of dimensions."""
     some = sorted({round(i * enc.n_layers / min(6, enc.n_layers)) for i in range(min(6, enc.n_layers) + 1)})
@@ -149,7 +149,7 @@ class Run:
                      tokens=n, finished=k in self.store.rows) for p, k, n in zip(self.parts, self.keys, self.tokens, strict=True)]
         return pl.DataFrame(rows, infer_schema_length=None)
 
-# %% ../../nbs/probes/05e_collapse.ipynb #a3897087
+# %% ../../nbs/probes/05e_collapse.ipynb #bf345914
 def _run_one(self: Run, p: Part, key: str, tokens: int, bar: Any) -> None:
     """One part, timed and made into a row."""
     begun, done = time.perf_counter(), bar.n
@@ -158,7 +158,7 @@ def _run_one(self: Run, p: Part, key: str, tokens: int, bar: Any) -> None:
     cost = {"seconds": time.perf_counter() - begun, "tokens": tokens, "batch": self.batch_size, "worker": "local"}
     self.store.add([as_row(key, tables, cost)])
 
-
+# %% ../../nbs/probes/05e_collapse.ipynb #02d80733
 def do_parts(
     self: Run,  # what is to be done
     progress: bool = False,  # show a bar
@@ -176,7 +176,7 @@ def do_parts(
         finally: self.store.write()
     self.store.tidy()
 
-# %% ../../nbs/probes/05e_collapse.ipynb #5645362d
+# %% ../../nbs/probes/05e_collapse.ipynb #5e52bf75
 def _shortened(run: Run) -> pl.DataFrame:
     """2D truncation: mean cosines of documents, and how well each task is done."""
     raw = raw_table(run.store, run.parts, run.keys, "shortened")
@@ -191,7 +191,7 @@ def _costs(run: Run) -> pl.DataFrame:
     seconds = [run.store.rows[k]["seconds"][0] for k in run.keys]
     return run.plan().drop("finished").with_columns(seconds=pl.Series(seconds, dtype=pl.Float64))
 
-
+# %% ../../nbs/probes/05e_collapse.ipynb #a9bbffe5
 def _assemble(run: Run) -> CollapseReport:
     """Tables of all finished parts."""
     table = lambda name: raw_table(run.store, run.parts, run.keys, name)
@@ -213,7 +213,7 @@ def _assemble(run: Run) -> CollapseReport:
     if len(queries): frames |= {"retrieval": found, "queries": queries.rename({"kind": "task"}).drop("n_truncated")}
     return CollapseReport({k: f for k, f in frames.items() if f.width}, _meta(run, raw, share))
 
-
+# %% ../../nbs/probes/05e_collapse.ipynb #516734d5
 def _meta(run: Run, raw: pl.DataFrame, share: tuple[float, float]) -> dict[str, Any]:
     """What was run."""
     enc, x, new = run.enc, run.x, [run.store.rows[k] for k in run.keys]

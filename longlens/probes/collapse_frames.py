@@ -40,7 +40,7 @@ def raw_table(
         found.append(store.table(name, [key]).drop("key").select(**at, rest=pl.struct(pl.all())).unnest("rest"))
     return pl.concat(found, how="diagonal_relaxed") if found else pl.DataFrame()
 
-# %% ../../nbs/probes/05c_collapse_frames.ipynb #8d03c52e
+# %% ../../nbs/probes/05c_collapse_frames.ipynb #b8b53c09
 def vectors_of(
     table: pl.DataFrame,  # raw table of embeddings
     tokens: Sequence[int] = (),  # of the documents of natural length
@@ -54,7 +54,7 @@ def vectors_of(
         else: out |= {(kind, condition, m): x[i] for m, i in _groups(tokens, most)}
     return out
 
-
+# %% ../../nbs/probes/05c_collapse_frames.ipynb #4bb44b81
 def _groups(tokens: Sequence[int], most: int) -> Iterator[tuple[int, np.ndarray]]:
     """Median length and members of each group."""
     order, k = np.argsort(tokens, kind="stable"), max(1, min(most, len(tokens) // 8))
@@ -81,7 +81,7 @@ def similarity_frame(
         rows.append(at | dict(zip(QUANTILES, map(float, q), strict=True)))
     return pl.DataFrame(rows)
 
-# %% ../../nbs/probes/05c_collapse_frames.ipynb #0ae54c13
+# %% ../../nbs/probes/05c_collapse_frames.ipynb #a0d26954
 def geometry_frame(
     vectors: Vectors,  # embeddings
     seed: int = 0,  # of the draws
@@ -96,7 +96,7 @@ def geometry_frame(
 
 def _spelled(i: Interval) -> dict[str, float]: return {"value": i.mean, "lower": i.lower, "upper": i.upper}
 
-
+# %% ../../nbs/probes/05c_collapse_frames.ipynb #c89b185b
 def spectrum_frame(
     vectors: Vectors,  # embeddings
 ) -> pl.DataFrame:  # kind, condition, context_length, centred, direction, share
@@ -127,7 +127,7 @@ def separability_frame(
               "lower": pl.Float64, "upper": pl.Float64, "chance": pl.Float64}
     return pl.DataFrame(rows, schema=schema)
 
-# %% ../../nbs/probes/05c_collapse_frames.ipynb #b834d71c
+# %% ../../nbs/probes/05c_collapse_frames.ipynb #395c895a
 LAYER_MEASURES = ("high_frequency", "token_similarity", "sigma_a", "entropy_norm")
 _AT = ["condition", "context_length", "layer"]
 
@@ -142,7 +142,7 @@ def by_document(
     both = spread.select(*at, "high_frequency", "token_similarity").join(mean, on=at, maintain_order="left")
     return both.unpivot(list(LAYER_MEASURES), index=at, variable_name="measure")
 
-
+# %% ../../nbs/probes/05c_collapse_frames.ipynb #f888a764
 def layers_frame(
     documents: pl.DataFrame,  # as `by_document` gives them
     seed: int = 0,  # of the draws
@@ -154,7 +154,7 @@ def layers_frame(
         rows.append({**dict(zip(_AT, at, strict=True)), "measure": measure, "documents": len(g), **_spelled(i)})
     return pl.DataFrame(rows)
 
-
+# %% ../../nbs/probes/05c_collapse_frames.ipynb #cb3722da
 def heads_frame(
     heads: pl.DataFrame,  # raw table: document, layer, head, sigma_a, sigma_a_error, entropy_norm
 ) -> pl.DataFrame:  # condition, context_length, layer, head, sigma_a, sigma_a_error, entropy_norm
@@ -198,11 +198,9 @@ def retrieval_frame(
                  for k, i in (("hit_1", right), ("ndcg_10", bootstrap_interval(g["ndcg_10"], seed=seed)))]
     return pl.DataFrame(rows, infer_schema_length=None)
 
-# %% ../../nbs/probes/05c_collapse_frames.ipynb #fbb2f69e
+# %% ../../nbs/probes/05c_collapse_frames.ipynb #5d02f33c
 _EFFECT = {"condition": pl.String, "context_length": pl.Int64, "reference": pl.String, "reference_length": pl.Int64, "task": pl.String,
            "measure": pl.String, "difference": pl.Float64, "lower": pl.Float64, "upper": pl.Float64, "p": pl.Float64, "n": pl.Int64}
-
-
 _Pair = tuple[tuple[str, int], tuple[str, int]]
 
 
@@ -217,7 +215,7 @@ def _pairs_of(seen: Sequence[tuple[str, int]]) -> list[_Pair]:
         if plain and n > max(plain): out.append(((c, n), ("none", max(plain))))
     return out
 
-# %% ../../nbs/probes/05c_collapse_frames.ipynb #59862a2f
+# %% ../../nbs/probes/05c_collapse_frames.ipynb #0aa65709
 def _effect(pair: _Pair, task: str | None, measure: str, i: Interval, p: float | None, n: int) -> dict[str, Any]:
     (condition, length), (reference, reference_length) = pair
     return dict(condition=condition, context_length=length, reference=reference, reference_length=reference_length, task=task,
@@ -230,14 +228,14 @@ def geometry_effects(vectors: Vectors, seed: int = 0) -> list[dict[str, Any]]:
     return [_effect(pair, None, k, i, None, len(held[pair[0]])) for pair in _pairs_of([*held])
             for k, i in geometry_intervals(held[pair[0]], held[pair[1]], seed=seed).items()]
 
-
+# %% ../../nbs/probes/05c_collapse_frames.ipynb #54522816
 def _matched(table: pl.DataFrame, by: str, value: str, pair: _Pair) -> np.ndarray:
     """Differences of the means of each document or query."""
     got = [table.filter(condition=c, context_length=n).group_by(by).agg(pl.col(value).mean()) for c, n in pair]
     both = got[0].join(got[1], on=by, suffix="_ref").sort(by)
     return (both[value] - both[f"{value}_ref"]).to_numpy()
 
-# %% ../../nbs/probes/05c_collapse_frames.ipynb #edf12417
+# %% ../../nbs/probes/05c_collapse_frames.ipynb #76ec95e9
 def _differences(table: pl.DataFrame, by: str, value: str, measure: str, task: str | None, seed: int) -> list[dict[str, Any]]:
     """Effects on something that each document or query has."""
     out, seen = [], list(table.select("condition", "context_length").unique(maintain_order=True).iter_rows())
@@ -246,7 +244,7 @@ def _differences(table: pl.DataFrame, by: str, value: str, measure: str, task: s
         if len(d): out.append(_effect(pair, task, measure, bootstrap_interval(d, seed=seed), sign_flip_p(d, seed=seed), len(d)))
     return out
 
-
+# %% ../../nbs/probes/05c_collapse_frames.ipynb #19f6bd76
 def effects_frame(
     vectors: Vectors,  # embeddings
     documents: pl.DataFrame,  # statistics of layers, as `by_document` gives them

@@ -45,7 +45,7 @@ class CollapseSettings:
     truncate: bool
     seed: int
 
-# %% ../../nbs/probes/05a_collapse_inputs.ipynb #8faa63f5
+# %% ../../nbs/probes/05a_collapse_inputs.ipynb #5811cd5e
 TASKS = ("passkey", "needle", "passages")
 
 
@@ -55,7 +55,7 @@ def _whole(values: Iterable[Any], what: str) -> tuple[int, ...]:
     if not out or out[0] < 1: raise ValueError(f"{what} is {list(out)}: give whole numbers above 0, one at least")
     return out
 
-
+# %% ../../nbs/probes/05a_collapse_inputs.ipynb #7fbf76d5
 def check_settings(
     s: CollapseSettings,  # as asked for
     passages: bool,  # are there questions with passages?
@@ -71,7 +71,7 @@ def check_settings(
     if not 2 <= s.queries <= s.candidates:
         raise ValueError(f"{s.queries} queries and {s.candidates} candidates: 2 queries or more, and as many candidates or more")
 
-# %% ../../nbs/probes/05a_collapse_inputs.ipynb #de69bdeb
+# %% ../../nbs/probes/05a_collapse_inputs.ipynb #0e9980ec
 def room(
     enc: Encoder,  # the encoder
     prompt: str | None,  # before every document
@@ -83,7 +83,7 @@ def room(
     taken = len(enc.tokenizer(words, add_special_tokens=False)["input_ids"]) if words else 0
     return None if most is None else most - taken - bool(words)  # one more: tokens can merge otherwise where they meet
 
-
+# %% ../../nbs/probes/05a_collapse_inputs.ipynb #afd4b101
 def default_lengths(
     most: int | None,  # tokens that are read; None: no limit
 ) -> tuple[int, ...]:
@@ -91,7 +91,7 @@ def default_lengths(
     longest = min(512, most or 512)
     return tuple(n for k in (16, 8, 4, 2, 1) if (n := longest // k) >= 8)
 
-
+# %% ../../nbs/probes/05a_collapse_inputs.ipynb #f2b6c22d
 def check_lengths(
     enc: Encoder,  # the encoder
     lengths: Sequence[int],  # tokens
@@ -104,7 +104,7 @@ def check_lengths(
     raise ValueError(f"{what} go up to {lengths[-1]:,} tokens, and {enc.name} reads {enc.max_length:,}{also}: take {most:,} at most, "
                      f"load it with a larger max_length=, or measure longer texts with windows= and beyond=")
 
-# %% ../../nbs/probes/05a_collapse_inputs.ipynb #f03019a9
+# %% ../../nbs/probes/05a_collapse_inputs.ipynb #555de729
 @dataclass(frozen=True)
 class Inputs:
     """Texts for every length, and what was left out"""
@@ -116,14 +116,14 @@ class Inputs:
     too_short: int = 0  # texts that could not be cut to the longest length
     too_long: int = 0  # texts that are not among those of natural length
 
-
+# %% ../../nbs/probes/05a_collapse_inputs.ipynb #f87deef0
 def _passages(questions: Sequence[Question], seed: int) -> list[str]:
     """Their passages, each once, in a random order."""
     every = list(dict.fromkeys(_passage(q.gold) for q in questions))
     Random(f"documents {seed}").shuffle(every)
     return every
 
-# %% ../../nbs/probes/05a_collapse_inputs.ipynb #9db681a0
+# %% ../../nbs/probes/05a_collapse_inputs.ipynb #44424a67
 def _documents(
     enc: Encoder, texts: Sequence[str] | None, passages: Sequence[str], s: CollapseSettings,
 ) -> tuple[dict[int, list[str]], str, int]:
@@ -139,7 +139,7 @@ def _documents(
                          f"ask for shorter lengths, or join them: longlens.retrieval.long_texts(n, encoder, {lengths[-1]}, texts=texts)")
     return {n: t[: s.documents] for n, t in cut.items()}, source, len(cut.dropped)
 
-
+# %% ../../nbs/probes/05a_collapse_inputs.ipynb #b9c7a4d4
 def _natural(
     enc: Encoder, natural: Sequence[str] | None, others: Sequence[str], s: CollapseSettings, most: int | None,
 ) -> tuple[tuple[str, ...], int]:
@@ -153,12 +153,12 @@ def _natural(
     fit = [t for t, n in zip(others, counts, strict=True) if s.truncate or most is None or n <= most]
     return (tuple(fit[: 4 * s.documents]) if len(fit) >= 8 else ()), len(counts) - len(fit)
 
-
+# %% ../../nbs/probes/05a_collapse_inputs.ipynb #38948717
 def _counts(enc: Encoder, texts: Sequence[str]) -> list[int]:
     """Tokens of every text, special ones counted."""
     return [len(row) for row in enc._tokenize(list(texts))["input_ids"]]
 
-# %% ../../nbs/probes/05a_collapse_inputs.ipynb #b9dcc076
+# %% ../../nbs/probes/05a_collapse_inputs.ipynb #372d0fd8
 def _task(name: str, enc: Encoder, n: int, s: CollapseSettings, questions: Sequence[Question]) -> RetrievalTask:
     """A retrieval task of one length."""
     if name == "passages":
@@ -167,7 +167,7 @@ def _task(name: str, enc: Encoder, n: int, s: CollapseSettings, questions: Seque
     make = passkey_retrieval if name == "passkey" else needle_retrieval
     return make(enc, n, n_queries=s.queries, n_documents=s.candidates, seed=s.seed)
 
-
+# %% ../../nbs/probes/05a_collapse_inputs.ipynb #a635f4d4
 def get_inputs(
     enc: Encoder,  # counts tokens
     texts: Sequence[str] | None,  # to be cut; None: passages or filler

@@ -74,7 +74,7 @@ def layer_embeddings(
     flat = enc._checked(np.array(out).reshape(len(out), -1))
     return LayerVectors(flat.reshape(len(out), len(wanted), -1).swapaxes(0, 1), rows.n_truncated)
 
-# %% ../../nbs/probes/05b_collapse_parts.ipynb #85772b5b
+# %% ../../nbs/probes/05b_collapse_parts.ipynb #ee611232
 @dataclass(frozen=True)
 class Change:
     """One way to change an encoder"""
@@ -94,7 +94,7 @@ class Change:
                 stack.enter_context(extended(enc, self.window, length=length))
             yield
 
-
+# %% ../../nbs/probes/05b_collapse_parts.ipynb #0c015225
 def changes(
     s: CollapseSettings,  # what is measured
 ) -> list[Change]:
@@ -102,7 +102,7 @@ def changes(
     past = [Change("cut off", cut=True), *(Change(w, window=w) for w in s.windows)] if s.beyond else []
     return [Change(), *(Change(f"tau {t:g}", tau=t) for t in s.taus), *past]
 
-# %% ../../nbs/probes/05b_collapse_parts.ipynb #36ce97a2
+# %% ../../nbs/probes/05b_collapse_parts.ipynb #1ff66223
 @dataclass(frozen=True)
 class Part:
     """Some texts, read by an encoder that is changed in one way"""
@@ -122,10 +122,10 @@ class Part:
         prompts = [self.s.query_prompt, self.s.document_prompt]
         return hashlib.sha256(json.dumps([*what, *prompts, *self.texts()], sort_keys=True).encode()).hexdigest()[:32]
 
-
+# %% ../../nbs/probes/05b_collapse_parts.ipynb #14639a55
 VERSION = 1  # raised when the same key begins to mean something else
 
-# %% ../../nbs/probes/05b_collapse_parts.ipynb #3af6f09c
+# %% ../../nbs/probes/05b_collapse_parts.ipynb #124a9145
 @dataclass(frozen=True)
 class VectorPart(Part):
     """Embeddings"""
@@ -150,7 +150,7 @@ class VectorPart(Part):
         schema = {"layer": pl.Int64, "dims": pl.Int64, "mean_cosine": pl.Float64}
         return out | ({"shortened": pl.DataFrame(rows, schema=schema, orient="row")} if rows else {})
 
-
+# %% ../../nbs/probes/05b_collapse_parts.ipynb #9b32f2ba
 def _cone(x: np.ndarray, dims: int) -> tuple[float]:
     """Mean cosine of the first numbers of embeddings; NaN if one of them is zero there."""
     few = x[:, :dims].astype(float)
@@ -158,7 +158,7 @@ def _cone(x: np.ndarray, dims: int) -> tuple[float]:
     c = pair_cosines(few)
     return (float((c.sum() - len(c)) / (len(c) * (len(c) - 1))),)
 
-# %% ../../nbs/probes/05b_collapse_parts.ipynb #228cc9bf
+# %% ../../nbs/probes/05b_collapse_parts.ipynb #540935ab
 @dataclass(frozen=True)
 class LayerPart(Part):
     """Statistics of every layer: sigma_a and entropy of heads, how alike the states of tokens are"""
@@ -169,7 +169,7 @@ class LayerPart(Part):
 
     def run(self, enc: Encoder, batch_size: int, advance: Callable[[int], Any]) -> Tables:
         how: dict[str, Any] = dict(batch_size=batch_size, prompt=self.s.document_prompt, truncate=self.s.truncate, sort=False)
-        with capture(enc, SpectralNorm(), Entropy(), TokenSpread()) as seen:
+        with capture(enc, SpectralNorm(iterations=400, tol=1e-3), Entropy(), TokenSpread()) as seen:  # to three digits or more
             for i in range(0, len(self.documents), batch_size):
                 advance(int(enc.encode_counted(self.documents[i : i + batch_size], **how).lengths.sum()))
         at = ["sample", "layer", "head"]
@@ -177,7 +177,7 @@ class LayerPart(Part):
         return {"heads": heads.select(pl.col("sample").alias("document"), "layer", "head", "sigma_a", "sigma_a_error", "entropy_norm"),
                 "spread": seen.frame("token_spread").rename({"sample": "document"}).drop("n_tokens")}
 
-# %% ../../nbs/probes/05b_collapse_parts.ipynb #9259d832
+# %% ../../nbs/probes/05b_collapse_parts.ipynb #433a3fa4
 @dataclass(frozen=True)
 class SearchPart(Part):
     """A retrieval task"""
@@ -205,13 +205,13 @@ class SearchPart(Part):
                for k, layer in enumerate(wanted[:-1]) for dims in self.s.dims]
         return out | ({"shortened": pl.concat(few)} if few else {})
 
-
+# %% ../../nbs/probes/05b_collapse_parts.ipynb #82a1b60d
 def _searched(task: RetrievalTask, queries: np.ndarray, documents: np.ndarray) -> pl.DataFrame:
     """Ranks of a task whose texts are embedded already: query, rank, ndcg_10, hit_1."""
     known = {task.queries: queries, task.documents: documents}
     return evaluate_retrieval(task, lambda texts: known[tuple(texts)]).drop("task", "length")
 
-# %% ../../nbs/probes/05b_collapse_parts.ipynb #93b1dfdc
+# %% ../../nbs/probes/05b_collapse_parts.ipynb #096ed7b8
 def all_parts(
     s: CollapseSettings,  # what is measured
     x: Inputs,  # texts
@@ -228,7 +228,7 @@ def all_parts(
         out += [SearchPart(c, t.length, t.name, s, t) for t in _asked(s, x, c, past)]
     return out
 
-
+# %% ../../nbs/probes/05b_collapse_parts.ipynb #38313525
 def _asked(s: CollapseSettings, x: Inputs, c: Change, past: bool) -> list[RetrievalTask]:
     """Retrieval tasks for one change."""
     mine = [t for t in x.tasks if (t.length in s.beyond) == past]

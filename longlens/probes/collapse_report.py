@@ -37,7 +37,7 @@ class CollapseReport(Report):
         from longlens.views.charts import arrange
         return arrange([s.chart for s in self.sections()], columns=1)
 
-# %% ../../nbs/probes/05d_collapse_report.ipynb #1018da7f
+# %% ../../nbs/probes/05d_collapse_report.ipynb #b685453f
 def _ends(r: CollapseReport) -> tuple[int, int]:
     """The shortest and the longest length."""
     lengths = r.meta["settings"]["lengths"]
@@ -52,7 +52,7 @@ def _effect_of(r: CollapseReport, measure: str, condition: str, length: int, ref
     f = f.filter(pl.col("task").is_null() if task is None else pl.col("task") == task)
     return f.row(0, named=True) if len(f) else None
 
-
+# %% ../../nbs/probes/05d_collapse_report.ipynb #6f48e22f
 def _range(x: dict[str, Any], digits: int = 2) -> str:
     """Difference, interval and p-value, as far as there are any."""
     said = f"{x['difference']:+.{digits}f}"
@@ -65,7 +65,7 @@ def _sign(x: dict[str, Any]) -> int:
     """Which way, if the interval leaves out zero; else 0."""
     return int(x["lower"] > 0) - int(x["upper"] < 0)
 
-# %% ../../nbs/probes/05d_collapse_report.ipynb #17523add
+# %% ../../nbs/probes/05d_collapse_report.ipynb #68a01525
 def _said_cosine(r: CollapseReport) -> str:
     short, long = _ends(r)
     f = r.frames["similarity"].filter(kind="cut", condition="none")
@@ -78,7 +78,7 @@ def _said_cosine(r: CollapseReport) -> str:
     return (f"{which} cut to {short:,} to {long:,} tokens: two of them have a cosine of {a['mean_cosine']:.2f} at {short:,} and "
             f"{b['mean_cosine']:.2f} at {long:,} tokens" + ("" if x is None else f", {_range(x)}{way}"))
 
-
+# %% ../../nbs/probes/05d_collapse_report.ipynb #067819ca
 def _said_average(r: CollapseReport) -> str:
     """The control: averaging alone."""
     if "mean" not in r.meta["pooling"] or "shortened" not in r.frames: return ""
@@ -89,7 +89,7 @@ def _said_average(r: CollapseReport) -> str:
     return (f"control: means of the input vectors, which no layer has read, have a cosine of {a['value']:.2f} at {a['context_length']:,} "
             f"and {b['value']:.2f} at {b['context_length']:,} tokens: that is what averaging more words does without attention")
 
-# %% ../../nbs/probes/05d_collapse_report.ipynb #a7cfcdd7
+# %% ../../nbs/probes/05d_collapse_report.ipynb #99920a06
 def _said_natural(r: CollapseReport) -> str:
     f = r.frames["similarity"].filter(kind="natural", condition="none").sort("context_length")
     if f.is_empty(): return ""
@@ -97,7 +97,7 @@ def _said_natural(r: CollapseReport) -> str:
                       for x in f[[0, -1] if len(f) > 1 else [0]].iter_rows(named=True))
     return f"{r.meta['natural']} documents as they are, in {len(f)} group{'s' * (len(f) > 1)} of {f['documents'][0]} by length: {shown}"
 
-
+# %% ../../nbs/probes/05d_collapse_report.ipynb #718280d6
 def _said_rank(r: CollapseReport) -> str:
     short, long = _ends(r)
     f = r.frames["geometry"].filter(kind="cut", condition="none", measure="effective_rank_centred").sort("context_length")
@@ -109,7 +109,7 @@ def _said_rank(r: CollapseReport) -> str:
             f"of at most {a['documents'] - 1}; a linear probe tells the two lengths apart in {100 * told['accuracy']:.0f} % of unseen "
             f"documents' texts ({100 * told['lower']:.0f} to {100 * told['upper']:.0f} %; chance {100 * told['chance']:.0f} %)")
 
-# %% ../../nbs/probes/05d_collapse_report.ipynb #9687c7b4
+# %% ../../nbs/probes/05d_collapse_report.ipynb #44104f1a
 LAYER_NAMES = {"sigma_a": "sigma_a", "high_frequency": "high-frequency share", "token_similarity": "cosine of two tokens",
                "entropy_norm": "attention entropy over log n"}
 
@@ -122,7 +122,7 @@ def _runs(layers: list[int]) -> str:
         else: groups.append([k])
     return ", ".join(str(g[0]) if len(g) == 1 else f"{g[0]} to {g[-1]}" for g in groups)
 
-
+# %% ../../nbs/probes/05d_collapse_report.ipynb #bf8a9912
 def _said_layers(r: CollapseReport) -> list[str]:
     short, long = _ends(r)
     if short == long: return []
@@ -140,7 +140,7 @@ def _said_layers(r: CollapseReport) -> list[str]:
         out.append(f"{name}, {short:,} to {long:,} tokens: {said} (mean of layers {a:.2f} and {b:.2f}; {f['documents'][0]} documents)")
     return out
 
-# %% ../../nbs/probes/05d_collapse_report.ipynb #d18e8668
+# %% ../../nbs/probes/05d_collapse_report.ipynb #8157b09e
 def _said_taus(r: CollapseReport) -> list[str]:
     out, long = [], _ends(r)[1]
     for name, c in r.meta["conditions"].items():
@@ -154,7 +154,7 @@ def _said_taus(r: CollapseReport) -> list[str]:
         out.append(f"temperature {c['tau']:g} in every layer, at {long:,} tokens: {'; '.join(said)}")
     return out
 
-
+# %% ../../nbs/probes/05d_collapse_report.ipynb #643843cc
 def _found_with(r: CollapseReport, condition: str, reference: str) -> list[str]:
     """What a change does to nDCG@10, each task at the longest length that was asked."""
     if "retrieval" not in r.frames: return []
@@ -166,7 +166,7 @@ def _found_with(r: CollapseReport, condition: str, reference: str) -> list[str]:
         if x: out.append(f"{task} nDCG@10 {at['value'] - x['difference']:.2f} → {at['value']:.2f}, {_range(x, 3)}")
     return out
 
-
+# %% ../../nbs/probes/05d_collapse_report.ipynb #ee09dcdf
 def _said_retrieval(r: CollapseReport) -> list[str]:
     if "retrieval" not in r.frames: return []
     out = []
@@ -180,7 +180,7 @@ def _said_retrieval(r: CollapseReport) -> list[str]:
         out.append(f"{task} ({hit['queries'][0]} queries, {hit['candidates'][0]} documents): Acc@1 {first}; nDCG@10 {second}")
     return out
 
-# %% ../../nbs/probes/05d_collapse_report.ipynb #83f62122
+# %% ../../nbs/probes/05d_collapse_report.ipynb #58e6e5d7
 def _said_windows(r: CollapseReport) -> list[str]:
     out = []
     for name, c in r.meta["conditions"].items():
@@ -193,7 +193,7 @@ def _said_windows(r: CollapseReport) -> list[str]:
         out.append(f"{name} positions at {at['context_length']:,} tokens: {cone}{also}")
     return out
 
-
+# %% ../../nbs/probes/05d_collapse_report.ipynb #4a9399a3
 def _said_shortened(r: CollapseReport) -> str:
     if "shortened" not in r.frames: return ""
     f, task = r.frames["shortened"].filter(measure="ndcg_10"), (r.meta["settings"]["retrieval"] or [""])[-1]
@@ -209,33 +209,35 @@ def _said_shortened(r: CollapseReport) -> str:
     if 0 in below["layer"] and len(below) > 1: said += f"; the input vectors, which no layer has read: {below['value'][0]:.2f}"
     return said
 
-
+# %% ../../nbs/probes/05d_collapse_report.ipynb #e38a14ab
 def _said_left_out(r: CollapseReport) -> str:
     m, said = r.meta, []
-    if m["too_short"]: said.append(f"{m['too_short']:,} texts were too short to be cut to the longest length")
-    if m["too_long"]: said.append(f"{m['too_long']:,} were too long to be read as they are")
+    count = lambda n, what: f"{n:,} {what}{'s were' if n > 1 else ' was'}"
+    if m["too_short"]: said.append(f"{count(m['too_short'], 'text')} too short to be cut to the longest length")
+    if m["too_long"]: said.append(f"{count(m['too_long'], 'text')} too long to be read whole, and left out of those of natural length")
     if m["n_truncated"]: said.append(f"{m['n_truncated']:,} documents of natural length were cut at {m['max_length']:,} tokens")
     cut = 0
     if "retrieval" in r.frames:
         f = r.frames["retrieval"].filter(pl.col("n_truncated") > 0, measure="hit_1")
         cut = f["n_truncated"].sum()
-    if cut: said.append(f"{cut:,} documents of retrieval tasks were cut there ({', '.join(f['condition'].unique().sort())})")
+    if cut: said.append(f"{cut:,} documents of retrieval tasks were cut at {m['max_length']:,} tokens "
+                        f"({', '.join(f['condition'].unique().sort())})")
     return "; ".join(said)
 
-
+# %% ../../nbs/probes/05d_collapse_report.ipynb #6647ee9d
 def _said_embedded(r: CollapseReport) -> str:
     m = r.meta
     kept = f", of which {m['parts_kept']:,} of {m['parts']:,} parts were kept from before" if m["parts_kept"] else ""
     return f"{m['tokens']:,} tokens were embedded in {m['seconds']:,.0f} s{kept}"
 
-# %% ../../nbs/probes/05d_collapse_report.ipynb #8cc0a1b6
+# %% ../../nbs/probes/05d_collapse_report.ipynb #a16490df
 COLLAPSE_EXPLAINED = {
     "similarity": "The same {documents} documents ({source}) cut to each length, so that lengths are compared on the same content. If "
                   "embeddings collapse, the curve rises and the wide band narrows. Mean pooling alone makes it rise too: longer texts are "
                   "averages of more words. Documents of natural length differ in content as well.",
-    "directions": "How many directions the embeddings use. On the left as they are, on the right with their mean taken off, which leaves "
-                  "the differences. Effective rank: exponential of the entropy of normalised singular values.",
-    "map": "All texts on the first two principal axes of their embeddings.",
+    "directions": "How many directions the embeddings use: first as they are, then with their mean taken off, which leaves the "
+                  "differences. Effective rank: exponential of the entropy of normalised singular values.",
+    "map": "All texts on the first two principal axes of their embeddings (and by UMAP, which keeps neighbours, where it is installed).",
     "layers": "High-frequency share: how much of a layer's states differs between tokens. sigma_a: the most that the attention of a head "
               "passes on of a difference, mean over heads; theory has it fall with length where logits are random, which a sink is not. "
               "Entropy 1: attention to all tokens alike. Bands: 95 % intervals over {layer_documents} documents.",
@@ -248,7 +250,7 @@ COLLAPSE_EXPLAINED = {
     "shortened": "Embeddings made of the states after fewer layers (0: the input of the first), and of fewer of their numbers.",
 }
 
-
+# %% ../../nbs/probes/05d_collapse_report.ipynb #70b3f44a
 def _section(r: CollapseReport, title: str, key: str, charts: list[Any], table: pl.DataFrame, columns: int = 1) -> Any:
     from longlens.views.charts import arrange
     from longlens.views.page import Section
@@ -263,14 +265,14 @@ def _curve(f: pl.DataFrame, title: str, x: str, by: str | None, unit: str = "", 
     by = by if by and f[by].n_unique() > 1 else None
     return position_curve(f, "value", x, by=by, title=title, unit=unit, subtitle="", **{"name": title.lower(), **how})
 
-# %% ../../nbs/probes/05d_collapse_report.ipynb #3320309f
+# %% ../../nbs/probes/05d_collapse_report.ipynb #85b662de
 def _similarity_section(r: CollapseReport) -> Any:
     from longlens.views.collapse import similarity_curve
     f = r.frames["similarity"].filter(condition="none")
     chart = similarity_curve(f, by="kind" if f["kind"].n_unique() > 1 else None)
     return _section(r, "Do longer texts look more alike?", "similarity", [chart], r.frames["similarity"])
 
-
+# %% ../../nbs/probes/05d_collapse_report.ipynb #e44e81ce
 def _direction_section(r: CollapseReport) -> Any:
     from longlens.views.collapse import spectrum_curve
     mine = {name: r.frames[name].filter(kind="cut", condition="none") for name in ("spectrum", "geometry")}
@@ -289,13 +291,16 @@ def _direction_section(r: CollapseReport) -> Any:
         charts.append(_curve(told, title, "context_length", None, name="accuracy", domain=(0, 1), lines={"chance": 0.5}))
     return _section(r, "Directions", "directions", charts, r.frames["geometry"], 2)
 
-
+# %% ../../nbs/probes/05d_collapse_report.ipynb #c63a3bc1
 def _map_section(r: CollapseReport) -> Any:
-    from longlens.views.collapse import embedding_map
+    from longlens.views.collapse import embedding_map, has_umap, on_a_plane
     axes = r.meta["axes"]
-    return _section(r, "A map of the texts", "map", [embedding_map(r.frames["points"], (axes[0], axes[1]))], r.frames["points"])
+    charts = [embedding_map(r.frames["points"], (axes[0], axes[1]))]
+    if has_umap():
+        charts.append(embedding_map(on_a_plane(r.frames["vectors"], "umap", r.meta["settings"]["seed"]), title="The same by UMAP"))
+    return _section(r, "A map of the texts", "map", charts, r.frames["points"])
 
-# %% ../../nbs/probes/05d_collapse_report.ipynb #da238493
+# %% ../../nbs/probes/05d_collapse_report.ipynb #3334d032
 def _few(lengths: list[int], most: int = 4) -> list[int]:
     """Some of the lengths, the first and the last among them."""
     if len(lengths) <= most: return lengths
@@ -310,19 +315,19 @@ def _layer_section(r: CollapseReport) -> Any:
     charts = [_curve(f.filter(measure=m), _headed(name), "layer", "context_length", name=name) for m, name in LAYER_NAMES.items()]
     return _section(r, "Layer by layer", "layers", charts, r.frames["layers"], 2)
 
-
+# %% ../../nbs/probes/05d_collapse_report.ipynb #3ea1a9d7
 def _head_section(r: CollapseReport) -> Any:
     from longlens.views.charts import head_map
     f, n = r.frames["heads"].filter(condition="none"), _ends(r)[1]
     chart = head_map(f.filter(context_length=n), "sigma_a", title=f"sigma_a of every head at {n:,} tokens")
     return _section(r, "Head by head", "heads", [chart], f.sort("sigma_a", descending=True))
 
-# %% ../../nbs/probes/05d_collapse_report.ipynb #a1b1237c
+# %% ../../nbs/probes/05d_collapse_report.ipynb #485b7882
 TAU_NAMES = {"mean_cosine": "cosine of two texts", "effective_rank_centred": "effective rank of differences", "sigma_a": "sigma_a",
              "high_frequency": "high-frequency share", "entropy_norm": "attention entropy over log n",
              "centroid_distance": "distance to the centroid"}
 
-
+# %% ../../nbs/probes/05d_collapse_report.ipynb #48a69877
 def _tau_section(r: CollapseReport) -> Any:
     from longlens.views.collapse import tau_curve
     f = r.frames["taus"]
@@ -337,7 +342,7 @@ def _tau_section(r: CollapseReport) -> Any:
         if len(swept): charts.append(tau_curve(swept.filter(pl.col("context_length").is_in(some)), "nDCG@10", title=title))
     return _section(r, "Temperature", "taus", charts, f, 2)
 
-
+# %% ../../nbs/probes/05d_collapse_report.ipynb #633f998e
 def _retrieval_section(r: CollapseReport) -> Any:
     if "retrieval" not in r.frames: return None
     f = r.frames["retrieval"].filter(pl.col("context_length") <= max(r.meta["settings"]["retrieval_lengths"]))
@@ -349,7 +354,7 @@ def _retrieval_section(r: CollapseReport) -> Any:
             charts.append(_curve(g, title, "context_length", "condition", name="nDCG@10", domain=(0, 1)))
     return _section(r, "Retrieval by length", "retrieval", charts, r.frames["retrieval"], 2)
 
-# %% ../../nbs/probes/05d_collapse_report.ipynb #86537fc9
+# %% ../../nbs/probes/05d_collapse_report.ipynb #bbb083c4
 def _window_section(r: CollapseReport) -> Any:
     from longlens.views.positions import remedy_dots
     past = r.meta["settings"]["beyond"]
@@ -365,7 +370,7 @@ def _window_section(r: CollapseReport) -> Any:
     charts.append(_curve(own, "Cosine of two texts", "context_length", "condition"))
     return _section(r, "Past the encoder's length", "windows", charts, f if len(f) else own, 2)
 
-
+# %% ../../nbs/probes/05d_collapse_report.ipynb #ccc96d99
 def _shortened_section(r: CollapseReport) -> Any:
     from longlens.views.collapse import truncation_map
     if "shortened" not in r.frames: return None

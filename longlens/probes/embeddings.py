@@ -62,7 +62,7 @@ def pairs_interval(
     lower, upper = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(mean, float(lower), float(upper))
 
-# %% ../../nbs/probes/05_embeddings.ipynb #9103c9df
+# %% ../../nbs/probes/05_embeddings.ipynb #2bb1e417
 def spectrum(
     x: Any,  # embeddings, (documents, d)
     centred: bool = False,  # take the mean off first
@@ -71,7 +71,7 @@ def spectrum(
     u = directions(x)
     return np.linalg.svd(u - u.mean(0) if centred else u, compute_uv=False)
 
-
+# %% ../../nbs/probes/05_embeddings.ipynb #ec04e44d
 def effective_rank(
     values: np.ndarray,  # singular values
 ) -> float:  # 1 to their number; 0 if all are 0
@@ -80,7 +80,7 @@ def effective_rank(
     s = s[s > 1e-12 * max(1.0, s.max(initial=0))]
     return float(np.exp(-(p := s / s.sum()) @ np.log(p))) if len(s) else 0.0
 
-# %% ../../nbs/probes/05_embeddings.ipynb #ed69fa82
+# %% ../../nbs/probes/05_embeddings.ipynb #3fe75b0b
 class Geometry(NamedTuple):
     """How texts lie together."""
 
@@ -90,7 +90,7 @@ class Geometry(NamedTuple):
     effective_rank_centred: float
     centroid_distance: float
 
-
+# %% ../../nbs/probes/05_embeddings.ipynb #dcd6f339
 def geometry(
     x: Any,  # embeddings, (documents, d)
 ) -> Geometry:
