@@ -217,6 +217,8 @@ def test_text_becomes_markup_that_says_the_same() -> None:
     kept = "## `capture`\n\n```python\n`capture`\n```\n\n[`capture`](x.md)"
     assert linked(kept, index) == kept
     assert "<longlens.Report.load>" in linked("`Report.load()`", index)
+    assert linked("`longlens.report`", index) == "[`longlens.report`](/00_report.md)"
+    assert "LongModel.prefill" in {m.name for m in index.whole(index.find("LongModel")[0]).members}, "inherited"
 
 
 def cell(kind: str, source: str, *outs: dict[str, Any]) -> nbfiles.Cell:

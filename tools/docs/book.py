@@ -102,7 +102,9 @@ class Index:
         self.names: dict[str, list[tuple[Entry, Page]]] = {}
         self.patched: dict[str, list[Entry]] = {}
         self.arguments: dict[str, set[str]] = {}    # module -> names of parameters in it
+        self.modules: dict[str, str] = {}    # module -> name of its page
         for page in found:
+            if page.module: self.modules[f"longlens.{page.module}"] = page.name
             parts = [part for one in page.entries for part in (one, *one.members)]
             self.arguments[page.module] = {p.name.lstrip("*") for part in parts for p in part.parameters}
             for one in page.entries:
@@ -117,7 +119,7 @@ class Index:
         return own[0] if own else known[0] if len(known) == 1 else None
 
     def whole(self, entry: Entry) -> Entry:
-        "A class with what it inherits, where it says nothing itself, and with the methods that were added to it later"
+        "A class with what it inherits from classes that are not public, and with the methods that were added to it later"
         if entry.kind != "class": return entry
         given = entry
         for base in entry.bases:
@@ -130,7 +132,14 @@ class Index:
         later = [m for m in self.patched.get(entry.name, []) if m.name not in {one.name for one in entry.members}]
         init = next((m for m in later if m.name.endswith(".__init__")), None)
         if init: given = replace(given, parameters=init.parameters, marks=init.marks)
-        return replace(given, members=(*entry.members, *(m for m in later if m.public)))
+        mine = {m.name.partition(".")[2]: m for m in (*entry.members, *(m for m in later if m.public))}
+        theirs = {m.name.partition(".")[2]: m for base in entry.bases if base not in self.public for m in self._members(base)}
+        added = [replace(m, name=f"{entry.name}.{name}") for name, m in theirs.items() if name not in mine]
+        return replace(given, members=(*mine.values(), *added))
+
+    def _members(self, base: str) -> tuple[Entry, ...]:
+        known = self.find(base.split("[")[0])
+        return self.whole(known[0]).members if known else ()
 
     def target(self, name: str, module: str = "") -> str:
         "What a link to a name points at; empty if there is no such name, or more than one"

@@ -43,6 +43,7 @@ def telling(name: str, calls: str | None, index: Index, module: str) -> bool:
 def linked(text: str, index: Index, module: str = "") -> str:
     "Names in backticks lead to their entries, outside of code blocks, headings and links"
     def link(match: re.Match[str]) -> str:
+        if match[1] in index.modules and match[1] != f"longlens.{module}": return f"[{match[0]}](/{index.modules[match[1]]}.md)"
         called = CALLED.fullmatch(match[1])
         if not called or not telling(called[1], called[2], index, module): return match[0]
         return f"{{py:obj}}`{match[1].replace('<', chr(92) + '<')} <{index.target(called[1], module)}>`"
