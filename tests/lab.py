@@ -47,9 +47,11 @@ def jupyterlab(
     "A JupyterLab with settings of its own, and no news"
     port, token = free_port(), secrets.token_hex(16)
     own = {f"JUPYTER_{k}_DIR": str(root / f".{k.lower()}") for k in ("CONFIG", "DATA", "RUNTIME")}
-    quiet = root / ".config/lab/user-settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
-    quiet.parent.mkdir(parents=True)
-    quiet.write_text('{"fetchNews": "false"}')
+    settings = {"apputils-extension/notification": {"fetchNews": "false"}, "notebook-extension/tracker": {"windowingMode": "none"}}
+    for name, values in settings.items():    # no news; every cell is in the page
+        file = root / ".config/lab/user-settings/@jupyterlab" / f"{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(values))
     here = {"IPYTHONDIR": str(root / ".ipython"), "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
     env = {**os.environ, **own, **here}
     options = ["--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}",

@@ -22,9 +22,10 @@ from .page import facts, say, static
 from .pictures import classed, told
 
 # %% auto #0
-__all__ = ['Build', 'EXPLORERS', 'Cancelled', 'Busy', 'Progress', 'using', 'Explorer', 'App', 'read_parts', 'open_explorer']
+__all__ = ['Build', 'EXPLORERS', 'Cancelled', 'Busy', 'Progress', 'using', 'Explorer', 'Pending', 'App', 'read_parts',
+           'open_explorer']
 
-# %% ../../nbs/views/05_explore.ipynb #985d244c
+# %% ../../nbs/views/05_explore.ipynb #1d087825
 class Cancelled(Exception):
     "The reader pressed cancel"
 
@@ -36,7 +37,8 @@ class Busy(RuntimeError):
 class Progress:
     "How far a piece of work is; raises `Cancelled` where it is told so"
     def __init__(self, show: Callable[[float | None, str], None] = lambda share, text: None):
-        self.show, self.cancelled, self.passes = show, False, 0
+        self.show, self.cancelled, self.passes, self.tokens, self.shown = show, False, 0, 0, 0.0
+        self.planned: int | None = None    # tokens that will go through the model, where that is known
 
     def __call__(
         self,
@@ -47,12 +49,15 @@ class Progress:
         if self.cancelled: raise Cancelled
         self.show(share, text)
 
-    def forward(self, *_: Any) -> None:
-        "Before a forward pass of the model"
-        self.passes += 1
+    def forward(self, ids: Any) -> None:    # (batch, n)
+        "Before a forward pass of the model; shown ten times a second at most"
+        self.passes, self.tokens = self.passes + 1, self.tokens + (0 if ids is None else ids.numel())
         if self.cancelled: raise Cancelled
+        if (now := time.monotonic()) - self.shown < .1: return
+        self.shown, of = now, f" of about {self.planned:,}" if self.planned else ""
+        self.show(min(1, self.tokens / self.planned) if self.planned else None, f"{self.tokens:,}{of} tokens")
 
-# %% ../../nbs/views/05_explore.ipynb #9fe17db4
+# %% ../../nbs/views/05_explore.ipynb #2de9cee3
 _LOCKS: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()    # torch module -> lock
 
 
@@ -68,8 +73,9 @@ def using(
         return
     lock, me = _LOCKS.setdefault(model.hf, RLock()), get_ident()
     if not _take(lock, progress, wait): raise Busy("the model is at work on something else: wait for it, or cancel it")
-    mine = lambda *_: progress.forward() if progress and get_ident() == me else None
-    hook = model.hf.register_forward_pre_hook(mine)
+    def before(module: Any, args: tuple, kwargs: dict) -> None:
+        if progress and get_ident() == me: progress.forward(kwargs.get("input_ids", args[0] if args else None))
+    hook = model.hf.register_forward_pre_hook(before, with_kwargs=True)
     try: yield
     finally:
         hook.remove()
@@ -104,6 +110,47 @@ class Explorer(VBox):
         "A callback whose errors the app shows"
         def run(event: Any = None) -> None: self.app.does(f)(event) if hasattr(self, "app") else f(event)
         return run
+
+# %% ../../nbs/views/05_explore.ipynb #69136de7
+class Pending(Explorer):
+    "A tab that waits for a measurement"
+
+    def __init__(
+        self,
+        name: str,                                    # in files
+        title: str,                                   # on the tab
+        says: str,                                    # what would be measured
+        controls: Sequence[Any],                      # settings
+        measure: Callable[[Progress], Report],        # makes the report, in a thread
+        make: Callable[[Report], Explorer],           # shows it
+        model: Any = None,                            # that is used
+        report: Report | None = None,                 # that is there already
+    ):
+        self.name, self.title, self.measure, self.make, self.model = name, title, measure, make, model    # type: ignore[misc]
+        self.inner: Explorer | None = None
+        self.start = Button(description="Measure", icon="play", button_style="primary", layout=dict(width="110px"))
+        self.start.on_click(self.does(lambda _: self.app.run(title.lower(), self.measure, self.take, self.model)))
+        missing = told('<p class="lx-says">This needs the model.</p>')
+        ask = missing if model is None else classed(HBox([*controls, self.start]), "lx-bar")
+        self.ask = classed(VBox([told(f'<p class="lx-says">{say(says)}</p>'), ask]), "lx-ask")
+        super().__init__([self.ask])
+        if report is not None: self.take(report)
+
+    def take(self, report: Report) -> None:
+        "Show what was measured"
+        kept = self.inner.state() if self.inner else {}
+        self.inner, self.report = self.make(report), report
+        if hasattr(self, "app"): self.inner.app = self.app
+        self.inner.restore(kept)
+        self.children = [self.inner, self.ask] if self.model is not None else [self.inner]
+
+    def state(self) -> dict[str, Any]: return self.inner.state() if self.inner else {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        "Choose it again; the frame is known by now"
+        if self.inner is None: return
+        self.inner.app = self.app
+        self.inner.restore(state)
 
 # %% ../../nbs/views/05_explore.ipynb #0752accf
 Build = Callable[[Report, Mapping[str, Report]], Sequence[Explorer]]    # a report, other reports by the name of their tab -> tabs

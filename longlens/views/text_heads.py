@@ -135,7 +135,7 @@ def _ask(self: ReadingExplorer) -> None:
 
 def _named(heads: Sequence[tuple[int, int]]) -> str: return ", ".join(f"{layer}-{head}" for layer, head in heads)
 
-# %% ../../nbs/views/05a1_text_heads.ipynb #b4472d40
+# %% ../../nbs/views/05a1_text_heads.ipynb #20f03805
 def answer_html(
     r: Reading,                              # of a text
     silenced: Sequence[tuple[int, int]],     # heads
@@ -149,7 +149,8 @@ def answer_html(
                             f"<td>{a['logprob']:.3f}</td><td>{math.exp(a['logprob']):.3f}</td></tr>")
     head = "<tr><th></th><th>the model says</th><th>log-probability</th><th>probability</th></tr>"
     right = "the right answer" if before["right"] is not None else "what it says by itself"
-    asked = f'<p class="lx-soft">{say(r.meta["question"], 300)}</p>' if r.meta["question"] else ""
+    question = (r.meta["context"] or {}).get("question")
+    asked = f'<p class="lx-soft">{say(question, 300)}</p>' if question else ""
     note = f'<p class="lx-says">Probability of {right}, “{say(before["target"], 120)}”, after the text.</p>'
     return f'{asked}<table class="lx-numbers lx-answers">{head}{"".join(line(*row) for row in rows)}</table>{note}'
 

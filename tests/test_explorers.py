@@ -1,0 +1,280 @@
+"""Every explorer in JupyterLab, by hand: click, drag, pick, cancel, and see what changed; no network, and no text that runs
+
+One server, one notebook and one page serve all tests: starting them takes most of the time. EXPLORER_PICTURES=folder keeps a
+picture of every explorer, light and dark.
+"""
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lab import browser, errors_of, jupyterlab, missing, open_page, run_notebook, set_theme, write_notebook
+
+pytestmark = pytest.mark.browser
+HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
+CELLS = [f"HOSTILE = {HOSTILE!r}", """
+import longlens as ll
+from longlens.probes.trace_prompts import ready_prompt
+from longlens.probes.traceback import trace_context
+lm, enc = ll.load(), ll.load_encoder()
+ctx = ll.needle_context(lm, 2040, 40, wording="facts", n_keys=4)
+work = ll.explore(lm, ctx)
+work""", """
+text = ll.compose(lm, [f"A page says {HOSTILE} and little else. The code for Ada is lamb. Most people were gone by then.",
+                       "\\nQuestion: What is the code for Ada?\\nAnswer: The code for Ada is"], completion=" lamb.")
+hostile = ll.explore(lm, text)
+hostile""", """
+grid = ll.needle_grid(lm, [256, 512], [0, 50, 100], trials=1).widget(model=lm)
+grid""", """
+from longlens.probes.collapse import length_collapse
+collapse = length_collapse(enc, lengths=[16, 32], documents=8, layer_documents=1, taus=[.5], retrieval=()).widget(encoder=enc)
+collapse""", """
+small = ll.needle_context(lm, 200, 40, wording="facts", n_keys=3, seed=1)
+prompt = ready_prompt(lm, small, answer=" lamb. The", by="sentences", answer_span=(0, 5))
+trace = trace_context(lm, prompt, method="attention").widget(model=lm, prompt=prompt)
+trace"""]
+APPS = ["work", "hostile", "grid", "collapse", "trace"]    # in this order
+CLICK = """([app, layer, head]) => new Promise((done) => {    // milliseconds until every picture has its new rows
+  const charts = [...app.querySelectorAll(".lx-chart")], before = charts.map((c) => c.dataset.refreshed);
+  const cell = [...charts[0].querySelectorAll("path[aria-label]")].find((e) => e.ariaLabel.startsWith(`head: ${head}; layer: ${layer}`));
+  const box = cell.getBoundingClientRect(), start = performance.now();
+  for (const type of ["mousedown", "mouseup", "click"])
+    cell.dispatchEvent(new MouseEvent(type, {bubbles: true, clientX: box.x + 5, clientY: box.y + 5}));
+  const look = () => {
+    const told = app.querySelector(".lx-head").textContent.includes(`Layer ${layer}, head ${head}`);
+    if (told && charts.every((c, i) => c.dataset.refreshed !== before[i])) requestAnimationFrame(() => done(performance.now() - start));
+    else if (performance.now() - start > 20000) done(Infinity);
+    else setTimeout(look, 4);
+  };
+  look();
+})"""
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    "A notebook with every explorer, run in JupyterLab"
+    if why := missing(): pytest.skip(why)
+    root = tmp_path_factory.mktemp("explorers")
+    write_notebook(root / "explorers.ipynb", *CELLS)
+    with jupyterlab(root) as (url, token), browser(root / ".chrome", (1400, 1100)) as context:
+        page = open_page(context, url)
+        run_notebook(page, url, token, "explorers.ipynb", 300)
+        page.root = root
+        page.evaluate("() => window.jupyterapp.commands.execute('application:toggle-left-area')")
+        assert errors_of(page) == []
+        page.wait_for_selector(".lx-chart svg.marks")
+        yield page
+
+
+@pytest.fixture
+def app(page: Any) -> Any:
+    "An explorer by its name"
+    from playwright.sync_api import expect
+    expect(page.locator(".lx-app")).to_have_count(len(APPS))
+    return lambda name: page.locator(".lx-app").nth(APPS.index(name))
+
+
+def keep_picture(page: Any, app: Any, name: str) -> None:
+    "A picture of an explorer, light and dark, where a folder for them is named"
+    if not (folder := os.environ.get("EXPLORER_PICTURES")): return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for theme in ("Dark", "Light"):
+        set_theme(page, f"JupyterLab {theme}")
+        page.wait_for_timeout(300)
+        app.screenshot(path=f"{folder}/{name}-{theme.lower()}.png")
+
+
+def says(app: Any, text: str | re.Pattern) -> None:
+    "Wait until the line of status says it"
+    from playwright.sync_api import expect
+    expect(app.locator(".lx-status")).to_contain_text(text)
+
+
+def tab(app: Any, name: str) -> None: app.locator(".lx-tabs").get_by_role("button", name=name, exact=True).click()
+
+
+def test_a_click_on_a_head_shows_it_at_once(page: Any, app: Any, record_property: Any) -> None:
+    work = app("work")
+    took = [page.evaluate(CLICK, [work.element_handle(), layer, head]) for layer, head in ((3, 3), (2, 1), (4, 5), (0, 0), (2, 0))]
+    record_property("milliseconds", took)
+    print(f"\na click on a head, 2,035 tokens: {sorted(took)[2]:.0f} ms in the median, {max(took):.0f} ms at most")
+    assert sorted(took)[2] < 1500, f"clicks took {took} ms"    # 100 ms on a machine that does nothing else
+    assert "retrieval" in work.locator(".lx-chips").inner_text()
+    assert "here 0.29" in work.locator(".lx-rules").inner_text()
+    keep_picture(page, work, "heads")
+
+
+def test_arrow_keys_move_through_the_heads(page: Any, app: Any) -> None:
+    from playwright.sync_api import expect
+    work = app("work")
+    chart = work.locator(".lx-chart").first
+    chart.focus()
+    page.keyboard.press("ArrowRight")
+    expect(work.locator(".lx-head h4")).to_have_text("Layer 2, head 1")
+    page.keyboard.press("ArrowUp")
+    expect(work.locator(".lx-head h4")).to_have_text("Layer 1, head 1")
+    for key in ("ArrowDown", "ArrowLeft"): page.keyboard.press(key)
+    expect(work.locator(".lx-head h4")).to_have_text("Layer 2, head 0")
+
+
+def test_silenced_heads_change_the_answer(page: Any, app: Any) -> None:
+    from playwright.sync_api import expect
+    work, silence = app("work"), app("work").get_by_role("button", name="Silence this head")
+    answers = work.locator(".lx-answers")
+    expect(answers).to_contain_text("marble")
+    silence.click()
+    says(work, "asking without 2-0: done")
+    expect(answers).to_contain_text("without 2-0")
+    work.locator('path[aria-label^="head: 1; layer: 2"]').first.click()
+    silence.click()
+    says(work, "asking without 2-0, 2-1: done")
+    row = work.locator(".lx-answers tr", has_text="without 2-0, 2-1")
+    assert "marble" not in row.inner_text() and float(row.locator("td").nth(2).inner_text()) < .1
+    work.get_by_role("button", name="Silence none").click()
+    expect(answers).not_to_contain_text("without")
+
+
+def test_a_token_that_is_clicked_looks(page: Any, app: Any) -> None:
+    from playwright.sync_api import expect
+    work = app("work")
+    tab(work, "Text")
+    work.locator(".ll-u[data-u='2030']").first.click()
+    keep_picture(page, work, "text")
+    tab(work, "Heads")
+    expect(work.locator(".lx-picture", has_text="From one token").locator("input")).to_have_value("2030")
+
+
+def test_a_needle_is_dragged(page: Any, app: Any) -> None:
+    from playwright.sync_api import expect
+    grid = app("grid")
+    handle = grid.locator(".noUi-handle").first
+    handle.scroll_into_view_if_needed()
+    handle.focus()
+    for _ in range(3): page.keyboard.press("ArrowRight")
+    expect(grid.get_by_text("nothing was measured at 53: this is 50")).to_be_visible()
+    grid.get_by_role("button", name="Ask the model here").click()
+    says(grid, "asking at 53: done")
+    expect(grid.locator(".lx-answers tr").nth(1)).to_contain_text("asked here")
+    grid.locator('path[aria-label*="512"]').first.click()
+    expect(grid.locator(".lx-sliders select").first).to_have_value("512")
+    keep_picture(page, grid, "needle")
+
+
+def test_a_run_is_cancelled(page: Any, app: Any) -> None:
+    from playwright.sync_api import expect
+    work = app("work")
+    tab(work, "Needle")
+    work.get_by_role("button", name="Measure").click()
+    stop = work.get_by_role("button", name="Cancel")
+    expect(stop).to_be_visible()
+    says(work, re.compile(r"needle: [\d,]+ of about [\d,]+ tokens"))
+    stop.click()
+    says(work, "needle: cancelled, and nothing was changed")
+    expect(stop).to_be_hidden()
+    expect(work.get_by_role("button", name="Measure")).to_be_enabled()
+    assert work.locator(".lx-error").count() == 0
+    tab(work, "Heads")
+
+
+def test_sliders_move_the_collapse(page: Any, app: Any) -> None:
+    from playwright.sync_api import expect
+    collapse = app("collapse")
+    table = collapse.locator(".lx-numbers").first
+    before = table.inner_text()
+    length, temperature = collapse.locator(".noUi-handle").nth(0), collapse.locator(".noUi-handle").nth(1)
+    length.scroll_into_view_if_needed()
+    length.focus()
+    page.keyboard.press("ArrowLeft")
+    expect(table).not_to_have_text(before)
+    temperature.focus()
+    page.keyboard.press("ArrowLeft")
+    expect(collapse.get_by_text("shown at temperature 1")).to_be_visible()
+    collapse.get_by_role("button", name="Embed at this temperature").click()
+    says(collapse, "temperature 0.5: done")
+    expect(collapse.get_by_text("shown at temperature 1")).to_have_count(0)
+    keep_picture(page, collapse, "collapse")
+
+
+def test_a_span_is_picked_and_sources_are_removed(page: Any, app: Any) -> None:
+    from playwright.sync_api import expect
+    trace = app("trace")
+    left, right = trace.locator(".noUi-handle").nth(0), trace.locator(".noUi-handle").nth(1)
+    right.scroll_into_view_if_needed()
+    right.focus()
+    for _ in range(2): page.keyboard.press("ArrowRight")
+    left.focus()
+    page.keyboard.press("ArrowRight")
+    expect(trace.locator(".lx-quote").first).to_contain_text("not traced yet")
+    trace.get_by_role("button", name="Trace this span").click()
+    says(trace, re.compile("tracing .*: done"))
+    expect(trace.locator(".lx-quote").first).not_to_contain_text("not traced yet")
+    trace.get_by_role("button", name="Ask without them").click()
+    expect(trace.get_by_role("alert")).to_contain_text("take the tick from one of the boxes first")
+    trace.locator("input[type=checkbox]").first.uncheck()
+    trace.get_by_role("button", name="Ask without them").click()
+    says(trace, "asking without 1 of")
+    expect(trace.locator(".lx-answers tr", has_text="without")).to_be_visible()
+    expect(trace.get_by_role("alert")).to_have_count(0)
+    keep_picture(page, trace, "trace")
+
+
+def test_what_a_text_says_stays_text(page: Any, app: Any) -> None:
+    from playwright.sync_api import expect
+    hostile = app("hostile")
+    hostile.locator('path[aria-label^="head: 2; layer: 3"]').first.click()
+    box = hostile.locator(".lx-picture", has_text="From one token").locator("input")
+    for token in (8, 14, 20):
+        box.fill(str(token))
+        box.press("Enter")
+        expect(hostile.locator(".lx-quote mark").first).to_be_visible()
+    tab(hostile, "Text")
+    expect(hostile.locator(".ll-view")).to_contain_text(HOSTILE)
+    tab(hostile, "Trace")
+    hostile.get_by_role("button", name="Measure").click()
+    says(hostile, "trace: done")
+    expect(hostile.locator(".lx-main")).to_contain_text("<script>")
+    expect(hostile.locator(".lx-side")).to_contain_text("<script>")
+    assert page.evaluate("window.hacked") is None
+    assert page.locator(".lx-app script, .lx-app img, .lx-app [onerror]").count() == 0
+
+
+def test_views_are_kept_and_errors_are_shown(page: Any, app: Any) -> None:
+    from playwright.sync_api import expect
+    work, folder = app("work"), app("work").get_by_placeholder("folder")
+    work.locator('path[aria-label^="head: 5; layer: 4"]').first.click()
+    expect(work.locator(".lx-head h4")).to_have_text("Layer 4, head 5")
+    folder.fill("kept <b>view</b>")
+    folder.press("Enter")
+    work.get_by_role("button", name="Save").click()
+    says(work, "kept in kept <b>view</b>")
+    assert (page.root / "kept <b>view<" / "b>" / "report.json").exists()
+    work.locator('path[aria-label^="head: 0; layer: 0"]').first.click()
+    expect(work.locator(".lx-head h4")).to_have_text("Layer 0, head 0")
+    work.get_by_role("button", name="Load").click()
+    says(work, "read from")
+    expect(work.locator(".lx-head h4")).to_have_text("Layer 4, head 5")
+    folder.fill("<i>nothing</i>")
+    folder.press("Enter")
+    work.get_by_role("button", name="Load").click()
+    expect(work.get_by_role("alert")).to_contain_text("<i>nothing</i> is not a report")
+
+
+def test_dark_is_dark(page: Any, app: Any) -> None:
+    ink = """(app) => ["color", "backgroundColor"].map((what) => getComputedStyle(app)[what]).concat(
+      getComputedStyle(app.querySelector("svg.marks .mark-text text")).fill)"""
+    luma = lambda css: sum(w * int(v) for w, v in zip((.3, .6, .1), re.findall(r"\d+", css)[:3], strict=True))
+    for theme, dark in (("JupyterLab Dark", True), ("JupyterLab Light", False)):
+        set_theme(page, theme)
+        text, paper, axis = map(luma, page.evaluate(ink, app("grid").element_handle()))
+        right = text > 150 and axis > 150 and paper < 60 if dark else text < 100 and axis < 100 and paper > 200
+        assert right, (theme, text, paper, axis)
+
+
+def test_nothing_left_the_machine_and_nothing_was_complained_of(page: Any) -> None:
+    assert page.outside == []
+    assert errors_of(page) == []
+    assert [w for w in page.wrong if "longlens" in w.lower() or "vega" in w.lower() or "widget" in w.lower()] == []
