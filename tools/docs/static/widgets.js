@@ -88,8 +88,9 @@
       return el;
     }
 
-    async titled(state, open) {    // Tab, Accordion, Stack: each child under its title
+    async titled(state, open, kind) {    // Tab, Accordion: each child under its title; Stack: the one that is open
       const el = element("div");
+      if (kind === "Stack") { if (state.children?.[open]) el.append(await this.show(state.children[open])); return el; }
       for (const [i, child] of (state.children ?? []).entries()) {
         const part = element("details", "", {open: i === open});
         part.append(element("summary", state.titles?.[i] || `${i + 1}`), await this.show(child));
@@ -102,7 +103,7 @@
       const {state} = this.stored[id];
       if (kind === "Any") { const el = element("div"); await this.any(id, el); return el; }
       if (/^(VBox|HBox|Box|GridBox)$/.test(kind)) return this.children(state, element("div", "", {className: `widget-${kind.toLowerCase()}`}));
-      if (/^(Tab|Accordion|Stack)$/.test(kind)) return this.titled(state, state.selected_index ?? 0);
+      if (/^(Tab|Accordion|Stack)$/.test(kind)) return this.titled(state, state.selected_index ?? 0, kind);
       if (/^HTML/.test(kind)) return element("div", "", {innerHTML: state.value ?? "", className: "widget-html"});
       if (kind === "Label") return element("span", state.value ?? "");
       if (kind === "Image") return element("img", "", {src: `data:image/${state.format};base64,${this.stored[id].buffers?.[0]?.data ?? ""}`, alt: ""});
