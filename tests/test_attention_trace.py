@@ -259,7 +259,8 @@ def test_methods_are_found_by_name(tmp_path) -> None:
         assert cost.exact and cost.tokens == trace.frames["costs"].filter(stage="method")["tokens"].item()
         trace.save(tmp_path / method)
         assert ll.Report.load(tmp_path / method).frames["sources"].equals(trace.frames["sources"])
-    assert trace.top(1)["text"].item().strip() == "The code for Eve is stone."
+    best = trace.frames["sources"].sort("score", descending=True).row(0, named=True)
+    assert trace.context[best["start"]:best["end"]].strip() == "The code for Eve is stone."
     with pytest.raises(ValueError, match="needs heads"): trace_context(lm, documents, ask, method="retrieval_attention")
     with pytest.raises(TypeError, match="has no setting 'beta'"): trace_context(lm, documents, ask, method="attntrace", beta=3)
 
