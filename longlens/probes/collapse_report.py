@@ -354,7 +354,7 @@ def _retrieval_section(r: CollapseReport) -> Any:
             charts.append(_curve(g, title, "context_length", "condition", name="nDCG@10", domain=(0, 1)))
     return _section(r, "Retrieval by length", "retrieval", charts, r.frames["retrieval"], 2)
 
-# %% ../../nbs/probes/05d_collapse_report.ipynb #bbb083c4
+# %% ../../nbs/probes/05d_collapse_report.ipynb #ddf9943a
 def _window_section(r: CollapseReport) -> Any:
     from longlens.views.positions import remedy_dots
     past = r.meta["settings"]["beyond"]
@@ -362,12 +362,17 @@ def _window_section(r: CollapseReport) -> Any:
     ways = ["cut off", *r.meta["settings"]["windows"]]
     f = r.frames["retrieval"].filter(pl.col("condition").is_in(ways)) if "retrieval" in r.frames else pl.DataFrame()
     charts = []
+    how: dict[str, Any] = {}
     for (task,), g in f.filter(measure="ndcg_10").group_by("task", maintain_order=True) if len(f) else ():
-        how: dict[str, Any] = dict(category="condition", split=None, baseline="cut off", name="nDCG@10")
+        how = dict(category="condition", split=None, baseline="cut off", name="nDCG@10")
         charts += [remedy_dots(g.filter(context_length=n), "value", title=f"{str(task).capitalize()} at {n:,} tokens", **how)
                    for n in g["context_length"].unique().sort()]
-    own = r.frames["similarity"].filter(kind="cut").filter(pl.col("condition").is_in(["none", *ways])).rename({"mean_cosine": "value"})
-    charts.append(_curve(own, "Cosine of two texts", "context_length", "condition"))
+    own = r.frames["similarity"].filter(kind="cut").rename({"mean_cosine": "value"})
+    here = f"as it is, {_ends(r)[1]:,} tokens"
+    before = own.filter(condition="none", context_length=_ends(r)[1]).with_columns(condition=pl.lit(here))
+    how = dict(category="condition", split=None, baseline=here, name="cosine")
+    charts += [remedy_dots(pl.concat([before, own.filter(pl.col("condition").is_in(ways), context_length=n)]), "value",
+                           title=f"Cosine of two texts at {n:,} tokens", **how) for n in past]
     return _section(r, "Past the encoder's length", "windows", charts, f if len(f) else own, 2)
 
 # %% ../../nbs/probes/05d_collapse_report.ipynb #ccc96d99

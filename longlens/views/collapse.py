@@ -22,7 +22,15 @@ from .positions import _placed, _strips, _x_places
 __all__ = ['METHODS', 'similarity_curve', 'spectrum_curve', 'has_umap', 'on_a_plane', 'embedding_map', 'truncation_map',
            'tau_curve']
 
-# %% ../../nbs/views/00d_collapse.ipynb #3f209df4
+# %% ../../nbs/views/00d_collapse.ipynb #48bb3554
+def _apart_on_log(at: pl.Series, gap: float = 1.2) -> list[float]:
+    """Places that have room for a label on a logarithmic axis, the last one first."""
+    out: list[float] = []
+    for v in sorted(at.unique(), reverse=True):
+        if not out or out[-1] / v >= gap: out.append(v)
+    return out[::-1]
+
+# %% ../../nbs/views/00d_collapse.ipynb #90eab66a
 def similarity_curve(
     frame: pl.DataFrame,  # columns context_length, mean_cosine, lower, upper, q05, q95; one row for each length (and each of `by`)
     by: str | None = None,  # column of conditions or kinds: a line each
@@ -39,7 +47,9 @@ def similarity_curve(
     wide = alt.Chart(_data(spread)).mark_area(opacity=0.16, tooltip=None)
     band = wide.encode(x=x, y=alt.Y("low:Q", **y_how), y2="high:Q", color=colour)
     text = "Line and narrow band: mean over pairs, and its 95 % interval over documents. Wide band: the middle 90 % of pairs."
-    chart = alt.layer(band, *_line_layers(points, x, y_how, [], by), _strips(points, "context_length", True, "mean cosine"))
+    strips = _strips(points, "context_length", True, "mean cosine")
+    for shown in (x, strips.encoding.x): shown["axis"]["values"] = _apart_on_log(points["x"])
+    chart = alt.layer(band, *_line_layers(points, x, y_how, [], by), strips)
     return _titled(chart.properties(width=WIDTH, height=HEIGHT), title, text if subtitle is None else subtitle, WIDTH)
 
 # %% ../../nbs/views/00d_collapse.ipynb #5fd3323a
