@@ -18,19 +18,19 @@ from .sources import TracePrompt, narrowed, source_frame
 # %% auto #0
 __all__ = ['CoarseToFine']
 
-# %% ../../nbs/probes/06j_coarse_to_fine.ipynb #bbd8209d
+# %% ../../nbs/probes/06j_coarse_to_fine.ipynb #24590753
 def _finer(prompt: TracePrompt, winners: Sequence[int], by: str) -> tuple[TracePrompt, list[int]] | None:
     """The winners alone, cut; None where there is nothing to cut."""
     fine, parents = narrowed(prompt, list(winners), by)
     return None if fine.n == len(winners) else (fine, parents)
 
-
+# %% ../../nbs/probes/06j_coarse_to_fine.ipynb #04b31b42
 def _best(values: np.ndarray, keep: int) -> list[int]:
     """The numbers of the highest scores, in the order of the context."""
     known = np.flatnonzero(~np.isnan(values))
     return sorted(known[np.argsort(-values[known], kind="stable")[:keep]].tolist())
 
-
+# %% ../../nbs/probes/06j_coarse_to_fine.ipynb #1bd29726
 def _level_frame(level: int, prompt: TracePrompt, found: TraceScores, parents: Sequence[int | None]) -> pl.DataFrame:
     """The sources of a level."""
     values, e = found.values, np.full(prompt.n, np.nan) if found.errors is None else found.errors
@@ -39,10 +39,10 @@ def _level_frame(level: int, prompt: TracePrompt, found: TraceScores, parents: S
             "parent": pl.Series(parents, dtype=pl.Int64)}
     return source_frame(prompt).with_columns(**more).select(pl.lit(level).alias("level"), pl.all())
 
-# %% ../../nbs/probes/06j_coarse_to_fine.ipynb #7692bcf2
+# %% ../../nbs/probes/06j_coarse_to_fine.ipynb #99407394
 @dataclass(frozen=True)
-class CoarseToFine(Tracer):
-    """Any method on coarse sources, then on finer ones inside the best."""
+class _Levels(Tracer):
+    """Settings of CoarseToFine, and what it takes over from its method."""
 
     method: str | Tracer = "loo"  # scores every level
     levels: Sequence[str] = ("sentences", "tokens")  # how the winners are cut, one way after the other
@@ -53,7 +53,7 @@ class CoarseToFine(Tracer):
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", (self.levels,) if isinstance(self.levels, str) else tuple(self.levels))
         if self.keep < 1: raise ValueError(f"keep is {self.keep}: one winner or more")
-        if isinstance(self.method, CoarseToFine) or self.method == "coarse_to_fine":
+        if isinstance(self.method, _Levels) or self.method == "coarse_to_fine":
             raise ValueError("coarse_to_fine is made of another method: method is the name of one")
 
     @property
@@ -75,6 +75,10 @@ class CoarseToFine(Tracer):
     def signed(self) -> bool:  # type: ignore[override]
         """Does a score below 0 speak against the answer?"""
         return self.inner.signed
+
+# %% ../../nbs/probes/06j_coarse_to_fine.ipynb #8030703d
+class CoarseToFine(_Levels):
+    """Any method on coarse sources, then on finer ones inside the best."""
 
     def cost(self, job: TraceJob) -> TraceCost:
         """The first level, and the others as if the longest sources won."""
@@ -101,7 +105,7 @@ class CoarseToFine(Tracer):
         tables = {**first.frames, "levels": pl.concat(frames)}
         return replace(first, frames=tables, notes=(*first.notes, *_said_levels(frames)), costs=costs)
 
-
+# %% ../../nbs/probes/06j_coarse_to_fine.ipynb #c0ae0c4f
 def _inside(job: TraceJob, prompt: TracePrompt) -> TraceJob:
     """The same job on a narrower prompt."""
     return replace(job, prompt=prompt)

@@ -55,7 +55,7 @@ class TraceJob:
         """Random numbers; the same for the same seed."""
         return np.random.default_rng([self.seed, salt])
 
-# %% ../../nbs/probes/06b_perturbation.ipynb #d4ac1f68
+# %% ../../nbs/probes/06b_perturbation.ipynb #bbf91919
 @dataclass(frozen=True, eq=False)
 class TraceScores:
     """What a method gives."""
@@ -66,7 +66,7 @@ class TraceScores:
     notes: tuple[str, ...] = ()  # sentences for the findings
     costs: ScoreCosts | None = None  # of forwards that did not go through the scorer
 
-
+# %% ../../nbs/probes/06b_perturbation.ipynb #4e5083ec
 @dataclass(frozen=True)
 class TraceCost:
     """What a method is going to cost, at most."""
@@ -78,7 +78,7 @@ class TraceCost:
     def __repr__(self) -> str:
         return f"{'' if self.exact else 'up to '}{self.evaluations:,} evaluations, {self.tokens:,} tokens through the model"
 
-# %% ../../nbs/probes/06b_perturbation.ipynb #5fe2b468
+# %% ../../nbs/probes/06b_perturbation.ipynb #429f44a0
 class Tracer:
     """A method of context traceback. A frozen dataclass whose fields are its settings."""
 
@@ -96,10 +96,10 @@ class Tracer:
         """The scores."""
         raise NotImplementedError(f"{type(self).__name__} must define run(job)")
 
-
+# %% ../../nbs/probes/06b_perturbation.ipynb #a50948c8
 TRACERS: dict[str, Tracer] = {}  # name -> method; add your own
 
-# %% ../../nbs/probes/06b_perturbation.ipynb #a5eef6be
+# %% ../../nbs/probes/06b_perturbation.ipynb #a776950f
 def find_tracer(
     method: str | Tracer,  # a name in TRACERS, or a method
     settings: Mapping[str, Any] | None = None,  # fields that are to be different
@@ -113,7 +113,7 @@ def find_tracer(
         raise TypeError(f"{type(method).__name__} has no setting {odd[0]!r}: it has {', '.join(sorted(known)) or 'none'}")
     return replace(method, **settings) if settings else method  # type: ignore[type-var]
 
-
+# %% ../../nbs/probes/06b_perturbation.ipynb #8d7d554f
 def check_budget(
     tracer: Tracer,
     job: TraceJob,
@@ -147,7 +147,7 @@ def planned_cost(
     costs = job.scorer.plan(kept)
     return TraceCost(costs.evaluations, costs.tokens, True)
 
-# %% ../../nbs/probes/06b_perturbation.ipynb #7855c7f4
+# %% ../../nbs/probes/06b_perturbation.ipynb #24dd93f5
 def out_masks(n: int) -> np.ndarray:
     """Everything, and everything but one, (n + 1, n)."""
     return np.vstack([np.ones(n, bool), ~np.eye(n, dtype=bool)])
@@ -157,7 +157,7 @@ def alone_masks(n: int) -> np.ndarray:
     """Nothing, and one alone, (n + 1, n)."""
     return np.vstack([np.zeros(n, bool), np.eye(n, dtype=bool)])
 
-
+# %% ../../nbs/probes/06b_perturbation.ipynb #9d4475fa
 @dataclass(frozen=True)
 class LeaveOneOut(Tracer):
     """v(all) - v(all but i): what the answer loses without a source."""
@@ -171,7 +171,7 @@ class LeaveOneOut(Tracer):
         v = job.scorer(out_masks(job.n))
         return TraceScores(v[0] - v[1:])
 
-
+# %% ../../nbs/probes/06b_perturbation.ipynb #520aa360
 @dataclass(frozen=True)
 class SingleText(Tracer):
     """v({i}) - v(nothing): what the answer gains from a source alone."""
@@ -185,12 +185,12 @@ class SingleText(Tracer):
         v = job.scorer(alone_masks(job.n))
         return TraceScores(v[1:] - v[0])
 
-# %% ../../nbs/probes/06b_perturbation.ipynb #4b507527
+# %% ../../nbs/probes/06b_perturbation.ipynb #8492143c
 def orders_of(n: int, k: int, rng: np.random.Generator) -> np.ndarray:
     """Permutations of n sources, (k, n)."""
     return np.stack([rng.permutation(n) for _ in range(k)])
 
-
+# %% ../../nbs/probes/06b_perturbation.ipynb #fa9ea29b
 def chain_masks(
     orders: np.ndarray,  # permutations, (k, n)
 ) -> np.ndarray:  # (k, n + 1, n): who is there before each step, and at the end
@@ -198,7 +198,7 @@ def chain_masks(
     rank = np.argsort(orders, axis=1)
     return rank[:, None, :] < np.arange(orders.shape[1] + 1)[None, :, None]
 
-
+# %% ../../nbs/probes/06b_perturbation.ipynb #62c56c0e
 def marginals(
     v: Callable[[np.ndarray], np.ndarray],  # values of sets, (m, n) -> (m,)
     orders: np.ndarray,  # permutations, (k, n)
@@ -232,7 +232,7 @@ class Shapley(Tracer):
         errors = m.std(0, ddof=1) / np.sqrt(len(m)) if len(m) > 1 else None
         return TraceScores(m.mean(0), errors)
 
-# %% ../../nbs/probes/06b_perturbation.ipynb #9abac21f
+# %% ../../nbs/probes/06b_perturbation.ipynb #5d49a962
 def top_mean(
     m: np.ndarray,  # marginals, (..., k, n)
     beta: float,  # share of them that counts
@@ -241,7 +241,7 @@ def top_mean(
     k = m.shape[-2]
     return np.sort(m, axis=-2)[..., k - max(1, int(k * beta)) :, :].mean(-2)
 
-
+# %% ../../nbs/probes/06b_perturbation.ipynb #2063741f
 @dataclass(frozen=True)
 class DenoisedShapley(Shapley):
     """The mean of the largest marginals (TracLLM: the top fifth of 20)."""
@@ -261,12 +261,12 @@ class DenoisedShapley(Shapley):
         errors = np.stack([top_mean(m[d], self.beta) for d in draws]).std(0, ddof=1)
         return TraceScores(top_mean(m, self.beta), errors)
 
-# %% ../../nbs/probes/06b_perturbation.ipynb #d6c7d5d8
+# %% ../../nbs/probes/06b_perturbation.ipynb #2aa84262
 def halved(nodes: Sequence[range]) -> list[range]:
     """Each group cut in the middle; single sources are carried over."""
     return [r for n in nodes for r in ((n,) if len(n) < 2 else (n[: len(n) // 2], n[len(n) // 2 :]))]
 
-
+# %% ../../nbs/probes/06b_perturbation.ipynb #77516359
 def informed_search(
     score: Callable[[list[range]], np.ndarray],  # values of groups of neighbours, when nothing else is there
     n: int,  # sources
@@ -284,7 +284,7 @@ def informed_search(
         nodes, values, level = [nodes[i] for i in best], values[best], level + 1
     return nodes, values, pl.DataFrame(seen)
 
-# %% ../../nbs/probes/06b_perturbation.ipynb #1590c7fe
+# %% ../../nbs/probes/06b_perturbation.ipynb #8e92f033
 @dataclass(frozen=True, eq=False)
 class _Groups:
     """A game whose players are groups of neighbours; those in no group are not there."""
@@ -300,7 +300,7 @@ class _Groups:
         for row, r in zip(member, self.nodes, strict=True): row[r.start : r.stop] = True
         return self.game(np.asarray(kept, dtype=int) @ member.astype(int) > 0)
 
-
+# %% ../../nbs/probes/06b_perturbation.ipynb #3d31dbef
 class _Meter:
     """A game that counts what it would cost to score the sets it is asked about, each once, as whole forwards."""
 

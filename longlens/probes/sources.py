@@ -26,7 +26,7 @@ from ..pieces import BoundaryError, _solid
 __all__ = ['SEGMENTERS', 'UNITS', 'Sources', 'cut_context', 'token_owners', 'TracePrompt', 'subset_tokens', 'subset_ids',
            'answer_tokens', 'placed', 'token_prompt', 'narrowed', 'source_frame']
 
-# %% ../../nbs/probes/06_sources.ipynb #707a44ba
+# %% ../../nbs/probes/06_sources.ipynb #134525e0
 def _sentence_ends(text: str) -> list[int]:
     units, gaps = split_sentences(text)
     return [*accumulate(len(u) + len(g) for u, g in zip(units, gaps, strict=True))]
@@ -42,9 +42,11 @@ SEGMENTERS: dict[str, Callable[[str], list[int]]] = {  # name -> where units of 
     "paragraphs": _places(r"\n[^\S\n]*\n\s*"),
     "documents": lambda text: [],
 }
+
+# %% ../../nbs/probes/06_sources.ipynb #87a254d9
 UNITS = {"words": 100}  # units that make one source; 1 where nothing is said
 
-# %% ../../nbs/probes/06_sources.ipynb #8fb7935f
+# %% ../../nbs/probes/06_sources.ipynb #de7b4ba1
 def _grouped(text: str, ends: Sequence[int], size: int) -> list[tuple[int, int]]:
     """Spans of `size` units each; together they are the text, and none is only white space."""
     cuts = [e for e in ends[size - 1 :: size] if 0 < e < len(text)]
@@ -54,7 +56,7 @@ def _grouped(text: str, ends: Sequence[int], size: int) -> list[tuple[int, int]]
         else: out.append((a, b))
     return out
 
-
+# %% ../../nbs/probes/06_sources.ipynb #50f3a484
 def _spans_of(text: str, by: str, size: int | None) -> list[tuple[int, int]]:
     """Spans of a text in one of the ways of SEGMENTERS."""
     if by not in SEGMENTERS:
@@ -97,7 +99,7 @@ def _own(text: str, spans: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
                              "without overlaps")
     return out
 
-# %% ../../nbs/probes/06_sources.ipynb #31d58762
+# %% ../../nbs/probes/06_sources.ipynb #23690ad1
 def _joined_documents(documents: Sequence[str], sep: str) -> tuple[str, list[tuple[int, int]]]:
     """One text, and where each document stands in it, separator included."""
     for i, d in enumerate(documents):
@@ -106,7 +108,7 @@ def _joined_documents(documents: Sequence[str], sep: str) -> tuple[str, list[tup
     parts = [d + sep * (i < len(documents) - 1) for i, d in enumerate(documents)]
     return "".join(parts), list(pairwise([0, *accumulate(map(len, parts))]))
 
-
+# %% ../../nbs/probes/06_sources.ipynb #528ab149
 def cut_context(
     context: str | Sequence[str],  # a text, or documents
     by: str | Sequence[Sequence[int]] | None = None,  # one of SEGMENTERS, or spans (start, end); None: "words", a list: "documents"
@@ -159,10 +161,10 @@ def _with_tokens(sources: Sources, owner: np.ndarray) -> tuple[Sources, np.ndarr
     documents = tuple(sources.documents[i] for i in kept)
     return replace(sources, spans=spans, documents=documents), np.where(owner >= 0, new[owner], -1)
 
-# %% ../../nbs/probes/06_sources.ipynb #bb85a76f
+# %% ../../nbs/probes/06_sources.ipynb #76786eda
 @dataclass(frozen=True, eq=False, repr=False)
-class TracePrompt:
-    """A prompt whose context is cut into sources, and an answer to be traced to them."""
+class _Parts:
+    """What a TracePrompt holds."""
 
     tokens: Tokens  # the prompt with every source, (n,); its offsets are characters of the prompt's text
     owner: np.ndarray  # the source of each token, (n,); -1: always there
@@ -172,6 +174,10 @@ class TracePrompt:
     question: str = ""
     at: int = 0  # the character of the prompt at which the context begins
     meta: Mapping[str, Any] = field(default_factory=dict)  # template, chat, generated
+
+# %% ../../nbs/probes/06_sources.ipynb #d1af9edb
+class TracePrompt(_Parts):
+    """A prompt whose context is cut into sources, and an answer to be traced to them."""
 
     @property
     def n(self) -> int:
@@ -212,7 +218,7 @@ class TracePrompt:
         said = f", {len(self.traced)} of them traced" * (len(self.traced) < len(self.answer))
         return f"TracePrompt({len(self):,} tokens, {self.n:,} sources by {self.sources.by}; answer of {len(self.answer)} tokens{said})"
 
-# %% ../../nbs/probes/06_sources.ipynb #9d79e32b
+# %% ../../nbs/probes/06_sources.ipynb #483f02ec
 def _mask(prompt: TracePrompt, kept: Any) -> np.ndarray:
     """A subset as one bool for each source."""
     x = np.asarray(kept)
@@ -225,7 +231,7 @@ def _mask(prompt: TracePrompt, kept: Any) -> np.ndarray:
         out[int(i)] = True
     return out
 
-
+# %% ../../nbs/probes/06_sources.ipynb #88404638
 def subset_tokens(
     prompt: TracePrompt,
     kept: Any,  # bool for each source, or numbers of sources
@@ -255,7 +261,7 @@ def answer_tokens(
         raise ValueError(f"{span} are not tokens of the answer, which has {len(answer)}")
     return span
 
-# %% ../../nbs/probes/06_sources.ipynb #f2df9839
+# %% ../../nbs/probes/06_sources.ipynb #150d48f0
 def placed(
     tokens: Tokens,  # of a prompt, with offsets
     at: int,  # the character of the prompt at which the context begins
@@ -273,7 +279,7 @@ def placed(
     sources, owner = _with_tokens(sources, token_owners(tokens.text or "", offsets, spans, end))
     return TracePrompt(tokens, owner, sources, answer, answer_tokens(answer, span), at=at, **more)
 
-
+# %% ../../nbs/probes/06_sources.ipynb #38939d91
 def _token_sources(tokens: Tokens, at: int, a: int, b: int) -> list[tuple[int, int]]:
     """Characters a to b of the context, a source for each token that is more than white space."""
     _, first, _ = _solid(tokens.text or "", tokens.offsets.numpy())  # type: ignore[union-attr]
@@ -299,7 +305,7 @@ def token_prompt(
     owner = token_owners(text, offsets.numpy(), np.array(spans), len(text))
     return TracePrompt(tokens, owner, cut, Tokens(said), answer_tokens(Tokens(said), answer_span), meta={"generated": False})
 
-# %% ../../nbs/probes/06_sources.ipynb #a30d7e84
+# %% ../../nbs/probes/06_sources.ipynb #a64c6b33
 def narrowed(
     prompt: TracePrompt,
     kept: Any,  # bool for each source, or numbers of sources
@@ -321,7 +327,7 @@ def narrowed(
     owner = np.where(owner >= 0, np.searchsorted(has, owner), -1)
     return replace(prompt, tokens=tokens, owner=owner, sources=cut), [parts[i][0] for i in has]
 
-
+# %% ../../nbs/probes/06_sources.ipynb #6bf25d32
 def _parts(old: Sources, tokens: Tokens, at: int, span: tuple[int, int], by: str | None, size: int | None) -> list[tuple[int, int]]:
     """The parts of one source, in characters of the context."""
     a, b = span

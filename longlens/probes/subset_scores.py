@@ -34,7 +34,7 @@ from ..sweeps import SweepWarning, out_of_memory
 # %% auto #0
 __all__ = ['FLOOR', 'answer_measures', 'Walker', 'SubsetScorer', 'ScorePlan', 'plan_subsets', 'measure_subsets', 'plain_scores']
 
-# %% ../../nbs/probes/06a_subsets.ipynb #c30b3223
+# %% ../../nbs/probes/06a_subsets.ipynb #ace6cbd6
 def _said_logits(lm: Any, cache: Any, ids: Tensor, rows: Tensor, chunk: int) -> Tensor:  # (b, t, vocab), float32
     """Logits at the rows (b, t) of ids (b, n) that come after a cache."""
     wanted, parts = rows.unique(), []
@@ -47,7 +47,7 @@ def _said_logits(lm: Any, cache: Any, ids: Tensor, rows: Tensor, chunk: int) -> 
     where = torch.searchsorted(wanted, rows).to(lm.device)
     return torch.cat(parts, 1).take_along_dim(where[..., None], 1)
 
-
+# %% ../../nbs/probes/06a_subsets.ipynb #5ed6f1f6
 def answer_measures(
     logits: Tensor,  # of the rows before each token, (b, t, vocab), float32
     ids: Tensor,  # the tokens, (t,)
@@ -95,12 +95,12 @@ class Walker:
         rows = ends[:, None] + torch.arange(self.prompt.traced.start, len(a))
         return answer_measures(_said_logits(lm, cache, ids, rows, chunk), a[self.prompt.traced.start :])
 
-# %% ../../nbs/probes/06a_subsets.ipynb #57c38148
+# %% ../../nbs/probes/06a_subsets.ipynb #47c188cc
 FLOOR = -1000.0  # stands for the logarithm of zero (TracLLM)
 
 
-class SubsetScorer:
-    """log p(answer | subset of sources), each subset once. A ValueFunction."""
+class _Scorer:
+    """What a SubsetScorer holds."""
 
     def __init__(
         self,
@@ -122,6 +122,10 @@ class SubsetScorer:
         self.floored: set[bytes] = set()  # subsets with which the answer has no probability at all
         self.state, self.run_key, self.written = "", "", time.monotonic()
 
+# %% ../../nbs/probes/06a_subsets.ipynb #72c88d29
+class SubsetScorer(_Scorer):
+    """log p(answer | subset of sources), each subset once. A ValueFunction."""
+
     def measures(self, kept: Any) -> np.ndarray:  # (m, 2, t)
         """log p and log(p / (1 - p)) of each traced token, for each subset."""
         return measure_subsets(self, kept)
@@ -142,10 +146,10 @@ class SubsetScorer:
         """Give the cache back; results stay."""
         self.walker.forget()
 
-
+# %% ../../nbs/probes/06a_subsets.ipynb #df9b179c
 def _floor(values: np.ndarray) -> np.ndarray: return np.where(np.isneginf(values), FLOOR, values)
 
-# %% ../../nbs/probes/06a_subsets.ipynb #9dc2cc5f
+# %% ../../nbs/probes/06a_subsets.ipynb #ecc2e238
 @dataclass(frozen=True, eq=False)
 class ScorePlan:
     """What is left to do for some subsets."""
@@ -157,7 +161,7 @@ class ScorePlan:
     chunk: int  # tokens a step of the forward
     costs: ScoreCosts
 
-
+# %% ../../nbs/probes/06a_subsets.ipynb #5a14f760
 def _subset_key(prompt: TracePrompt, mask: np.ndarray) -> bytes:
     """A name for a subset: the tokens of its prompt."""
     ids = prompt.ids[torch.from_numpy(subset_tokens(prompt, mask))].numpy()
@@ -171,7 +175,7 @@ def _masks(prompt: TracePrompt, kept: Any) -> list[np.ndarray]:
         raise ValueError(f"subsets are bools of shape (one or more, {prompt.n} sources), not {kept.dtype} of shape {kept.shape}")
     return list(kept)
 
-# %% ../../nbs/probes/06a_subsets.ipynb #ebf932d8
+# %% ../../nbs/probes/06a_subsets.ipynb #4d02b851
 def _fitting(s: SubsetScorer, n: int) -> tuple[int, int]:
     """How many prompts of up to n tokens run together, and how many tokens a step, in the memory there is."""
     t = len(s.prompt.traced)
@@ -185,10 +189,10 @@ def _fitting(s: SubsetScorer, n: int) -> tuple[int, int]:
     raise MemoryError(f"{s.lm.name} cannot run {n:,} tokens in chunks of 32: it takes {_bytes(total)} on top of the weights, and {limit}: "
                       "take a shorter context, or a device with more memory")
 
-
+# %% ../../nbs/probes/06a_subsets.ipynb #999cc596
 def _halves(n: int) -> list[int]: return [n >> k for k in range(n.bit_length())]
 
-
+# %% ../../nbs/probes/06a_subsets.ipynb #b7b5228f
 def plan_subsets(
     s: SubsetScorer,
     kept: Any,  # (m, n), bool
@@ -206,7 +210,7 @@ def plan_subsets(
     plain, asked = (sum(len(subset_tokens(prompt, m)) + t - 1 for m in these) for these in (new.values(), masks))
     return ScorePlan(keys, new, steps, tokens, chunk, ScoreCosts(len(masks), len(new), sum(tokens), plain, asked))
 
-# %% ../../nbs/probes/06a_subsets.ipynb #4049ae84
+# %% ../../nbs/probes/06a_subsets.ipynb #df12e5d7
 def _run_step(s: SubsetScorer, step: Step, ats: Sequence[np.ndarray], chunk: int) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
     """The leaves of a branch, batch by batch: their numbers, and what came of them."""
     todo = list(step.batches)
@@ -225,7 +229,7 @@ def _run_step(s: SubsetScorer, step: Step, ats: Sequence[np.ndarray], chunk: int
             half = len(batch) // 2
             todo = [(start, b) for b in (batch[:half], batch[half:]) if b] + todo if half else [(start, batch), *todo]
 
-
+# %% ../../nbs/probes/06a_subsets.ipynb #eacca9d8
 def _turned(lm: Any, at: np.ndarray, answer: Tensor) -> bool:
     """Are positions turned otherwise than in a short text, so that the prompt has to run in one piece?"""
     return _rope_regime(lm.config, len(at) + len(answer) - 1) != _rope_regime(lm.config, 1)
@@ -235,7 +239,7 @@ def _as_short(lm: Any) -> None:
     """Have positions turned as in a short text: with dynamic scaling, transformers goes on with what the longest text so far needed."""
     if 10**9 in _rope_regime(lm.config, 10**9): lm._logits_at(torch.tensor([0]), input_ids=torch.zeros(1, 1).long().to(lm.device))
 
-
+# %% ../../nbs/probes/06a_subsets.ipynb #999ee1f5
 def _shrink(s: SubsetScorer, error: BaseException, chunk: int, batch: int, n: int) -> int:
     """A smaller chunk for the next try."""
     s.walker.forget()
@@ -248,7 +252,7 @@ def _shrink(s: SubsetScorer, error: BaseException, chunk: int, batch: int, n: in
                   SweepWarning, stacklevel=2)
     return max(32, min(chunk, n) // 2)
 
-# %% ../../nbs/probes/06a_subsets.ipynb #ace34a64
+# %% ../../nbs/probes/06a_subsets.ipynb #5c74f16c
 def _routed(lm: Any) -> ExitStack:
     """Attention through longlens, where the model allows it."""
     stack = ExitStack()
@@ -267,7 +271,7 @@ def _follow(s: SubsetScorer) -> None:
         said = ["subset scores", 1, fingerprint(s.lm), s.walker.answer.tolist(), s.prompt.traced.start]
         s.run_key = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:32]
 
-
+# %% ../../nbs/probes/06a_subsets.ipynb #a9545082
 def _recall(s: SubsetScorer, keys: Sequence[bytes]) -> None:
     """Take what the folder knows of some subsets."""
     if s.store is None or not (new := {f"{s.run_key} {k.hex()}": k for k in keys if k not in s.known}): return
@@ -276,12 +280,12 @@ def _recall(s: SubsetScorer, keys: Sequence[bytes]) -> None:
         f = s.store.table("answer", [name])
         _remember(s, new[name], np.stack([f["logprob"].to_numpy(), f["log_odds"].to_numpy()]))
 
-# %% ../../nbs/probes/06a_subsets.ipynb #06ee961f
+# %% ../../nbs/probes/06a_subsets.ipynb #2c275b47
 def _remember(s: SubsetScorer, key: bytes, values: np.ndarray) -> None:
     s.known[key] = values
     if np.isneginf(values[0]).any(): s.floored.add(key)
 
-
+# %% ../../nbs/probes/06a_subsets.ipynb #b600f267
 def _keep(s: SubsetScorer, keys: Sequence[bytes], values: np.ndarray) -> None:
     """Take what came of a batch; write it now and then."""
     for k, v in zip(keys, values, strict=True): _remember(s, k, v)

@@ -32,7 +32,7 @@ class ValueFunction(Protocol):
     ) -> np.ndarray:  # (m,), float64
         """The value of each set."""
 
-# %% ../../nbs/probes/06a_subset_tree.ipynb #e2af7f73
+# %% ../../nbs/probes/06a_subset_tree.ipynb #e8c1390f
 @dataclass(frozen=True, eq=False)
 class Branch:
     """A shared beginning, and the subsets that go on from it alone."""
@@ -48,7 +48,7 @@ def _alike(a: np.ndarray, b: np.ndarray) -> int:
     differ = np.flatnonzero(a[:n] != b[:n])
     return int(differ[0]) if len(differ) else n
 
-
+# %% ../../nbs/probes/06a_subset_tree.ipynb #86baa07d
 def branches(
     rows: Sequence[np.ndarray],  # segments of each subset, ascending; all different
 ) -> Iterator[Branch]:
@@ -104,7 +104,7 @@ def _filled_batches(lengths: Sequence[int], most: int) -> list[list[int]]:
         else: out.append([i])
     return out
 
-# %% ../../nbs/probes/06a_subset_tree.ipynb #dd3cd693
+# %% ../../nbs/probes/06a_subset_tree.ipynb #e89d0f3f
 @dataclass(frozen=True, eq=False)
 class Step:
     """One branch, ready to run."""
@@ -112,13 +112,13 @@ class Step:
     at: np.ndarray  # the beginning that is computed: positions in the prompt, (p,)
     batches: tuple[tuple[int, tuple[int, ...]], ...]  # how many tokens of it the leaves go on from, and their numbers
 
-
+# %% ../../nbs/probes/06a_subset_tree.ipynb #f6ace0d7
 def _segments(prompt: TracePrompt) -> tuple[np.ndarray, np.ndarray]:
     """Runs of tokens that stay or go together: whose they are, and how many tokens."""
     starts = np.flatnonzero(np.append(True, prompt.owner[1:] != prompt.owner[:-1]))
     return prompt.owner[starts], np.diff(np.append(starts, len(prompt.owner)))
 
-# %% ../../nbs/probes/06a_subset_tree.ipynb #4259e793
+# %% ../../nbs/probes/06a_subset_tree.ipynb #34b7cffc
 def make_steps(
     prompt: TracePrompt,
     masks: Sequence[np.ndarray],  # subsets, bool for each source; all different
@@ -141,7 +141,7 @@ def make_steps(
         steps.append(Step(subset_tokens(prompt, masks[mine[b.one]])[:p], tuple(_batches(leaves, p, n, batch_size))))
     return steps
 
-
+# %% ../../nbs/probes/06a_subset_tree.ipynb #6fe2a720
 def _batches(leaves: Sequence[int], p: int, n: Sequence[int], most: int) -> Iterator[tuple[int, tuple[int, ...]]]:
     """Leaves that go on after the same number of tokens; each runs one token of its prompt at least."""
     for start in sorted({min(p, n[i] - 1) for i in leaves}):

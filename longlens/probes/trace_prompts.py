@@ -22,21 +22,21 @@ from .sources import Sources, TracePrompt, cut_context, placed
 # %% auto #0
 __all__ = ['TEMPLATES', 'trace_prompt', 'ready_prompt']
 
-# %% ../../nbs/probes/06_trace_prompts.ipynb #95ba233b
+# %% ../../nbs/probes/06_trace_prompts.ipynb #5ff0cfbb
 TEMPLATES: dict[str, str] = {  # name -> a text with {context} and {question}
     "raw": "Use the contexts below to answer the query. Be short and concise.\n\nContexts: {context}\n\nQuery: {question}\n\nAnswer:",
     "contextcite": "Context: {context}\n\nQuery: {question}",
     "needle": "{context}\nQuestion: {question}\nAnswer:",
 }
 
-
+# %% ../../nbs/probes/06_trace_prompts.ipynb #775ef35f
 def _lead(question: str) -> str:
     """How needle-lm's answer begins."""
     if m := re.fullmatch(r"What is the code for (.+)\?", question.strip()): return f" The code for {m[1]} is"
     if m := re.fullmatch(r"What is the value of Key (.+)\?", question.strip()): return f" Key {m[1]}:"
     return ""
 
-
+# %% ../../nbs/probes/06_trace_prompts.ipynb #05690818
 def _template(lm: Any, template: str | None) -> str:
     """The template that is meant."""
     name = template or ("needle" if lm.name == "needle-lm" else "raw")
@@ -57,14 +57,14 @@ def _composed(lm: Any, sources: Sources, question: str, template: str, answer_pr
     _, first, _ = _solid(ctx.text, offsets[span.start : span.stop].numpy())
     return ctx.tokens, int(first[0]) - len(sources.text) + len(sources.text.lstrip())
 
-# %% ../../nbs/probes/06_trace_prompts.ipynb #0dad3a9a
+# %% ../../nbs/probes/06_trace_prompts.ipynb #9b228114
 def _spoken(lm: Any, ids: Tensor) -> Tokens:
     """Tokens that were generated, with the characters each adds to the text."""
     if lm.tokenizer is None: return Tokens(ids)
     ends = [*accumulate((len(lm.decode(ids[: k + 1])) for k in range(len(ids))), max)]
     return Tokens(ids, lm.decode(ids), torch.tensor([*pairwise([0, *ends])]), lm.tokenizer)
 
-
+# %% ../../nbs/probes/06_trace_prompts.ipynb #0eb8f0a3
 def _written(lm: Any, tokens: Tokens, max_new_tokens: int, stop: Sequence[str], allow_longer: bool | None) -> Tokens:
     """The model's own answer, up to a stop text."""
     ids = lm.generate_ids(tokens, max_new_tokens, list(stop), allow_longer=allow_longer)
@@ -74,7 +74,7 @@ def _written(lm: Any, tokens: Tokens, max_new_tokens: int, stop: Sequence[str], 
     if not len(ids): raise ValueError(f"{lm.name} says nothing to this prompt, its answer ends at once: give answer=")
     return _spoken(lm, ids)
 
-
+# %% ../../nbs/probes/06_trace_prompts.ipynb #cd89c196
 def _answered(lm: Any, prompt: Tokens, answer: str | Tokens | TokenIds, chat: bool) -> Tokens:
     """An answer that is given, as it goes on from the prompt."""
     if not isinstance(answer, str): return _spoken(lm, lm.tokens(answer, add_special_tokens=False, allow_longer=True).ids)
@@ -132,7 +132,7 @@ def _finished(lm: Any, tokens: Tokens, at: int, sources: Sources, answer: Any, s
     _check_length(lm, len(tokens) + len(said), allow_longer)
     return placed(tokens, at, sources, said, span, question=question, meta={**meta, "generated": generated})
 
-# %% ../../nbs/probes/06_trace_prompts.ipynb #7075dc21
+# %% ../../nbs/probes/06_trace_prompts.ipynb #a3ff34c5
 def _context_span(ctx: Context) -> tuple[int, int]:
     """Characters of what stands between the instruction, if there is one, and the question."""
     chars: Any = ctx.tokens.offsets
@@ -144,7 +144,7 @@ def _context_span(ctx: Context) -> tuple[int, int]:
     a, b = max(before, default=0), min(after, default=len(ctx.text))
     return a + len(ctx.text[a:b]) - len(ctx.text[a:b].lstrip()), a + len(ctx.text[a:b].rstrip())
 
-
+# %% ../../nbs/probes/06_trace_prompts.ipynb #9d3529f6
 def ready_prompt(
     lm: Any,  # LongModel
     prompt: str | Context,  # everything before the answer

@@ -16,9 +16,9 @@ from .sources import TracePrompt, source_frame
 from ..report import Report, report_html
 
 # %% auto #0
-__all__ = ['TRACE_EXPLAINED', 'scored_frame', 'answer_frame', 'Trace', 'excerpt', 'make_trace']
+__all__ = ['TRACE_EXPLAINED', 'scored_frame', 'answer_frame', 'Trace', 'trace_sections', 'source_bars', 'excerpt', 'make_trace']
 
-# %% ../../nbs/probes/06h_trace_report.ipynb #3188b256
+# %% ../../nbs/probes/06h_trace_report.ipynb #9cd67dde
 def scored_frame(
     prompt: TracePrompt,
     found: TraceScores,
@@ -37,7 +37,7 @@ def scored_frame(
     new = {"score": pl.Series(values).fill_nan(None), "rank": pl.Series(rank), "error": pl.Series(errors).fill_nan(None)}
     return source_frame(prompt).with_columns(**new).with_columns(rank=pl.when(pl.col("score").is_not_null()).then("rank"))
 
-
+# %% ../../nbs/probes/06h_trace_report.ipynb #e21512da
 def answer_frame(
     prompt: TracePrompt,
     logprobs: np.ndarray,  # of the traced tokens, with every source there, (t,)
@@ -50,7 +50,7 @@ def answer_frame(
     rows = zip(range(len(a)), *zip(*chars, strict=True), a.strings, [i in t for i in range(len(a))], values, strict=True)
     return pl.DataFrame(list(rows), schema=kinds, orient="row")
 
-# %% ../../nbs/probes/06h_trace_report.ipynb #4bf8b7fd
+# %% ../../nbs/probes/06h_trace_report.ipynb #8468691a
 class Trace(Report):
     """Which sources of a context made the model say that"""
 
@@ -79,21 +79,32 @@ class Trace(Report):
 
     def sections(self) -> list[Any]:
         """The report as a page shows it"""
-        from longlens.views.page import Section
-        text = TRACE_EXPLAINED.format(says=self.meta["says"], method=self.meta["method"], by=self.meta["by"])
-        costs = "Tokens through the model, padding included, and what one whole forward for each subset would have taken."
-        return [Section("Which passages", text, self.chart(), self.top()), Section("The answer", table=self.frames["answer"]),
-                Section("What it cost", costs, table=self.frames["costs"])]
+        return trace_sections(self)
 
     def chart(self) -> Any:
         """The sources with the highest scores"""
-        from longlens.views.charts import bars
-        f, unit = self.top(min(60, int(self.meta["k"]))).drop_nulls("score"), self.meta["unit"]
-        errors = f["error"].null_count() < len(f)
-        if errors: f = f.with_columns(lower=pl.col("score") - pl.col("error"), upper=pl.col("score") + pl.col("error"))
-        text = f"The {len(f)} highest scores, by the source's number in the context." + " Thin lines: one standard error." * errors
-        return bars(f, ["source", "excerpt"], "score", title=f"Sources by {self.meta['method']}", unit="" if unit == "score" else unit,
-                    subtitle=text)
+        return source_bars(self)
+
+# %% ../../nbs/probes/06h_trace_report.ipynb #92ba337a
+def trace_sections(r: Trace) -> list[Any]:
+    """What a page shows of a trace: passages, the answer, what it cost."""
+    from longlens.views.page import Section
+    text = TRACE_EXPLAINED.format(says=r.meta["says"], method=r.meta["method"], by=r.meta["by"])
+    costs = "Tokens through the model, padding included, and what one whole forward for each subset would have taken."
+    answer = "How probable each traced token is with the whole context, after the tokens before it (natural logarithm)."
+    return [Section("Which passages", text, r.chart(), r.top()), Section("The answer", answer, table=r.frames["answer"]),
+            Section("What it cost", costs, table=r.frames["costs"])]
+
+# %% ../../nbs/probes/06h_trace_report.ipynb #398fe0bb
+def source_bars(r: Trace) -> Any:
+    """The sources with the highest scores, 60 at most, with their standard errors where there are any."""
+    from longlens.views.charts import bars
+    f, unit = r.top(min(60, int(r.meta["k"]))).drop_nulls("score"), r.meta["unit"]
+    errors = f["error"].null_count() < len(f)
+    if errors: f = f.with_columns(lower=pl.col("score") - pl.col("error"), upper=pl.col("score") + pl.col("error"))
+    text = f"The {len(f)} highest scores, by the source's number in the context." + " Thin lines: one standard error." * errors
+    return bars(f, ["source", "excerpt"], "score", title=f"Sources by {r.meta['method']}", unit="" if unit == "score" else unit,
+                subtitle=text)
 
 
 TRACE_EXPLAINED = "Score of a source: {says}. Method: {method}; sources by {by}."
@@ -110,7 +121,7 @@ def excerpt(
 
 def _excerpts(texts: pl.Series) -> pl.Series: return pl.Series([excerpt(t) for t in texts], dtype=pl.String)
 
-# %% ../../nbs/probes/06h_trace_report.ipynb #b87b6a1c
+# %% ../../nbs/probes/06h_trace_report.ipynb #ee7a3bd0
 def _said_answer(r: Trace) -> str:
     f = r.frames["answer"].filter("traced")
     total, part = float(f["logprob"].sum()), len(f) < len(r.frames["answer"])
@@ -130,7 +141,7 @@ def _number(x: dict[str, Any]) -> str: return f"{x['score']:.3g}" + (f" ± {x['e
 
 def _text(r: Trace, source: int) -> str: return str(r.frames["sources"].filter(source=source)["text"].item())
 
-
+# %% ../../nbs/probes/06h_trace_report.ipynb #82bb4518
 def _said_top(r: Trace) -> list[str]:
     rows, n = r.top(2).drop_nulls("score").to_dicts(), len(r.frames["sources"])
     best, unit = rows[0], f" {r.meta['unit']}" * (r.meta["unit"] != "score")
@@ -139,9 +150,9 @@ def _said_top(r: Trace) -> list[str]:
         return [f"no source speaks for the answer: the highest score of {many} is {_number(best)}{unit}"]
     where = f"source {best['source']}" + f" (document {best['document']})" * (r.meta["documents"] > 1 and r.meta["by"] != "documents")
     behind = f"; next: source {rows[1]['source']}, {_number(rows[1])}" if len(rows) > 1 else ""
-    return [f"{where} of {many} has the highest score, {_number(best)}{unit}{behind}: {excerpt(_text(r, best['source']), 100)!r}"]
+    return [f"{where} of {many} has the highest score, {_number(best)}{unit}{behind}. It says {excerpt(_text(r, best['source']), 100)!r}"]
 
-
+# %% ../../nbs/probes/06h_trace_report.ipynb #4ad5cb91
 def _said_costs(r: Trace) -> str:
     c = r.frames["costs"].filter(pl.col("stage") != "answer").row(0, named=True)
     said = f"{c['evaluations']:,} evaluation{'s' * (c['evaluations'] != 1)}, {c['tokens']:,} tokens through the model"
