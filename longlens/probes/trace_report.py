@@ -87,13 +87,24 @@ class Trace(Report):
 
 # %% ../../nbs/probes/06h_trace_report.ipynb #92ba337a
 def trace_sections(r: Trace) -> list[Any]:
-    """What a page shows of a trace: passages, the answer, what it cost."""
+    """What a page shows of a trace: the context with its sources shaded, the strongest of them, the answer, what it cost."""
     from longlens.views.page import Section
     text = TRACE_EXPLAINED.format(says=r.meta["says"], method=r.meta["method"], by=r.meta["by"])
     costs = "Tokens through the model, padding included, and what one whole forward for each subset would have taken."
     answer = "How probable each traced token is with the whole context, after the tokens before it (natural logarithm)."
-    return [Section("Which passages", text, r.chart(), r.top()), Section("The answer", answer, table=r.frames["answer"]),
-            Section("What it cost", costs, table=r.frames["costs"])]
+    return [_shaded(r, text), Section("The strongest passages", text, r.chart(), r.top()),
+            Section("The answer", answer, table=r.frames["answer"]), Section("What it cost", costs, table=r.frames["costs"])]
+
+
+def _shaded(r: Trace, text: str) -> Any:
+    """The whole context, its sources shaded by score, and the answer with the traced part."""
+    from longlens.views.trace import READING, trace_section
+    f, a = r.frames["sources"], r.frames["answer"]
+    at = a.with_row_index("i").filter("traced")["i"]
+    part = range(at[0], at[-1] + 1) if len(at) < len(a) else None
+    words = a.select(token="text", logprob="logprob")
+    return trace_section(r.context, f.with_columns(text=_excerpts(f["text"])), r.meta["question"], words, text=f"{text}\n\n{READING}",
+                         traced=part)
 
 # %% ../../nbs/probes/06h_trace_report.ipynb #398fe0bb
 def source_bars(r: Trace) -> Any:
