@@ -57,7 +57,7 @@ class Progress:
         self.shown, of = now, f" of about {self.planned:,}" if self.planned else ""
         self.show(min(1, self.tokens / self.planned) if self.planned else None, f"{self.tokens:,}{of} tokens")
 
-# %% ../../nbs/views/05_explore.ipynb #2de9cee3
+# %% ../../nbs/views/05_explore.ipynb #fedb314c
 _LOCKS: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()    # torch module -> lock
 
 
@@ -65,7 +65,7 @@ _LOCKS: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()    # torch module ->
 def using(
     model: Any,                         # a LongModel, an Encoder, or None: nothing is guarded
     progress: Progress | None = None,   # stops the work before a forward pass; waits for the model as long as it takes
-    wait: float = 2.0,                  # seconds to wait for the model without progress
+    wait: float = 0.5,                  # seconds to wait for the model without progress
 ) -> Iterator[None]:
     "The model is this thread's alone while the block runs"
     if model is None:
@@ -88,7 +88,7 @@ def _take(lock: Any, progress: Progress | None, wait: float) -> bool:
     while not lock.acquire(timeout=0.1): progress(None, "waiting for the model")
     return True
 
-# %% ../../nbs/views/05_explore.ipynb #696cb19e
+# %% ../../nbs/views/05_explore.ipynb #27d0bf94
 class Explorer(VBox):
     "One tab: pictures and controls, and a state that can be kept"
     name: ClassVar[str] = ""      # in files
@@ -104,7 +104,7 @@ class Explorer(VBox):
         "Choose it again; what does not fit any more is left alone"
 
     def opened(self) -> None:
-        "The tab is shown for the first time"
+        "The tab is shown"
 
     def does(self, f: Callable[[Any], Any]) -> Callable[[Any], None]:
         "A callback whose errors the app shows"
@@ -194,7 +194,7 @@ class App(VBox):
         self.fetch.on_click(self.does(lambda _: self.load(self.folder.value)))
         self.tabs.observe(self.does(lambda change: self._turn(change.new)), "index")
 
-# %% ../../nbs/views/05_explore.ipynb #c9a9380b
+# %% ../../nbs/views/05_explore.ipynb #22dba5fb
 @patch
 def open_report(
     self: App,
@@ -203,7 +203,7 @@ def open_report(
 ) -> None:
     "Show a report, and other reports in their tabs"
     view = report.meta.get("view", {})
-    self.report, self.explorers, self._seen = report, list(self.build(report, parts)), set()
+    self.report, self.explorers = report, list(self.build(report, parts))
     for e in self.explorers: e.app = self
     line = "".join(f"<span>{say(fact, 120)}</span>" for fact in facts(report.meta))
     self.head.value = f'<h3>{say(self.heading)}</h3><p class="lx-facts">{line}</p>'
@@ -222,9 +222,7 @@ def _turn(self: App, index: int | None) -> None:
     "Show a tab"
     if index is None: return
     self.stack.selected_index = index
-    if index not in self._seen:
-        self._seen.add(index)
-        self.explorers[index].opened()
+    self.explorers[index].opened()
 
 # %% ../../nbs/views/05_explore.ipynb #8315f06c
 @patch
@@ -361,7 +359,7 @@ def read_parts(
     "The other reports in the folder of a view"
     return {name: load_report(Path(path) / check_name(name)) for name in report.meta.get("view", {}).get("parts", [])}
 
-# %% ../../nbs/views/05_explore.ipynb #1cbcbec9
+# %% ../../nbs/views/05_explore.ipynb #7a073643
 EXPLORERS: dict[str, str] = {    # class of report -> the function that makes its app: (report, **what else there is) -> App
     "SinkReport": "longlens.views.head_explorer.explore_sinks",
     "HeadReport": "longlens.views.head_explorer.explore_heads",
@@ -376,11 +374,11 @@ EXPLORERS: dict[str, str] = {    # class of report -> the function that makes it
 def open_explorer(
     report: Report,    # any report
     **how: Any,        # what the explorer takes, such as model=
-) -> Any:              # an App, or the report's chart
+) -> App:
     "A report to click through"
     found = next((EXPLORERS[c.__name__] for c in type(report).__mro__ if c.__name__ in EXPLORERS), None)
     if found is None:
-        if how: raise TypeError(f"{type(report).__name__} has no explorer, and its chart takes no {', '.join(how)}")
-        return report.chart()
+        if type(report).chart is Report.chart and not hasattr(report, "sections"): return report.chart()    # an error that says what to do
+        found = "longlens.views.sections.explore_sections"
     module, name = found.rsplit(".", 1)
     return getattr(import_module(module), name)(report, **how)

@@ -26,7 +26,7 @@ from .tokens import Shade, token_view
 # %% auto #0
 __all__ = ['TASKS_BY_PLACE', 'TextExplorer', 'trace_tab', 'needle_tab', 'collapse_tab', 'explore_reading', 'explore']
 
-# %% ../../nbs/views/05e_workbench.ipynb #7fad07c7
+# %% ../../nbs/views/05e_workbench.ipynb #0ecd00b8
 class TextExplorer(Explorer):
     "The text, each token shaded by a number"
     name, title = "tokens", "Text"
@@ -50,8 +50,11 @@ class TextExplorer(Explorer):
     def _select(self, token: int | None) -> None:
         if token is not None: self.choice.token = token
 
+    def _seen(self) -> bool: return self.app.explorers[self.app.stack.selected_index or 0] is self
+
     def _follow(self) -> None:
-        "Shade by what the chosen token attends to in the chosen head"
+        "Shade by what the chosen token attends to in the chosen head, once somebody looks"
+        if not self._seen(): return
         self.view.selected = self.choice.token
         if self.report.live is None: return
         (layer, head), weights = self.choice.head, np.full(len(self.report.strings), np.nan)
