@@ -135,6 +135,8 @@ def test_a_source_without_a_token_joins_its_neighbour_or_is_refused(lm: ll.LongM
     with pytest.raises(ValueError, match="has no token of its own"): trace_prompt(lm, word, ASK, "x", by=[(inside, inside + 1)])
     p = trace_prompt(lm, "日本", ASK, "x", by="tokens")  # several tokens a character: one source each
     assert p.sources.texts == ["日", "本"] and [len(r) for r in p.ranges] == [3, 3]
+    two = trace_prompt(lm, ["It rains.", "It snows."], ASK, "x", by="tokens").sources
+    assert two.documents == tuple(int(a >= len("It rains.\n\n")) for a, _ in two.spans) and set(two.documents) == {0, 1}
 
 
 def test_narrowing_keeps_tokens_and_characters(lm: ll.LongModel, prompt: TracePrompt) -> None:
@@ -538,7 +540,8 @@ def test_coarse_to_fine_finds_the_word(lm: ll.LongModel) -> None:
         assert a <= x["start"] < x["end"] <= b
     alone = ll.trace_context(lm, DOCUMENTS, ASK, method="coarse_to_fine", levels=(), keep=2).frames["levels"]
     assert len(alone) == 6  # nothing finer was asked for
-    assert CoarseToFine(method="stc").inner == TRACERS["stc"]
+    other = ll.trace_context(lm, text, ASK, method="coarse_to_fine", inner="stc")
+    assert CoarseToFine("stc").tracer == TRACERS["stc"] and other.meta["settings"]["inner"] == "stc"
 
 
 HOSTILE = ["<script>alert(1)</script> The code for Eve is stone. </style><img src=x onerror=alert(2)>",

@@ -39,12 +39,12 @@ def _level_frame(level: int, prompt: TracePrompt, found: TraceScores, parents: S
             "parent": pl.Series(parents, dtype=pl.Int64)}
     return source_frame(prompt).with_columns(**more).select(pl.lit(level).alias("level"), pl.all())
 
-# %% ../../nbs/probes/06j_coarse_to_fine.ipynb #99407394
+# %% ../../nbs/probes/06j_coarse_to_fine.ipynb #7ffd0d94
 @dataclass(frozen=True)
 class _Levels(Tracer):
     """Settings of CoarseToFine, and what it takes over from its method."""
 
-    method: str | Tracer = "loo"  # scores every level
+    inner: str | Tracer = "loo"  # the method that scores every level
     levels: Sequence[str] = ("sentences", "tokens")  # how the winners are cut, one way after the other
     keep: int = 3  # winners of a level
     by: ClassVar[str | None] = "paragraphs"
@@ -53,52 +53,52 @@ class _Levels(Tracer):
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", (self.levels,) if isinstance(self.levels, str) else tuple(self.levels))
         if self.keep < 1: raise ValueError(f"keep is {self.keep}: one winner or more")
-        if isinstance(self.method, _Levels) or self.method == "coarse_to_fine":
-            raise ValueError("coarse_to_fine is made of another method: method is the name of one")
+        if isinstance(self.inner, _Levels) or self.inner == "coarse_to_fine":
+            raise ValueError("coarse_to_fine is made of another method: inner is the name of one")
 
     @property
-    def inner(self) -> Tracer:
+    def tracer(self) -> Tracer:
         """The method that scores every level."""
-        return find_tracer(self.method)
+        return find_tracer(self.inner)
 
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
         """What it cannot do without."""
-        return self.inner.needs
+        return self.tracer.needs
 
     @property
     def unit(self) -> str:  # type: ignore[override]
         """Of its scores."""
-        return self.inner.unit
+        return self.tracer.unit
 
     @property
     def signed(self) -> bool:  # type: ignore[override]
         """Does a score below 0 speak against the answer?"""
-        return self.inner.signed
+        return self.tracer.signed
 
-# %% ../../nbs/probes/06j_coarse_to_fine.ipynb #8030703d
+# %% ../../nbs/probes/06j_coarse_to_fine.ipynb #d4a04aee
 class CoarseToFine(_Levels):
     """Any method on coarse sources, then on finer ones inside the best."""
 
     def cost(self, job: TraceJob) -> TraceCost:
         """The first level, and the others as if the longest sources won."""
-        first, prompt = self.inner.cost(job), job.prompt
+        first, prompt = self.tracer.cost(job), job.prompt
         total, tokens = first.evaluations, first.tokens
         for by in self.levels:
             longest = _best(np.array([len(r) for r in prompt.ranges], dtype=float), self.keep)  # type: ignore[union-attr]
             if (finer := _finer(prompt, longest, by)) is None: continue  # type: ignore[arg-type]
             prompt = finer[0]
-            more = self.inner.cost(_inside(job, prompt))
+            more = self.tracer.cost(_inside(job, prompt))
             total, tokens = total + more.evaluations, tokens + more.tokens
         return TraceCost(total, tokens)
 
     def run(self, job: TraceJob) -> TraceScores:
-        first, costs = counted(self.inner, job)
+        first, costs = counted(self.tracer, job)
         found, prompt, frames = first, job.prompt, [_level_frame(0, job.prompt, first, [None] * job.n)]  # type: ignore
         for by in self.levels:
             if (finer := _finer(prompt, _best(found.values, self.keep), by)) is None: continue  # type: ignore[arg-type]
             prompt, parents = finer
-            found, more = counted(self.inner, inside := _inside(job, prompt))
+            found, more = counted(self.tracer, inside := _inside(job, prompt))
             if "scorer" in vars(inside): inside.scorer.close()  # type: ignore[attr-defined]
             frames.append(_level_frame(len(frames), prompt, found, parents))
             costs += more

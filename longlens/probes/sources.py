@@ -261,7 +261,7 @@ def answer_tokens(
         raise ValueError(f"{span} are not tokens of the answer, which has {len(answer)}")
     return span
 
-# %% ../../nbs/probes/06_sources.ipynb #150d48f0
+# %% ../../nbs/probes/06_sources.ipynb #fe69b13b
 def placed(
     tokens: Tokens,  # of a prompt, with offsets
     at: int,  # the character of the prompt at which the context begins
@@ -274,8 +274,9 @@ def placed(
     offsets = tokens.offsets.numpy()  # type: ignore[union-attr]
     spans, end = np.array(sources.spans) + at, at + len(sources.text)
     if sources.by == "tokens":
-        sources = replace(sources, spans=tuple(s for a, b in sources.spans for s in _token_sources(tokens, at, a, b)))
-        sources, spans = replace(sources, documents=(0,) * len(sources)), np.array(sources.spans) + at
+        parts = [(s, d) for (a, b), d in zip(sources.spans, sources.documents, strict=True) for s in _token_sources(tokens, at, a, b)]
+        sources = replace(sources, spans=tuple(s for s, _ in parts), documents=tuple(d for _, d in parts))
+        spans = np.array(sources.spans) + at
     sources, owner = _with_tokens(sources, token_owners(tokens.text or "", offsets, spans, end))
     return TracePrompt(tokens, owner, sources, answer, answer_tokens(answer, span), at=at, **more)
 
