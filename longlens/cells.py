@@ -78,10 +78,11 @@ def fingerprint(
 
 
 def _said(tok: Any) -> str:
-    """All that decides what a tokenizer does."""
+    """All that decides what a tokenizer does; how it cut and filled up its last texts does not."""
     if tok is None: return ""
     backend = getattr(tok, "backend_tokenizer", None)
-    return backend.to_str() if backend is not None else json.dumps(tok.get_vocab(), sort_keys=True)
+    if backend is None: return json.dumps(tok.get_vocab(), sort_keys=True)
+    return json.dumps({k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}, sort_keys=True)
 
 # %% ../nbs/04a_cells.ipynb #ab9ad6d5
 @dataclass(frozen=True, eq=False, repr=False)

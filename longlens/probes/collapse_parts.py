@@ -241,7 +241,6 @@ def encoder_key(
     enc: Encoder,  # the encoder
 ) -> str:  # 32 hexadecimal digits
     """A name that is equal exactly if the encoder gives equal embeddings."""
-    if enc.tokenizer is not None: enc._tokenize(["."])  # a tokenizer remembers how it cut last: now it does not cut
     heads = [[h.__name__] if hasattr(h, "__name__") else [str(h), dict(h.state_dict())] for h in enc.heads]  # type: ignore[attr-defined]
     said = [fingerprint(enc), list(enc.pooling.modes), enc.pooling.include_prompt, enc.normalize, enc.dims, enc.max_length, heads,
             dict(enc.prompts), enc.default_prompt, str(enc.dtype)]
