@@ -30,6 +30,8 @@ _WHERE = {    # public name -> the module that defines it
     "length_collapse": "probes.collapse", "CollapseReport": "probes.collapse_report",
     "explore": "views.workbench", "Reading": "views.reading",
     "trace_context": "probes.traceback", "Trace": "probes.trace_report",
+    "evaluate_traceback": "probes.trace_evaluation", "TracebackReport": "probes.traceback_report",
+    "scan": "probes.trace_scan", "ScanReport": "probes.trace_scan",
     "context_gain": "probes.context_gain", "GainReport": "probes.context_gain",
     "Report": "report",
 }
