@@ -23,7 +23,7 @@ ARGS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-back
 
 def find_chromium() -> str | None:
     "The browser that is installed, or that CHROMIUM names"
-    return os.environ.get("CHROMIUM") or next((path for name in NAMES if (path := shutil.which(name))), None)
+    return next((path for name in (os.environ.get("CHROMIUM") or "", *NAMES) if name and (path := shutil.which(name))), None)
 
 
 def missing() -> str:

@@ -24,7 +24,7 @@ from .sections import SectionsExplorer
 __all__ = ['SERIES', 'AGAINST', 'SAYS', 'MEASURES', 'cosine_chart', 'spectrum_chart', 'map_chart', 'passed_chart',
            'CollapseExplorer', 'embedded', 'unit', 'explore_collapse']
 
-# %% ../../nbs/views/05c_collapse_explorer.ipynb #5e9591ef
+# %% ../../nbs/views/05c_collapse_explorer.ipynb #3cc0531b
 SERIES = "chosen temperature", "temperature 1"    # what the colours mean
 
 
@@ -35,7 +35,7 @@ def _series(names: Sequence[str]) -> alt.Color:
     scale = alt.Scale(domain=list(names), range=[COLOURS[0], "#999999"])
     return alt.Color("series:N", scale=scale, legend=_legend(title=None, orient="top", direction="horizontal", offset=2))
 
-
+# %% ../../nbs/views/05c_collapse_explorer.ipynb #e8117f7d
 def cosine_chart(
     lengths: Sequence[int],    # tokens
 ) -> alt.LayerChart:
@@ -52,7 +52,7 @@ def cosine_chart(
     rule = alt.Chart(alt.NamedData("picked")).mark_rule(strokeDash=[4, 4], tooltip=None).encode(x=x)
     return _wide(alt.layer(band, rule, line))
 
-# %% ../../nbs/views/05c_collapse_explorer.ipynb #825fd7cd
+# %% ../../nbs/views/05c_collapse_explorer.ipynb #29944316
 AGAINST = "chosen", "shortest, temperature 1"
 
 
@@ -64,7 +64,7 @@ def spectrum_chart() -> alt.Chart:
     lines = alt.Chart(alt.NamedData("spectrum")).mark_line(point=True)
     return _wide(lines.encode(x=x, y=y, color=_series(AGAINST), tooltip=tips))
 
-
+# %% ../../nbs/views/05c_collapse_explorer.ipynb #04a18ea3
 def map_chart(
     points: pl.DataFrame,    # x, y of all texts
 ) -> alt.LayerChart:
@@ -77,7 +77,7 @@ def map_chart(
     chosen = alt.Chart(alt.NamedData("points")).mark_circle(size=60, color=COLOURS[0], opacity=.85).encode(**where, tooltip=tips)
     return _wide(alt.layer(others, chosen), 260)
 
-
+# %% ../../nbs/views/05c_collapse_explorer.ipynb #00b89bf9
 def passed_chart(
     heads: pl.DataFrame,    # layer, head, sigma_a, of all lengths and temperatures
 ) -> alt.Chart:
@@ -121,7 +121,7 @@ class CollapseExplorer(Explorer):
     if TYPE_CHECKING:
         def __getattr__(self, name: str) -> Any: ...    # methods are added below
 
-# %% ../../nbs/views/05c_collapse_explorer.ipynb #843792b9
+# %% ../../nbs/views/05c_collapse_explorer.ipynb #f949ecb5
 SAYS = {    # how to read the pictures
     "cosine": "Mean cosine of two different texts, cut to each length; band: nine tenths of the pairs. If embeddings collapse, it rises. "
               "Averages of more words rise without any attention, too.",
@@ -132,7 +132,7 @@ SAYS = {    # how to read the pictures
              "attention is spread; a sink keeps it up.",
 }
 
-
+# %% ../../nbs/views/05c_collapse_explorer.ipynb #58cf2313
 @patch
 def _laid_out(self: CollapseExplorer) -> list[Any]:
     "Boxes"
@@ -151,7 +151,7 @@ def _wire(self: CollapseExplorer) -> None:
     self.cosine.observe(self.does(lambda change: self._pick(change.new.get("context_length"))), "picked")
     self.embed.on_click(self.does(lambda _: self._embed()))
 
-
+# %% ../../nbs/views/05c_collapse_explorer.ipynb #7322b960
 @patch
 def _pick(self: CollapseExplorer, length: int | None) -> None:
     if length in self.lengths: self.length.value = length
@@ -176,7 +176,7 @@ def _fill(self: CollapseExplorer) -> None:
     self._map()
     self.table.value = self._numbers(now, n)
 
-# %% ../../nbs/views/05c_collapse_explorer.ipynb #456fecc7
+# %% ../../nbs/views/05c_collapse_explorer.ipynb #9a635a5f
 @patch
 def _map(self: CollapseExplorer) -> None:
     "Where the texts lie"
@@ -188,7 +188,7 @@ def _map(self: CollapseExplorer) -> None:
     rows = lambda g: g.with_columns(pl.col("x", "y").round_sig_figs(4)).to_dicts()
     self.map.rows = {"points": rows(mine), "others": rows(others)}
 
-
+# %% ../../nbs/views/05c_collapse_explorer.ipynb #1459d532
 @patch
 def _embed(self: CollapseExplorer) -> None:
     "Embed the texts at the chosen temperature"
@@ -199,7 +199,7 @@ def _embed(self: CollapseExplorer) -> None:
     job = lambda progress: embedded(self.report, self.encoder, n, tau, self.texts)
     self.app.run(f"texts of {n:,} tokens at temperature {tau:g}", job, show, self.encoder)
 
-# %% ../../nbs/views/05c_collapse_explorer.ipynb #f699ff26
+# %% ../../nbs/views/05c_collapse_explorer.ipynb #69c1b1cf
 def embedded(
     report: Report,         # a CollapseReport
     encoder: Any,           # its Encoder
@@ -221,18 +221,18 @@ def embedded(
     axes = np.linalg.lstsq(old - old.mean(0), xy, rcond=1e-6)[0]    # the report's map is this projection
     return (new - old.mean(0)) @ axes
 
-
+# %% ../../nbs/views/05c_collapse_explorer.ipynb #952f9f3a
 def unit(
     x: np.ndarray,       # (n, d)
 ) -> np.ndarray:
     "Rows of length 1"
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
-# %% ../../nbs/views/05c_collapse_explorer.ipynb #ab6ce7ea
+# %% ../../nbs/views/05c_collapse_explorer.ipynb #551f65f8
 MEASURES = {"mean_cosine": "cosine of two texts", "effective_rank": "effective rank", "anisotropy": "share of the first direction",
             "effective_rank_centred": "effective rank, mean taken off", "sigma_a": "sigma_a, mean of all heads"}
 
-
+# %% ../../nbs/views/05c_collapse_explorer.ipynb #41f0dca9
 @patch
 def _numbers(self: CollapseExplorer, condition: str, n: int) -> str:
     "A small table: chosen, same length at temperature 1, shortest"
@@ -248,7 +248,7 @@ def _numbers(self: CollapseExplorer, condition: str, n: int) -> str:
     line = lambda m, name: f'<tr><th scope="row">{name}</th>{cells(m)}</tr>'
     return f'<table class="lx-numbers">{head}{"".join(line(m, name) for m, name in MEASURES.items())}</table>'
 
-
+# %% ../../nbs/views/05c_collapse_explorer.ipynb #1f63fc50
 @patch
 def state(self: CollapseExplorer) -> dict[str, Any]:
     "What was chosen"
@@ -262,7 +262,7 @@ def restore(self: CollapseExplorer, state: Mapping[str, Any]) -> None:
     if state.get("tau") in self.taus: self.tau.value = state["tau"]
     self.centred.value = bool(state.get("centred", False))
 
-
+# %% ../../nbs/views/05c_collapse_explorer.ipynb #5ef68a7a
 def explore_collapse(
     report: Report,           # a CollapseReport
     encoder: Any = None,      # its Encoder, or whatever `load_encoder` takes: embeds at other temperatures for the map

@@ -25,7 +25,7 @@ from .pictures import classed, told
 __all__ = ['Build', 'EXPLORERS', 'Cancelled', 'Busy', 'Progress', 'using', 'Explorer', 'Pending', 'App', 'read_parts',
            'open_explorer']
 
-# %% ../../nbs/views/05_explore.ipynb #1d087825
+# %% ../../nbs/views/05_explore.ipynb #3be9171b
 class Cancelled(Exception):
     "The reader pressed cancel"
 
@@ -33,7 +33,7 @@ class Cancelled(Exception):
 class Busy(RuntimeError):
     "The model, or the app, is at work; the message says what to do"
 
-
+# %% ../../nbs/views/05_explore.ipynb #8b5b7fe4
 class Progress:
     "How far a piece of work is; raises `Cancelled` where it is told so"
     def __init__(self, show: Callable[[float | None, str], None] = lambda share, text: None):
@@ -57,10 +57,10 @@ class Progress:
         self.shown, of = now, f" of about {self.planned:,}" if self.planned else ""
         self.show(min(1, self.tokens / self.planned) if self.planned else None, f"{self.tokens:,}{of} tokens")
 
-# %% ../../nbs/views/05_explore.ipynb #fedb314c
+# %% ../../nbs/views/05_explore.ipynb #b3036260
 _LOCKS: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()    # torch module -> lock
 
-
+# %% ../../nbs/views/05_explore.ipynb #33ad8e6a
 @contextmanager
 def using(
     model: Any,                         # a LongModel, an Encoder, or None: nothing is guarded
@@ -81,7 +81,7 @@ def using(
         hook.remove()
         lock.release()
 
-
+# %% ../../nbs/views/05_explore.ipynb #7945c514
 def _take(lock: Any, progress: Progress | None, wait: float) -> bool:
     "Take a lock; with progress, however long it takes, unless cancelled"
     if progress is None: return lock.acquire(timeout=wait)
@@ -152,10 +152,10 @@ class Pending(Explorer):
         self.inner.app = self.app
         self.inner.restore(state)
 
-# %% ../../nbs/views/05_explore.ipynb #0752accf
+# %% ../../nbs/views/05_explore.ipynb #f013e83c
 Build = Callable[[Report, Mapping[str, Report]], Sequence[Explorer]]    # a report, other reports by the name of their tab -> tabs
 
-
+# %% ../../nbs/views/05_explore.ipynb #3f957f7e
 class App(VBox):
     "A report, or several, to look at: title, tabs, errors, status, and a folder to keep it in"
 
@@ -194,7 +194,7 @@ class App(VBox):
         self.fetch.on_click(self.does(lambda _: self.load(self.folder.value)))
         self.tabs.observe(self.does(lambda change: self._turn(change.new)), "index")
 
-# %% ../../nbs/views/05_explore.ipynb #22dba5fb
+# %% ../../nbs/views/05_explore.ipynb #e3f147a9
 @patch
 def open_report(
     self: App,
@@ -216,7 +216,7 @@ def open_report(
     self._turn(self.tabs.index)
     self.tell("ready")
 
-
+# %% ../../nbs/views/05_explore.ipynb #2b66cbc6
 @patch
 def _turn(self: App, index: int | None) -> None:
     "Show a tab"
@@ -224,7 +224,7 @@ def _turn(self: App, index: int | None) -> None:
     self.stack.selected_index = index
     self.explorers[index].opened()
 
-# %% ../../nbs/views/05_explore.ipynb #8315f06c
+# %% ../../nbs/views/05_explore.ipynb #24f243a0
 @patch
 def tell(
     self: App,
@@ -243,7 +243,7 @@ def fail(
     self.error.value = f'<div class="lx-error" role="alert"><b>{say(type(error).__name__)}</b>: {say(error, 2000)}</div>'
     self.tell("that did not work: the reason is above")
 
-
+# %% ../../nbs/views/05_explore.ipynb #5e69d7d3
 @patch
 def does(
     self: App,
@@ -257,7 +257,7 @@ def does(
         except Exception as e: self.fail(e)
     return run
 
-# %% ../../nbs/views/05_explore.ipynb #5e59d833
+# %% ../../nbs/views/05_explore.ipynb #66c1e807
 @patch
 def run(
     self: App,
@@ -273,7 +273,7 @@ def run(
     self.thread = Thread(target=self._work, args=(self.progress, job, then, model), daemon=True)
     self.thread.start()
 
-
+# %% ../../nbs/views/05_explore.ipynb #76e415c0
 @patch
 def _work(self: App, progress: Progress, job: Callable[[Progress], Any], then: Callable[[Any], None], model: Any) -> None:
     "What the thread does"
@@ -289,7 +289,7 @@ def _work(self: App, progress: Progress, job: Callable[[Progress], Any], then: C
         self.thread = None
         self._working(False)
 
-# %% ../../nbs/views/05_explore.ipynb #8986f363
+# %% ../../nbs/views/05_explore.ipynb #2d4215e2
 @patch
 def _show(self: App, share: float | None, text: str) -> None:
     "Progress, as the reader sees it"
@@ -304,7 +304,7 @@ def _working(self: App, on: bool) -> None:
     self.stop.disabled = not on
     if on: self.tell(f"{self.what} …")
 
-
+# %% ../../nbs/views/05_explore.ipynb #797f0a35
 @patch
 def cancel(self: App) -> None:
     "Stop what is running, at its next step"
@@ -321,7 +321,7 @@ def wait(
     thread = self.thread
     if thread is not None: thread.join(seconds)
 
-# %% ../../nbs/views/05_explore.ipynb #021d1dcb
+# %% ../../nbs/views/05_explore.ipynb #5e0b27cb
 @patch
 def save(
     self: App,
@@ -338,7 +338,7 @@ def save(
     self.tell(f"kept in {path}")
     return Path(path)
 
-
+# %% ../../nbs/views/05_explore.ipynb #4c833a3b
 @patch
 def load(
     self: App,
@@ -351,7 +351,7 @@ def load(
     self.open_report(report, read_parts(path, report))
     self.tell(f"read from {path}")
 
-
+# %% ../../nbs/views/05_explore.ipynb #5d995b9b
 def read_parts(
     path: str | Path,     # a folder that was kept
     report: Report,       # the report that it holds
@@ -359,7 +359,7 @@ def read_parts(
     "The other reports in the folder of a view"
     return {name: load_report(Path(path) / check_name(name)) for name in report.meta.get("view", {}).get("parts", [])}
 
-# %% ../../nbs/views/05_explore.ipynb #7a073643
+# %% ../../nbs/views/05_explore.ipynb #f86916cc
 EXPLORERS: dict[str, str] = {    # class of report -> the function that makes its app: (report, **what else there is) -> App
     "SinkReport": "longlens.views.head_explorer.explore_sinks",
     "HeadReport": "longlens.views.head_explorer.explore_heads",
@@ -370,7 +370,7 @@ EXPLORERS: dict[str, str] = {    # class of report -> the function that makes it
     "Trace": "longlens.views.trace_explorer.explore_trace",
 }
 
-
+# %% ../../nbs/views/05_explore.ipynb #420b9205
 def open_explorer(
     report: Report,    # any report
     **how: Any,        # what the explorer takes, such as model=

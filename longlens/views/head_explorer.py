@@ -62,7 +62,7 @@ class HeadExplorer(Explorer):
     if TYPE_CHECKING:
         def __getattr__(self, name: str) -> Any: ...    # methods are added below
 
-# %% ../../nbs/views/05a_head_explorer.ipynb #b64e97aa
+# %% ../../nbs/views/05a_head_explorer.ipynb #75f15ecd
 @patch
 def _laid_out(self: HeadExplorer) -> list[Any]:
     "Boxes"
@@ -73,7 +73,7 @@ def _laid_out(self: HeadExplorer) -> list[Any]:
     shown = [picture(p.title, v, p.says, classes=["lx-wide" if p.wide else "lx-half"]) for p, v in both]
     return [classed(HBox([left, self.side]), "lx-row"), classed(HBox(shown), "lx-row")]
 
-
+# %% ../../nbs/views/05a_head_explorer.ipynb #0d34cf23
 @patch
 def _map(self: HeadExplorer) -> dict[str, Any]:
     "The chart of the quantity that was chosen"
@@ -90,7 +90,7 @@ def _wire(self: HeadExplorer) -> None:
     self.map.observe(self.does(lambda change: self._pick(change.new)), "picked")
     self.choice.observe(self.does(lambda _: self._fill()), "head")
 
-
+# %% ../../nbs/views/05a_head_explorer.ipynb #5e2f40b2
 @patch
 def _pick(self: HeadExplorer, picked: Mapping[str, int]) -> None:
     if picked: self.choice.head = picked["layer"], picked["head"]
@@ -142,7 +142,7 @@ def restore(self: HeadExplorer, state: Mapping[str, Any]) -> None:
     if (head := tuple(state.get("head", ()))) in known: self.choice.head = head
     if state.get("quantity") in dict(self.quantity.options).values(): self.quantity.value = state["quantity"]
 
-# %% ../../nbs/views/05a_head_explorer.ipynb #fc28a08b
+# %% ../../nbs/views/05a_head_explorer.ipynb #cef42b00
 def explore_sinks(
     report: Report,    # a SinkReport
 ) -> App:
@@ -152,7 +152,7 @@ def explore_sinks(
         return [HeadExplorer(r, heads, sink_panels(r), RULES, "alpha_first"), SectionsExplorer(r)]
     return App(report, build, "Attention sinks")
 
-
+# %% ../../nbs/views/05a_head_explorer.ipynb #809cbc07
 def explore_heads(
     report: Report,    # a HeadReport
 ) -> App:

@@ -22,7 +22,7 @@ __all__ = ['QUANTITIES', 'HIDDEN_COLUMNS', 'PANELS', 'CURVES', 'quantities', 'Pa
            'profile_rows', 'row_rows', 'reading_panels', 'depth_chart', 'curve_chart', 'retrieval_panels',
            'sink_panels']
 
-# %% ../../nbs/views/04b_head_panels.ipynb #d263b235
+# %% ../../nbs/views/04b_head_panels.ipynb #c10cc731
 QUANTITIES: dict[str, tuple[str, str, str]] = {    # column -> name, unit, what it is
     "alpha_top": ("attention on its strongest position", "share", "The share of its attention that the most attended position gets, "
                   "averaged over the queries that see it: a sink, where it is large."),
@@ -43,6 +43,8 @@ QUANTITIES: dict[str, tuple[str, str, str]] = {    # column -> name, unit, what 
     "standard_error": ("standard error of the retrieval score", "share", "Over the trials."),
     "active": ("trials in which it copied", "share", "The share of the trials in which its score is above 0."),
 }
+
+# %% ../../nbs/views/04b_head_panels.ipynb #dcd2037c
 HIDDEN_COLUMNS = {"layer", "head", "kv_head", "sample", "top_position", "retrieval_head"}
 
 
@@ -110,7 +112,7 @@ def row_chart() -> alt.Chart:
         y=alt.Y("label:N", sort=None, axis=_axis(title=None, labelLimit=190, ticks=False, domain=False)),
         x=x, tooltip=tips), 220)
 
-# %% ../../nbs/views/04b_head_panels.ipynb #8d16edb3
+# %% ../../nbs/views/04b_head_panels.ipynb #76c430e1
 def _told_token(token: str, position: int) -> str: return f"{visible(token, 18)}  {position:,}"
 
 
@@ -126,7 +128,7 @@ def profile_rows(
     token = pl.Series("token", [visible(words[i], 30) for i in f["at"]], dtype=pl.String)
     return f.with_columns(token, where=where).select("first", "end", "mean", "top", "at", "token", "where").to_dicts()
 
-
+# %% ../../nbs/views/04b_head_panels.ipynb #e3aacd6b
 def row_rows(
     r: Reading,       # of a text
     layer: int,       # of the head
@@ -145,7 +147,7 @@ def row_rows(
     words = r.strings
     return [dict(position=p, token=visible(words[p], 30), label=_told_token(words[p], p), weight=float(f"{w:.4g}")) for p, w in pairs]
 
-
+# %% ../../nbs/views/04b_head_panels.ipynb #ff6acd88
 def _row(r: Reading, position: int) -> Any:
     "A row of every head, kept for the next click"
     live: Any = r.live
@@ -155,7 +157,7 @@ def _row(r: Reading, position: int) -> Any:
         while len(kept) > 16: del kept[next(iter(kept))]
     return kept[position]
 
-# %% ../../nbs/views/04b_head_panels.ipynb #ac9a2d41
+# %% ../../nbs/views/04b_head_panels.ipynb #af35b2d2
 def reading_panels(
     r: Reading,
     token: Callable[[], int],    # gives the position of the token that looks
@@ -171,7 +173,7 @@ def reading_panels(
               fields=["position"]),
     ]
 
-
+# %% ../../nbs/views/04b_head_panels.ipynb #88fafec9
 PANELS = {    # how to read them
     "where": "The share of its attention that each stretch of the text gets, averaged over the queries that see it; the last tokens "
              "are seen by too few. Shaded: named parts of the text. Click a place to let its strongest token look.",
@@ -179,7 +181,7 @@ PANELS = {    # how to read them
     "token": "What the chosen token attends to most. Click a bar, and that token looks in turn.",
 }
 
-# %% ../../nbs/views/04b_head_panels.ipynb #6faadb39
+# %% ../../nbs/views/04b_head_panels.ipynb #d4811480
 def depth_chart(
     lengths: Sequence[int],      # context lengths, tokens
     depths: Sequence[float],     # percent
@@ -194,7 +196,7 @@ def depth_chart(
     cells = alt.Chart(alt.NamedData("cells")).mark_rect(tooltip=True)
     return _filling(cells.encode(x=x, y=y, color=colour, tooltip=tips), max(120, 20 * len(depths)))
 
-
+# %% ../../nbs/views/04b_head_panels.ipynb #be62e134
 def curve_chart(
     title: str,    # of the axis
 ) -> alt.Chart:
@@ -205,7 +207,7 @@ def curve_chart(
         x=alt.X("context_length:Q", scale=alt.Scale(type="log", nice=False), axis=axis),
         y=alt.Y("value:Q", scale=alt.Scale(domainMin=0), axis=_axis(title=title, tickCount=5, format="~g")), tooltip=tips), 150)
 
-# %% ../../nbs/views/04b_head_panels.ipynb #eb0c6bd0
+# %% ../../nbs/views/04b_head_panels.ipynb #296b1be9
 def retrieval_panels(r: Any) -> list[Panel]:    # of a HeadReport
     "A head's score by depth and length"
     f = r.frames["grid"].with_columns(pl.col("depth_percent").round(1), score=pl.col("retrieval_score").round_sig_figs(4))
@@ -224,7 +226,7 @@ def sink_panels(r: Any) -> list[Panel]:    # of a SinkReport
         return lambda layer, head: {"curve": some.filter(layer=layer, head=head).drop("layer", "head").to_dicts()}
     return [Panel(title, f"{says}, by how many tokens a query sees.", curve_chart(axis), rows(c)) for c, title, axis, says in CURVES]
 
-
+# %% ../../nbs/views/04b_head_panels.ipynb #083eca0f
 CURVES = [    # column, title, axis, sentence
     ("sink_mass", "On the first tokens", "share of attention", "Its attention on the first tokens"),
     ("entropy_norm", "How spread out", "entropy, share of uniform", "Its entropy, where 1 is uniform"),

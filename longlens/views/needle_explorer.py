@@ -32,7 +32,7 @@ from .sections import SectionsExplorer
 __all__ = ['CURVES', 'PLACED', 'Places', 'grid_places', 'middle_places', 'place_chart', 'looking_chart', 'documents_chart',
            'PlaceExplorer', 'said_html', 'asked_at', 'explore_grid', 'explore_middle']
 
-# %% ../../nbs/views/05b_needle_explorer.ipynb #af3458f7
+# %% ../../nbs/views/05b_needle_explorer.ipynb #708ebfc4
 @dataclass
 class Places:
     "Answers by the place of the fact, from either report"
@@ -51,7 +51,7 @@ class Places:
 
 def _task(s: Mapping[str, Any], heads_on: str, mean_on: str) -> Ask: return Ask(s["max_new_tokens"], tuple(s["stop"]), heads_on, mean_on)
 
-
+# %% ../../nbs/views/05b_needle_explorer.ipynb #1649b29b
 def _settings(cls: Any, s: Mapping[str, Any]) -> Any: return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in s.items()})
 
 # %% ../../nbs/views/05b_needle_explorer.ipynb #fcd2e7d3
@@ -95,10 +95,10 @@ def middle_places(
     return Places("gold_index", f"place of the {what}", (0, s["n"] - 1), by, curve, answers, f["attention"], f.get("documents"), ask,
                   _task(s, "gold", r"(document|pair)_\d+"), s["metric"])
 
-# %% ../../nbs/views/05b_needle_explorer.ipynb #9d23a92b
+# %% ../../nbs/views/05b_needle_explorer.ipynb #a182111d
 CURVES = {"score": "score", "probability": "probability of the answer", "attention": "attention on it, mean of all heads"}
 
-
+# %% ../../nbs/views/05b_needle_explorer.ipynb #9dd1855b
 def place_chart(
     p: Places,                 # what a report says
     columns: Sequence[str],    # of CURVES
@@ -120,7 +120,7 @@ def place_chart(
         parts.append(alt.layer(rule(last), line, dots).properties(width=470, height=70))
     return alt.vconcat(*parts, spacing=6)
 
-# %% ../../nbs/views/05b_needle_explorer.ipynb #2895bbce
+# %% ../../nbs/views/05b_needle_explorer.ipynb #ec4988d6
 def looking_chart(
     heads: pl.DataFrame,    # layer, head
 ) -> alt.Chart:
@@ -134,7 +134,7 @@ def looking_chart(
     w, h = (max(5, min(size, whole // heads[c].n_unique())) for c, size, whole in (("head", 44, 520), ("layer", 24, 400)))
     return cells.properties(width=alt.Step(w), height=alt.Step(h))
 
-
+# %% ../../nbs/views/05b_needle_explorer.ipynb #9f9b4e21
 def documents_chart(
     what: str,    # document or pair
 ) -> alt.Chart:
@@ -179,7 +179,7 @@ class PlaceExplorer(Explorer):
     if TYPE_CHECKING:
         def __getattr__(self, name: str) -> Any: ...    # methods are added below
 
-# %% ../../nbs/views/05b_needle_explorer.ipynb #49de5873
+# %% ../../nbs/views/05b_needle_explorer.ipynb #5a28c633
 PLACED = {    # how to read the pictures
     "curve": "Means of what was measured at each place; diamonds were asked here, once. The broken line is where the slider stands.",
     "map": "Score by depth and length, 0 % at the top. Click a cell to go there.",
@@ -191,7 +191,7 @@ PLACED = {    # how to read the pictures
 @patch
 def _is_grid(self: PlaceExplorer) -> bool: return self.p.at == "depth_percent"
 
-
+# %% ../../nbs/views/05b_needle_explorer.ipynb #e20fff92
 @patch
 def _laid_out(self: PlaceExplorer) -> list[Any]:
     "Boxes"
@@ -204,7 +204,7 @@ def _laid_out(self: PlaceExplorer) -> list[Any]:
     bar = classed(HBox([self.place, *some, *ask]), "lx-bar", "lx-sliders")
     return [bar, self.near, classed(self.said, "lx-box"), classed(HBox([left, classed(shown, "lx-side")]), "lx-row")]
 
-
+# %% ../../nbs/views/05b_needle_explorer.ipynb #2bfdb0c9
 @patch
 def _grid(self: PlaceExplorer) -> dict[str, Any]:
     "Depth by length, for the other conditions that were chosen"
@@ -222,7 +222,7 @@ def _wire(self: PlaceExplorer) -> None:
     if self.map is not None: self.map.observe(self.does(to_cell), "picked")
     self.ask.on_click(self.does(lambda _: self._ask()))
 
-
+# %% ../../nbs/views/05b_needle_explorer.ipynb #5149d344
 @patch
 def _go(self: PlaceExplorer, place: float | None, length: int | None = None) -> None:
     "To a place that was clicked"
@@ -236,7 +236,7 @@ def _changed(self: PlaceExplorer, column: str, change: Any) -> None:
     if self.map is not None and column != "context_length": self.map.show(self._grid())
     self._fill()
 
-# %% ../../nbs/views/05b_needle_explorer.ipynb #3adfa587
+# %% ../../nbs/views/05b_needle_explorer.ipynb #ea163425
 @patch
 def _where(self: PlaceExplorer) -> dict[str, Any]:
     "The conditions that are chosen"
@@ -249,7 +249,7 @@ def _here(self: PlaceExplorer) -> list[dict[str, Any]]:
     where = self._where()
     return [a for a in self.asked if all(a[c] == v for c, v in where.items())]
 
-
+# %% ../../nbs/views/05b_needle_explorer.ipynb #a4ce6b58
 @patch
 def _fill(self: PlaceExplorer) -> None:
     "Show the place"
@@ -269,10 +269,10 @@ def _fill(self: PlaceExplorer) -> None:
     self.said.value = said_html(p.answers.filter(pl.col(p.at) == nearest, **where), asked, "needle" if self._is_grid() else "question")
     self._look(where, nearest, asked)
 
-
+# %% ../../nbs/views/05b_needle_explorer.ipynb #899bdab6
 def _share(logprob: float | None) -> float | None: return None if logprob is None or logprob != logprob else math.exp(logprob)
 
-# %% ../../nbs/views/05b_needle_explorer.ipynb #fc9e2f23
+# %% ../../nbs/views/05b_needle_explorer.ipynb #cd01b5d0
 @patch
 def _look(self: PlaceExplorer, where: Mapping[str, Any], place: float, asked: Mapping[str, Any] | None) -> None:
     "Where the model looks, at a place"
@@ -286,7 +286,7 @@ def _look(self: PlaceExplorer, where: Mapping[str, Any], place: float, asked: Ma
         rows = f.sort("document").select("document", pl.col("mass").round_sig_figs(4), right=pl.col("document") == round(place))
         self.documents.rows = {"documents": rows.to_dicts()}
 
-
+# %% ../../nbs/views/05b_needle_explorer.ipynb #e1d83c2d
 def said_html(
     answers: pl.DataFrame,                  # of one place
     asked: Mapping[str, Any] | None,        # an answer that was asked here
@@ -307,7 +307,7 @@ def said_html(
     more = f'<p class="lx-soft">and {left:,} more</p>' if left else ""
     return f'<table class="lx-numbers lx-answers">{head}{"".join(map(line, rows))}</table>{more}'
 
-# %% ../../nbs/views/05b_needle_explorer.ipynb #bf38b15a
+# %% ../../nbs/views/05b_needle_explorer.ipynb #d83bc10f
 @patch
 def _ask(self: PlaceExplorer) -> None:
     "Ask the model at the place of the slider"
@@ -317,7 +317,7 @@ def _ask(self: PlaceExplorer) -> None:
         self._fill()
     self.app.run(f"asking at {at:,}", lambda progress: asked_at(self.model, self.p, at, where), show, self.model)
 
-
+# %% ../../nbs/views/05b_needle_explorer.ipynb #d1b90310
 def asked_at(
     lm: Any,                         # LongModel
     p: Places,                       # how it is asked
@@ -336,7 +336,7 @@ def asked_at(
             "score": METRICS[p.metric](a["said"], cell.answers), "probability": _share(a["logprob"]), "attention": heads["mass"].mean(),
             "heads": heads, "documents": documents}
 
-# %% ../../nbs/views/05b_needle_explorer.ipynb #3bd61861
+# %% ../../nbs/views/05b_needle_explorer.ipynb #a0601fc2
 @patch
 def state(self: PlaceExplorer) -> dict[str, Any]:
     "What was chosen"
@@ -350,7 +350,7 @@ def restore(self: PlaceExplorer, state: Mapping[str, Any]) -> None:
         if state.get(c) in d.options: d.value = state[c]
     if self.place.min <= state.get("place", -1) <= self.place.max: self.place.value = state["place"]
 
-
+# %% ../../nbs/views/05b_needle_explorer.ipynb #0e9d4cd3
 def explore_grid(
     report: Report,        # a GridReport
     model: Any = None,     # its model, to ask at other depths

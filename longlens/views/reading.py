@@ -26,7 +26,7 @@ from ..report import Report, plain
 __all__ = ['KEPT', 'BINS', 'SAID', 'RULES', 'ASKED', 'read_through', 'Live', 'Reading', 'profile_frame', 'bands_frame',
            'answered', 'Rule', 'read_text', 'revive']
 
-# %% ../../nbs/views/04a_reading.ipynb #325474f9
+# %% ../../nbs/views/04a_reading.ipynb #4958ac5f
 def _chunk(lm: Any, n: int) -> int:    # tokens
     "How many tokens run at a time"
     size = max(32, min(lm.best_chunk(n), 2**28 // (4 * lm.vocab_size)))
@@ -37,7 +37,7 @@ def _surprise(logits: Tensor, ids: Tensor) -> Tensor:    # (k, vocab), the token
     log = logits.float().log_softmax(-1).gather(-1, ids.to(logits.device)[:, None])[:, 0]
     return (-log / torch.log(torch.tensor(2.0))).cpu()
 
-
+# %% ../../nbs/views/04a_reading.ipynb #4394b77f
 @torch.no_grad()
 def read_through(
     lm: Any,                                    # LongModel
@@ -125,7 +125,7 @@ def _stream_share(seen: Capture) -> pl.DataFrame:    # layer, head, stream_share
     both = seen.frame("late_first").join(seen.frame("late_last"), on=["layer", "head"])
     return both.select("layer", "head", stream_share=pl.col("sink_mass") + pl.col("mass"))
 
-# %% ../../nbs/views/04a_reading.ipynb #83adbed2
+# %% ../../nbs/views/04a_reading.ipynb #a7c433ed
 def _copied(live: Live) -> dict[str, Tensor]:    # (layers, heads)
     "Scores of every head from the rows that say the answer: how much of the needle it copies, and how much it attends to it"
     ctx, n = live.context, len(live.tokens)
@@ -139,7 +139,7 @@ def _copied(live: Live) -> dict[str, Tensor]:    # (layers, heads)
     mass = live.row(n - 1)[..., span.start:span.stop].sum(-1)
     return {"retrieval_score": copy_scores(ctx.tokens.ids, span, said, looked)[0], "needle_attention": mass}
 
-
+# %% ../../nbs/views/04a_reading.ipynb #8c68b24d
 def _heads_table(live: Live, seen: Capture, patterns: Mapping[str, Tensor]) -> pl.DataFrame:
     "One row a head"
     table = heads_frame(seen, live.alpha)
@@ -150,7 +150,7 @@ def _heads_table(live: Live, seen: Capture, patterns: Mapping[str, Tensor]) -> p
     more = {name: pl.Series(name, x.flatten().numpy()) for name, x in extra.items()}
     return table.sort("layer", "head").with_columns(kv_head=pl.col("head") // (n_heads // n_kv), **more)
 
-# %% ../../nbs/views/04a_reading.ipynb #434f3564
+# %% ../../nbs/views/04a_reading.ipynb #bf8be2cc
 BINS = 240
 
 
@@ -169,7 +169,7 @@ def profile_frame(
     axes = {"layer": range(alpha.shape[0]), "head": range(alpha.shape[1]), "first": first.tolist()}
     return tidy(axes, {k: v.numpy() for k, v in values.items()})
 
-
+# %% ../../nbs/views/04a_reading.ipynb #855b14b3
 def bands_frame(
     seen: Capture,       # with a distance_profile
 ) -> pl.DataFrame:       # layer, head, band, from, mass
@@ -181,7 +181,7 @@ def bands_frame(
     band = pl.when(pl.col("near") == last).then(pl.format("{}", "near")).otherwise(pl.format("{} to {}", "near", last))
     return f.select("layer", "head", band=band, **{"from": pl.col("near")}, mass=pl.col("mass"))
 
-# %% ../../nbs/views/04a_reading.ipynb #c78f8158
+# %% ../../nbs/views/04a_reading.ipynb #1b30d17c
 SAID = 8    # tokens of an answer, if nothing is known of its length
 
 
@@ -200,7 +200,7 @@ def answered(
         else: live.silenced[key] = _answer(live, live.prefix)
     return live.silenced[key]
 
-
+# %% ../../nbs/views/04a_reading.ipynb #cfb0f2b9
 def _answer(live: Live, prefix: Prefix) -> dict[str, Any]:
     lm, ctx = live.lm, live.context
     want = None if ctx is None or not len(ctx.completion_ids) else ctx.completion_ids
@@ -211,7 +211,7 @@ def _answer(live: Live, prefix: Prefix) -> dict[str, Any]:
     return {"said": _decode(lm, said), "target": _decode(lm, target), "logprob": score.total if score else 0.0,
             "right": None if want is None or score is None else bool(score.greedy.all()), "ids": said}
 
-# %% ../../nbs/views/04a_reading.ipynb #481cb468
+# %% ../../nbs/views/04a_reading.ipynb #6351d7c0
 @dataclass(frozen=True)
 class Rule:
     "What makes a head one of a kind"
@@ -225,7 +225,7 @@ class Rule:
         value = head.get(self.column)
         return value is not None and value == value and value >= self.limit
 
-
+# %% ../../nbs/views/04a_reading.ipynb #021250e9
 RULES = [
     Rule("sink", "alpha_top", .3,
          "one position gets 0.3 or more of its attention, averaged over the queries that see it (Gu et al. 2024)"),
@@ -239,7 +239,7 @@ RULES = [
          f"the first {KEPT[0]} tokens and the last {KEPT[1]} hold 0.95 or more of its attention (our threshold)"),
 ]
 
-# %% ../../nbs/views/04a_reading.ipynb #96f35897
+# %% ../../nbs/views/04a_reading.ipynb #5c1c3398
 def read_text(
     model: Any,     # a LongModel, or whatever `load` takes
     text: Any,      # a text, Tokens, token ids, or a Context (whose question, answer and spans are used)
@@ -256,7 +256,7 @@ def read_text(
     tell(.8, "patterns of repeated tokens")
     return _reading(live, seen, pattern_scores(lm) if lm.max_length is None or lm.max_length >= 8 else {})
 
-
+# %% ../../nbs/views/04a_reading.ipynb #a107f691
 def _reading(live: Live, seen: Capture, patterns: Mapping[str, Tensor]) -> Reading:
     "The tables of a text"
     lm, tokens, ctx = live.lm, live.tokens, live.context
@@ -277,7 +277,7 @@ def _reading(live: Live, seen: Capture, patterns: Mapping[str, Tensor]) -> Readi
     out.live = live
     return out
 
-
+# %% ../../nbs/views/04a_reading.ipynb #55388f6f
 ASKED = "question", "answers", "completion", "kind", "add_special_tokens"    # of a Context, beside its tokens and spans
 
 

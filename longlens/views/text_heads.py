@@ -45,7 +45,7 @@ class ReadingExplorer(HeadExplorer):
         panels = reading_panels(reading, lambda: self.choice.token)
         super().__init__(reading, reading.frames["heads"], panels, RULES, first, choice)
 
-# %% ../../nbs/views/05a1_text_heads.ipynb #4f5e9f95
+# %% ../../nbs/views/05a1_text_heads.ipynb #367bb083
 @patch
 def _laid_out(self: ReadingExplorer) -> list[Any]:
     "Boxes: the switch beside the map, the token beside its row"
@@ -57,7 +57,7 @@ def _laid_out(self: ReadingExplorer) -> list[Any]:
     row.children = [row.children[0], classed(HBox([self.token]), "lx-bar"), self.around, *row.children[1:]]
     return [top, below]
 
-
+# %% ../../nbs/views/05a1_text_heads.ipynb #e459a147
 @patch
 def _wire(self: ReadingExplorer) -> None:
     "What happens when"
@@ -75,7 +75,7 @@ def _wire(self: ReadingExplorer) -> None:
 @patch
 def _clicked(self: ReadingExplorer, field: str, change: Any) -> None: self._look(change.new.get(field))
 
-
+# %% ../../nbs/views/05a1_text_heads.ipynb #fe9a128a
 @patch
 def _look(self: ReadingExplorer, position: int | None) -> None:
     if position is not None: self.choice.token = position
@@ -161,7 +161,7 @@ def restore(self: ReadingExplorer, state: Mapping[str, Any]) -> None:
     if 0 <= int(state.get("token", -1)) < len(self.report.strings): self.choice.token = int(state["token"])
     HeadExplorer.restore(self, state)
 
-# %% ../../nbs/views/05a1_text_heads.ipynb #3df7e290
+# %% ../../nbs/views/05a1_text_heads.ipynb #2a95497b
 @patch
 def state(self: ReadingExplorer) -> dict[str, Any]:
     "What was chosen; the rows that were looked at go into the report"
@@ -171,7 +171,7 @@ def state(self: ReadingExplorer) -> dict[str, Any]:
     if parts: self.report.frames["rows"] = pl.concat(parts).unique(["layer", "head", "query", "position"], maintain_order=True)
     return HeadExplorer.state(self)
 
-
+# %% ../../nbs/views/05a1_text_heads.ipynb #7018062c
 def row_frame(
     row: Any,          # weights, (layers, heads, positions)
     query: int,        # position of the token that looks

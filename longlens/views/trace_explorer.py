@@ -35,7 +35,7 @@ from .trace import trace_view
 __all__ = ['Span', 'TRACED', 'trace_span', 'asked_without', 'prompt_of', 'usable', 'TraceExplorer', 'token_scores',
            'without_html', 'explore_trace']
 
-# %% ../../nbs/views/05d_trace_explorer.ipynb #f41a35ae
+# %% ../../nbs/views/05d_trace_explorer.ipynb #bfd0e92e
 Span = tuple[int, int]    # first token of the answer, one past the last
 
 
@@ -51,7 +51,7 @@ def trace_span(
     if progress is not None: progress.planned = trace_context(lm, mine, method=method, dry_run=True).tokens
     return trace_context(lm, mine, method=method)
 
-
+# %% ../../nbs/views/05d_trace_explorer.ipynb #76a511db
 def asked_without(
     lm: Any,                       # LongModel
     prompt: TracePrompt,           # with its answer
@@ -66,7 +66,7 @@ def asked_without(
     text = lm.decode(said) if lm.tokenizer is not None else " ".join(map(str, said.tolist()))
     return {"said": text, "logprob": lm.score(before, prompt.answer.ids).total}
 
-# %% ../../nbs/views/05d_trace_explorer.ipynb #49e99c0b
+# %% ../../nbs/views/05d_trace_explorer.ipynb #a840475f
 def prompt_of(
     lm: Any,          # LongModel
     r: Trace,         # a trace
@@ -79,7 +79,7 @@ def prompt_of(
     if len(found) == m["prompt_tokens"]: return found
     raise ValueError(f"the prompt cannot be made again ({len(found):,} tokens instead of {m['prompt_tokens']:,}): {hint}")
 
-
+# %% ../../nbs/views/05d_trace_explorer.ipynb #bfdcd692
 def usable(
     lm: Any,          # LongModel
 ) -> list[str]:
@@ -124,7 +124,7 @@ class TraceExplorer(Explorer):
     if TYPE_CHECKING:
         def __getattr__(self, name: str) -> Any: ...    # methods are added below
 
-# %% ../../nbs/views/05d_trace_explorer.ipynb #94842376
+# %% ../../nbs/views/05d_trace_explorer.ipynb #e8847775
 TRACED = {    # how to read it
     "view": "The context, each source shaded by how much the answer owes to it. A click on a row below the text shows that source; a "
             "span of the answer that was traced can be clicked above it.",
@@ -142,7 +142,7 @@ def _laid_out(self: TraceExplorer) -> list[Any]:
     right = picture("What if they were not there", VBox([self.list, *ask, self.result]), TRACED["list"], classes=["lx-side"])
     return [*pick, classed(HBox([left, right]), "lx-row")]
 
-
+# %% ../../nbs/views/05d_trace_explorer.ipynb #32088565
 @patch
 def _wire(self: TraceExplorer) -> None:
     "What happens when"
@@ -151,7 +151,7 @@ def _wire(self: TraceExplorer) -> None:
     self.ask.on_click(self.does(lambda _: self._without()))
     self.back.on_click(self.does(lambda _: self._put_back()))
 
-# %% ../../nbs/views/05d_trace_explorer.ipynb #0688f86b
+# %% ../../nbs/views/05d_trace_explorer.ipynb #1fad3bac
 @patch
 def _now(self: TraceExplorer) -> Span:
     "The span that is picked"
@@ -167,7 +167,7 @@ def _picked(self: TraceExplorer) -> None:
     self._quoted((a, b), "" if known else f'<span class="lx-soft">   not traced yet{how}</span>')
     if known: self._show((a, b))
 
-
+# %% ../../nbs/views/05d_trace_explorer.ipynb #4495e231
 @patch
 def _quoted(self: TraceExplorer, span: Span, note: str = "") -> None:
     "The answer, with the span that is picked"
@@ -175,7 +175,7 @@ def _quoted(self: TraceExplorer, span: Span, note: str = "") -> None:
     marked = f'<mark class="lx-chosen">{part(*span)}</mark>'
     self.quote.value = f'<p class="lx-quote">{part(0, span[0])}{marked}{part(span[1], None)}{note}</p>'
 
-
+# %% ../../nbs/views/05d_trace_explorer.ipynb #dc69bc60
 @patch
 def _show(self: TraceExplorer, span: Span) -> None:
     "The sources of a span"
@@ -199,7 +199,7 @@ def token_scores(
     scores = sources.sort("source")["score"].cast(pl.Float64).fill_null(math.nan).to_numpy()
     return np.append(scores, math.nan)[prompt.owner]    # -1 is the last: of no source
 
-# %% ../../nbs/views/05d_trace_explorer.ipynb #36d8dcca
+# %% ../../nbs/views/05d_trace_explorer.ipynb #67dc2eeb
 @patch
 def _trace(self: TraceExplorer) -> None:
     "Trace the span that is picked"
@@ -210,7 +210,7 @@ def _trace(self: TraceExplorer) -> None:
     self.app.run(f"tracing “{visible(''.join(self.words[slice(*span)]).strip(), 40)}”",
                  lambda progress: trace_span(self.model, self.prompt, span, method, progress), show, self.model)
 
-
+# %% ../../nbs/views/05d_trace_explorer.ipynb #95430322
 @patch
 def _listed(self: TraceExplorer, most: int = 7) -> None:
     "The strongest sources, and those that are taken away, with a box each"
@@ -225,12 +225,12 @@ def _listed(self: TraceExplorer, most: int = 7) -> None:
         boxes.append(box)
     self.list.children = boxes
 
-
+# %% ../../nbs/views/05d_trace_explorer.ipynb #d6647526
 @patch
 def _keep(self: TraceExplorer, source: int, change: Any) -> None:
     self.removed = self.removed - {source} if change.new else self.removed | {source}
 
-# %% ../../nbs/views/05d_trace_explorer.ipynb #c99b959e
+# %% ../../nbs/views/05d_trace_explorer.ipynb #53b41a64
 @patch
 def _without(self: TraceExplorer) -> None:
     "Ask again without the sources that were taken away"
@@ -248,7 +248,7 @@ def _put_back(self: TraceExplorer) -> None:
     self.removed, self.result.value = set(), ""
     self._listed()
 
-
+# %% ../../nbs/views/05d_trace_explorer.ipynb #5758d4f7
 def without_html(
     answer: str,                    # that was traced
     removed: Sequence[int],         # numbers of sources
@@ -264,7 +264,7 @@ def without_html(
     rows = line("with all sources", whole) + line(f"without {names}", found)
     return f'<table class="lx-numbers lx-answers">{head}{rows}</table>{note}'
 
-# %% ../../nbs/views/05d_trace_explorer.ipynb #15cf878e
+# %% ../../nbs/views/05d_trace_explorer.ipynb #36285dfd
 @patch
 def state(self: TraceExplorer) -> dict[str, Any]:
     "What was chosen"
@@ -279,7 +279,7 @@ def restore(self: TraceExplorer, state: Mapping[str, Any]) -> None:
     if span in self.traces: self._show(span)
     else: self._listed()
 
-
+# %% ../../nbs/views/05d_trace_explorer.ipynb #1dcb957e
 def explore_trace(
     report: Report,                         # a Trace
     model: Any = None,                      # its model, to trace other spans and to ask without sources

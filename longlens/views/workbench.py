@@ -72,13 +72,13 @@ class TextExplorer(Explorer):
     def restore(self, state: Mapping[str, Any]) -> None:
         if state.get("quantity") in self.view._names: self.view.quantity = state["quantity"]
 
-# %% ../../nbs/views/05e_workbench.ipynb #85305936
+# %% ../../nbs/views/05e_workbench.ipynb #30166c16
 def _menu(label: str, options: Mapping[str, Any] | Sequence[Any], width: str = "250px") -> Dropdown:
     "A menu with its name before it"
     shown = list(options.items()) if isinstance(options, Mapping) else options
     return Dropdown(options=shown, description=label, layout=Layout(width=width), style=dict(description_width="60px"))
 
-
+# %% ../../nbs/views/05e_workbench.ipynb #0064d2b3
 def trace_tab(
     r: Reading,                    # of a text
     text: TextExplorer,            # is shaded by the scores
@@ -108,7 +108,7 @@ def trace_tab(
     says = "Which passages made the model say what it says to this text? The context is cut into sources, and each gets a score."
     return Pending("trace", "Trace", says, [by, method], measure, make, lm, report)
 
-
+# %% ../../nbs/views/05e_workbench.ipynb #ecf06d1b
 def _asked(live: Any, by: str) -> Any:
     "The text as a prompt with the model's answer; the right one, where the model says nothing"
     answer = live.context.completion if live.context and not live.silenced[()]["said"] else None
@@ -121,10 +121,10 @@ def _again(r: Reading, found: Trace) -> Any:
     spans = found.frames["sources"].sort("start").select("start", "end").rows()
     return ready_prompt(r.live.lm, r.live.context or r.live.tokens.text, answer=found.meta["answer"], by=spans)
 
-# %% ../../nbs/views/05e_workbench.ipynb #ae0244b8
+# %% ../../nbs/views/05e_workbench.ipynb #b9d9ca2f
 TASKS_BY_PLACE = {"a needle, by depth and length": "grid", "the right document, by place": "middle"}
 
-
+# %% ../../nbs/views/05e_workbench.ipynb #94fbf616
 def needle_tab(
     lm: Any,                       # LongModel, or None
     n: int,                        # tokens of the text
@@ -169,7 +169,7 @@ def collapse_tab(
     says = "Do embeddings of longer texts fall into a narrow cone, and does temperature help? Generated documents, cut to every length."
     return Pending("collapse", "Collapse", says, [documents], measure, lambda found: CollapseExplorer(found, encoder), encoder, report)
 
-# %% ../../nbs/views/05e_workbench.ipynb #f29eb7e4
+# %% ../../nbs/views/05e_workbench.ipynb #c27575da
 def explore_reading(
     reading: Report,            # a Reading
     model: Any = None,          # its model, to compute more; None: the one that read it, if it is still there
@@ -190,7 +190,7 @@ def explore_reading(
         return out
     return App(reading, build, "longlens workbench", parts)
 
-
+# %% ../../nbs/views/05e_workbench.ipynb #a10c3d2a
 def explore(
     model: Any,                 # a LongModel, or whatever `load` takes
     text: Any,                  # a text, token ids, or a Context: its question, answer and spans are used; or the Path of a kept view
