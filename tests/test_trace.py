@@ -4,7 +4,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from math import comb
 from typing import Any
 
@@ -39,7 +39,9 @@ from longlens.probes.sources import TracePrompt, cut_context, narrowed, placed, 
 from longlens.probes.subset_scores import FLOOR, SubsetScorer, plain_scores
 from longlens.probes.subset_tree import _alike, branches
 from longlens.probes.trace_prompts import ready_prompt, trace_prompt
+from longlens.questions import fact_questions, kv_lines
 from longlens.sweeps import SweepWarning
+from longlens.tasks import numbered_documents
 from longlens.views.page import page_html
 
 PEOPLE = {"Ada": "lamb", "Bob": "river", "Eve": "stone", "Tom": "table", "Una": "glass", "Max": "paper"}
@@ -193,6 +195,46 @@ def test_prompts_that_are_ready(lm: ll.LongModel) -> None:
     same = ll.trace_context(lm, text, span=(0, at), by="sentences", answer=f" {ctx.answer}")
     assert same.frames["sources"]["score"].to_list() == pytest.approx(t.frames["sources"]["score"].to_list(), abs=1e-5)
     with pytest.raises(ValueError, match="the prompt has the characters"): ready_prompt(lm, text, (5, 10**6))
+
+
+def test_a_context_knows_its_parts(lm: ll.LongModel) -> None:
+    q = fact_questions(1, 5)[0]
+    docs = numbered_documents(lm, q.question, q.gold, q.others, gold_index=3, answer_prefix=q.answer_prefix)
+    t = ll.trace_context(lm, docs, by="documents")
+    f = t.frames["sources"]
+    assert t.meta["by"] == "documents" and t.meta["documents"] == 5 and t.top(1)["source"].item() == 3
+    assert f["token_start"].to_list() == [docs.spans[f"document_{i}"].start for i in range(5)]
+    assert f["token_end"].to_list()[:4] == f["token_start"].to_list()[1:]  # no hole is left
+    assert f["text"].to_list() == ll.trace_context(lm, docs).frames["sources"]["text"].to_list()
+    assert ready_prompt(lm, docs, answer="x", size=2).sources.documents == (0, 2, 4)
+    fine = source_frame(ready_prompt(lm, docs, answer="x", by="tokens"))
+    assert fine["document"].unique().to_list() == [*range(5)] and fine["tokens"].max() < 3
+    part = (docs.text.index("Document [2]"), docs.text.index("Document [4]"))
+    assert ready_prompt(lm, docs, part, answer="x", by="documents").n == 2
+    pairs = ready_prompt(lm, kv_lines(lm, [("a", "x"), ("b", "y"), ("c", "z")], "b"), answer="y")
+    assert pairs.sources.texts == ["Key a: x.\n", "Key b: y.\n", "Key c: z"] and pairs.sources.by == "pairs"
+    with pytest.raises(ValueError, match="names no documents: it has needle, answer"):
+        ready_prompt(lm, ll.needle_context(lm, 300, wording="facts"), answer="x", by="documents")
+
+
+def test_needles_are_sources_by_themselves(lm: ll.LongModel) -> None:
+    ctx = ll.needle_context(lm, 700, [20, 70], wording="facts", n_keys=4, n_queries=2, seed=2)
+    p = ready_prompt(lm, ctx, answer="x")
+    f = source_frame(p)
+    for name in ("needle_0", "needle_1", "distractor_0", "distractor_1"):
+        s = ctx.spans[name]
+        assert len(f.filter(pl.col("token_start") == s.start, pl.col("token_end") == s.stop)) == 1
+    assert p.sources.spans[0][0] == 0 and all(a[1] == b[0] for a, b in pairwise(p.sources.spans)) and f["tokens"].max() < 140
+    assert "".join(p.sources.texts) == ctx.text[: ctx.text.index("\nQuestion")]
+
+
+def test_documents_in_a_chat_are_found() -> None:
+    tok = ll.load().tokenizer
+    tok.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    chatty = ll.load(zoo_model("llama"), tok)
+    chatty._rows = 10_000  # type: ignore[misc]
+    chat = numbered_documents(chatty, "Who?", "It rains.", ["It snows."], answers=["x"], chat=True)
+    assert ready_prompt(chatty, chat, answer="x").n == 2
 
 
 # Scores

@@ -17,10 +17,10 @@ from torch import Tensor
 from ..forward import TokenIds, Tokens, _check_length
 from ..pieces import Context, Piece, _solid, compose
 from ..prefix import _cut
-from .sources import Sources, TracePrompt, cut_context, placed
+from .sources import Sources, TracePrompt, _spans_of, cut_context, placed
 
 # %% auto #0
-__all__ = ['TEMPLATES', 'trace_prompt', 'ready_prompt']
+__all__ = ['TEMPLATES', 'KINDS', 'trace_prompt', 'ready_prompt']
 
 # %% ../../nbs/probes/06_trace_prompts.ipynb #5ff0cfbb
 TEMPLATES: dict[str, str] = {  # name -> a text with {context} and {question}
@@ -89,6 +89,12 @@ def _spaced(char: str) -> bool:
     from unicodedata import east_asian_width
     return char.isalnum() and east_asian_width(char) not in "WF"
 
+# %% ../../nbs/probes/06_trace_prompts.ipynb #f8a1b3c5
+def _plain_sources(context: Any, by: Any, size: int | None, sep: str = "") -> Sources:
+    """The sources of a context in one of the ways of `cut_context`, or marked to become tokens."""
+    if not (isinstance(by, str) and by == "tokens"): return cut_context(context, by, size, sep)
+    return replace(cut_context(context, "documents", size, sep), by="tokens")
+
 # %% ../../nbs/probes/06_trace_prompts.ipynb #4247bbae
 def trace_prompt(
     lm: Any,  # LongModel
@@ -111,9 +117,7 @@ def trace_prompt(
 ) -> TracePrompt:
     """A context and a question as a prompt, cut into sources, with the answer."""
     tiny = lm.name == "needle-lm"
-    tokenwise = isinstance(by, str) and by == "tokens"
-    sources = cut_context(context, "documents" if tokenwise else by, size, sep)
-    if tokenwise: sources = replace(sources, by="tokens")
+    sources = _plain_sources(context, by, size, sep)
     found = _template(lm, template)
     prefix = (_lead(question) if tiny and template is None else "") if answer_prefix is None else answer_prefix
     tokens, at = _composed(lm, sources, question, found, prefix, special, chat=chat, system=system, allow_longer=allow_longer)
@@ -144,6 +148,55 @@ def _context_span(ctx: Context) -> tuple[int, int]:
     a, b = max(before, default=0), min(after, default=len(ctx.text))
     return a + len(ctx.text[a:b]) - len(ctx.text[a:b].lstrip()), a + len(ctx.text[a:b].rstrip())
 
+# %% ../../nbs/probes/06_trace_prompts.ipynb #b2d4f6a8
+KINDS = {"documents": "document", "pairs": "pair", "relations": "relation"}  # how to cut -> what a Context calls its parts, without number
+
+
+def _numbered_parts(ctx: Context, kind: str) -> list[tuple[int, int]]:
+    """Characters of kind_0, kind_1, ... in the order of the text; what stands between two goes with the first."""
+    chars: Any = ctx.tokens.offsets
+    spans = sorted((s for k, s in ctx.spans.items() if re.fullmatch(kind + r"_\d+", k)), key=lambda s: s.start)
+    starts = [int(chars[s.start, 0]) for s in spans]
+    starts[:1] = [a + len(ctx.text[a:]) - len(ctx.text[a:].lstrip()) for a in starts[:1]]
+    return list(pairwise([*starts, int(chars[spans[-1].stop - 1, 1])])) if spans else []
+
+# %% ../../nbs/probes/06_trace_prompts.ipynb #d5e7f9a1
+def _known_parts(ctx: Context, by: Any, span: Sequence[int] | None) -> tuple[str, list[tuple[int, int]]]:
+    """What the parts of a Context are, and their characters in its text; nothing where it has none, or own spans are given."""
+    for kind, name in KINDS.items() if by is None or isinstance(by, str) else ():
+        if by in KINDS and by != kind: continue
+        parts = [(x, y) for x, y in _numbered_parts(ctx, name) if span is None or (span[0] <= x and y <= span[1])]
+        if parts: return kind, parts
+    if by is not None and by in list(KINDS): raise ValueError(f"this Context ({ctx.kind}) names no {by}: it has {', '.join(ctx.spans)}")
+    return "", []
+
+# %% ../../nbs/probes/06_trace_prompts.ipynb #d4f6b8ca
+def _of_parts(text: str, parts: Sequence[tuple[int, int]], kind: str, by: str, size: int | None) -> Sources:
+    """The parts of a context as its sources, `size` at a time, or what each of them is cut into."""
+    if by == kind:
+        if size is not None and size < 1: raise ValueError(f"size is {size}: a source has one of the {kind} or more")
+        first = range(0, len(parts), size or 1)
+        return Sources(text, tuple((parts[i][0], parts[i : i + (size or 1)][-1][1]) for i in first), by, tuple(first))
+    cut = [(i, (a + x, a + y)) for i, (a, b) in enumerate(parts)
+           for x, y in ([(0, b - a)] if by == "tokens" else _spans_of(text[a:b], by, size))]
+    return Sources(text, tuple(s for _, s in cut), by, tuple(i for i, _ in cut))
+
+# %% ../../nbs/probes/06_trace_prompts.ipynb #f6b8daec
+def _around_inserts(ctx: Context, a: int, b: int, size: int | None) -> Sources | None:
+    """Needles and what else was put into a haystack, and what is around them by words; None where nothing was."""
+    chars: Any = ctx.tokens.offsets
+    spans = [s for k, s in ctx.spans.items() if re.fullmatch(r"(needle|distractor|assignment)(_\d+)*", k)]
+    edges = sorted((int(chars[s.start, 0]), int(chars[s.stop - 1, 1])) for s in spans)
+    edges = [(x, y) for x, y in edges if a <= x and y <= b]
+    if not edges: return None
+    whole, at = [], a
+    for x, y in [*edges, (b, b)]:
+        if ctx.text[at:x].strip(): whole += [(at - a + s, at - a + t) for s, t in _spans_of(ctx.text[at:x], "words", size)]
+        elif whole: whole[-1] = (whole[-1][0], x - a)
+        if x < y: whole.append((x - a, y - a))
+        at = y
+    return Sources(ctx.text[a:b], tuple(whole), "needles and words", (0,) * len(whole))
+
 # %% ../../nbs/probes/06_trace_prompts.ipynb #9d3529f6
 def ready_prompt(
     lm: Any,  # LongModel
@@ -151,7 +204,7 @@ def ready_prompt(
     span: Sequence[int] | None = None,  # characters of the context in it; None: all of a text; what a Context has before its question
     answer: str | TokenIds | None = None,  # what was said; None: the model answers
     *,
-    by: str | Sequence[Sequence[int]] | None = None,  # one of SEGMENTERS, "tokens", or spans in characters of the context; None: "words"
+    by: str | Sequence[Sequence[int]] | None = None,  # as `trace_prompt` has it, or one of KINDS; None: what a Context knows, or "words"
     size: int | None = None,  # words, sentences, ... that make one source
     special: bool = False,  # may text of special tokens, such as "<s>", become special tokens? As it was made, for a Context
     answer_span: str | Sequence[int] | range | None = None,  # the part of the answer that is traced
@@ -160,13 +213,13 @@ def ready_prompt(
     allow_longer: bool | None = None,  # go past the model's `max_length`; None: as it was loaded
 ) -> TracePrompt:
     """A prompt of your own, of which a part is traced."""
-    question = prompt.question if isinstance(prompt, Context) else ""
-    if span is None: span = _context_span(prompt) if isinstance(prompt, Context) else (0, len(prompt))
-    text = prompt.text if isinstance(prompt, Context) else prompt
+    ctx = prompt if isinstance(prompt, Context) else None
+    text, question = (ctx.text, ctx.question) if ctx else (str(prompt), "")
+    kind, parts = _known_parts(ctx, by, span) if ctx else ("", [])
+    if span is None: span = (parts[0][0], parts[-1][1]) if parts else _context_span(ctx) if ctx else (0, len(text))
     a, b = span
     if not 0 <= a < b <= len(text): raise ValueError(f"the context is ({a}, {b}), and the prompt has the characters 0 to {len(text):,}")
-    tokens = prompt.tokens if isinstance(prompt, Context) else compose(lm, [Piece(text, special=special)], allow_longer=allow_longer).tokens
-    tokenwise = isinstance(by, str) and by == "tokens"
-    sources = cut_context(text[a:b], "documents" if tokenwise else by, size)
-    if tokenwise: sources = replace(sources, by="tokens")
+    tokens = ctx.tokens if ctx else compose(lm, [Piece(text, special=special)], allow_longer=allow_longer).tokens
+    if parts: sources = _of_parts(text[a:b], [(x - a, y - a) for x, y in parts], kind, by or kind, size)  # type: ignore[arg-type]
+    else: sources = (ctx and by is None and _around_inserts(ctx, a, b, size)) or _plain_sources(text[a:b], by, size)
     return _finished(lm, tokens, a, sources, answer, answer_span, max_new_tokens, stop, allow_longer, question=question, template="ready")
