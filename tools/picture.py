@@ -1,31 +1,50 @@
-"""The picture in the README: the top of the page that `make demo` writes, as Chromium shows it.
+"""The picture in the README: the workbench on a text of needle-lm, in JupyterLab, as Chromium shows it.
 
-    make demo && .venv/bin/python tools/picture.py
+    .venv/bin/python tools/picture.py
 """
 from __future__ import annotations
 
-import os
+import sys
+import tempfile
 from pathlib import Path
-
-from playwright.sync_api import sync_playwright
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE, PICTURE = ROOT / "out/demo/index.html", ROOT / "nbs/images/report.png"
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+PICTURE = ROOT / "nbs/images/workbench.png"
+SIZE = (1240, 925)    # of what is kept, pixels
+CELL = """
+import longlens as ll
+lm = ll.load()
+ll.explore(lm, ll.needle_context(lm, 2040, 40, wording="facts", n_keys=4))"""
+
+
+def silenced(page: Any) -> Any:
+    "The workbench with a head chosen, and what the model says without the two that copy"
+    from playwright.sync_api import expect
+    app = page.locator(".lx-app")
+    app.locator(".lx-chart svg.marks").first.wait_for()
+    for head in (0, 1):
+        app.locator(f"path[aria-label^='head: {head}; layer: 2']").first.click()
+        expect(app.locator(".lx-head").first).to_contain_text(f"Layer 2, head {head}")
+        app.get_by_role("button", name="Silence this head").click()
+        page.wait_for_timeout(3000)    # until the model has said it again
+    expect(app.get_by_role("rowheader", name="without 2-0, 2-1")).to_be_visible()
+    return app
 
 
 def main() -> None:
-    "Open the page, wait for its charts, keep what fits on one screen"
-    if not PAGE.is_file(): raise SystemExit(f"{PAGE.relative_to(ROOT)} is not there: run `make demo` first")
-    PICTURE.parent.mkdir(exist_ok=True)
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=os.environ.get("CHROMIUM", "/usr/bin/chromium"), args=FLAGS)
-        tab = browser.new_page(viewport={"width": 1000, "height": 1620}, color_scheme="light")
-        tab.goto(PAGE.as_uri())
-        tab.wait_for_selector("svg, canvas")
-        tab.wait_for_timeout(1500)
-        tab.screenshot(path=PICTURE)
-        browser.close()
+    "Run one cell in JupyterLab, click, keep what fits into the picture"
+    sys.path.insert(0, str(ROOT / "tests"))
+    from lab import browser, jupyterlab, open_page, run_notebook, write_notebook
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_notebook(root / "workbench.ipynb", CELL)
+        with jupyterlab(root) as (url, token), browser(root / ".chrome", (1500, 2400)) as context:
+            page = open_page(context, url)
+            run_notebook(page, url, token, "workbench.ipynb", 300)
+            page.evaluate("() => window.jupyterapp.commands.execute('application:toggle-left-area')")
+            box = silenced(page).bounding_box()
+            page.screenshot(path=PICTURE, clip={"x": box["x"], "y": box["y"], "width": min(SIZE[0], box["width"]), "height": SIZE[1]})
     print(f"{PICTURE.relative_to(ROOT)}: {PICTURE.stat().st_size / 1024:.0f} KB")
 
 
