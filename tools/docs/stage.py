@@ -143,7 +143,8 @@ class Stage:
         if not exported(cell): return [*([] if marks.get("echo") == "false" else [fence]), *given]
         defined = [described(e, self.index, options=self.hidden(e.name), later=False) for e in entries(text, f"longlens.{page.module}")]
         lines, what = text.count("\n") + 1, "Imports" if only_imports(text) else "Source"
-        summary = f'<details class="source"><summary>{what}, {lines} line{"s" * (lines != 1)}</summary>'
+        unfolded = " open" if page.folder.startswith("tutorials") else ""    # where the source is what is being told
+        summary = f'<details class="source"{unfolded}><summary>{what}, {lines} line{"s" * (lines != 1)}</summary>'
         return [*defined, raw(summary), fence, raw("</details>"), *given]
 
     def hidden(self, name: str) -> str:    # public names stand in the index once: with their entry in the reference
