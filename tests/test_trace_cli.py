@@ -1,0 +1,109 @@
+"`longlens trace`: what it refuses, what it leaves behind, and hostile documents"
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from longlens import cli
+from longlens.report import Report
+
+COMMAND = Path(sys.executable).with_name("longlens")
+NOTE = "The code for Ada is lamb. The lamp is green.\n"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text(NOTE)
+    Path("b.txt").write_text("The code for Eve is stone. " * 2)
+    Path("bytes.txt").write_bytes(b"\xff\xfe\x00")
+    return tmp_path
+
+
+def run(*args: str) -> int: return cli.main(["trace", *args])
+
+
+@pytest.mark.parametrize(("args", "said"), [
+    (["--question", "Who?"], "a context and a question are needed"),
+    (["--context", "a.txt"], "a context and a question are needed"),
+    (["--context", "a.txt", "--question", " "], "a context and a question are needed"),
+    (["--context", "nowhere.txt", "--question", "Who?"], "there is no text file nowhere.txt"),
+    (["--context", "a.txt", "bytes.txt", "--question", "Who?"], "bytes.txt is not text in UTF-8"),
+    (["./nowhere", "--context", "a.txt", "--question", "Who?"], "there is no model folder ./nowhere"),
+    (["--context", "a.txt", "--question", "Who?", "--method", "guess"], "there is no method 'guess'"),
+    (["--context", "a.txt", "--question", "Who?", "--method", ","], "--method is empty"),
+    (["--context", "a.txt", "--question", "Who?", "--set", "odd"], "--set odd: a setting is KEY=VALUE"),
+    (["--context", "a.txt", "--question", "Who?", "--by", "chapters"], "not 'chapters'"),
+    (["--context", "a.txt", "--question", "Who?", "--budget", "1"], "and budget is 1"),
+    (["--context", "a.txt", "--question", "Who?", "--heads", "nowhere"], "nowhere"),
+    (["--context", "a.txt", "--question", "Who?", "--method", "retrieval_attention"], "needs heads"),
+    (["--context", "a.txt", "--question", "Who?", "--template", "no places"], "a template has {context} once"),
+])
+def test_one_clear_line_and_nothing_written(capsys: pytest.CaptureFixture[str], args: list[str], said: str) -> None:
+    before = sorted(Path().rglob("*"))
+    assert run(*args, "--out", "out") == 2
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("longlens: ")]
+    assert len(err) == 1 and said in err[0]
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_a_folder_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--context", "a.txt", "--question", "Who?") == 2
+    assert "a folder for the page is needed: --out DIR" in capsys.readouterr().err
+
+
+def test_documents_methods_and_a_given_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    "Two documents, two methods, one answer; the tables can be loaded"
+    asked = ["--context", "a.txt", "b.txt", "--question", "What is the code for Eve?", "--answer", "stone"]
+    assert run(*asked, "--method", "loo,shapley", "--set", "samples=3", "--out", "out") == 2
+    assert "--set samples: there is no such setting: loo has none; shapley has permutations" in capsys.readouterr().err
+    assert run(*asked, "--method", "loo,shapley,loo", "--set", "permutations=3", "--out", "out") == 0
+    traces = [Report.load(Path("out") / n) for n in ("loo", "shapley")]
+    assert [t.meta["method"] for t in traces] == ["loo", "shapley"]
+    assert [t.top(1)["source"].item() for t in traces] == [1, 1]
+    assert all(t.meta["by"] == "documents" and not t.meta["generated"] and t.meta["answer"].strip() == "stone" for t in traces)
+    assert Path("out/context.txt").read_text() == NOTE + "\n\n" + "The code for Eve is stone. " * 2
+    said = capsys.readouterr().out
+    for t in traces:
+        for line in t.findings(): assert line in said
+    assert traces[1].meta["settings"] == {"permutations": 3}
+
+
+def test_settings_and_a_part_of_the_answer() -> None:
+    asked = ["--context", "b.txt", "--question", "What is the code for Eve?", "--answer", "stone and more", "--span", "stone"]
+    assert run(*asked, "--by", "sentences", "--method", "shapley", "--set", "permutations=3", "--top", "1", "--out", "out") == 0
+    t = Report.load("out/shapley")
+    assert t.meta["settings"] == {"permutations": 3} and t.meta["traced"].strip() == "stone" and len(t.top()) == 1
+
+
+def test_what_it_would_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(Path().rglob("*"))
+    assert run("--context", "a.txt", "b.txt", "--question", "What is the code for Eve?", "--method", "loo,stc", "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "loo: 3 evaluations" in said and "stc: 3 evaluations" in said
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_hostile_documents_do_nothing() -> None:
+    "Markup, escape codes and marks that turn text around are shown, not obeyed"
+    evil = "</script><script>window.pwned=1</script><img src=x onerror=pwned()> \x1b[31mred\x1b[0m \u202eturned\u202c "
+    Path("evil.txt").write_text(evil + "The code for Eve is stone.", encoding="utf-8")
+    assert run("--context", "a.txt", "evil.txt", "--question", f"{evil}?", "--answer", "stone <b>", "--out", "out") == 0
+    page = Path("out/index.html").read_text(encoding="utf-8")
+    assert "<script>window.pwned" not in page and "<img src=x" not in page and "stone <b>" not in page
+    assert "\x1b" not in page and "\u202e" not in page
+
+
+def test_real_run(tmp_path: Path) -> None:
+    "With nothing but a folder: needle-lm, a false fact that stands twice, offline, in a process of its own"
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([COMMAND, "trace", "--by", "sentences", "--out", "out"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    t = Report.load("out/loo")
+    best, second, *_ = t.frames["sources"].sort("rank")["text"].to_list()
+    assert best.strip() == second.strip() and t.meta["answer"].strip() in best
+    assert "Where the answer comes from" in (tmp_path / "out/index.html").read_text(encoding="utf-8")
