@@ -2,10 +2,13 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 from math import comb
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -514,6 +517,12 @@ def test_what_is_refused(lm: ll.LongModel) -> None:
         with pytest.raises(error, match=message): ll.trace_context(lm, *a, **kw)
 
     refused("there are no sources", "  \n ", ASK)
+    refused("this is a PosixPath|this is a WindowsPath", Path("x"), ASK, error=TypeError)
+    refused("this is a NoneType", None, ASK, error=TypeError)
+    refused("this is a bytes", b"abc", ASK, error=TypeError)
+    refused("token ids, and this is a list of texts", DOCUMENTS, ASK, ["stone", "river"], error=TypeError)
+    refused("stands 2 times in the answer: give characters", DOCUMENTS, ASK, "stone or stone", answer_span="stone")
+    refused("seed is -1", DOCUMENTS, ASK, seed=-1)
     refused("document 1 is empty", ["a", " "], ASK)
     refused("was made for 2,048 positions", DOCUMENTS * 40, ASK)
     refused("and budget is 500", DOCUMENTS, ASK, budget=500)
@@ -552,6 +561,14 @@ def test_an_answer_without_any_probability(lm: ll.LongModel) -> None:
     assert "no source speaks for the answer" in t.findings()[1] and f"count as {FLOOR:g} nats" in t.findings()[2]
 
 
+def test_lines_of_a_log(lm: ll.LongModel) -> None:
+    log = "".join(f'{{"step": {i}, "said": "the code for {who} is {what}"}}\n' for i, (who, what) in enumerate(PEOPLE.items()))
+    t = ll.trace_context(lm, log, ASK, " stone", by="lines", k=50)
+    assert "".join(t.frames["sources"]["text"]) == log and len(t.top()) == 6 and t.top(1)["source"].item() == 2
+    one = ll.trace_context(lm, log, ASK, " stone", by="paragraphs")
+    assert "there is one source by paragraphs" in one.findings()[1] and "cut finer" in one.findings()[1]
+
+
 def test_a_method_of_ones_own(lm: ll.LongModel) -> None:
     @dataclass(frozen=True)
     class Longest(Tracer):
@@ -580,6 +597,8 @@ def test_coarse_to_fine_finds_the_word(lm: ll.LongModel) -> None:
     for x in levels.filter(pl.col("level") > 0).iter_rows(named=True):
         a, b = above[x["level"] - 1, x["parent"]]
         assert a <= x["start"] < x["end"] <= b
+    flat = ll.trace_context(lm, " ".join(DOCUMENTS * 2), ASK, method="coarse_to_fine", inner="attention", levels=())
+    assert flat.meta["by"] == "words" and len(flat.frames["sources"]) > 1  # a text without paragraphs
     alone = ll.trace_context(lm, DOCUMENTS, ASK, method="coarse_to_fine", levels=(), keep=2).frames["levels"]
     assert len(alone) == 6  # nothing finer was asked for
     other = ll.trace_context(lm, text, ASK, method="coarse_to_fine", inner="stc")
@@ -603,6 +622,9 @@ def test_hostile_text_is_shown_and_does_nothing(lm: ll.LongModel) -> None:
     meta = dict(method="<u>loo", unit="nats", says="<s>", k=5, signed=True, model="m", generated=False)
     t = make_trace(p, TraceScores(np.arange(4.0)), np.array([-0.5]), costs, meta)
     page, here = page_html([t], "title"), t._repr_html_()
+    data = re.search(r'(?s)<script type="application/json" id="texts">(.*?)</script>', page)
+    assert json.loads(data[1])[0]["context"]["text"] == texts and "<" not in data[1]  # the whole context, as data that opens nothing
+    page = page.replace(data[1], "")
     bad = ("<script>alert", "<img src=x", "\x1b", "\u202e", "\u2066", "\u200b", "<i>", "<u>loo", "a" * 1000)
     assert not [b for b in bad for html in (page, here) if b in html]
     assert not [b for b in bad[2:6] if b in str(t.top())]  # a terminal does what it is told

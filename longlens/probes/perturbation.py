@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -106,6 +107,7 @@ def find_tracer(
 ) -> Tracer:
     """The method that is meant."""
     if isinstance(method, str):
+        if method not in TRACERS: import_module("longlens.probes.traceback").load_methods()  # those of other modules
         if method not in TRACERS: raise ValueError(f"there is no method {method!r}: there are {', '.join(TRACERS)}")
         method = TRACERS[method]
     known = {f.name for f in fields(method)}  # type: ignore[arg-type]

@@ -38,6 +38,7 @@ def _places(pattern: str) -> Callable[[str], list[int]]:
 
 SEGMENTERS: dict[str, Callable[[str], list[int]]] = {  # name -> where units of a text end; add your own
     "words": _places(" "),
+    "lines": _places(r"\n\s*"),
     "sentences": _sentence_ends,
     "paragraphs": _places(r"\n[^\S\n]*\n\s*"),
     "documents": lambda text: [],
@@ -100,8 +101,11 @@ def _own(text: str, spans: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
     return out
 
 # %% ../../nbs/probes/06_sources.ipynb #23690ad1
-def _joined_documents(documents: Sequence[str], sep: str) -> tuple[str, list[tuple[int, int]]]:
+def _joined_documents(documents: Any, sep: str) -> tuple[str, list[tuple[int, int]]]:
     """One text, and where each document stands in it, separator included."""
+    if isinstance(documents, bytes) or not hasattr(documents, "__iter__"):
+        raise TypeError(f"a context is a text, or a list of texts, and this is a {type(documents).__name__}: read or decode it first")
+    documents = list(documents)
     for i, d in enumerate(documents):
         if not isinstance(d, str): raise TypeError(f"document {i} is a {type(d).__name__}: a context is a text, or a list of texts")
         if not d.strip(): raise ValueError(f"document {i} is empty: leave it out, so that every source has a text")
@@ -116,7 +120,7 @@ def cut_context(
     sep: str = "\n\n",  # between two documents
 ) -> Sources:
     """The sources of a context."""
-    text, documents = (context, [(0, len(context))]) if isinstance(context, str) else _joined_documents(list(context), sep)
+    text, documents = (context, [(0, len(context))]) if isinstance(context, str) else _joined_documents(context, sep)
     if not text.strip(): raise ValueError("the context is empty: there are no sources to trace an answer to")
     by = by if by is not None else "words" if isinstance(context, str) else "documents"
     if isinstance(by, str): spans = [(a + x, a + y) for a, b in documents for x, y in _spans_of(text[a:b], by, size)]
@@ -255,6 +259,8 @@ def answer_tokens(
 ) -> range:  # token positions in the answer
     """Which tokens of the answer are traced."""
     if span is None: return range(len(answer))
+    if isinstance(span, str) and (n := (answer.text or "").count(span)) != 1:
+        raise ValueError(f"answer_span {span!r} stands {n} times in the answer: give characters (start, end), or a text that is there once")
     if isinstance(span, str): return answer.find(span)
     if not isinstance(span, range): return answer.span(*span)
     if not 0 <= span.start < span.stop <= len(answer) or span.step != 1:

@@ -77,6 +77,8 @@ def _written(lm: Any, tokens: Tokens, max_new_tokens: int, stop: Sequence[str], 
 # %% ../../nbs/probes/06_trace_prompts.ipynb #cd89c196
 def _answered(lm: Any, prompt: Tokens, answer: str | Tokens | TokenIds, chat: bool) -> Tokens:
     """An answer that is given, as it goes on from the prompt."""
+    if isinstance(answer, (list, tuple)) and any(isinstance(t, str) for t in answer):
+        raise TypeError(f"an answer is a text or token ids, and this is a list of texts, {answer!r:.60}: join them, or trace each alone")
     if not isinstance(answer, str): return _spoken(lm, lm.tokens(answer, add_special_tokens=False, allow_longer=True).ids)
     if not answer.strip(): raise ValueError("the answer is empty: give a text that the model said, or None to let it answer")
     glued = prompt.text and not prompt.text[-1].isspace() and not answer[0].isspace()

@@ -143,8 +143,8 @@ def _said_answer(r: Trace) -> str:
 
 def _share(logprob: float) -> str:
     """A probability for people."""
-    p = float(np.exp(logprob))
-    return f"probability {p:.2f}" if p >= 0.005 else f"one in {np.exp(-logprob):,.0f}" if logprob > -30 else f"about e^{logprob:.0f}"
+    p, about = float(np.exp(logprob)), float(f"{np.exp(-logprob):.3g}")
+    return f"probability {p:.2f}" if p >= 0.005 else f"one in {about:,.0f}" if logprob > -30 else f"about e^{logprob:.0f}"
 
 
 def _number(x: dict[str, Any]) -> str: return f"{x['score']:.3g}" + (f" ± {x['error']:.2g}" if x["error"] is not None else "")
@@ -156,7 +156,9 @@ def _text(r: Trace, source: int) -> str: return str(r.frames["sources"].filter(s
 def _said_top(r: Trace) -> list[str]:
     rows, n = r.top(2).drop_nulls("score").to_dicts(), len(r.frames["sources"])
     best, unit = rows[0], f" {r.meta['unit']}" * (r.meta["unit"] != "score")
-    many = f"{n:,} source{'s' * (n > 1)} by {r.meta['by']}"
+    if n == 1:
+        return [f"there is one source by {r.meta['by']}, score {_number(best)}{unit}, and none to compare it with: cut finer (by=)"]
+    many = f"{n:,} sources by {r.meta['by']}"
     if best["score"] <= 0 and r.meta["signed"]:
         return [f"no source speaks for the answer: the highest score of {many} is {_number(best)}{unit}"]
     where = f"source {best['source']}" + f" (document {best['document']})" * (r.meta["documents"] > 1 and r.meta["by"] != "documents")

@@ -20,7 +20,7 @@ from ..measure.intervene import interventions
 from ..pieces import Context
 from .middle import longer
 from .perturbation import TRACERS, Tracer, TraceJob, TraceScores, check_budget, counted, find_tracer
-from .sources import TracePrompt
+from .sources import TracePrompt, cut_context
 from .subset_scores import FLOOR
 from .subset_tree import ScoreCosts
 from .trace_prompts import ready_prompt, trace_prompt
@@ -96,7 +96,7 @@ def trace_context(
     answer: str | TokenIds | None = None,  # what was said; None: the model answers
     method: str | Tracer = "loo",  # a name in TRACERS, or a method
     *,
-    by: str | Sequence[Sequence[int]] | None = None,  # "words", "sentences", "paragraphs", "documents", "tokens", or spans (start, end)
+    by: str | Sequence[Sequence[int]] | None = None,  # "words", "lines", "sentences", "paragraphs", "documents", "tokens", or spans
     size: int | None = None,  # words, sentences, ... that make one source; None: 100 words, one of everything else
     sep: str = "\n\n",  # between two documents
     span: Sequence[int] | None = None,  # the context is a whole prompt, and these characters of it are traced
@@ -126,7 +126,8 @@ def trace_context(
     load_methods()
     lm, tracer = load(model), find_tracer(method, settings)
     if k < 1: raise ValueError(f"k is {k}: one source or more")
-    if by is None and isinstance(context, str): by = tracer.by
+    if seed < 0: raise ValueError(f"seed is {seed}: 0 or more")
+    if by is None and isinstance(context, str) and tracer.by and len(cut_context(context, tracer.by, size)) > 1: by = tracer.by
     said: dict[str, Any] = dict(by=by, size=size, answer_span=answer_span, allow_longer=allow_longer)
     said |= dict(special=special, max_new_tokens=max_new_tokens, stop=stop)
     put: dict[str, Any] = dict(sep=sep, template=template, answer_prefix=answer_prefix, chat=chat, system=system)
