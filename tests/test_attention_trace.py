@@ -22,7 +22,7 @@ from longlens.needle_lm import filler
 from longlens.probes.attention_trace import AttentionRollout, AttnTrace, MeanAttention, RetrievalAttention, draw_sources
 from longlens.probes.perturbation import TraceJob
 from longlens.probes.sources import token_prompt
-from longlens.probes.trace_prompts import ready_prompt
+from longlens.probes.trace_prompts import ready_prompt, trace_prompt
 from longlens.probes.traceback import trace_context
 
 SPANS = {"head": (0, 5), "body": (5, 24), "tail": (24, 33)}  # every sample has these positions
@@ -186,6 +186,14 @@ def test_draws_are_the_published_ones() -> None:
     many = AttnTrace(draws=30).run(TraceJob(lm, prompt))
     assert many.notes == () and (many.errors > 0).all()
     assert many.costs.evaluations <= 15 < many.costs.asked == 30  # there are 15 pairs of 6 sources: equal ones run once
+
+
+def test_draws_of_one_source_say_so() -> None:
+    lm = ll.load()
+    documents = [f"{filler(1, seed=i)} The code for {who} is {what}." for i, (who, what) in enumerate((("Ada", "lamb"), ("Bob", "river")))]
+    found = AttnTrace().run(TraceJob(lm, trace_prompt(lm, documents, "What is the code for Bob?")))  # 0.4 of 2 is less than one
+    assert found.notes == ("each draw had one of the 2 sources, so none was compared with another: take a larger share=",)
+    assert found.errors.tolist() == [0.0, 0.0]  # equal but for rounding
 
 
 def test_an_intervention_holds_while_it_is_traced() -> None:

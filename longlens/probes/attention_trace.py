@@ -128,7 +128,8 @@ def mean_of_draws(
     there = ~np.isnan(values)
     count, x = there.sum(0), np.where(there, values, 0)
     mean = x.sum(0) / np.maximum(count, 1)
-    spread = (np.where(there, values - mean, 0) ** 2).sum(0)
+    off = np.where(there, values - mean, 0)
+    spread = (np.where(np.abs(off) > 1e-12 * np.abs(mean), off, 0) ** 2).sum(0)  # equal but for rounding is equal
     return mean, np.where(count > 1, np.sqrt(spread / np.maximum(count - 1, 1) / np.maximum(count, 1)), np.nan), count
 
 # %% ../../nbs/probes/06c_attention_trace.ipynb #458e2d2c
@@ -222,11 +223,13 @@ class AttnTrace(AttentionTracer):
 def _of_draws(values: np.ndarray, costs: ScoreCosts) -> TraceScores:
     "Scores of draws, (draws, n), and how often each source was in one"
     mean, error, count = mean_of_draws(values)
-    never = int((count == 0).sum())
-    notes = (f"{never} of {len(count)} sources were in none of the {len(values)} draws and have score 0, as published: take more draws=",)
+    never, alone = int((count == 0).sum()), len(count) > 1 and int(count.sum()) == len(values)
+    many = f"of {len(count)} sources were in none of the {len(values)} draws and have score 0, as published: take more draws="
+    notes = [f"{never} {many}"] * (never > 0)
+    notes += [f"each draw had one of the {len(count)} sources, so none was compared with another: take a larger share="] * alone
     draw, source = np.nonzero(~np.isnan(values))
     draws = pl.DataFrame({"draw": draw, "source": source, "score": values[draw, source]})
-    return TraceScores(mean, error, {"draws": draws}, notes if never else (), costs)
+    return TraceScores(mean, error, {"draws": draws}, tuple(notes), costs)
 
 # %% ../../nbs/probes/06c_attention_trace.ipynb #af1127b3
 @dataclass(frozen=True)
