@@ -301,6 +301,11 @@ def test_a_plan_tells_what_it_costs() -> None:
     (dict(beyond=(200,)), "beyond= are lengths for windows="),
     (dict(layers=(0, 3)), "layer 3: hidden states are numbered 0"),
     (dict(dims=(8, 64)), "dims go up to 64: embeddings of .* have 32 numbers"),
+    (dict(lengths="16"), r"lengths is '16': give whole numbers, such as \(64, 256\)"),
+    (dict(lengths=16.5), "lengths is 16.5: give whole numbers"),
+    (dict(taus="half"), r"taus is 'half': give numbers above 0, such as \(0.5, 0.75\)"),
+    (dict(texts="One text."), "this is one text: put it into a list"),
+    (dict(natural="One text."), "this is one text: put it into a list"),
     (dict(texts=["too short"] * 9), "9 of 9 texts have fewer than 64 tokens"),
     (dict(texts=[""] * 9), "is empty"),
     (dict(natural=["One."] * 3), "natural has 3 texts: 8 or more are needed"),
@@ -311,7 +316,17 @@ def test_a_plan_tells_what_it_costs() -> None:
 def test_refused_before_anything_is_embedded(given: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     enc = measured()[0]
     monkeypatch.setattr(collapse_parts, "layer_embeddings", lambda *a, **k: pytest.fail("texts were embedded"))
-    with pytest.raises((ValueError, IndexError, OSError), match=said): length_collapse(enc, **{**SMALL, **given})
+    with pytest.raises((ValueError, IndexError, OSError, TypeError), match=said): length_collapse(enc, **{**SMALL, **given})
+
+
+def test_numbers_alone_and_texts_that_come_once() -> None:
+    enc, how = tiny(), {**SMALL, "retrieval": ()}
+    texts = long_texts(9, enc, 80)
+    listed = length_collapse(enc, texts, **how)
+    same(length_collapse(enc, iter(texts), **how), listed)
+    assert listed.meta["natural"] == 9
+    alone = length_collapse(enc, texts, **how | {"lengths": 32, "taus": 0.5})
+    assert (alone.meta["settings"]["lengths"], alone.meta["settings"]["taus"]) == ([32], [0.5])
 
 
 def test_long_and_short_texts_are_counted() -> None:

@@ -22,7 +22,7 @@ from longlens.probes.collapse_frames import (
     separability_frame, similarity_frame, spectrum_frame, taus_frame, vectors_of,
 )
 from longlens.probes.collapse_inputs import (
-    CollapseSettings, Inputs, _counts, _whole, check_lengths, check_settings, default_lengths, get_inputs, room,
+    CollapseSettings, Inputs, _counts, _each, _temperatures, _whole, check_lengths, check_settings, default_lengths, get_inputs, room,
 )
 from .collapse_parts import Part, all_parts, encoder_key
 from .collapse_report import CollapseReport
@@ -34,7 +34,7 @@ from ..store import Store, as_row
 __all__ = ['length_collapse', 'Run', 'do_parts']
 
 # %% ../../nbs/probes/05e_collapse.ipynb #24ea5ad4
-def _windows(enc: Encoder, windows: str | Sequence[str], beyond: Iterable[int] | None) -> tuple[tuple[str, ...], tuple[int, ...]]:
+def _windows(enc: Encoder, windows: str | Sequence[str], beyond: int | Iterable[int] | None) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Ways to read past the encoder's length, and lengths, checked."""
     if not windows:
         if beyond is not None: raise ValueError("beyond= are lengths for windows=: say which, such as windows=\"all\"")
@@ -56,7 +56,7 @@ def _windows(enc: Encoder, windows: str | Sequence[str], beyond: Iterable[int] |
 def _layers_and_dims(enc: Encoder, layers: Iterable[int] | None, dims: Iterable[int] | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """2D truncation: at most seven layers from the input to the last, and five numbers of dimensions."""
     some = sorted({round(i * enc.n_layers / min(6, enc.n_layers)) for i in range(min(6, enc.n_layers) + 1)})
-    chosen = tuple(sorted({index(k) for k in (some if layers is None else layers)}))
+    chosen = tuple(sorted({index(k) for k in _each(some if layers is None else layers)}))
     for k in chosen: enc._check_layer(k)
     width = enc.dims or enc.width
     few = _whole([n for k in (16, 8, 4, 2, 1) if (n := width // k)] if dims is None else dims, "dims")
@@ -64,7 +64,7 @@ def _layers_and_dims(enc: Encoder, layers: Iterable[int] | None, dims: Iterable[
     return chosen, few
 
 # %% ../../nbs/probes/05e_collapse.ipynb #2de7d34b
-def _retrieval_lengths(asked: Iterable[int] | None, lengths: Sequence[int]) -> tuple[int, ...]:
+def _retrieval_lengths(asked: int | Iterable[int] | None, lengths: Sequence[int]) -> tuple[int, ...]:
     """Where retrieval is measured: where sentences have room."""
     return tuple(n for n in lengths if n >= 64) if asked is None else _whole(asked, "retrieval_lengths")
 
@@ -81,17 +81,17 @@ def _tasks(asked: str | Sequence[str] | None, questions: Any, where: Sequence[in
 def length_collapse(
     encoder: Any = None,  # an Encoder, or whatever `load_encoder` takes; None: the packaged MiniLM
     texts: Sequence[str] | None = None,  # documents to cut, long enough; None: the questions' passages joined, or generated filler
-    lengths: Sequence[int] | None = None,  # tokens, special ones counted; None: five, up to 512 or what the encoder reads
+    lengths: int | Sequence[int] | None = None,  # tokens, special ones counted; None: five, up to 512 or what the encoder reads
     *,
     natural: Sequence[str] | None = None,  # documents to read as they are; None: those among the texts that are not too long
     questions: str | Path | Sequence[Question] | None = None,  # with passages, or a file of them such as nq-open-oracle.jsonl.gz
     documents: int = 32,  # that are cut to every length, at most
     layer_documents: int = 8,  # of them, measured layer by layer
-    taus: Sequence[float] = (0.5, 0.75, 1.0),  # temperatures; 1 is always measured
+    taus: float | Sequence[float] = (0.5, 0.75, 1.0),  # temperatures; 1 is always measured
     windows: str | Sequence[str] = (),  # ways to read past the encoder's length (`windows_for` names them), or "all"
-    beyond: Sequence[int] | None = None,  # lengths at which these are measured, tokens; None: twice the encoder's positions
+    beyond: int | Sequence[int] | None = None,  # lengths at which these are measured, tokens; None: twice the encoder's positions
     retrieval: str | Sequence[str] | None = None,  # "passkey", "needle", "passages"; None: those that can be asked; (): none
-    retrieval_lengths: Sequence[int] | None = None,  # tokens; None: those of the lengths that are 64 or more
+    retrieval_lengths: int | Sequence[int] | None = None,  # tokens; None: those of the lengths that are 64 or more
     queries: int = 50,  # asked in each task
     candidates: int = 100,  # documents that each is looked for in (passages: as many as queries)
     everywhere: bool = False,  # ask changed encoders all tasks at all lengths; False: the last task at the longest
@@ -113,7 +113,7 @@ def length_collapse(
     where = _retrieval_lengths(retrieval_lengths, cut_to)
     ways, past = _windows(enc, windows, beyond)
     few = _layers_and_dims(enc, layers, dims)
-    others = tuple(dict.fromkeys(float(t) for t in taus if t != 1))
+    others = _temperatures(taus)
     tasks = _tasks(retrieval, questions, where)
     s = CollapseSettings(cut_to, documents, min(layer_documents, documents), others, ways, past, tasks, where, queries, candidates,
                          everywhere, *few, query_prompt, document_prompt, truncate, seed)

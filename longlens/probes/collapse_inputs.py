@@ -14,6 +14,7 @@ from random import Random
 from typing import Any
 
 from ..encoders import Encoder
+from ..lengths import _some_texts
 from ..questions import Question, read_questions
 from longlens.retrieval import (
     RetrievalTask, _passage, cut_texts, long_texts, needle_retrieval, padded_passages, passkey_retrieval,
@@ -49,11 +50,21 @@ class CollapseSettings:
 TASKS = ("passkey", "needle", "passages")
 
 
-def _whole(values: Iterable[Any], what: str) -> tuple[int, ...]:
+def _each(values: Any) -> Iterable[Any]: return values if isinstance(values, Iterable) else [values]
+
+
+def _whole(values: Any, what: str) -> tuple[int, ...]:
     """Whole numbers above 0, each once, in order."""
-    out = tuple(sorted({index(v) for v in values}))
+    try: out = tuple(sorted({index(v) for v in _each(values)}))
+    except TypeError: raise TypeError(f"{what} is {values!r:.60}: give whole numbers, such as (64, 256)") from None
     if not out or out[0] < 1: raise ValueError(f"{what} is {list(out)}: give whole numbers above 0, one at least")
     return out
+
+
+def _temperatures(values: Any) -> tuple[float, ...]:
+    """Those beside 1, each once."""
+    try: return tuple(dict.fromkeys(float(t) for t in _each(values) if t != 1))
+    except (TypeError, ValueError): raise TypeError(f"taus is {values!r:.60}: give numbers above 0, such as (0.5, 0.75)") from None
 
 # %% ../../nbs/probes/05a_collapse_inputs.ipynb #7fbf76d5
 def check_settings(
@@ -177,9 +188,10 @@ def get_inputs(
 ) -> Inputs:
     """All texts, made and checked."""
     asked = read_questions(questions, drop_empty=True) if isinstance(questions, (str, Path)) else list(questions or ())
+    given, whole = (None if x is None else _some_texts(x, name) for x, name in ((texts, "texts"), (natural, "natural")))
     passages, most = _passages(asked, s.seed), room(enc, s.document_prompt)
-    cut, source, short = _documents(enc, None if texts is None else list(texts), passages, s)
-    own, long = _natural(enc, natural, list(texts) if texts is not None else passages[: 4 * s.documents], s, most)
+    cut, source, short = _documents(enc, given, passages, s)
+    own, long = _natural(enc, whole, passages[: 4 * s.documents] if given is None else given, s, most)
     past = s.beyond if s.windows else ()
     tasks = tuple(_task(name, enc, n, s, asked) for name in s.retrieval for n in (*s.retrieval_lengths, *past))
     return Inputs(cut, own, tasks, source, short, long)
