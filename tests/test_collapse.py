@@ -210,6 +210,21 @@ def test_windows_read_past_the_end_and_are_left_again() -> None:
     assert "Past the encoder's length" in [s.title for s in r.sections()]
 
 
+def test_windows_are_compared_with_all_that_positions_reach() -> None:
+    "An encoder that reads less than it has positions for is cut at their end, not where it stops by default"
+    short = tiny()
+    short.max_length = 64
+    how: dict[str, Any] = {**SMALL, "taus": (), "windows": "grouped", "beyond": (192,), "retrieval": "passkey", "retrieval_lengths": (64,)}
+    r, whole = length_collapse(short, **how), length_collapse(tiny(), **how)
+    assert short.max_length == 64 and (r.meta["max_length"], r.meta["reach"]) == (64, 96)
+    past = [x.frames["queries"].filter(condition="cut off") for x in (r, whole)]
+    assert_frame_equal(*past)
+    assert any("against documents cut at 96" in s for s in r.findings())
+    assert any("documents of retrieval tasks were cut at 96 tokens (cut off)" in s for s in r.findings())
+    plan = length_collapse(short, **how, dry_run=True)
+    assert plan["tokens"].sum() == r.meta["tokens"] == whole.meta["tokens"]
+
+
 def test_prompts_stand_before_queries_and_documents() -> None:
     enc = tiny()
     plain = length_collapse(enc, **{**SMALL, "taus": ()}, retrieval="needle")
@@ -338,10 +353,13 @@ def test_long_and_short_texts_are_counted() -> None:
     left = "10 texts were too short to be cut to the longest length; 2 texts were too long to be read whole"
     assert any(s.startswith(left) for s in r.findings())
     assert r.frames["similarity"].filter(kind="cut")["documents"].unique().to_list() == [11]
-    assert r.frames["similarity"].filter(kind="natural")["documents"].to_list() == [9, 9]
+    assert r.frames["similarity"].filter(kind="natural")["documents"].to_list() == [10, 9]
+    assert any("19 documents as they are, in 2 groups of 9 to 10 by length" in s for s in r.findings())
     cut = length_collapse(enc, texts, **how, truncate=True)
     assert (cut.meta["natural"], cut.meta["n_truncated"]) == (21, 2)
     assert "2 documents of natural length were cut at 96 tokens" in " ".join(cut.findings())
+    same_length = length_collapse(enc, long_texts(17, enc, 100), **how, truncate=True).frames["similarity"].filter(kind="natural")
+    assert same_length.select("context_length", "documents").rows() == [(96, 17)]  # none is lost where all are cut
 
 
 # Reports

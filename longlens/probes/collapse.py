@@ -24,7 +24,7 @@ from longlens.probes.collapse_frames import (
 from longlens.probes.collapse_inputs import (
     CollapseSettings, Inputs, _counts, _each, _temperatures, _whole, check_lengths, check_settings, default_lengths, get_inputs, room,
 )
-from .collapse_parts import Part, all_parts, encoder_key
+from .collapse_parts import Part, all_parts, encoder_key, reach
 from .collapse_report import CollapseReport
 from ..questions import Question
 from ..report import plain
@@ -140,7 +140,8 @@ class Run:
 
     def _tokens(self, p: Part) -> int:
         """Tokens that a part embeds, without prompts."""
-        limit = (p.context_length if p.change.window else None) or self.enc.max_length or 10**9
+        own = reach(self.enc) if p.change.cut else self.enc.max_length
+        limit = (p.context_length if p.change.window else None) or own or 10**9
         return sum(min(n, limit) for n in _counts(self.enc, p.texts()))
 
     def plan(self) -> pl.DataFrame:
@@ -221,7 +222,8 @@ def _meta(run: Run, raw: pl.DataFrame, share: tuple[float, float]) -> dict[str, 
     return {"model": enc.name, "lengths": list(run.s.lengths), "settings": plain(asdict(run.s)), "documents_from": x.source,
             "too_short": x.too_short, "too_long": x.too_long, "natural": len(x.natural),
             "n_truncated": int(natural["n_truncated"][0]) if len(natural) else 0,
-            "max_length": enc.max_length, "positions": enc.positions, "pooling": "+".join(enc.pooling.modes), "axes": list(share),
+            "max_length": enc.max_length, "reach": reach(enc), "positions": enc.positions, "pooling": "+".join(enc.pooling.modes),
+            "axes": list(share),
             "conditions": {p.change.name: {"tau": p.change.tau, "window": p.change.window} for p in run.parts},
             "seconds": sum(r["seconds"][0] for r in new), "tokens": sum(run.tokens), "parts_kept": run.kept, "parts": len(run.parts),
             "interventions": interventions(enc), "dtype": str(enc.dtype), "device": str(enc.device)}

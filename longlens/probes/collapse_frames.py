@@ -46,7 +46,7 @@ def vectors_of(
     tokens: Sequence[int] = (),  # of the documents of natural length
     most: int = 5,  # groups of these, at most; each has 8 documents or more
 ) -> dict[Where, np.ndarray]:
-    """Arrays of embeddings; documents of natural length in groups of equal size, from short to long, named by their median length."""
+    """Arrays of embeddings; documents of natural length in groups of about equal size, short to long, named by their median length."""
     out: dict[Where, np.ndarray] = {}
     for (kind, condition, n), g in table.group_by("kind", "condition", "context_length", maintain_order=True):
         x = np.array(g.sort("document")["vector"].to_list(), dtype=np.float32)
@@ -56,12 +56,12 @@ def vectors_of(
 
 # %% ../../nbs/probes/05c_collapse_frames.ipynb #4bb44b81
 def _groups(tokens: Sequence[int], most: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Median length and members of each group."""
-    order, k = np.argsort(tokens, kind="stable"), max(1, min(most, len(tokens) // 8))
-    size = len(tokens) // k
-    for i in range(k):
-        members = order[i * size : (i + 1) * size]
-        yield int(np.median(np.asarray(tokens)[members])), members
+    """Median length and members of each group; groups with the same median are one."""
+    n, out = np.asarray(tokens), dict[int, np.ndarray]()
+    for members in np.array_split(np.argsort(n, kind="stable"), max(1, min(most, len(n) // 8))):
+        median = int(np.median(n[members]))
+        out[median] = np.append(out.get(median, members[:0]), members)
+    yield from out.items()
 
 # %% ../../nbs/probes/05c_collapse_frames.ipynb #8e399026
 QUANTILES = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}

@@ -21,14 +21,15 @@ from ..encoders import Encoder
 from ..measure.capture import capture
 from ..measure.collapse import SpectralNorm, TokenSpread
 from ..measure.intervene import temperature
+from ..measure.positions import _set
 from ..measure.statistics import Entropy
 from .collapse_inputs import CollapseSettings, Inputs
 from .embeddings import pair_cosines
 from ..retrieval import RetrievalTask, evaluate_retrieval
 
 # %% auto #0
-__all__ = ['VERSION', 'LayerVectors', 'layer_embeddings', 'Change', 'changes', 'Part', 'VectorPart', 'LayerPart', 'SearchPart',
-           'all_parts', 'encoder_key']
+__all__ = ['VERSION', 'LayerVectors', 'layer_embeddings', 'reach', 'Change', 'changes', 'Part', 'VectorPart', 'LayerPart',
+           'SearchPart', 'all_parts', 'encoder_key']
 
 # %% ../../nbs/probes/05b_collapse_parts.ipynb #cd7b17b7
 class LayerVectors(NamedTuple):
@@ -75,6 +76,13 @@ def layer_embeddings(
     return LayerVectors(flat.reshape(len(out), len(wanted), -1).swapaxes(0, 1), rows.n_truncated)
 
 # %% ../../nbs/probes/05b_collapse_parts.ipynb #ee611232
+def reach(
+    enc: Encoder,  # the encoder
+) -> int | None:  # tokens; None: no limit
+    """As far as it can read unchanged: to the end of its positions, or further if it was loaded so."""
+    return max((n for n in (enc.positions_limit, enc.max_length) if n is not None), default=None)
+
+
 @dataclass(frozen=True)
 class Change:
     """One way to change an encoder"""
@@ -82,13 +90,14 @@ class Change:
     name: str = "none"
     tau: float = 1.0  # attention logits are divided by it
     window: str | None = None  # how positions past its length are made
-    cut: bool = False  # texts are cut where it ends
+    cut: bool = False  # texts are cut where its positions end
 
     @contextmanager
     def apply(self, enc: Encoder, length: int | None) -> Iterator[None]:
         """The encoder is changed while the block runs."""
         with ExitStack() as stack:
             if self.tau != 1: stack.enter_context(temperature(enc, self.tau))
+            if self.cut: _set(enc, "max_length", reach(enc), stack)
             if self.window is not None and length is not None:
                 from longlens.measure.windows import extended
                 stack.enter_context(extended(enc, self.window, length=length))

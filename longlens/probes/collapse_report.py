@@ -95,7 +95,9 @@ def _said_natural(r: CollapseReport) -> str:
     if f.is_empty(): return ""
     shown = ", ".join(f"{x['mean_cosine']:.2f} at {x['context_length']:,} tokens ({x['lower']:.2f} to {x['upper']:.2f})"
                       for x in f[[0, -1] if len(f) > 1 else [0]].iter_rows(named=True))
-    return f"{r.meta['natural']} documents as they are, in {len(f)} group{'s' * (len(f) > 1)} of {f['documents'][0]} by length: {shown}"
+    few, many = f["documents"].min(), f["documents"].max()
+    size = f"{few}" if few == many else f"{few} to {many}"
+    return f"{r.meta['natural']} documents as they are, in {len(f)} group{'s' * (len(f) > 1)} of {size} by length: {shown}"
 
 # %% ../../nbs/probes/05d_collapse_report.ipynb #718280d6
 def _said_rank(r: CollapseReport) -> str:
@@ -189,7 +191,7 @@ def _said_windows(r: CollapseReport) -> list[str]:
         at = f.row(-1, named=True)
         found = _found_with(r, name, "cut off")
         cone = f"cosine {at['mean_cosine']:.2f} ({at['lower']:.2f} to {at['upper']:.2f})"
-        also = "".join(f"; {s}, against documents cut at {r.meta['max_length']:,}" for s in found)
+        also = "".join(f"; {s}, against documents cut at {r.meta['reach']:,}" for s in found)
         out.append(f"{name} positions at {at['context_length']:,} tokens: {cone}{also}")
     return out
 
@@ -216,12 +218,11 @@ def _said_left_out(r: CollapseReport) -> str:
     if m["too_short"]: said.append(f"{count(m['too_short'], 'text')} too short to be cut to the longest length")
     if m["too_long"]: said.append(f"{count(m['too_long'], 'text')} too long to be read whole, and left out of those of natural length")
     if m["n_truncated"]: said.append(f"{m['n_truncated']:,} documents of natural length were cut at {m['max_length']:,} tokens")
-    cut = 0
-    if "retrieval" in r.frames:
-        f = r.frames["retrieval"].filter(pl.col("n_truncated") > 0, measure="hit_1")
-        cut = f["n_truncated"].sum()
-    if cut: said.append(f"{cut:,} documents of retrieval tasks were cut at {m['max_length']:,} tokens "
-                        f"({', '.join(f['condition'].unique().sort())})")
+    f = r.frames["retrieval"].filter(pl.col("n_truncated") > 0, measure="hit_1") if "retrieval" in r.frames else pl.DataFrame()
+    for past in (False, True) if len(f) else ():
+        g, end = f.filter((pl.col("condition") == "cut off") == past), m["reach" if past else "max_length"]
+        if len(g): said.append(f"{g['n_truncated'].sum():,} documents of retrieval tasks were cut at {end:,} tokens "
+                               f"({', '.join(g['condition'].unique().sort())})")
     return "; ".join(said)
 
 # %% ../../nbs/probes/05d_collapse_report.ipynb #6647ee9d
@@ -245,8 +246,8 @@ COLLAPSE_EXPLAINED = {
     "taus": "Attention logits divided by a temperature in every layer (TempScale); below 1 is sharper. sigma_a and entropy: means over "
             "layers and heads. Bands: 95 % intervals over documents or queries.",
     "retrieval": "Share of {queries} queries whose document comes first (Acc@1), and nDCG@10. Bands: 95 % intervals over queries.",
-    "windows": "Documents longer than the encoder reads: cut where it ends, or read whole with positions made in other ways, for which it "
-               "was not trained.",
+    "windows": "Documents longer than the encoder reads: cut where its positions end, or read whole with positions made in other "
+               "ways, for which it was not trained.",
     "shortened": "Embeddings made of the states after fewer layers (0: the input of the first), and of fewer of their numbers.",
 }
 
