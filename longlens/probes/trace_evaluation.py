@@ -130,7 +130,7 @@ def named_tracers(
     if odd := [s for s in settings or {} if s not in made]: raise ValueError(f"settings are given for {odd[0]!r}, which is no method here")
     return {name: find_tracer(m, (settings or {}).get(name)) for name, m in made.items()}
 
-# %% ../../nbs/probes/06n_trace_evaluation.ipynb #18fc0426
+# %% ../../nbs/probes/06n_trace_evaluation.ipynb #d8cea7b5
 class _Kept:
     """Finished runs, in a folder or in memory."""
 
@@ -144,8 +144,8 @@ class _Kept:
         return "traceback " + hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
 
     def get(self, key: str) -> tuple[dict[str, Any], pl.DataFrame] | None:
-        """A run that is finished."""
-        if key not in self.store.rows and not self.store.read([key]): return None
+        """A run that is finished; `store.read` has looked for it."""
+        if key not in self.store.rows: return None
         return self.store.table("run", [key]).drop("key").row(0, named=True), self.store.table("top", [key]).drop("key")
 
     def put(self, key: str, row: Mapping[str, Any], top: pl.DataFrame) -> None:
@@ -154,20 +154,21 @@ class _Kept:
         self.store.add([as_row(key, {"run": run, "top": top}, {"seconds": row["seconds"], "tokens": int(row["forward_tokens"])})])
         self.store.write()
 
-# %% ../../nbs/probes/06n_trace_evaluation.ipynb #9e145b0f
+# %% ../../nbs/probes/06n_trace_evaluation.ipynb #68fc8dd2
 def _runs(lm: Any, asked: Sequence[AskedCase], tracers: Mapping[str, Tracer], kept: _Kept, k: int | None, limits: Any, on_error: str,
           progress: bool, **job: Any) -> Iterator[tuple[dict[str, Any], pl.DataFrame]]:
     """Every method on every case that counts."""
-    todo = [(i, x, name, t) for i, x in enumerate(asked) if x.why is None for name, t in tracers.items()]
-    for i, x, name, tracer in (bar := tqdm(todo, desc="traces", disable=not progress)):
+    todo = [(kept.key(i, name, t, x), i, x, name, t) for i, x in enumerate(asked) if x.why is None for name, t in tracers.items()]
+    kept.store.read([key for key, *_ in todo])
+    for key, i, x, name, tracer in (bar := tqdm(todo, desc="traces", disable=not progress)):
         bar.set_postfix_str(name)
-        key = kept.key(i, name, tracer, x)
         try:
             if (done := kept.get(key)) is None: kept.put(key, *(done := run_case(tracer, TraceJob(lm, x.prompt, **job), x, k, limits)))
         except Exception as error:
             if on_error == "raise": raise RuntimeError(f"{name} failed on case {i}: {type(error).__name__}: {error}") from error
             done = {"error": excerpt(f"{type(error).__name__}: {error}", 300)}, pl.DataFrame()
         yield {"case": i, "method": name, **done[0]}, done[1].with_columns(case=pl.lit(i), method=pl.lit(name))
+    kept.store.tidy()
 
 # %% ../../nbs/probes/06n_trace_evaluation.ipynb #92c916fb
 def evaluate_traceback(
