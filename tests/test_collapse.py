@@ -397,8 +397,18 @@ def test_layer_sentences_name_the_right_layers() -> None:
     ends = pl.when(pl.col("measure") == "sigma_a").then
     made = f.with_columns(lower=ends(pl.when(pl.col("layer") == 0).then(-0.2).otherwise(0.1)).otherwise("lower"),
                           upper=ends(pl.when(pl.col("layer") == 0).then(-0.1).otherwise(0.2)).otherwise("upper"))
-    said = CollapseReport({**report.frames, "layer_effects": made}, report.meta).findings()
-    assert any(s.startswith("sigma_a, 16 to 64 tokens: rises in layer 1; falls in layer 0 (") for s in said)
+    for documents, p, words in ((8, 0.01, "rises in layer 1; falls in layer 0"), (8, 0.2, "no sign of a change in all 2 layers"),
+                                (4, 0.125, "too few documents to say")):
+        told = made.with_columns(documents=pl.lit(documents), p=pl.lit(p))
+        said = CollapseReport({**report.frames, "layer_effects": told}, report.meta).findings()
+        assert any(s.startswith(f"sigma_a, 16 to 64 tokens: {words} (") for s in said)
+
+
+def test_generated_texts_are_said_to_be_no_evidence() -> None:
+    enc, report = measured()
+    assert sum("generated filler says the same few things" in s for s in report.findings()) == 1
+    own = length_collapse(enc, long_texts(8, enc, 64), **{**SMALL, "taus": (), "retrieval": ()})
+    assert not any("filler" in s for s in own.findings())
 
 
 def test_effects_match_the_values_they_compare() -> None:

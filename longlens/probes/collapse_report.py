@@ -22,8 +22,9 @@ class CollapseReport(Report):
 
     def findings(self) -> list[str]:
         """What was found, a sentence each"""
-        made = [_said_cosine(self), _said_average(self), _said_natural(self), _said_rank(self), *_said_layers(self), *_said_taus(self),
-                *_said_retrieval(self), *_said_windows(self), _said_shortened(self), _said_left_out(self), _said_embedded(self)]
+        made = [_said_cosine(self), _said_average(self), _said_filler(self), _said_natural(self), _said_rank(self), *_said_layers(self),
+                *_said_taus(self), *_said_retrieval(self), *_said_windows(self), _said_shortened(self), _said_left_out(self),
+                _said_embedded(self)]
         return [s for s in made if s]
 
     def sections(self) -> list[Any]:
@@ -89,6 +90,13 @@ def _said_average(r: CollapseReport) -> str:
     return (f"control: means of the input vectors, which no layer has read, have a cosine of {a['value']:.2f} at {a['context_length']:,} "
             f"and {b['value']:.2f} at {b['context_length']:,} tokens: that is what averaging more words does without attention")
 
+
+def _said_filler(r: CollapseReport) -> str:
+    """Generated texts grow alike on their own."""
+    if r.meta["documents_from"] != "generated filler": return ""
+    return ("generated filler says the same few things in every document, so longer ones are more alike in what they say: measure real "
+            "texts (texts=, or questions= with passages) before anything is concluded about the encoder")
+
 # %% ../../nbs/probes/05d_collapse_report.ipynb #99920a06
 def _said_natural(r: CollapseReport) -> str:
     f = r.frames["similarity"].filter(kind="natural", condition="none").sort("context_length")
@@ -132,11 +140,12 @@ def _said_layers(r: CollapseReport) -> list[str]:
     for measure, name in LAYER_NAMES.items():
         f = r.frames["layer_effects"].filter(measure=measure).sort("layer")
         ways: dict[int, list[int]] = {1: [], -1: [], 0: []}
-        for x in f.iter_rows(named=True): ways[_sign(x)].append(x["layer"])
+        for x in f.iter_rows(named=True): ways[_sign(x) if x["p"] <= 0.05 else 0].append(x["layer"])
         words = {1: "rises", -1: "falls", 0: "no sign of a change"}
         whole = next((words[k] for k, v in ways.items() if len(v) == len(f)), "")
         said = f"{whole} in all {len(f)} layers" if whole else "; ".join(
             f"{words[k]} in layer{'s' * (len(v) > 1)} {_runs(v)}" for k, v in ways.items() if v)
+        if f["documents"][0] < 6: said = "too few documents to say"  # five signs alone give p = 1/16 at least
         mean = r.frames["layers"].filter(condition="none", measure=measure).group_by("context_length").agg(pl.col("value").mean())
         a, b = (mean.filter(context_length=n)["value"].item() for n in (short, long))
         out.append(f"{name}, {short:,} to {long:,} tokens: {said} (mean of layers {a:.2f} and {b:.2f}; {f['documents'][0]} documents)")
@@ -278,14 +287,14 @@ def _direction_section(r: CollapseReport) -> Any:
     from longlens.views.collapse import spectrum_curve
     mine = {name: r.frames[name].filter(kind="cut", condition="none") for name in ("spectrum", "geometry")}
     some = mine["spectrum"].filter(pl.col("context_length").is_in(_few(r.meta["settings"]["lengths"])))
-    charts = [spectrum_curve(some.filter(centred=c), title=t, subtitle="")
-              for c, t in ((False, "Share of each direction"), (True, "Share of each direction, mean taken off"))]
+    whole, left = [spectrum_curve(some.filter(centred=c), title=t, subtitle="")
+                   for c, t in ((False, "Share of each direction"), (True, "Share of each direction, mean taken off"))]
     rank = mine["geometry"].filter(pl.col("measure").str.starts_with("effective"))
     names = {"effective_rank": "as they are", "effective_rank_centred": "differences"}
     rank = rank.with_columns(embeddings=pl.col("measure").replace(names))
     rest = {"anisotropy": "Share of the first direction", "centroid_distance": "Distance to the centroid"}
-    charts += [_curve(rank, "Effective rank", "context_length", "embeddings"),
-               *(_curve(mine["geometry"].filter(measure=m), t, "context_length", None) for m, t in rest.items())]
+    charts = [whole, _curve(rank, "Effective rank", "context_length", "embeddings"), left,
+              *(_curve(mine["geometry"].filter(measure=m), t, "context_length", None) for m, t in rest.items())]
     told = r.frames["separability"].filter(condition="none").rename({"accuracy": "value"})
     if len(told):
         title = f"Told from {told['short'][0]} tokens by a linear probe"

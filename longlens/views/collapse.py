@@ -23,12 +23,12 @@ __all__ = ['METHODS', 'similarity_curve', 'spectrum_curve', 'has_umap', 'on_a_pl
            'tau_curve']
 
 # %% ../../nbs/views/00d_collapse.ipynb #48bb3554
-def _apart_on_log(at: pl.Series, gap: float = 1.2) -> list[float]:
-    """Places that have room for a label on a logarithmic axis, the last one first."""
+def _apart_on_log(first: pl.Series, others: pl.Series, gap: float = 1.2) -> list[float]:
+    """Places that have room for a label on a logarithmic axis, the first series' before others, the last one first."""
     out: list[float] = []
-    for v in sorted(at.unique(), reverse=True):
-        if not out or out[-1] / v >= gap: out.append(v)
-    return out[::-1]
+    for v in [*sorted(first.unique(), reverse=True), *sorted(others.unique(), reverse=True)]:
+        if all(max(v / o, o / v) >= gap for o in out): out.append(v)
+    return sorted(out)
 
 # %% ../../nbs/views/00d_collapse.ipynb #90eab66a
 def similarity_curve(
@@ -48,7 +48,7 @@ def similarity_curve(
     band = wide.encode(x=x, y=alt.Y("low:Q", **y_how), y2="high:Q", color=colour)
     text = "Line and narrow band: mean over pairs, and its 95 % interval over documents. Wide band: the middle 90 % of pairs."
     strips = _strips(points, "context_length", True, "mean cosine")
-    for shown in (x, strips.encoding.x): shown["axis"]["values"] = _apart_on_log(points["x"])
+    for shown in (x, strips.encoding.x): shown["axis"]["values"] = _apart_on_log(points.filter(series=names[0])["x"], points["x"])
     chart = alt.layer(band, *_line_layers(points, x, y_how, [], by), strips)
     return _titled(chart.properties(width=WIDTH, height=HEIGHT), title, text if subtitle is None else subtitle, WIDTH)
 
