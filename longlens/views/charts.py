@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from textwrap import wrap
 from typing import Any
@@ -67,7 +68,7 @@ def label(
     unit: str = "",    # of what is in it
 ) -> str:
     "How an axis calls a column: `label('sink_mass', '%')` is sink mass (%)"
-    name = visible(column.replace("_", " "), 60)
+    name = visible(re.sub("_(?![a-z]$)", " ", column), 60)    # sigma_a is a symbol
     return f"{name} ({unit})" if unit else name
 
 
