@@ -198,8 +198,9 @@ def run_html(
     return f'<div class="scroll"><table class="run"><caption>{say(_name(report))}</caption><tbody>{rows}</tbody></table></div>'
 
 
-def _name(report: Report) -> str:    # SinkReport: Sink report
-    return "".join(f" {c.lower()}" if c.isupper() and i else c for i, c in enumerate(type(report).__name__))
+def _name(report: Report) -> str:    # SinkReport: Sink report; Trace by loo: Trace, loo
+    name = "".join(f" {c.lower()}" if c.isupper() and i else c for i, c in enumerate(type(report).__name__))
+    return f"{name}, {method}" if isinstance(method := report.meta.get("method"), str) else name
 
 # %% ../../nbs/views/01_page.ipynb #8e07a3b0
 def findings_html(
