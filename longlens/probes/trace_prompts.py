@@ -124,7 +124,7 @@ def trace_prompt(
     prefix = (_lead(question) if tiny and template is None else "") if answer_prefix is None else answer_prefix
     tokens, at = _composed(lm, sources, question, found, prefix, special, chat=chat, system=system, allow_longer=allow_longer)
     return _finished(lm, tokens, at, sources, answer, answer_span, max_new_tokens, stop, allow_longer, question=question, chat=bool(chat),
-                     template=found)
+                     template=found, answer_prefix=prefix, system=system, special=special)
 
 # %% ../../nbs/probes/06_trace_prompts.ipynb #a465af1f
 def _finished(lm: Any, tokens: Tokens, at: int, sources: Sources, answer: Any, span: Any, max_new_tokens: int | None,

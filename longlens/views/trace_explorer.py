@@ -75,7 +75,9 @@ def prompt_of(
     m, spans = r.meta, r.frames["sources"].sort("start").select("start", "end").rows()
     hint = "give it, trace.widget(model=..., prompt=...)"
     if m.get("template") == "ready": raise ValueError(f"the prompt of this trace was ready-made and is not in the report: {hint}")
-    found = trace_prompt(lm, r.context, m["question"], m["answer"], by=spans, template=m["template"], chat=m.get("chat") or None)
+    put = {k: m[k] for k in ("answer_prefix", "system", "special") if k in m}
+    found = trace_prompt(lm, r.context, m["question"], m["answer"], by=spans, template=m["template"], chat=m.get("chat") or None,
+                         allow_longer=True, **put)
     if len(found) == m["prompt_tokens"]: return found
     raise ValueError(f"the prompt cannot be made again ({len(found):,} tokens instead of {m['prompt_tokens']:,}): {hint}")
 
