@@ -46,6 +46,7 @@ from longlens.questions import fact_questions, kv_lines
 from longlens.sweeps import SweepWarning
 from longlens.tasks import numbered_documents
 from longlens.views.page import page_html
+from longlens.views.trace_explorer import prompt_of
 
 PEOPLE = {"Ada": "lamb", "Bob": "river", "Eve": "stone", "Tom": "table", "Una": "glass", "Max": "paper"}
 DOCUMENTS = [f"{filler(2, seed=i)} The code for {who} is {what}." for i, (who, what) in enumerate(PEOPLE.items())]
@@ -502,6 +503,9 @@ def test_equal_passages_stay_two(lm: ll.LongModel) -> None:
     f = t.frames["sources"]
     assert f["source"].to_list() == [0, 1, 2, 3] and set(t.top(2)["source"]) == {0, 2}
     assert ll.trace_context(lm, twice, ASK, method="tracllm").frames["sources"]["score"].null_count() == 0
+    spared = ll.trace_context(lm, [DOCUMENTS[2]] * 3 + DOCUMENTS[:2], ASK, "stone")
+    assert spared.findings()[2].startswith("without any one of the sources the answer loses less than 0.01 nats: several say the same")
+    assert not ll.trace_context(lm, DOCUMENTS, ASK).meta["notes"]
 
 
 def test_part_of_an_answer(lm: ll.LongModel) -> None:
@@ -637,6 +641,8 @@ def test_a_trace_comes_back_from_its_folder(lm: ll.LongModel, tmp_path: Any) -> 
     t.save(tmp_path / "trace")
     back = ll.Report.load(tmp_path / "trace")
     assert type(back) is ll.Trace and back.findings() == t.findings() and back.top().equals(t.top()) and back.context == t.context
+    made = prompt_of(lm, back)  # the explorer of a trace that was kept can ask the model further
+    assert made.ids.tolist() == trace_prompt(lm, DOCUMENTS, ASK).ids.tolist() and made.answer.text == t.meta["answer"]
     again = ll.trace_context(lm, DOCUMENTS, ASK, method="shapley", out=tmp_path / "scores")
     assert again.frames["costs"]["evaluations"].to_list() == [0, 0]
     assert again.frames["sources"].equals(t.frames["sources"])

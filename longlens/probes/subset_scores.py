@@ -187,7 +187,7 @@ def _fitting(s: SubsetScorer, n: int) -> tuple[int, int]:
             return batch, chunk
     limit = f"max_memory is {_bytes(s.max_memory)}" if s.max_memory is not None else f"{_bytes(need.available or 0)} are free"
     raise MemoryError(f"{s.lm.name} cannot run {n:,} tokens in chunks of 32: it takes {_bytes(total)} on top of the weights, and {limit}: "
-                      "take a shorter context, or a device with more memory")
+                      f"take a shorter context, {'more max_memory' if s.max_memory is not None else 'or a device with more memory'}")
 
 # %% ../../nbs/probes/06a_subsets.ipynb #999cc596
 def _halves(n: int) -> list[int]: return [n >> k for k in range(n.bit_length())]
