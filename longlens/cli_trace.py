@@ -13,7 +13,7 @@ from typing import Any
 # %% auto #0
 __all__ = ['add_trace_command', 'trace_inputs', 'trace_settings', 'methods_asked', 'traces', 'trace_command']
 
-# %% ../nbs/05a_cli_trace.ipynb #4f456387
+# %% ../nbs/05a_cli_trace.ipynb #82e888db
 def add_trace_command(
     commands: Any,    # what `add_subparsers` gave
 ) -> None:
@@ -30,7 +30,8 @@ def add_trace_command(
     add("--method", metavar="LIST", help="how, with commas: loo, attntrace, tracllm, contextcite ... (default: loo)")
     add("--set", action="append", default=[], metavar="KEY=VALUE",
         help="a setting of the methods that have it, such as permutations=20; again for more")
-    add("--by", metavar="WAY", help="words, sentences, paragraphs, documents or tokens (default: words; documents, if there are several)")
+    add("--by", metavar="WAY",
+        help="words, lines, sentences, paragraphs, documents or tokens (default: words; documents, if there are several)")
     add("--size", type=int, metavar="N", help="so many of them are one source (default: 100 words, one of anything else)")
     add("--top", type=int, default=5, metavar="K", help="sources that are listed (default: 5)")
     _add_prompt(one)
@@ -107,22 +108,20 @@ def methods_asked(
     for n, own_settings in made.items(): find_tracer(n, own_settings)    # raises if a value cannot be
     return made
 
-# %% ../nbs/05a_cli_trace.ipynb #6463e764
+# %% ../nbs/05a_cli_trace.ipynb #b48abef7
 def traces(
     asked: argparse.Namespace,    # the arguments
 ) -> dict[str, Any]:              # `Trace` by method; `TraceCost`, if asked for the cost only
     "Trace an answer by every method that was asked for"
     import longlens
     from longlens.cli import load_model
-    from longlens.probes.perturbation import TRACERS
     from longlens.probes.trace_prompts import trace_prompt
     (context, question), methods = trace_inputs(asked), methods_asked(asked)    # what is wrong is said before a model is loaded
     heads = None if asked.heads is None else longlens.Report.load(asked.heads)
     lm = load_model(asked)
     print(f"{lm.name} is asked: {question}", flush=True)
-    by = asked.by or (TRACERS[next(iter(methods))].by if isinstance(context, str) else None)
-    prompt = trace_prompt(lm, context, question, asked.answer, by=by, size=asked.size, template=asked.template, chat=asked.chat or None,
-                          system=asked.system, answer_span=asked.span)
+    prompt = trace_prompt(lm, context, question, asked.answer, by=asked.by, size=asked.size, template=asked.template,
+                          chat=asked.chat or None, system=asked.system, answer_span=asked.span)
     how: dict[str, Any] = dict(k=asked.top, budget=asked.budget, heads=heads, out=asked.results, dry_run=asked.dry_run, progress=True)
     return {n: longlens.trace_context(lm, prompt, method=n, **how, **settings) for n, settings in methods.items()}
 
