@@ -78,6 +78,13 @@ def test_additive_games_are_recovered(n, seed, base):
     assert (found.errors < 1e-3).all()
 
 
+def test_a_text_is_cut_into_sentences_as_published(lm):
+    text = "It rains. The code for Eve is stone. The code for Bob is river."
+    t = ll.trace_context(lm, text, ASK, "stone", "contextcite", ablations=16, held_out=0)
+    assert t.meta["by"] == "sentences" and t.top(1)["source"].item() == 1
+    assert ll.trace_context(lm, text, ASK, "stone", "contextcite", by="words", size=5, ablations=16, held_out=0).meta["by"] == "words"
+
+
 def test_the_penalty_removes_what_does_not_matter():
     w = np.zeros(60)
     w[[7, 31]] = 4, -3

@@ -175,8 +175,8 @@ class LeaveOneOut(Tracer):
         return TraceScores(lost, notes=(SPARED,) * (job.n > 1 and float(lost.max()) < 0.01))
 
 
-SPARED = ("without any one of the sources the answer loses less than 0.01 nats: several say the same, or the model knows it without them; "
-          "stc and shapley tell")
+SPARED = ("without any one of the sources the answer loses less than 0.01 nats: several say the same, the model knows it without them, "
+          "or nothing here supports it; stc and shapley tell")
 
 # %% ../../nbs/probes/06b_perturbation.ipynb #520aa360
 @dataclass(frozen=True)
