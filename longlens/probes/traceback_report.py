@@ -70,7 +70,7 @@ class TracebackReport(Report):
         if f.is_empty(): return None
         return cost_chart(f, "f1", "forward_tokens", title="F1 against tokens through the model, mean over cases")
 
-# %% ../../nbs/probes/06m_traceback_report.ipynb #a1535ee8
+# %% ../../nbs/probes/06m_traceback_report.ipynb #9f30a62f
 def _best_first(r: TracebackReport) -> pl.DataFrame:
     return r.frames["methods"].sort("f1", descending=True, nulls_last=True, maintain_order=True)
 
@@ -90,7 +90,8 @@ def _after_section(r: TracebackReport) -> Any:
     from longlens.views.charts import bars
     from longlens.views.page import Section
     f = r.frames["intervals"].filter(measure="said_after").sort("mean", maintain_order=True)
-    chart = bars(f, "method", "mean", title="Still said without what was found", unit="share of cases") if 0 < len(f) <= 60 else None
+    chart = bars(f, "method", "mean", title="Still said without what was found", unit="share",
+                 name="cases in which the target is still said") if 0 < len(f) <= 60 else None
     return Section("Was it the cause?", AFTER_EXPLAINED, chart, r.frames["intervals"])
 
 # %% ../../nbs/probes/06m_traceback_report.ipynb #fa6a5aa7
