@@ -25,9 +25,9 @@ from .sources import TracePrompt, subset_tokens
 from .subset_tree import ScoreCosts
 
 # %% auto #0
-__all__ = ['HOW_TO_FIND', 'TRACERS', 'Glance', 'glance', 'pool_sources', 'glances', 'glance_costs', 'draw_sources',
-           'mean_of_draws', 'layer_weights', 'retrieval_weights', 'AttentionTracer', 'AttnTrace', 'MeanAttention',
-           'RetrievalAttention', 'roll_out', 'AttentionRollout']
+__all__ = ['HOW_TO_FIND', 'Glance', 'glance', 'pool_sources', 'glances', 'glance_costs', 'draw_sources', 'mean_of_draws',
+           'layer_weights', 'retrieval_weights', 'AttentionTracer', 'AttnTrace', 'MeanAttention', 'RetrievalAttention',
+           'roll_out', 'AttentionRollout']
 
 # %% ../../nbs/probes/06c_attention_trace.ipynb #d7c16a07
 class Glance(NamedTuple):
@@ -321,6 +321,6 @@ class AttentionRollout(AttentionTracer):
         return TraceScores(values, costs=costs)
 
 # %% ../../nbs/probes/06c_attention_trace.ipynb #33a03f1f
-TRACERS |= {
+TRACERS.update({
     "attntrace": AttnTrace(), "attention": MeanAttention(), "retrieval_attention": RetrievalAttention(), "rollout": AttentionRollout(),
-}
+})

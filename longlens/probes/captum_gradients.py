@@ -24,9 +24,9 @@ from .subset_tree import ScoreCosts
 from .surrogates import extra_module
 
 # %% auto #0
-__all__ = ['PROBES', 'TRACERS', 'answer_target', 'backward_bytes', 'neutral_id', 'steps_at_once', 'TokenScores',
-           'integrated_tokens', 'gradient_tokens', 'IncompleteAttribution', 'check_complete', 'source_sums',
-           'GradientTracer', 'CaptumIntegratedGradients', 'CaptumGradient']
+__all__ = ['PROBES', 'answer_target', 'backward_bytes', 'neutral_id', 'steps_at_once', 'TokenScores', 'integrated_tokens',
+           'gradient_tokens', 'IncompleteAttribution', 'check_complete', 'source_sums', 'GradientTracer',
+           'CaptumIntegratedGradients', 'CaptumGradient']
 
 # %% ../../nbs/probes/06e_captum_gradients.ipynb #e3a00f6b
 def answer_target(
@@ -269,4 +269,4 @@ class CaptumGradient(GradientTracer):
     def found(self, job: TraceJob) -> TokenScores: return gradient_tokens(job.lm, _with_model(self, job))
 
 
-TRACERS |= {"integrated_gradients": CaptumIntegratedGradients(), "gradient_x_input": CaptumGradient()}
+TRACERS.update({"integrated_gradients": CaptumIntegratedGradients(), "gradient_x_input": CaptumGradient()})

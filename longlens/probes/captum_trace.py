@@ -18,8 +18,8 @@ from .perturbation import TRACERS, TraceCost, TraceJob, Tracer, TraceScores, pla
 from .surrogates import extra_module
 
 # %% auto #0
-__all__ = ['Values', 'TRACERS', 'MaskGame', 'ablation_values', 'sampled_shapley', 'surrogate_values', 'SubsetTracer',
-           'CaptumAblation', 'CaptumShapley', 'CaptumKernelShap', 'CaptumLime']
+__all__ = ['Values', 'MaskGame', 'ablation_values', 'sampled_shapley', 'surrogate_values', 'SubsetTracer', 'CaptumAblation',
+           'CaptumShapley', 'CaptumKernelShap', 'CaptumLime']
 
 # %% ../../nbs/probes/06e_captum.ipynb #2baef3c8
 Values = Callable[[np.ndarray], Any]  # subsets, (count, n) bool -> what each is worth, (count,)
@@ -200,4 +200,5 @@ class CaptumLime(SubsetTracer):
         return surrogate_values("Lime", values, job.n, self.samples, job.seed, self.draws * errors)
 
 
-TRACERS |= {"captum_ablation": CaptumAblation(), "captum_shapley": CaptumShapley(), "kernel_shap": CaptumKernelShap(), "lime": CaptumLime()}
+TRACERS.update({"captum_ablation": CaptumAblation(), "captum_shapley": CaptumShapley(), "kernel_shap": CaptumKernelShap(),
+                "lime": CaptumLime()})
