@@ -118,10 +118,10 @@ def _said_best(r: TracebackReport) -> list[str]:
     if len(f) > 1: out.append(f"{worst['method']} finds least: F1 {_range(worst)}")
     return [*out, _said_after(best)]
 
-# %% ../../nbs/probes/06m_traceback_report.ipynb #e02eb115
+# %% ../../nbs/probes/06m_traceback_report.ipynb #ea6659ab
 def _said_after(best: dict[str, Any]) -> str:
-    said = f"without what {best['method']} found the target is still said in {best['said_after']:.0%} of the cases"
-    return said + (f", and the right answer is given in {best['recovered']:.0%}" if best["recovered"] is not None else "")
+    said = f"without what {best['method']} found the target is still said in {100 * best['said_after']:.0f} % of the cases"
+    return said + (f", and the right answer is given in {100 * best['recovered']:.0f} %" if best["recovered"] is not None else "")
 
 
 def _said_failed(r: TracebackReport) -> list[str]:
