@@ -5,6 +5,7 @@
 # %% ../../nbs/probes/06h_trace_report.ipynb #23073c8f
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -103,7 +104,8 @@ def _shaded(r: Trace, text: str) -> Any:
     at = a.with_row_index("i").filter("traced")["i"]
     part = range(at[0], at[-1] + 1) if len(at) < len(a) else None
     words = a.select(token="text", logprob="logprob")
-    return trace_section(r.context, f.with_columns(text=_excerpts(f["text"])), r.meta["question"], words, text=f"{text}\n\n{READING}",
+    question = r.meta["question"].removeprefix("Question:").strip()
+    return trace_section(r.context, f.with_columns(text=_excerpts(f["text"])), question, words, text=f"{text}\n\n{READING}",
                          traced=part)
 
 # %% ../../nbs/probes/06h_trace_report.ipynb #398fe0bb
@@ -128,6 +130,12 @@ def excerpt(
     """The beginning of a text, on one line, with nothing hidden in it."""
     from longlens.views.text import visible
     return visible(" ".join(text[: 4 * limit].split()), limit)
+
+
+def _around(text: str, word: str, limit: int) -> str:    # so much of a text as has the word in it, if it does
+    found = re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) if word else None
+    if found is None or found.end() < limit: return excerpt(text, limit)
+    return excerpt("… " + text[text.rfind(" ", 0, max(0, found.start() - limit // 2)) + 1:], limit)
 
 
 def _excerpts(texts: pl.Series) -> pl.Series: return pl.Series([excerpt(t) for t in texts], dtype=pl.String)
@@ -163,7 +171,8 @@ def _said_top(r: Trace) -> list[str]:
         return [f"no source speaks for the answer: the highest score of {many} is {_number(best)}{unit}"]
     where = f"source {best['source']}" + f" (document {best['document']})" * (r.meta["documents"] > 1 and r.meta["by"] != "documents")
     behind = f"; next: source {rows[1]['source']}, {_number(rows[1])}" if len(rows) > 1 else ""
-    return [f"{where} of {many} has the highest score, {_number(best)}{unit}{behind}. It says {excerpt(_text(r, best['source']), 100)!r}"]
+    says = _around(_text(r, best["source"]), r.meta["traced"].strip(), 100)
+    return [f"{where} of {many} has the highest score, {_number(best)}{unit}{behind}. It says {says!r}"]
 
 # %% ../../nbs/probes/06h_trace_report.ipynb #4ad5cb91
 def _said_costs(r: Trace) -> str:
