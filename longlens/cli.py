@@ -23,8 +23,10 @@ __all__ = ['REPORTS', 'ENCODER_REPORTS', 'MENDABLE', 'parser', 'read_text', 'fir
 # %% ../nbs/05_cli.ipynb #e2b0fcfa
 def parser() -> argparse.ArgumentParser:
     "The command line of `longlens`"
+    from longlens import __version__ as version
     top = argparse.ArgumentParser(prog="longlens", description="See what a long context does inside a transformer.")
-    commands = top.add_subparsers(dest="command", required=True)
+    top.add_argument("--version", action="version", version=f"longlens {version}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="report | trace")
     one = commands.add_parser("report", help="measure a model on a text; write a page and the tables")
     add = one.add_argument
     add("model", nargs="?", metavar="MODEL", help="a folder or a hub id (default: needle-lm, which ships with longlens)")
@@ -185,7 +187,11 @@ def needle_trace(
     "Where the answer to a question about a needle in the text comes from"
     import longlens
     wording, room = ("facts" if lm.name == "needle-lm" else "ruler"), max(min(256, lm.max_length or 256), len(tokens)) - 40
-    asked = longlens.needle_context(lm, room, 50, wording=wording, n_keys=4, haystack=_haystack(lm, tokens, "trace"), chat=False)
+    haystack = _haystack(lm, tokens, "trace")
+    for seed in range(20):    # until the text itself says nothing about what is asked
+        asked = longlens.needle_context(lm, room, 50, wording=wording, n_keys=4, haystack=haystack, chat=False, seed=seed)
+        fact = lm.decode(asked.tokens.ids[asked.spans["needle"].start:asked.spans["needle"].stop])
+        if fact.partition(asked.answers[0])[0].strip() not in tokens.text: break
     size = max(20, len(asked.text.split()) // 20)
     return longlens.trace_context(lm, asked, by="words", size=size, max_new_tokens=32, stop=(".", "\n"), out=out, progress=progress)
 
