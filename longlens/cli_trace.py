@@ -120,6 +120,7 @@ def traces(
     heads = None if asked.heads is None else longlens.Report.load(asked.heads)
     lm = load_model(asked)
     print(f"{lm.name} is asked: {question}", flush=True)
+    if len(asked.context or ()) > 1: print(f"documents: {', '.join(f'{i} {f}' for i, f in enumerate(asked.context))}", flush=True)
     prompt = trace_prompt(lm, context, question, asked.answer, by=asked.by, size=asked.size, template=asked.template,
                           chat=asked.chat or None, system=asked.system, answer_span=asked.span)
     how: dict[str, Any] = dict(k=asked.top, budget=asked.budget, heads=heads, out=asked.results, dry_run=asked.dry_run, progress=True)
@@ -138,6 +139,7 @@ def trace_command(
         for n, cost in made.items(): print(f"  {n}: {cost}")
         return None
     first = next(iter(made.values()))
+    for r in made.values(): r.meta["files"] = [str(f) for f in asked.context or ()]    # a source is known by its number only
     from longlens.views.page import write_page
     with new_folder(asked.out, asked.overwrite) as folder:
         atomic_write(folder / "context.txt", first.context)
