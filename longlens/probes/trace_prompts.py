@@ -71,7 +71,8 @@ def _written(lm: Any, tokens: Tokens, max_new_tokens: int, stop: Sequence[str], 
     if lm.tokenizer is not None:
         size = len(_cut(lm.decode(ids), stop))
         while len(ids) and len(lm.decode(ids[:-1])) >= size: ids = ids[:-1]
-    if not len(ids): raise ValueError(f"{lm.name} says nothing to this prompt, its answer ends at once: give answer=")
+    if not len(ids):
+        raise ValueError(f"{lm.name} says nothing to this prompt, its answer ends at once: end the text with a question, or give answer=")
     return _spoken(lm, ids)
 
 # %% ../../nbs/probes/06_trace_prompts.ipynb #cd89c196
