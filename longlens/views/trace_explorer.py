@@ -86,6 +86,8 @@ def usable(
     lm: Any,          # LongModel
 ) -> list[str]:
     "The methods that need nothing but the prompt"
+    from longlens.probes.traceback import load_methods
+    load_methods()
     chat = bool(getattr(lm.tokenizer, "chat_template", None))
     return [name for name, t in TRACERS.items() if "heads" not in t.needs and (chat or "chat" not in t.needs)]
 

@@ -90,7 +90,6 @@ def trace_tab(
     lm: Any = r.live.lm if r.live else None
     methods = usable(lm) if lm else [""]
     by, method = _menu("sources", ["sentences", "words", "paragraphs"]), _menu("method", methods)
-    if "attntrace" in methods: method.value = "attntrace"
     prompts: dict[int, Any] = {}    # of the trace that was measured
 
     def measure(progress: Progress) -> Report:
