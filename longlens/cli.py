@@ -323,7 +323,8 @@ def one_line(error: BaseException) -> str:
     "What went wrong, in the command's words"
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     if not isinstance(error, MENDABLE): said = f"{type(error).__name__}: {said} (--debug shows where)"
-    return re.sub(r"\b(overwrite|allow_longer)=True", lambda m: "--" + m[1].replace("_", "-"), said)
+    said = re.sub(r"\b(overwrite|allow_longer)=True", lambda m: "--" + m[1].replace("_", "-"), said)
+    return re.sub(r"\b(?:answer_)?(answer|span|heads|budget|by|size)=(?=[\s,;:)]|$)", r"--\1", said)
 
 # %% ../nbs/05_cli.ipynb #f4224c79
 def show(page: Path) -> bool:
