@@ -52,16 +52,17 @@ clean:    ## remove what was made, except .venv
 	echo "Making .venv with $$("$$python" --version)"; \
 	"$$python" -m venv .venv || { rm -rf .venv; echo "$$python cannot make a virtual environment (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
 
+# compat: else Python, run beside the clone, takes the clone's folder for the package
 # torch goes first: resolved with the rest, a newer build with gigabytes of CUDA packages may arrive
 .venv/.for-use: $(NEEDS) | .venv/bin/python
 	@echo "Installing longlens and what it needs (minutes, once)"
 	@$(PIP) install $(TORCH)
-	@$(PIP) install -c constraints.txt -e '.[embed]'
+	@$(PIP) install -c constraints.txt --config-settings editable_mode=compat -e '.[embed]'
 	@touch $@
 
 .venv/.for-work: $(NEEDS) | .venv/.for-use
 	@echo "Installing the tools of the project (minutes, once)"
-	@$(PIP) install -c constraints.txt -e '.[dev,bridge,embed]'
+	@$(PIP) install -c constraints.txt --config-settings editable_mode=compat -e '.[dev,bridge,embed]'
 	@touch $@
 
 .PHONY: help demo test lab bench docs readme clean
