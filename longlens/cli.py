@@ -311,7 +311,7 @@ def report(
         if text: atomic_write(folder / "text.txt", text)
         for name, r in made.items(): r.save(folder / name)
         write_page(list(made.values()), folder / "index.html", title=title)
-    for line in (line for r in made.values() for line in r.findings()): print(f"  {line}")
+    for name, r in made.items(): print("\n".join([f"{name}:", *(f"  {line}" for line in r.findings())]))
     print(f"tables: {', '.join(str(asked.out / name) for name in made)}\npage:   {asked.out / 'index.html'}")
     return asked.out / "index.html"
 
