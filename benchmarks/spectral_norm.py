@@ -9,6 +9,7 @@ much more a way takes. Memory is the peak of a fresh process for each, over the 
 
     python benchmarks/spectral_norm.py                     # 4,096 tokens: a quarter of an hour on one slow core
     python benchmarks/spectral_norm.py --length 512
+    python benchmarks/spectral_norm.py --whole             # all 22 layers, longlens and the formed pattern with the same Lanczos
 """
 
 from __future__ import annotations
@@ -130,6 +131,36 @@ def peak(way: str, length: int, layers: int, settings: tuple) -> float:
     return peak_bytes(lambda: run(way, model, ids, (tol, 1, min(most, 3))))
 
 
+def once(way: str, length: int, layers: int, settings: tuple) -> tuple[float, float, float, list[float]]:
+    "Seconds by clock and processor, peak bytes, and values of every head, of one forward; runs in a fresh process"
+    model, ids = prepare(length, layers)
+    run(way, model, ids[:, :128], settings)
+    kept: list[Any] = []
+    start, busy = time.perf_counter(), time.process_time()
+    memory = peak_bytes(lambda: kept.append(run(way, model, ids, settings)))
+    seconds, cpu = time.perf_counter() - start, time.process_time() - busy
+    return seconds, cpu, memory, [] if kept[0] is None else kept[0]["sigma_a"].to_list()
+
+
+def whole(length: int, settings: tuple, layers: int = 22) -> None:
+    "All layers of ModernBERT-base: its own section"
+    import numpy as np
+    import torch
+    got = {way: apart(once, way, length, layers, settings) for way in ("plain", "longlens", "lanczos")}
+    rows = ["| way | heads | time, the forward included | of the processor | times the first | peak memory |", f"|---|{'---:|' * 5}"]
+    for way in ("longlens", "lanczos"):
+        seconds, cpu, memory, values = got[way]
+        more = (cpu - got["plain"][1]) / (got["longlens"][1] - got["plain"][1])
+        rows.append(f"| {WAYS[way]} | {len(values)} | {seconds:.1f} s | {cpu:.1f} s | {more:.1f}x | {memory / 2**20:,.0f} MB |")
+    off = float(np.abs(np.array(got["longlens"][3]) / np.array(got["lanczos"][3]) - 1).max())
+    threads = f"OMP_NUM_THREADS={n} " if (n := os.environ.get("OMP_NUM_THREADS")) else ""
+    text = [f"The same encoder with all {layers} layers, one text of {length:,} tokens, each way once in a process of its own, "
+            f"{torch.get_num_threads()} CPU thread(s) ({platform.machine()}), torch {torch.__version__}. A plain forward takes "
+            f"{got['plain'][1]:.1f} s of the processor and {got['plain'][2] / 2**20:,.0f} MB; times the first are without it. The two ways "
+            f"differ by {off:.0e} at most. `{threads}python benchmarks/spectral_norm.py --whole`.", "", *rows]
+    write_section("Spectral norm of attention, all layers", "\n".join(text))
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--length", type=int, default=4096, help="tokens of the text")
@@ -138,8 +169,10 @@ def main() -> None:
     p.add_argument("--svd-heads", type=int, default=1, help="heads a layer that the full SVD is taken of")
     p.add_argument("--power-steps", type=int, default=100, help="most steps of the power iteration")
     p.add_argument("--repeats", type=int, default=1)
+    p.add_argument("--whole", action="store_true", help="all 22 layers, without the two slowest ways")
     a = p.parse_args()
     settings = (a.tol, a.svd_heads, a.power_steps)
+    if a.whole: return whole(a.length, settings)
     seconds, cpu, found = apart(times, a.length, a.layers, a.repeats, settings)
     memory = {w: apart(peak, w, a.length, a.layers, settings) for w in ("plain", *WAYS)}
     report(a, seconds, cpu, found, memory)
