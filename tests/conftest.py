@@ -8,6 +8,11 @@ from typing import Any
 import pytest
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    "Bytes are named by their argument: workers must agree on the names of tests, and bytes may hold a time (gzip)"
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[Any]:
     "Where CI=true, a skipped test that is marked `browser` is a failure that says why it was skipped"
