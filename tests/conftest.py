@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from lab import ARGS, find_chromium, missing
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
@@ -21,3 +23,28 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[Any]:
         why = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
         report.outcome, report.longrepr = "failed", f"browser tests must run where CI=true, and this one was skipped: {why}"
     return report
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    "A headless Chromium, or a skip that says what is missing"
+    if why := missing("playwright"): pytest.skip(why)
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        chromium = p.chromium.launch(executable_path=find_chromium(), headless=True, args=ARGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    "Every way out is closed; gives what was tried"
+    tried: list[Any] = []
+
+    def refuse(self: Any, address: Any, *args: Any) -> None:
+        tried.append(address)
+        raise OSError("the network is closed in this test")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: refuse(None, a))
+    return tried

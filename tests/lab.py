@@ -26,9 +26,9 @@ def find_chromium() -> str | None:
     return next((path for name in (os.environ.get("CHROMIUM") or "", *NAMES) if name and (path := shutil.which(name))), None)
 
 
-def missing() -> str:
+def missing(*needs: str) -> str:
     "Why there can be no test in a browser; nothing, if there can"
-    for module in ("playwright", "jupyterlab"):
+    for module in needs or ("playwright", "jupyterlab"):
         try: __import__(module)
         except ImportError: return f"{module} is not installed: pip install {module}"
     return "" if find_chromium() else "no Chromium is installed: apt-get install chromium, or say where it is with CHROMIUM="

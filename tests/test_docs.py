@@ -2,8 +2,8 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -23,6 +23,7 @@ import nbfiles
 import outputs
 import pytest
 from fastcore.docments import docments
+from lab import ARGS, find_chromium, missing
 
 import longlens
 
@@ -34,9 +35,6 @@ from entries import entries
 from markup import escaped, linked
 from stage import public_names
 
-CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
-ARGS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync").split()
 HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked=2'>"
 
 
@@ -337,9 +335,8 @@ def test_stored_charts_and_widgets() -> None:
 
 @pytest.fixture(scope="session")
 def playwright() -> Any:
-    found = pytest.importorskip("playwright.async_api", reason="playwright is not installed: pip install playwright")
-    if not Path(CHROMIUM).exists(): pytest.skip(f"no browser at {CHROMIUM}: apt-get install chromium, or name one in CHROMIUM")
-    return found
+    if why := missing("playwright"): pytest.skip(why)
+    return importlib.import_module("playwright.async_api")
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -395,7 +392,7 @@ async def opened(playwright: Any, then: Any, **how: Any) -> tuple[Any, list[str]
     "Do something with a browser context from which nothing leaves the machine; what it gave, and the requests that tried"
     outside: list[str] = []
     async with playwright.async_playwright() as p:
-        browser = await p.chromium.launch(executable_path=CHROMIUM, headless=True, args=ARGS)
+        browser = await p.chromium.launch(executable_path=find_chromium(), headless=True, args=ARGS)
         context = await browser.new_context(**{"viewport": {"width": 1400, "height": 900}, **how})
         context.on("request", lambda r: outside.append(r.url) if not re.match(r"http://127\.0\.0\.1|file:|data:|blob:", r.url) else None)
         await context.route(re.compile(r"^https?://(?!127\.0\.0\.1)"), lambda route: route.abort())

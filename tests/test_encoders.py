@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import random
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -77,19 +76,6 @@ def agree(enc: Encoder, st: SentenceTransformer, texts: list[str] | None = None,
     for size in (5, 32):
         np.testing.assert_allclose(enc.encode(texts, size, **kw), theirs, atol=1e-5 * max(1, abs(theirs).max()), rtol=0)
     np.testing.assert_allclose(enc.encode(texts[0], **kw), theirs[0], atol=1e-5 * max(1, abs(theirs).max()), rtol=0)
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    tried = []
-
-    def refuse(self, address, *args):
-        tried.append(address)
-        raise OSError("the network is closed in this test")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: refuse(None, a))
-    return tried
 
 
 # the same numbers as sentence-transformers

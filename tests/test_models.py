@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import socket
 import subprocess
 import sys
 
@@ -44,19 +43,6 @@ def folder(tmp_path, tokenizer):
     zoo_model("llama").save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    tried = []
-
-    def refuse(self, address, *args):
-        tried.append(address)
-        raise OSError("the network is closed in this test")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: refuse(None, a))
-    return tried
 
 
 # every architecture

@@ -17,9 +17,6 @@ from longlens.views import page as page_module
 from longlens.views.charts import arrange, bars, head_map, layer_profile, length_curve, position_profile
 from longlens.views.page import Section, page_html, write_page
 
-CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
-ARGS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync").split()
 HOSTILE = [
     "<script>window.hacked = 1</script>", "</script><script>window.hacked = 2</script>", "<img src=x onerror='window.hacked=3'>",
     "\"><svg onload=window.hacked=4>", "' onmouseover='window.hacked=5", "</style><script>window.hacked=6</script>", "<!--<script>",
@@ -162,16 +159,6 @@ def test_script_cannot_end_early(monkeypatch: pytest.MonkeyPatch) -> None:
     page_module.vega_script.cache_clear()
     try: assert "</script" not in page_module.vega_script() and "<!--" not in page_module.vega_script()
     finally: page_module.vega_script.cache_clear()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
-    if not Path(CHROMIUM).exists(): pytest.skip(f"no browser at {CHROMIUM}: apt-get install chromium, or name one in CHROMIUM")
-    with playwright.sync_playwright() as p:
-        chromium = p.chromium.launch(executable_path=CHROMIUM, headless=True, args=ARGS)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(params=["light", "dark"])

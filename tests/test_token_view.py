@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import sys
@@ -24,9 +23,6 @@ from longlens.views.text import visible
 from longlens.views.tokens import Shade, TextData, text_html, token_data, utf16, utf16_at
 from longlens.views.trace import trace_data, trace_page
 
-CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
-ARGS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync").split()
 N = 100_000
 HOSTILE = [
     "<script>window.hacked = 1</script>", "</script><script>window.hacked = 2</script>", "<img src=x onerror='window.hacked=3'>",
@@ -52,16 +48,6 @@ def large() -> TextData:
     values = {"attention received": Shade(r.random(N) ** 30 + 1e-9, kind="log"), "score": r.normal(size=N), "position": np.arange(N)}
     spans = {"document": range(10_000, 60_000), "needle": range(50_000, 50_012), "question": range(N - 20, N)}
     return token_data(many(N), values, spans)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
-    if not Path(CHROMIUM).exists(): pytest.skip(f"no browser at {CHROMIUM}: apt-get install chromium, or name one in CHROMIUM")
-    with playwright.sync_playwright() as p:
-        chromium = p.chromium.launch(executable_path=CHROMIUM, headless=True, args=ARGS)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture
