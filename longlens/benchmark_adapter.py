@@ -10,10 +10,11 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from .measure.intervene import interventions
@@ -30,32 +31,6 @@ def _mteb() -> ModuleType:
     if not hasattr(mteb, "evaluate"):
         raise ImportError(f'mteb {getattr(mteb, "__version__", "")} is too old, its encoders differ: pip install -U "mteb>=2"')
     return mteb
-
-# %% ../nbs/03f_mteb.ipynb #d73c15e8
-def _texts_of(
-    batch: Mapping[str, Any],  # from mteb
-    task: str,  # its name
-) -> list[str]:
-    """The texts of a batch."""
-    if "text" not in batch: raise TypeError(f"the task {task} gives {', '.join(batch) or 'nothing'}, and this encoder reads texts")
-    return list(batch["text"])
-
-
-def _rows(
-    x: Any,  # array or tensor
-    n: int,  # texts
-) -> np.ndarray:  # (n, d), float32
-    """Embeddings as mteb takes them."""
-    out = np.asarray(x.detach().cpu().float() if isinstance(x, Tensor) else x, dtype=np.float32)
-    if out.ndim != 2 or len(out) != n: raise ValueError(f"the encoder gave an array of the shape {out.shape} for {n} texts")
-    return out
-
-
-def _directions(
-    x: Any,  # (n, d) or (d,)
-) -> Tensor:  # (n, d)
-    """Rows of length 1."""
-    return torch.nn.functional.normalize(torch.atleast_2d(torch.as_tensor(x).float()), dim=-1)
 
 # %% ../nbs/03f_mteb.ipynb #8ff227b6
 class MTEBEncoder:
@@ -81,74 +56,114 @@ class MTEBEncoder:
             raise TypeError(f"truncate=True is for an Encoder of longlens, which counts what it cuts, not for {type(encoder).__name__}")
         self.truncate, self.n_texts, self.n_truncated = truncate, 0, 0  # texts so far, and those that were cut
 
-    def encode(
-        self,
-        inputs: Iterable[Mapping[str, Any]],  # batches: a DataLoader whose batches have texts under "text"
-        *,
-        task_metadata: Any = None,  # mteb's description of the task
-        hf_split: str = "",  # of the task; not looked at
-        hf_subset: str = "",  # of the task; not looked at
-        prompt_type: Any = None,  # mteb's PromptType: query, document or None
-        batch_size: int = 32,  # texts; an Encoder makes its own batches, in order of length
-        **kwargs: Any,  # others; not looked at
-    ) -> np.ndarray:  # (n, d), float32
-        """Embeddings of all texts, with the prompt of their kind before them."""
-        kind = str(getattr(prompt_type, "value", prompt_type or ""))
-        batches = [_texts_of(b, str(getattr(task_metadata, "name", "?"))) for b in inputs]
-        if not batches: raise ValueError("there are no texts to encode")
-        self.n_texts += sum(map(len, batches))
-        if hasattr(self.model, "encode_counted"): return self._in_order_of_length([t for texts in batches for t in texts], kind, batch_size)
-        encode = prompted(self.model, kind, self.prompts[kind])
-        return np.concatenate([_rows(encode(texts), len(texts)) for texts in batches])
+    if TYPE_CHECKING:
+        def __getattr__(self, name: str) -> Any: ...  # methods are added below
 
-    def _in_order_of_length(
-        self,
-        texts: list[str],  # of all batches
-        kind: str,  # "query", "document", or neither
-        batch_size: int,  # texts
-    ) -> np.ndarray:  # (n, d), float32
-        """Embeddings by an Encoder, and how many texts it cut."""
-        prompt = own_prompt(self.model, kind, self.prompts[kind])
-        got = self.model.encode_counted(texts, batch_size, truncate=self.truncate, prompt=prompt)
-        self.n_truncated += got.n_truncated
-        if got.n_truncated:
-            warnings.warn(f"{got.n_truncated:,} of {len(texts):,} texts were cut to {self.model.max_length:,} tokens", stacklevel=3)
-        return got.embeddings
+# %% ../nbs/03f_mteb.ipynb #d73c15e8
+def _texts_of(
+    batch: Mapping[str, Any],  # from mteb
+    task: str,  # its name
+) -> list[str]:
+    """The texts of a batch."""
+    if "text" not in batch: raise TypeError(f"the task {task} gives {', '.join(batch) or 'nothing'}, and this encoder reads texts")
+    return list(batch["text"])
 
-    def similarity(
-        self,
-        embeddings1: Any,  # (n, d)
-        embeddings2: Any,  # (m, d)
-    ) -> Tensor:  # (n, m)
-        """Cosines of all pairs."""
-        return _directions(embeddings1) @ _directions(embeddings2).T
 
-    def similarity_pairwise(
-        self,
-        embeddings1: Any,  # (n, d)
-        embeddings2: Any,  # (n, d)
-    ) -> Tensor:  # (n,)
-        """Cosines of the rows of one with the same rows of the other."""
-        return (_directions(embeddings1) * _directions(embeddings2)).sum(-1)
+def _rows(
+    x: Any,  # array or tensor
+    n: int,  # texts
+) -> np.ndarray:  # (n, d), float32
+    """Embeddings as mteb takes them."""
+    out = np.asarray(x.detach().cpu().float() if isinstance(x, Tensor) else x, dtype=np.float32)
+    if out.ndim != 2 or len(out) != n: raise ValueError(f"the encoder gave an array of the shape {out.shape} for {n} texts")
+    return out
 
-    def experiment(self) -> dict[str, str]:
-        """What makes this another model for mteb: prompts, and interventions that are active now."""
-        try: active = interventions(self.model)
-        except TypeError: active = []  # nothing that longlens could change
-        said = {f"{k}_prompt".lstrip("_"): v for k, v in self.prompts.items() if v}
-        if self.truncate: said["truncate"] = f"{self.model.max_length} tokens"
-        return said | ({"interventions": json.dumps(active, sort_keys=True, default=str)} if active else {})
+# %% ../nbs/03f_mteb.ipynb #0d7017fa
+@patch
+def encode(
+    self: MTEBEncoder,
+    inputs: Iterable[Mapping[str, Any]],  # batches: a DataLoader whose batches have texts under "text"
+    *,
+    task_metadata: Any = None,  # mteb's description of the task
+    hf_split: str = "",  # of the task; not looked at
+    hf_subset: str = "",  # of the task; not looked at
+    prompt_type: Any = None,  # mteb's PromptType: query, document or None
+    batch_size: int = 32,  # texts; an Encoder makes its own batches, in order of length
+    **kwargs: Any,  # others; not looked at
+) -> np.ndarray:  # (n, d), float32
+    """Embeddings of all texts, with the prompt of their kind before them."""
+    kind = str(getattr(prompt_type, "value", prompt_type or ""))
+    batches = [_texts_of(b, str(getattr(task_metadata, "name", "?"))) for b in inputs]
+    if not batches: raise ValueError("there are no texts to encode")
+    self.n_texts += sum(map(len, batches))
+    if hasattr(self.model, "encode_counted"): return self._in_order_of_length([t for texts in batches for t in texts], kind, batch_size)
+    encode = prompted(self.model, kind, self.prompts[kind])
+    return np.concatenate([_rows(encode(texts), len(texts)) for texts in batches])
 
-    @property
-    def mteb_model_meta(self) -> Any:  # a mteb.models.ModelMeta
-        """Name, revision, similarity and experiment."""
-        _mteb()
-        from mteb.models import ModelMeta
-        from mteb.models.model_meta import ScoringFunction
+# %% ../nbs/03f_mteb.ipynb #5b7d9c66
+@patch
+def _in_order_of_length(
+    self: MTEBEncoder,
+    texts: list[str],  # of all batches
+    kind: str,  # "query", "document", or neither
+    batch_size: int,  # texts
+) -> np.ndarray:  # (n, d), float32
+    """Embeddings by an Encoder, and how many texts it cut."""
+    prompt = own_prompt(self.model, kind, self.prompts[kind])
+    got = self.model.encode_counted(texts, batch_size, truncate=self.truncate, prompt=prompt)
+    self.n_truncated += got.n_truncated
+    if got.n_truncated:
+        warnings.warn(f"{got.n_truncated:,} of {len(texts):,} texts were cut to {self.model.max_length:,} tokens", stacklevel=3)
+    return got.embeddings
 
-        known = {"name": f"longlens/{self.name.replace('/', '__')}", "similarity_fn_name": ScoringFunction.COSINE,
-                 "experiment_kwargs": self.experiment() or None}
-        return ModelMeta.create_empty(known | ({"revision": self.revision} if self.revision else {}))
+# %% ../nbs/03f_mteb.ipynb #eb9d383a
+def _directions(
+    x: Any,  # (n, d) or (d,)
+) -> Tensor:  # (n, d)
+    """Rows of length 1."""
+    return torch.nn.functional.normalize(torch.atleast_2d(torch.as_tensor(x).float()), dim=-1)
+
+
+@patch
+def similarity(
+    self: MTEBEncoder,
+    embeddings1: Any,  # (n, d)
+    embeddings2: Any,  # (m, d)
+) -> Tensor:  # (n, m)
+    """Cosines of all pairs."""
+    return _directions(embeddings1) @ _directions(embeddings2).T
+
+
+@patch
+def similarity_pairwise(
+    self: MTEBEncoder,
+    embeddings1: Any,  # (n, d)
+    embeddings2: Any,  # (n, d)
+) -> Tensor:  # (n,)
+    """Cosines of the rows of one with the same rows of the other."""
+    return (_directions(embeddings1) * _directions(embeddings2)).sum(-1)
+
+# %% ../nbs/03f_mteb.ipynb #41bd7e4c
+@patch
+def experiment(self: MTEBEncoder) -> dict[str, str]:
+    """What makes this another model for mteb: prompts, and interventions that are active now."""
+    try: active = interventions(self.model)
+    except TypeError: active = []  # nothing that longlens could change
+    said = {f"{k}_prompt".lstrip("_"): v for k, v in self.prompts.items() if v}
+    if self.truncate: said["truncate"] = f"{self.model.max_length} tokens"
+    return said | ({"interventions": json.dumps(active, sort_keys=True, default=str)} if active else {})
+
+# %% ../nbs/03f_mteb.ipynb #9ea275be
+@patch(as_prop=True)
+def mteb_model_meta(self: MTEBEncoder) -> Any:  # a mteb.models.ModelMeta
+    """Name, revision, similarity and experiment."""
+    _mteb()
+    from mteb.models import ModelMeta
+    from mteb.models.model_meta import ScoringFunction
+
+    known = {"name": f"longlens/{self.name.replace('/', '__')}", "similarity_fn_name": ScoringFunction.COSINE,
+             "experiment_kwargs": self.experiment() or None}
+    return ModelMeta.create_empty(known | ({"revision": self.revision} if self.revision else {}))
 
 # %% ../nbs/03f_mteb.ipynb #024deaf8
 def _score_rows(
