@@ -11,14 +11,16 @@ import re
 import sys
 import traceback
 import webbrowser
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 # %% auto #0
 __all__ = ['REPORTS', 'ENCODER_REPORTS', 'MENDABLE', 'parser', 'read_text', 'first_tokens', 'example_text', 'check_path',
-           'load_model', 'the_encoder', 'sinks_report', 'heads_report', 'middle_report', 'grid_report', 'needle_trace',
-           'text_documents', 'collapse_report', 'probes', 'chosen', 'measure', 'report', 'one_line', 'show', 'main']
+           'load_model', 'the_encoder', 'sinks_report', 'check_size', 'heads_report', 'middle_report', 'grid_report',
+           'needle_trace', 'text_documents', 'collapse_report', 'probes', 'chosen', 'measure', 'report', 'one_line',
+           'show', 'main']
 
 # %% ../nbs/05_cli.ipynb #e2b0fcfa
 def parser() -> argparse.ArgumentParser:
@@ -123,12 +125,35 @@ def sinks_report(
     import longlens
     return longlens.attention_sinks(lm, [tokens], progress=True)
 
+# %% ../nbs/05_cli.ipynb #c6e9170d
+def check_size(
+    n: int,             # tokens of the text
+    names: list[str],   # of probes
+) -> None:
+    "Raise if the text is too short for the sinks"
+    from longlens.probes.sinks import SinkSettings
+    if "sinks" not in names or n >= SinkSettings.T: return
+    others = ",".join(name for name in names if name != "sinks")
+    way = f", or leave sinks out: --probes {others}" if others else ""
+    raise ValueError(f"the text has {n:,} tokens, and sinks are measured on {SinkSettings.T} or more: "
+                     f"give a longer text (--text, --context){way}")
 
+# %% ../nbs/05_cli.ipynb #4d1c0e72
 def _haystack(lm: Any, tokens: Any, probe: str) -> Any:
     "The text as a haystack"
     import longlens
     if lm.tokenizer is None: raise ValueError(f"{lm.name} has no tokenizer, so it cannot be asked anything: leave {probe} out of --probes")
-    return longlens.Haystack.from_text(tokens.text, repeat=True)
+    units, gaps = zip(*_short(tokens.text), strict=True)
+    return longlens.Haystack(units, gaps=gaps, repeat=True)
+
+
+def _short(text: str, most: int = 40) -> Iterator[tuple[str, str]]:    # needles stand between units: a table is one long sentence
+    "Sentences and what follows each; what has more words is cut"
+    from longlens.haystack import split_sentences
+    for unit, gap in zip(*split_sentences(text), strict=True):
+        parts = [unit] if len(unit.split()) <= 2 * most else re.findall(rf"(?:\S+\s*){{1,{most}}}", unit)
+        yield from [(p.rstrip(), p[len(p.rstrip()):]) for p in parts[:-1]]
+        yield parts[-1], gap
 
 
 def _lengths(lm: Any, n: int) -> list[int]:    # a quarter, a half and all of the text
@@ -284,6 +309,7 @@ def measure(
         lm = load_model(asked)
         tokens = first_tokens(lm.tokens(text, allow_longer=True), asked.context) if text else example_text(lm, asked.context)
         tokens = lm.tokens(tokens)    # says so now, if they are too many
+        check_size(len(tokens), names)
         text = tokens.text
         title.append(f"{lm.name}, {len(tokens):,} tokens")
         print(f"{lm.name} reads {len(tokens):,} tokens", flush=True)

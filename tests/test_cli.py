@@ -18,6 +18,7 @@ from longlens.models import Tokens
 from longlens.report import Report
 
 COMMAND = Path(sys.executable).with_name("longlens")
+WORDS = " ".join(f"word{i}" for i in range(70))    # a token each, by the stand-in
 
 
 class StandIn(Report):
@@ -48,7 +49,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[object]:
     monkeypatch.setitem(vars(longlens), "attention_sinks", sinks)
     monkeypatch.setitem(vars(longlens), "retrieval_heads", lambda lm, **given: StandIn({"heads": pl.DataFrame({"layer": [1]})}))
     monkeypatch.chdir(tmp_path)
-    Path("words.txt").write_text("one two three four")
+    Path("words.txt").write_text(WORDS)
     return read
 
 
@@ -57,26 +58,29 @@ def run(*args: str) -> int: return cli.main(["report", "--probes", "sinks,heads"
 
 def test_page_tables_and_text(quick: list[object], capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--text", "words.txt", "--out", "out") == 0
-    assert quick == ["one two three four"]
+    assert quick == [WORDS]
     assert sorted(p.name for p in Path("out").iterdir()) == [".longlens", "heads", "index.html", "sinks", "text.txt"]
     assert isinstance(Report.load("out/sinks"), StandIn)
     said = capsys.readouterr().out
     tables = f"tables: {Path('out/sinks')}, {Path('out/heads')}"
-    for line in ("tiny reads 4 tokens", "Something was found", f"page:   {Path('out/index.html')}", tables):
+    for line in ("tiny reads 70 tokens", "Something was found", f"page:   {Path('out/index.html')}", tables):
         assert line in said
 
 
 def test_context_reads_the_beginning(quick: list[object]) -> None:
-    assert run("--text", "words.txt", "--context", "2", "--out", "out") == 0
-    assert quick == ["one two"]
-    assert Path("out/text.txt").read_text() == "one two"
+    assert run("--text", "words.txt", "--context", "65", "--out", "out") == 0
+    first = WORDS[:WORDS.index(" word65")]
+    assert quick == [first]
+    assert Path("out/text.txt").read_text() == first
 
 
 @pytest.mark.parametrize(("args", "said"), [
     (["--text", "nowhere.txt"], "there is no text file nowhere.txt"),
     (["--text", "empty.txt"], "empty.txt is empty"),
     (["--text", "bytes.txt"], "bytes.txt is not text in UTF-8"),
-    (["--text", "words.txt", "--context", "5"], "--context 5: the text has only 4 tokens"),
+    (["--text", "words.txt", "--context", "71"], "--context 71: the text has only 70 tokens"),
+    (["--text", "words.txt", "--context", "63"], "the text has 63 tokens, and sinks are measured on 64 or more: give a longer text "
+     "(--text, --context), or leave sinks out: --probes heads\n"),
     (["--text", "words.txt", "--context", "0"], "at least one token"),
     (["./nowhere"], "there is no model folder ./nowhere"),
     (["--probes", "sinks,tails"], "there is no probe 'tails', only sinks, heads, middle, grid"),
@@ -184,6 +188,22 @@ def test_real_encoder(tmp_path: Path) -> None:
     report = Report.load(tmp_path / "out/collapse")
     assert type(report).__name__ == "CollapseReport"
     for line in report.findings(): assert line in done.stdout
+
+
+def test_short_and_unpunctuated_texts(tmp_path: Path) -> None:
+    "What a text of 30 tokens cannot show is said, and the way out that is named is one; a text without sentences is a haystack too"
+    (tmp_path / "short.txt").write_text("The boat came home. It was late and dark, and nobody was there to see it. The lamp was lit.")
+    (tmp_path / "table.txt").write_text("word other thing\n" * 120)
+    asked = [COMMAND, "report", "--text", tmp_path / "short.txt", "--out", tmp_path / "out"]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    refused = subprocess.run([*asked, "--probes", "sinks,grid,trace"], env=env, capture_output=True, text=True)
+    assert refused.returncode == 2 and not (tmp_path / "out").exists()
+    way = refused.stderr.strip().rpartition("leave sinks out: ")[2]
+    assert way == "--probes grid,trace", refused.stderr
+    for more in ([], ["--text", tmp_path / "table.txt", "--context", "250"]):
+        done = subprocess.run([*asked, "--overwrite", *way.split(), *more], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert type(Report.load(tmp_path / "out/grid")).__name__ == "GridReport"
 
 
 def test_real_run(tmp_path: Path) -> None:
