@@ -281,7 +281,7 @@ def test_a_frame_that_is_too_long_is_refused_with_a_way_out(monkeypatch: pytest.
     model, ids = ZOO["llama"](), token_ids(40, batch=2)
     with capture(model, st.Received(), st.Entropy()) as seen: model(ids)
     whole = seen.frame("received")
-    monkeypatch.setattr(st, "MAX_ROWS", 100)
+    monkeypatch.setattr("longlens.measure.calls.MAX_ROWS", 100)
     def never(*_: object, **__: object) -> None: raise AssertionError("a table was made")
     with monkeypatch.context() as m:
         m.setattr("longlens.measure.capture.layer_table", never)

@@ -10,9 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longlens.measure.attention import AttentionOperator, SquareSum
-from longlens.measure.kernels import attend, tiles
+from longlens.measure.attention import AttentionOperator
+from longlens.measure.kernels import attend
 from longlens.measure.masks import Mask, causal_mask, full_mask, seen_by, visible_keys
+from longlens.measure.reducers import SquareSum
+from longlens.measure.scores import tiles
 
 settings.register_profile("longlens", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("longlens")

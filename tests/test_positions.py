@@ -30,10 +30,11 @@ from longlens.measure.intervene import (
     streaming,
     temperature,
 )
-from longlens.measure.kernels import OptionRule, Scores, attend, attend_blocked
+from longlens.measure.kernels import OptionRule, attend, attend_blocked
 from longlens.measure.masks import Mask, positions, visible_tile
 from longlens.measure.positions import POSITION_SCALINGS, MsPoE, SetBased, ms_poe, rescaled_positions, set_based
 from longlens.measure.redistribute import Redistribute, redistribute, redistributed_masses
+from longlens.measure.scores import Scores
 from longlens.measure.statistics import Received, Rows, SinkMass
 from longlens.prefix import _new_cache
 

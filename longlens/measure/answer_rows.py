@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .capture import Capture, capture
-from .statistics import Call, Statistic, _grow, _place, check_queries, missing_queries, register
+from .calls import Call, Statistic, check_queries, missing_queries, register
+from .statistics import _grow, _place
 
 # %% auto #0
 __all__ = ['check_head_weights', 'MeanRows', 'mean_over_layers', 'attention_of']

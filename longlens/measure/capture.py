@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from .attach import _SESSIONS, WAY_OUT, UnsupportedModel, attach, hf_model
 from .attention import AttentionOperator
+from .calls import Call, Statistic, check_rows, layer_table
 from .masks import positions, visible_keys
-from longlens.measure.statistics import (
-    Call, MassiveActivations, Rows, Statistic, check_rows, layer_table, massive_frame, rows_frame,
-)
+from .statistics import MassiveActivations, Rows, massive_frame, rows_frame
 
 # %% auto #0
 __all__ = ['Capture', 'capture']

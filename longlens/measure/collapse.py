@@ -13,9 +13,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .attention import HIDDEN, LOG2E, AttentionOperator, ReceivedSum, TransposedProduct
-from .kernels import TILE, Tile, score_tile, tiles
-from .statistics import Call, Statistic, register
+from .attention import HIDDEN, LOG2E, AttentionOperator
+from .calls import Call, Statistic, register
+from .reducers import ReceivedSum, TransposedProduct
+from .scores import TILE, Tile, score_tile, tiles
 
 # %% auto #0
 __all__ = ['ROUNDING', 'CenteredLanczos', 'TopSingular', 'check_whole', 'top_singular', 'collapse_rate', 'SpectralNorm',

@@ -16,7 +16,8 @@ from torch import Tensor
 from .answer_rows import _asked
 from .attention import AttentionOperator
 from .collapse import check_whole
-from .statistics import Call, SpanMass, Statistic, _inside, check_queries, missing_queries, missing_spans, register
+from .calls import Call, Statistic, check_queries, missing_queries, register
+from .statistics import SpanMass, _inside, missing_spans
 
 # %% auto #0
 __all__ = ['BLOCK', 'rolled', 'Rollout']

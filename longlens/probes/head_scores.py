@@ -18,7 +18,8 @@ from torch import Tensor
 from ..cells import Cell, Start, Task
 from ..measure.capture import capture
 from ..measure.intervene import head_sizes
-from ..measure.statistics import DistanceProfile, Received, Rows, tidy
+from ..measure.calls import tidy
+from ..measure.statistics import DistanceProfile, Received, Rows
 from ..prefix import _end_ids
 from ..sweeps import sweep
 
