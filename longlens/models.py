@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from .forward import HFModel, HFTokenizer, TokenModel, Tokens
-from .prefix import AnswerModel, MemoryEstimate, Prefix, Score
+from .memory import MemoryEstimate
+from .prefix import AnswerModel, Prefix, Score
 
 _all_ = ["Tokens", "Prefix", "Score", "MemoryEstimate"]
 

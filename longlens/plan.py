@@ -16,7 +16,8 @@ import numpy as np
 import polars as pl
 
 from .cells import Cell, Condition, Task, content
-from .prefix import MemoryEstimate, _bytes, _rope_regime, _shared
+from .memory import MemoryEstimate, _bytes
+from .prefix import _rope_regime, _shared
 
 # %% auto #0
 __all__ = ['branch_points', 'Batch', 'make_batches', 'same_condition', 'chain_tokens', 'Plan', 'tokens_of']

@@ -9,17 +9,16 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .forward import LogitsModel, ModelFacts, TokenIds, TokenModel, Tokens
-from .forward import _check_length, _check_logits, _first, _head_sizes, _kv_heads, _pad
+from .forward import LogitsModel, TokenIds, TokenModel, Tokens, _check_length, _check_logits, _pad
+from .memory import MemoryModel, _bytes
 
 # %% auto #0
-__all__ = ['Prefix', 'MemoryEstimate', 'MemoryModel', 'PrefixModel', 'Score', 'ScoreModel', 'AnswerModel']
+__all__ = ['Prefix', 'PrefixModel', 'Score', 'ScoreModel', 'AnswerModel']
 
 # %% ../nbs/01b_prefix.ipynb #917b512f
 def _new_cache(
@@ -160,133 +159,6 @@ class Prefix:
     def __repr__(self) -> str:
         size = sum(t.nbytes for v in self.cache.layers for t in (v.keys, v.values) if t is not None)
         return f"Prefix({len(self):,} tokens of {self.lm.name}, cache {_bytes(size)})"
-
-# %% ../nbs/01b_prefix.ipynb #ff949da0
-def _bytes(
-    n: float,  # bytes
-) -> str:
-    """A number of bytes for people, in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(n) < 999.5:
-            return f"{n:.0f} {unit}" if unit in ("B", "kB") else f"{n:.1f} {unit}"
-        n /= 1000
-    return f"{n:.1f} TB"
-
-# %% ../nbs/01b_prefix.ipynb #a50b4ae9
-def _available(
-    device: torch.device,  # where the model is
-) -> int | None:  # bytes; None: it cannot be known here
-    """Free memory of a device, cache of the allocator included."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    found = []
-    if (info := Path("/proc/meminfo")).exists():
-        found += [int(v.split()[1]) * 1024 for v in info.read_text().splitlines() if v.startswith("MemAvailable:")]
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (most := limit.read_text().strip()) != "max":
-        found.append(int(most) - int(used.read_text()))
-    return min(found) if found and device.type == "cpu" else None
-
-# %% ../nbs/01b_prefix.ipynb #4a01381a
-@dataclass(frozen=True, repr=False)
-class MemoryEstimate:
-    """What a run over `tokens` needs, in bytes, when it goes `chunk` tokens at a time."""
-
-    tokens: int  # length of the text
-    chunk: int  # tokens a step
-    batch: int  # rows
-    weights: int  # already there
-    cache: int  # keys and values of all layers
-    activations: int  # the layer that needs most
-    logits: int  # rows that are computed
-    available: int | None  # free now; None: unknown
-
-    @property
-    def needed(self) -> int:
-        """What comes on top of the weights."""
-        return self.cache + self.activations + self.logits
-
-    @property
-    def total(self) -> int:
-        """Weights and all."""
-        return self.weights + self.needed
-
-    @property
-    def fits(self) -> bool:
-        """Is it less than nine tenths of what is free?"""
-        return self.available is None or self.needed <= 0.9 * self.available
-
-    def __repr__(self) -> str:
-        free = "" if self.available is None else f", {_bytes(self.available)} free"
-        parts = f"cache {_bytes(self.cache)}, activations {_bytes(self.activations)}, logits {_bytes(self.logits)}"
-        what = f"{self.tokens:,} tokens x {self.batch} in chunks of {self.chunk:,}"
-        return f"MemoryEstimate({what}: {_bytes(self.needed)} ({parts}) on top of {_bytes(self.weights)} weights{free})"
-
-# %% ../nbs/01b_prefix.ipynb #cb7f79b5
-def _cache_width(config: Any) -> int:
-    """Numbers that one layer caches for one token; multi-head latent attention caches what keys and values are made from."""
-    if rank := getattr(config, "kv_lora_rank", None):
-        return rank + config.qk_rope_head_dim
-    return _kv_heads(config) * sum(_head_sizes(config))
-
-# %% ../nbs/01b_prefix.ipynb #bb986dc7
-def _activation_bytes(
-    m: ModelFacts,  # the model
-    n: int,  # tokens in all
-    chunk: int,  # tokens a step
-    batch: int,  # rows
-) -> int:
-    """Most that one layer holds at a time while it runs a chunk over a cache of `n` tokens (an estimate)."""
-    c, size = m.config, m.dtype.itemsize
-    d_k, d_v = _head_sizes(c)
-    inner = _first(c, "intermediate_size", "ffn_dim", "n_inner") or 4 * c.hidden_size
-    experts = _first(c, "num_experts_per_tok") or 1
-    mlp = chunk * (4 * c.hidden_size + 3 * inner * experts) * size
-    heads = chunk * (3 * c.hidden_size + 4 * m.n_heads * d_k) * size  # queries, before and after rotation, and outputs
-    grown = n * (m.n_kv_heads + (m.n_heads if m.n_heads != m.n_kv_heads else 0)) * (d_k + d_v) * size  # this layer's keys and values
-    scores = chunk * n * (1 + size)  # the mask, as bool and as numbers
-    if c._attn_implementation == "eager":
-        scores += 3 * m.n_heads * chunk * n * max(size, 4)
-    return batch * max(mlp, heads + 2 * grown + scores)  # twice: a cache that grows leaves its old sizes with the allocator
-
-# %% ../nbs/01b_prefix.ipynb #ade41ba8
-class MemoryModel(LogitsModel):
-    """A model that also knows what a run will need."""
-
-    def memory(
-        self,
-        n: int,  # tokens
-        chunk: int | None = None,  # tokens a step; None: all at once
-        batch: int = 1,  # rows
-        rows: int = 1,  # rows of logits
-        cached: int = 0,  # tokens that are in the cache already
-    ) -> MemoryEstimate:
-        """Memory for running `n` tokens over a cache."""
-        chunk = min(chunk or n, n)
-        return MemoryEstimate(
-            tokens=n, chunk=chunk, batch=batch,
-            weights=sum(p.nbytes for p in self.hf.parameters()),
-            cache=batch * (n - cached) * self.n_layers * _cache_width(self.config) * self.dtype.itemsize,
-            activations=_activation_bytes(self, n, chunk, batch),
-            logits=batch * rows * self.vocab_size * (4 + self.dtype.itemsize),
-            available=_available(self.device),
-        )
-
-    def best_chunk(
-        self,
-        n: int,  # tokens
-        batch: int = 1,  # rows
-        cached: int = 0,  # tokens that are in the cache already
-        largest: int = 4096,  # a larger chunk is not faster
-    ) -> int:
-        """The largest chunk that fits in the memory that is free now."""
-        new = n - cached
-        sizes = [min(new, largest)] + [1 << k for k in range(11, 4, -1) if 1 << k < min(new, largest)]
-        for size in sizes:
-            if (need := self.memory(n, size, batch, cached=cached)).fits:
-                return size
-        raise MemoryError(f"{self.name} cannot run {n:,} tokens here, not even in small chunks: {need!r}")
 
 # %% ../nbs/01b_prefix.ipynb #cdfac465
 def _shared(
