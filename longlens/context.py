@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .haystack import NIAH_TASKS, WORDINGS, Haystack, Wording, draw_distinct, listed
+from .haystack import NIAH_TASKS, WORDINGS, Haystack, Wording, check_new, draw_distinct, listed, named_in, said_already
 from .pieces import BoundaryError, Context, Piece, _join_pieces, _Reader, _reader, compose
 
 _all_ = ["NIAH_TASKS", "WORDINGS", "Haystack", "Wording", "BoundaryError", "Context", "Piece", "compose"]
@@ -217,16 +217,18 @@ def _drawn(
     n_keys: int,  # keys in all
     n_values: int,  # values of each
     words: int,  # words of a value
+    text: str = "",  # of the haystack, as far as it is known
 ) -> list[tuple[str, str]]:  # (key, value), the values of a key together
-    """Keys and values, all different."""
+    """Keys and values, all different, and none that the text has."""
     if min(n_keys, n_values) < 1:
         raise ValueError(f"there is at least one key and one value: n_keys is {n_keys} and n_values is {n_values}")
     if (n_keys > 1 and "{key}" not in wording.needle) or (n_keys * n_values > 1 and wording.value is not None):
         raise ValueError(f"the wording {wording.needle!r} makes one needle only: it has no key, or its value is fixed")
-    keys = draw_distinct(wording.key_kind, n_keys, rng) if "{key}" in wording.needle else [""]
+    keys = draw_distinct(wording.key_kind, n_keys, rng, avoid=lambda key: named_in(text, key)) if "{key}" in wording.needle else [""]
     if wording.value is not None:
         return [(keys[0], wording.value)]
-    values = draw_distinct(wording.value_kind, n_keys * n_values, rng, words, taken=keys)
+    said = lambda value: bool(said_already(text, wording, value=value))
+    values = draw_distinct(wording.value_kind, n_keys * n_values, rng, words, taken=keys, avoid=said)
     return [(keys[i // n_values], v) for i, v in enumerate(values)]
 
 # %% ../nbs/03_context.ipynb #1f8b07cf
@@ -388,8 +390,10 @@ def needle_context(
     rng, said = Random(seed), _wording(wording, key_kind, value_kind)
     if needles is not None and (n_keys, n_values, value_words) != (1, 1, 1):
         raise ValueError("the needles are given, so none are drawn: leave out n_keys, n_values and value_words, or needles")
-    pairs = _drawn(said, rng, max(n_keys, n_queries), n_values, value_words) if needles is None else list(needles)
+    text = haystack.text if isinstance(haystack, Haystack) else ""
+    pairs = _drawn(said, rng, max(n_keys, n_queries), n_values, value_words, text) if needles is None else list(needles)
     asked = _asked(said, pairs, n_queries)
+    check_new(text, asked.wording, pairs)
     depths = _depths(depth_percent, len(asked.answers), len(pairs) - len(asked.answers), rng)
     return _ask(model, n_tokens, asked, depths, haystack=_haystack(haystack, asked, seed), seed=seed, exact=exact, chat=chat, system=system,
                 allow_longer=allow_longer)

@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from random import Random
+from string import Formatter
 from typing import Any
 
 # %% auto #0
-__all__ = ['NEEDLE_KINDS', 'WORDINGS', 'NIAH_TASKS', 'split_sentences', 'Haystack', 'draw_distinct', 'Wording', 'listed']
+__all__ = ['NEEDLE_KINDS', 'WORDINGS', 'NIAH_TASKS', 'split_sentences', 'Haystack', 'draw_distinct', 'Wording', 'listed',
+           'said_already', 'named_in', 'check_new']
 
 # %% ../nbs/02a_haystack.ipynb #9edbaa43
 _END = re.compile(
@@ -61,6 +63,12 @@ class _Units:
             raise ValueError("a haystack needs at least one sentence, and this one has none")
         if self.gaps is not None and len(self.gaps) != len(self.units):
             raise ValueError(f"{len(self.gaps)} gaps for {len(self.units)} sentences: give one after each")
+
+    @functools.cached_property
+    def text(self) -> str:
+        """All of a text that ends, once; nothing of an endless one."""
+        if self.grow is not None: return ""
+        return "".join(u + g for u, g in zip(self.units, self.gaps or [self.separator] * len(self.units), strict=True))
 
     def take(
         self,
@@ -193,6 +201,7 @@ def draw_distinct(
     rng: Random,  # where they are drawn from
     words: int = 1,  # how many of the kind make one, with spaces between them
     taken: Iterable[str] = (),  # not these
+    avoid: Callable[[str], bool] = lambda drawn: False,  # nor those of which this is true
 ) -> list[str]:
     """Different keys or values of a kind, none of them taken."""
     if kind not in NEEDLE_KINDS:
@@ -203,12 +212,13 @@ def draw_distinct(
     seen, tries = set(taken), 0
     while len(out) < n:
         drawn = " ".join(NEEDLE_KINDS[kind](rng) for _ in range(words))
-        tries = tries + 1 if drawn in seen else 0
+        used = drawn in seen or avoid(drawn)
+        tries = tries + 1 if used else 0
         if tries > 1000:
-            raise ValueError(f"{n:,} different {kind} were asked for, and after {len(out):,} no new one comes: use another kind")
-        if drawn not in seen:
-            seen.add(drawn)
-            out.append(drawn)
+            known = " that the haystack has not already" * avoid(drawn)
+            raise ValueError(f"{n:,} different {kind} were asked for, and after {len(out):,} no new one comes{known}: use another kind")
+        if not used: out.append(drawn)
+        seen.add(drawn)
     return out
 
 # %% ../nbs/02a_haystack.ipynb #aaa6099a
@@ -264,6 +274,68 @@ def listed(
 ) -> str:
     """`a`, `a, and b`, or `a, b, and c`."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])}, and {items[-1]}"
+
+# %% ../nbs/02a_haystack.ipynb #b96e21f4
+_ANY = r"[^.!?\n]{1,60}?"  # a key or a value
+
+
+def _loosely(text: str) -> str:
+    """A pattern for a text, however its white space is."""
+    return r"\s+".join(map(re.escape, text.split()))
+
+
+def _parts(wording: Wording, key: str, value: str) -> list[str]:
+    """Patterns of a needle, one after the other; from the first to the last word that is known."""
+    given = {"key": key, "value": value, "kind": wording.value_kind, "one": wording.value_kind.removesuffix("s")}
+    parts = [p for literal, place, *_ in Formatter().parse(wording.needle)
+             for p in (_loosely(literal), *([_loosely(given[place]) or _ANY] if place else ())) if p]
+    known = [i for i, p in enumerate(parts) if p != _ANY and re.search(r"\w", p)]
+    return parts[known[0] : known[-1] + 1] if known else []
+
+# %% ../nbs/02a_haystack.ipynb #e3a85c17
+@functools.lru_cache(maxsize=8)
+def _alike(text: str, wording: Wording) -> str:
+    """What stands around the places where a text is worded like a needle."""
+    fixed = [p for p in _parts(wording, "", "") if p != _ANY]
+    if not fixed: return text
+    room = 200 + len(wording.needle)
+    found = [text[max(0, m.start() - room) : m.end() + room] for m in re.finditer(max(fixed, key=len), text, re.IGNORECASE)]
+    return "\n\n".join(found)
+
+# %% ../nbs/02a_haystack.ipynb #0a94c7b8
+def said_already(
+    text: str,  # of a haystack
+    wording: Wording,  # of the needle
+    key: str = "",  # of the needle; empty: any
+    value: str = "",  # of the needle; empty: any
+) -> str:  # the words; empty: none
+    """What a text says of a key, or with a value, in a needle's wording."""
+    parts = _parts(wording, key, value)
+    if not parts or not text: return ""
+    m = re.search(r"(?<!\w)" + r"\s*".join(parts) + (r"(?!\w)" if parts[-1][-1].isascii() else ""), _alike(text, wording), re.IGNORECASE)
+    return m[0] if m else ""
+
+
+def named_in(
+    text: str,  # of a haystack
+    key: str,  # a name, or what else is asked by
+) -> bool:
+    """Is a key a word of a text?"""
+    return key in text and re.search(rf"(?<!\w){re.escape(key)}(?!\w)", text) is not None
+
+# %% ../nbs/02a_haystack.ipynb #6b0f93c5
+def check_new(
+    text: str,  # of a haystack
+    wording: Wording,  # of the needles
+    pairs: Iterable[tuple[str, str]],  # (key, value) of each
+) -> None:
+    """Raise if a text has a sentence that is worded like a needle, with its key or its value."""
+    for key, value in pairs:
+        found = said_already(text, wording, key) or (said_already(text, wording, value=value) if key else "")
+        if not found: continue
+        needle = wording.sentence(key, value)[0]
+        raise ValueError(f"the haystack says {' '.join(found.split())!r} already, so {needle!r} would not be the only needle of its kind: "
+                         "take that out, or give another haystack, wording or needles")
 
 # %% ../nbs/02a_haystack.ipynb #03efedc9
 _RULER_MANY = Wording(

@@ -348,3 +348,14 @@ def test_the_whole_reply_counts(lm: ll.LongModel, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("longlens.probes.asking._texts", lambda lm, rows: [f"It is:\n1. {answer}"] * len(rows))
     r, own = (needle_grid(m, **args) for m in (other, lm))
     assert r.frames["answers"]["score"].to_list() == [score] and own.frames["answers"]["said"].to_list() == ["It is:"]
+
+
+def test_a_haystack_that_has_the_fact_already() -> None:
+    "Needles get other values than the text has in the same place, the same ones at every depth and length"
+    lm, how = ll.load(), {"trials": 2, "max_new_tokens": 4}
+    first = needle_grid(lm, [300], [50], **how).frames["answers"]["answers"].to_list()
+    said = " ".join(f"The code for Nobody{'x' * i} is {value}." for i, value in enumerate(first))
+    hay = Haystack.from_text(f"{said} {Haystack.generated(3).take(60)[0][0]} " + "It rained all day. " * 40, repeat=True)
+    answers = needle_grid(lm, [300, 400], [0, 100], haystack=hay, **how).frames["answers"]
+    assert not {*answers["answers"]} & {*first}
+    assert answers.group_by("trial").agg(pl.col("answers").n_unique())["answers"].to_list() == [1, 1]

@@ -14,6 +14,7 @@ from zoo import zoo_model
 
 import longlens as ll
 from longlens.measure.intervene import interventions
+from longlens.needle_lm import NAMES, VALUES
 from longlens.pieces import Piece
 from longlens.probes.ablation import ablation_curve
 from longlens.probes.exchange import read_retrieval_scores, write_retrieval_scores
@@ -204,3 +205,19 @@ def test_bad_input() -> None:
     ctx = ll.compose(lm, ["w4 w5 w6"], answers=["w5"], completion=" w5")
     with pytest.raises(ValueError, match="no span 'needle'"): retrieval_heads(lm, [ctx])
     with pytest.raises(ValueError, match="trials is 0"): retrieval_heads(lm, trials=0)
+
+
+def test_a_haystack_that_has_the_fact_already() -> None:
+    "Needles have names and values that the text has not; a text that leaves none, or a wording without names, is refused"
+    lm, seen = ll.load(), {"lengths": (300,), "depths": (50,), "trials": 3, "methods": (), "ablation": None}
+    drawn = retrieval_heads(lm, **seen).frames["trials"]["answer"].to_list()
+    facts = zip(NAMES[:200], [*drawn, *VALUES], strict=False)
+    text = " ".join(f"The code for {name} is {value}." for name, value in facts) + " It rained." * 9
+    report = retrieval_heads(lm, haystack=ll.Haystack.from_text(text, repeat=True), **seen)
+    assert not {*report.frames["trials"]["answer"]} & {*drawn} and report.frames["trials"]["right"].all()
+    crowded = ll.Haystack.from_text(" ".join(f"The code for {name} is river." for name in NAMES), repeat=True)
+    with pytest.raises(ValueError, match="no new one comes that the haystack has not already"):
+        retrieval_heads(lm, haystack=crowded, **seen)
+    city = ll.Haystack.from_text("The best thing to do in San Francisco is to leave. The end of it.", repeat=True)
+    with pytest.raises(ValueError, match="the haystack says 'The best thing to do in San Francisco is' already"):
+        ll.needle_context(lm, 300, haystack=city, wording="san_francisco")
