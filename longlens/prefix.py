@@ -9,9 +9,10 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from .forward import LogitsModel, TokenIds, TokenModel, Tokens, _check_length, _check_logits, _pad
@@ -113,54 +114,67 @@ class Prefix:
         """Logits for the token that comes next, (vocab,), float32. After a crop the last token is run once more."""
         return self.last if self.last is not None else _feed(self.lm, self._cropped(1), self.ids[-1:], 1)[0]
 
-    def extend(
-        self,
-        x: str | Tokens | TokenIds,  # what comes next; a text is tokenised without special tokens
-        chunk: int | None = None,  # tokens a step; None: what fits in memory
-    ) -> Prefix:
-        """The prefix with `x` after it. This one stays as it is."""
-        return self.lm._grow(self, x, chunk)[0]
-
-    def logits_after(
-        self,
-        x: str | Tokens | TokenIds,  # what comes next, k tokens
-        chunk: int | None = None,  # tokens a step; None: what fits in memory
-    ) -> Tensor:  # (k, vocab), float32
-        """Logits after each of the tokens of `x`, as they follow this prefix."""
-        return self.lm._grow(self, x, chunk, all_rows=True)[1]
-
-    def crop(
-        self,
-        n: int,  # tokens to keep, from the start
-    ) -> Prefix:
-        """The first `n` tokens. This one stays as it is."""
-        if not 1 <= n <= len(self):
-            raise ValueError(f"a prefix of {len(self)} tokens can be cropped to 1 to {len(self)}, not {n}")
-        if _rope_regime(self.lm.config, n) != _rope_regime(self.lm.config, len(self)):
-            return self.lm.prefill(self.ids[:n], keep=self.keep, allow_longer=self.allow_longer)
-        return Prefix(self.lm, self.ids[:n], self._cropped(len(self) - n), self.keep, self.allow_longer)
-
-    def fork(
-        self,
-        batch: int = 1,  # rows of the copy
-    ) -> Any:  # a transformers.DynamicCache
-        """The cache, to be continued by hand without changing this prefix."""
-        return _fork(self.cache, batch)
-
-    def _cropped(self, remove: int) -> Any:
-        """A fork of the cache without its last tokens."""
-        cache = self.fork()
-        if remove and (self.keep == "window" or not cache.is_croppable):
-            raise ValueError(f'this cache of {self.lm.name} has forgotten what it would need: prefill(..., keep="all") can be cropped')
-        if remove:
-            cache.crop(-remove)
-        return cache
-
     def __repr__(self) -> str:
         size = sum(t.nbytes for v in self.cache.layers for t in (v.keys, v.values) if t is not None)
         return f"Prefix({len(self):,} tokens of {self.lm.name}, cache {_bytes(size)})"
 
-# %% ../nbs/01b_prefix.ipynb #cdfac465
+    if TYPE_CHECKING:
+        def __getattr__(self, name: str) -> Any: ...  # methods are added below
+
+# %% ../nbs/01b_prefix.ipynb #cc81698f
+@patch
+def extend(
+    self: Prefix,
+    x: str | Tokens | TokenIds,  # what comes next; a text is tokenised without special tokens
+    chunk: int | None = None,  # tokens a step; None: what fits in memory
+) -> Prefix:
+    """The prefix with `x` after it. This one stays as it is."""
+    return self.lm._grow(self, x, chunk)[0]
+
+
+@patch
+def logits_after(
+    self: Prefix,
+    x: str | Tokens | TokenIds,  # what comes next, k tokens
+    chunk: int | None = None,  # tokens a step; None: what fits in memory
+) -> Tensor:  # (k, vocab), float32
+    """Logits after each of the tokens of `x`, as they follow this prefix."""
+    return self.lm._grow(self, x, chunk, all_rows=True)[1]
+
+# %% ../nbs/01b_prefix.ipynb #59ef602e
+@patch
+def fork(
+    self: Prefix,
+    batch: int = 1,  # rows of the copy
+) -> Any:  # a transformers.DynamicCache
+    """The cache, to be continued by hand without changing this prefix."""
+    return _fork(self.cache, batch)
+
+
+@patch
+def _cropped(self: Prefix, remove: int) -> Any:
+    """A fork of the cache without its last tokens."""
+    cache = self.fork()
+    if remove and (self.keep == "window" or not cache.is_croppable):
+        raise ValueError(f'this cache of {self.lm.name} has forgotten what it would need: prefill(..., keep="all") can be cropped')
+    if remove:
+        cache.crop(-remove)
+    return cache
+
+# %% ../nbs/01b_prefix.ipynb #71892c63
+@patch
+def crop(
+    self: Prefix,
+    n: int,  # tokens to keep, from the start
+) -> Prefix:
+    """The first `n` tokens. This one stays as it is."""
+    if not 1 <= n <= len(self):
+        raise ValueError(f"a prefix of {len(self)} tokens can be cropped to 1 to {len(self)}, not {n}")
+    if _rope_regime(self.lm.config, n) != _rope_regime(self.lm.config, len(self)):
+        return self.lm.prefill(self.ids[:n], keep=self.keep, allow_longer=self.allow_longer)
+    return Prefix(self.lm, self.ids[:n], self._cropped(len(self) - n), self.keep, self.allow_longer)
+
+# %% ../nbs/01b_prefix.ipynb #bb3b71f5
 def _shared(
     a: Tensor,  # token ids, (n,)
     b: Tensor,  # token ids, (m,)
@@ -170,7 +184,22 @@ def _shared(
     differ = torch.nonzero(a[:n] != b[:n])
     return int(differ[0]) if len(differ) else n
 
+# %% ../nbs/01b_prefix.ipynb #cc95838b
+def _step(
+    m: MemoryModel,  # the model
+    n: int,  # tokens in the whole text
+    done: int,  # of them in the cache
+    new: int,  # of them asked for now
+    chunk: int | None,  # tokens a step; None: what fits in memory
+) -> int:
+    """Tokens a step, all of whose rotary frequencies are those of the whole text."""
+    if chunk is None:
+        chunk = new if new <= 32 and done else m.best_chunk(n, cached=done)
+    if chunk < 1:
+        raise ValueError(f"a chunk has one token or more, not {chunk}")
+    return chunk if _rope_regime(m.config, n) == _rope_regime(m.config, min(done + chunk, n)) else n
 
+# %% ../nbs/01b_prefix.ipynb #cdfac465
 class PrefixModel(MemoryModel):
     """A model that also runs long inputs in chunks and keeps what it has computed."""
 
@@ -197,16 +226,10 @@ class PrefixModel(MemoryModel):
         new = self.tokens(x, add_special_tokens=False, allow_longer=True).ids
         ids, cache, done = torch.cat([old.ids, new]), old.fork(), len(old)
         _check_length(self, len(ids), old.allow_longer)
-        regime = _rope_regime(self.config, len(ids))
-        if done and regime != _rope_regime(self.config, done):
+        if done and _rope_regime(self.config, len(ids)) != _rope_regime(self.config, done):
             cache, done = _new_cache(self.config, old.keep), 0
-        if chunk is None:
-            chunk = len(new) if len(new) <= 32 and done else self.best_chunk(len(ids), cached=done)
-        if chunk < 1:
-            raise ValueError(f"a chunk has one token or more, not {chunk}")
-        if regime != _rope_regime(self.config, min(done + chunk, len(ids))):
-            chunk = len(ids)
-        logits = _feed(self, cache, ids[done:], chunk, len(new) if all_rows else 1)
+        step = _step(self, len(ids), done, len(new), chunk)
+        logits = _feed(self, cache, ids[done:], step, len(new) if all_rows else 1)
         return Prefix(self, ids, cache, old.keep, old.allow_longer, logits[-1]), logits
 
 # %% ../nbs/01b_prefix.ipynb #fc2bc1d1
@@ -255,6 +278,22 @@ def _score(
     picked = logits.log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
     return Score(answer, picked.cpu(), (logits.argmax(-1) == ids).cpu())
 
+# %% ../nbs/01b_prefix.ipynb #a274919e
+def _pairs(
+    m: TokenModel,  # the model
+    prompts: Sequence[str | Tokens | TokenIds],  # what comes before
+    answers: Sequence[str | Tokens | TokenIds],  # one each
+    allow_longer: bool | None,  # go past `max_length`?
+) -> tuple[list[Tensor], list[Tokens]]:
+    """Ids of the prompts, and their answers: one each, and none too long together."""
+    ps = [m.tokens(p, allow_longer=allow_longer).ids for p in prompts]
+    qs = [m.tokens(a, add_special_tokens=False, allow_longer=True) for a in answers]
+    if len(ps) != len(qs):
+        raise ValueError(f"every prompt has one answer: there are {len(ps)} prompts and {len(qs)} answers")
+    for p, q in zip(ps, qs, strict=True):
+        _check_length(m, len(p) + len(q), allow_longer)
+    return ps, qs
+
 # %% ../nbs/01b_prefix.ipynb #afa51691
 def _score_batch(
     m: LogitsModel,  # the model
@@ -301,12 +340,7 @@ class ScoreModel(PrefixModel):
         allow_longer: bool | None = None,  # go past `max_length`; None: as the model was loaded
     ) -> list[Score]:
         """`score` for many pairs, in padded batches."""
-        ps = [self.tokens(p, allow_longer=allow_longer).ids for p in prompts]
-        qs = [self.tokens(a, add_special_tokens=False, allow_longer=True) for a in answers]
-        if len(ps) != len(qs):
-            raise ValueError(f"every prompt has one answer: there are {len(ps)} prompts and {len(qs)} answers")
-        for p, q in zip(ps, qs, strict=True):
-            _check_length(self, len(p) + len(q), allow_longer)
+        ps, qs = _pairs(self, prompts, answers, allow_longer)
         at = range(0, len(ps), batch_size)
         return [s for i in at for s in _score_batch(self, ps[i : i + batch_size], qs[i : i + batch_size])]
 
