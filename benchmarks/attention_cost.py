@@ -128,7 +128,7 @@ def needs(method: str, n: int, shape: str) -> int:
 
 def slope(lengths: list[int], values: list[float]) -> float:
     "Exponent of n in a power law fitted by least squares"
-    x, y = [math.log(n) for n in lengths], [math.log(max(v, 1)) for v in values]
+    x, y = [math.log(n) for n in lengths], [math.log(max(v, 1e-9)) for v in values]    # a peak may be 0 bytes
     mx, my = sum(x) / len(x), sum(y) / len(y)
     return sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sum((a - mx) ** 2 for a in x)
 
@@ -182,7 +182,10 @@ def report(s: Setting, rows: list[dict], own: list[str]) -> None:
     text = [f"Random-weight Llama ({shape}), {s.dtype}, torch {torch.__version__}, {where}. Ratios are to the plain forward of the same "
             f"length. `{command()}`, settings {asdict(s)}.",
             "", "Time of one forward:", "", *table(rows, "seconds", "s", 1, 2),
-            "", "Peak memory over the loaded model:", "", *table(rows, "bytes", "MB", 2**20, 0), "", "Each statistic by itself:", "", *own]
+            "", "Peak memory over the loaded model:", "", *table(rows, "bytes", "MB", 2**20, 0), "",
+            "Each statistic by itself. These times, and the plain forward they "
+            "are multiples of, were measured after one another in a part of the run of their own: how far \"all of them\" is from the same "
+            "length above says how much times of this machine vary.", "", *own]
     write_section(f"Cost of attention statistics ({s.device}, {s.shape})", "\n".join(text))
 
 
