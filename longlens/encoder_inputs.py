@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .forward import HFModel, HFTokenizer, ModelFacts, TokenIds, TokenModel, Tokens, _as_ids
+from .forward import HFModel, HFTokenizer, ModelFacts, TokenModel, Tokens, _as_ids
 
 # %% auto #0
 __all__ = ['EncoderTokens']
@@ -94,20 +94,7 @@ class EncoderTokens(TokenModel):
     if TYPE_CHECKING:
         def __getattr__(self, name: str) -> Any: ...  # methods are added below, each beside its test
 
-    def tokens(
-        self,
-        x: str | Tokens | TokenIds,  # a text, or token ids (n,)
-        add_special_tokens: bool = True,  # as the tokenizer does it
-        allow_longer: bool | None = None,  # go past `max_length`, as far as learned positions go
-    ) -> Tokens:
-        """Token ids with offsets. Empty, unknown or too long input raises; nothing is cut."""
-        t = self._encode(x, add_special_tokens) if isinstance(x, str) else x
-        if not isinstance(t, Tokens):
-            t = Tokens(_as_ids(t, self._rows), tokenizer=self.tokenizer)
-        if t.ids.ndim != 1:
-            raise ValueError(f"one sequence of tokens is wanted, and the ids have shape {tuple(t.ids.shape)}")
-        self._check_lengths([len(t)], bool(allow_longer))
-        return t
+    def _check_one(self, n: int, allow_longer: bool | None) -> None: self._check_lengths([n], bool(allow_longer))
 
 # %% ../nbs/01d_encoder_inputs.ipynb #951f12af
 @patch

@@ -10,9 +10,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 # %% auto #0
@@ -74,32 +75,40 @@ class Tokens:
         names = self.tokenizer.convert_ids_to_tokens(self.ids.tolist())
         return [self.text[a:b] or name for (a, b), name in zip(self.offsets.tolist(), names, strict=True)]
 
-    def span(
-        self,
-        start: int,  # first character
-        end: int,  # one past the last character
-    ) -> range:  # token positions
-        """Positions of the tokens that cover the characters `start` to `end` of the text."""
-        if self.text is None or self.offsets is None:
-            raise ValueError("these tokens carry no character offsets: make them from a text, with a fast tokenizer")
-        if not 0 <= start < end <= len(self.text):
-            raise ValueError(f"characters {start} to {end} are not a span of the text, which has {len(self.text)}")
-        return _covering(self.offsets, start, end)
-
-    def find(
-        self,
-        part: str,  # what to look for in the text
-        nth: int | None = None,  # which occurrence, from 0; None: there must be exactly one
-    ) -> range:  # token positions
-        """Positions of the tokens that cover `part`."""
-        if self.text is None:
-            raise ValueError("these tokens carry no text to search: make them from a text")
-        start = _occurrence(self.text, part, nth)
-        return self.span(start, start + len(part))
 
     def __repr__(self) -> str:
         shown = " ".join(repr(s) for s in self.strings[:8])
         return f"Tokens({len(self)}: {shown}{' ...' if len(self) > 8 else ''})"
+
+    if TYPE_CHECKING:
+        def __getattr__(self, name: str) -> Any: ...  # methods are added below
+
+# %% ../nbs/01a_forward.ipynb #0a4cc6e0
+@patch
+def span(
+    self: Tokens,
+    start: int,  # first character
+    end: int,  # one past the last character
+) -> range:  # token positions
+    """Positions of the tokens that cover the characters `start` to `end` of the text."""
+    if self.text is None or self.offsets is None:
+        raise ValueError("these tokens carry no character offsets: make them from a text, with a fast tokenizer")
+    if not 0 <= start < end <= len(self.text):
+        raise ValueError(f"characters {start} to {end} are not a span of the text, which has {len(self.text)}")
+    return _covering(self.offsets, start, end)
+
+
+@patch
+def find(
+    self: Tokens,
+    part: str,  # what to look for in the text
+    nth: int | None = None,  # which occurrence, from 0; None: there must be exactly one
+) -> range:  # token positions
+    """Positions of the tokens that cover `part`."""
+    if self.text is None:
+        raise ValueError("these tokens carry no text to search: make them from a text")
+    start = _occurrence(self.text, part, nth)
+    return self.span(start, start + len(part))
 
 # %% ../nbs/01a_forward.ipynb #7324905a
 def _as_ids(
@@ -219,8 +228,12 @@ class TokenModel(ModelFacts):
             t = Tokens(_as_ids(t, self._rows), tokenizer=self.tokenizer)
         if t.ids.ndim != 1:
             raise ValueError(f"one sequence of tokens is wanted, and the ids have shape {tuple(t.ids.shape)}")
-        _check_length(self, len(t), allow_longer)
+        self._check_one(len(t), allow_longer)
         return t
+
+    def _check_one(self, n: int, allow_longer: bool | None) -> None:
+        """Raise if a text of `n` tokens is too long."""
+        _check_length(self, n, allow_longer)
 
     def _encode(self, text: str, special: bool) -> Tokens:
         """The text through the tokenizer, with offsets where it gives them."""

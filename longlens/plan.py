@@ -10,17 +10,18 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
+from fastcore.basics import patch
 
 from .cells import Cell, Condition, Task, content
 from .memory import MemoryEstimate, _bytes
 from .prefix import _rope_regime, _shared
 
 # %% auto #0
-__all__ = ['branch_points', 'Batch', 'make_batches', 'same_condition', 'chain_tokens', 'Plan', 'tokens_of']
+__all__ = ['branch_points', 'Batch', 'make_batches', 'same_condition', 'chain_tokens', 'tokens_of', 'Plan']
 
 # %% ../nbs/04c_plan.ipynb #2cd294ad
 def _common(ids: Sequence[np.ndarray]) -> np.ndarray:  # (k - 1,)
@@ -136,6 +137,14 @@ def chain_tokens(
         if b.cuts: before, last = cell, b.shared
     return out
 
+# %% ../nbs/04c_plan.ipynb #68eba4bb
+def tokens_of(
+    batches: Sequence[Batch],  # in the order in which they run
+    cells: Sequence[Cell],  # all cells
+) -> list[int]:
+    """Tokens of prompts computed for each batch."""
+    return [(b.n - b.shared) * len(b.cells) + c for b, c in zip(batches, chain_tokens(batches, cells), strict=True)]
+
 # %% ../nbs/04c_plan.ipynb #1aa781ba
 @dataclass(frozen=True, repr=False)
 class Plan:
@@ -165,30 +174,28 @@ class Plan:
         """Tokens of them that will be computed."""
         return sum(tokens_of(self.left, self.cells))
 
-    @property
-    def frame(self) -> pl.DataFrame:
-        """One row a batch that is left: cells, tokens of each prompt, tokens shared, tokens computed."""
-        left = self.left
-        columns = {"cells": [len(b.cells) for b in left], "prompt_tokens": [b.n for b in left], "shared": [b.shared for b in left],
-                   "computed": tokens_of(left, self.cells)}
-        return pl.DataFrame(columns, schema=dict.fromkeys(columns, pl.Int64))
+    if TYPE_CHECKING:
+        def __getattr__(self, name: str) -> Any: ...  # methods are added below
 
-    def __repr__(self) -> str:
-        lines = [f"{len(self.cells):,} cells" + f", {len(self.finished):,} of them finished" * bool(self.finished)]
-        if self.left:
-            share = f" ({100 * self.tokens / self.naive:.0f} % of {self.naive:,} without shared beginnings)"
-            lines.append(f"{self.tokens:,} tokens to compute{share}, in {len(self.left):,} batches")
-            if self.memory is not None:
-                scarce = self.memory.available is not None and self.memory.needed > self.memory.available / 4
-                free = f", {_bytes(self.memory.available or 0)} free" * scarce
-                lines.append(f"{_bytes(self.memory.needed)} of memory on top of {_bytes(self.memory.weights)} of weights{free}")
-        lines.append(f"results in {self.folder}" if self.folder else "results in memory only (out= keeps them)")
-        return "Plan: " + "\n      ".join(lines)
+# %% ../nbs/04c_plan.ipynb #4c6e9f89
+@patch(as_prop=True)
+def frame(self: Plan) -> pl.DataFrame:
+    """One row a batch that is left: cells, tokens of each prompt, tokens shared, tokens computed."""
+    left = self.left
+    columns = {"cells": [len(b.cells) for b in left], "prompt_tokens": [b.n for b in left], "shared": [b.shared for b in left],
+               "computed": tokens_of(left, self.cells)}
+    return pl.DataFrame(columns, schema=dict.fromkeys(columns, pl.Int64))
 
-
-def tokens_of(
-    batches: Sequence[Batch],  # in the order in which they run
-    cells: Sequence[Cell],  # all cells
-) -> list[int]:
-    """Tokens of prompts computed for each batch."""
-    return [(b.n - b.shared) * len(b.cells) + c for b, c in zip(batches, chain_tokens(batches, cells), strict=True)]
+# %% ../nbs/04c_plan.ipynb #28f202f9
+@patch
+def __repr__(self: Plan) -> str:
+    lines = [f"{len(self.cells):,} cells" + f", {len(self.finished):,} of them finished" * bool(self.finished)]
+    if self.left:
+        share = f" ({100 * self.tokens / self.naive:.0f} % of {self.naive:,} without shared beginnings)"
+        lines.append(f"{self.tokens:,} tokens to compute{share}, in {len(self.left):,} batches")
+        if self.memory is not None:
+            scarce = self.memory.available is not None and self.memory.needed > self.memory.available / 4
+            free = f", {_bytes(self.memory.available or 0)} free" * scarce
+            lines.append(f"{_bytes(self.memory.needed)} of memory on top of {_bytes(self.memory.weights)} of weights{free}")
+    lines.append(f"results in {self.folder}" if self.folder else "results in memory only (out= keeps them)")
+    return "Plan: " + "\n      ".join(lines)

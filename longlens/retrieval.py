@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from fastcore.basics import patch
 
 from .context import _enough, _Straw
 from .forward import HFTokenizer
@@ -103,28 +104,34 @@ class _Hiding:
         right = self.whole[starts[at] : starts[n] - len(self.straw.gaps[n - 1])] if at < n else ""
         return left + needle + (self.haystack.separator + right if right else ""), len(left), at
 
-    def document(
-        self,
-        length: int,  # tokens, at most
-        share: float,  # of the sentences before the needle
-        needle: str,  # what is hidden
-    ) -> tuple[str, int, tuple[int, int], float]:  # text, tokens, the needle's characters, depth in percent
-        """As many sentences as fit."""
-        alone = _n_tokens(self.tok, [needle])[0]
-        n, total = _largest(lambda k: _n_tokens(self.tok, [self.text(k, share, needle)[0]])[0], self.straw.before, length, alone)
-        self.check(length, needle, alone, n, total)
-        text, start, at = self.text(n, share, needle)
-        return text, total, (start, start + len(needle)), float(100 * self.straw.before[at] / self.straw.before[n])
+    if TYPE_CHECKING:
+        def __getattr__(self, name: str) -> Any: ...  # methods are added below
 
-    def check(self, length: int, needle: str, alone: int, n: int, total: int) -> None:
-        """Raise if there is no room for filler, or not enough filler."""
-        sizes = self.straw.before
-        if not n:
-            raise ValueError(f"length is {length:,} tokens; {needle!r:.80} takes {alone:,} with special tokens, and the first sentence "
-                             f"around it {sizes[1]}: ask for {alone + sizes[1]} or more")
-        if n == len(sizes) - 1 and length - total >= np.diff(sizes).max():
-            raise ValueError(f"the haystack ({self.haystack.source}) has {sizes[-1]:,} tokens, and {sizes[-1] + length - total:,} are "
-                             "needed: give a longer text, or say repeat=True when it is made")
+# %% ../nbs/03e_retrieval.ipynb #c3ed0172
+def _check_filler(hiding: _Hiding, length: int, needle: str, alone: int, n: int, total: int) -> None:
+    """Raise if there is no room for filler, or not enough filler."""
+    sizes = hiding.straw.before
+    if not n:
+        raise ValueError(f"length is {length:,} tokens; {needle!r:.80} takes {alone:,} with special tokens, and the first sentence "
+                         f"around it {sizes[1]}: ask for {alone + sizes[1]} or more")
+    if n == len(sizes) - 1 and length - total >= np.diff(sizes).max():
+        raise ValueError(f"the haystack ({hiding.haystack.source}) has {sizes[-1]:,} tokens, and {sizes[-1] + length - total:,} are "
+                         "needed: give a longer text, or say repeat=True when it is made")
+
+# %% ../nbs/03e_retrieval.ipynb #288069e5
+@patch
+def document(
+    self: _Hiding,
+    length: int,  # tokens, at most
+    share: float,  # of the sentences before the needle
+    needle: str,  # what is hidden
+) -> tuple[str, int, tuple[int, int], float]:  # text, tokens, the needle's characters, depth in percent
+    """As many sentences as fit."""
+    alone = _n_tokens(self.tok, [needle])[0]
+    n, total = _largest(lambda k: _n_tokens(self.tok, [self.text(k, share, needle)[0]])[0], self.straw.before, length, alone)
+    _check_filler(self, length, needle, alone, n, total)
+    text, start, at = self.text(n, share, needle)
+    return text, total, (start, start + len(needle)), float(100 * self.straw.before[at] / self.straw.before[n])
 
 # %% ../nbs/03e_retrieval.ipynb #9c371cda
 def _hidden(

@@ -10,9 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from secrets import token_hex
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
+from fastcore.basics import patch
 
 from .cells import FORMAT, Tables
 from .report import MARK, atomic_write
@@ -78,7 +79,7 @@ def open_store(
         (folder / MARK).touch()
     return folder
 
-# %% ../nbs/04b_store.ipynb #aeeb4542
+# %% ../nbs/04b_store.ipynb #b1539b6b
 def _parts(folder: Path) -> Iterator[tuple[Path, pl.DataFrame]]:
     """Every file of the folder, and the rows in it."""
     for file in sorted(folder.glob("part-*.parquet")):
@@ -90,7 +91,7 @@ def _parts(folder: Path) -> Iterator[tuple[Path, pl.DataFrame]]:
         if "key" not in rows.columns: raise StoreError(f"{file} has no column 'key': longlens did not write it. Take it out of the folder")
         yield file, rows
 
-
+# %% ../nbs/04b_store.ipynb #aeeb4542
 class Store:
     """Finished cells, in a folder or only in memory."""
 
@@ -114,30 +115,41 @@ class Store:
             self.rows[row["key"][0]] = row
             self.unwritten.append(row["key"][0])
 
-    def write(self) -> None:
-        """Keep what was added since the last time, as one more file."""
-        if self.folder and self.unwritten: self.files.append(_write(self.folder, [self.rows[k] for k in self.unwritten]))
-        self.unwritten = []
-
-    def tidy(self) -> None:
-        """Put the files that were written here into one; every finished cell is in a whole file at any moment."""
-        if self.folder is None or len(self.files) < 2: return
-        parts = [pl.read_parquet(BytesIO(file.read_bytes())) for file in self.files]
-        whole = _write(self.folder, parts)
-        for file in self.files: file.unlink(missing_ok=True)
-        self.files = [whole]
-
-    def names(self, keys: Sequence[str]) -> list[str]:
-        """The tables that these cells have."""
-        return list(dict.fromkeys(c for k in keys for c in self.rows[k].columns if c != "key" and c not in COSTS))
-
-    def table(self, name: str, keys: Sequence[str]) -> pl.DataFrame:
-        """One table of finished cells, in the order of the keys."""
-        held = [self.rows[k] for k in keys if name in self.rows[k].columns]
-        if not held: raise StoreError(f"no cell has a table {name!r}: there are {', '.join(self.names(keys)) or 'none'}")
-        return table_of(pl.concat([h.select("key", name) for h in held], how="vertical_relaxed"), name)
+    if TYPE_CHECKING:
+        def __getattr__(self, name: str) -> Any: ...  # methods are added below
 
 # %% ../nbs/04b_store.ipynb #6decf876
 def _write(folder: Path, rows: Sequence[pl.DataFrame]) -> Path:
     pl.concat(rows, how="diagonal_relaxed").write_parquet(buffer := BytesIO())
     return atomic_write(folder / f"part-{token_hex(8)}.parquet", buffer.getvalue())
+
+
+@patch
+def write(self: Store) -> None:
+    """Keep what was added since the last time, as one more file."""
+    if self.folder and self.unwritten: self.files.append(_write(self.folder, [self.rows[k] for k in self.unwritten]))
+    self.unwritten = []
+
+# %% ../nbs/04b_store.ipynb #b7b0400f
+@patch
+def tidy(self: Store) -> None:
+    """Put the files that were written here into one; every finished cell is in a whole file at any moment."""
+    if self.folder is None or len(self.files) < 2: return
+    parts = [pl.read_parquet(BytesIO(file.read_bytes())) for file in self.files]
+    whole = _write(self.folder, parts)
+    for file in self.files: file.unlink(missing_ok=True)
+    self.files = [whole]
+
+# %% ../nbs/04b_store.ipynb #a6699aa7
+@patch
+def names(self: Store, keys: Sequence[str]) -> list[str]:
+    """The tables that these cells have."""
+    return list(dict.fromkeys(c for k in keys for c in self.rows[k].columns if c != "key" and c not in COSTS))
+
+
+@patch
+def table(self: Store, name: str, keys: Sequence[str]) -> pl.DataFrame:
+    """One table of finished cells, in the order of the keys."""
+    held = [self.rows[k] for k in keys if name in self.rows[k].columns]
+    if not held: raise StoreError(f"no cell has a table {name!r}: there are {', '.join(self.names(keys)) or 'none'}")
+    return table_of(pl.concat([h.select("key", name) for h in held], how="vertical_relaxed"), name)

@@ -165,7 +165,7 @@ def record(
     now.residual[layer] = call.query_pos, op.mask.start + op.mask.offset
     for s, part in self._measure(call): s.update(now.group.state.setdefault((layer, s.title), {}), part)
 
-
+# %% ../../nbs/measure/05_capture.ipynb #b607d0f4
 @patch
 def _group_of(self: Capture, call: Call, cache: Any) -> _Group:
     "The texts that this forward goes on with, or new ones"

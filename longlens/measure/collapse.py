@@ -8,9 +8,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from .attention import HIDDEN, LOG2E, AttentionOperator
@@ -90,28 +91,35 @@ class CenteredLanczos:
         "P v - off and its product with P.T, of the active heads"
         return _both_products(self.op, self.v, off, active)
 
-    def step(
-        self,
-        active: Tensor,  # heads to go on with, bool, (batch, heads)
-    ) -> None:
-        "One step further"
-        real = self.real[:, None]
-        mean = (self.received * self.v).sum(-1, keepdim=True) / self.n
-        y, z = self.products((mean + self.beta[..., None] * self.u) * real, active)
-        left = y.sum(-1, keepdim=True) / self.n  # the mean that rounding has left
-        alpha, self.u = _unit((y - left) * real, self.floor)
-        z = (z - left * self.received) / alpha[..., None].clamp_min(torch.finfo(z.dtype).tiny) - alpha[..., None] * self.v
-        self.beta, self.v = _unit(z.masked_fill(alpha[..., None] == 0, 0), self.floor)
-        self.diagonal.append(alpha)
-        self.above.append(self.beta)
+    if TYPE_CHECKING:
+        def __getattr__(self, name: str) -> Any: ...  # methods are added below
 
-    def top(self) -> tuple[Tensor, Tensor]:  # (batch, heads) each, float64 on the CPU
-        "The largest singular value so far, and the norm of its residual"
-        a, b = (torch.stack(x, -1).cpu().double() for x in (self.diagonal, self.above))  # (batch, heads, steps)
-        off = b[..., :-1] * a[..., 1:]
-        diagonal = a**2 + torch.nn.functional.pad(b[..., :-1], (0, 1)) ** 2
-        squares, x = torch.linalg.eigh(torch.diag_embed(diagonal) + torch.diag_embed(off, 1) + torch.diag_embed(off, -1))
-        return squares[..., -1].clamp_min(0).sqrt(), b[..., -1] * x[..., -1, -1].abs()
+# %% ../../nbs/measure/09_collapse.ipynb #dde0585d
+@patch
+def step(
+    self: CenteredLanczos,
+    active: Tensor,  # heads to go on with, bool, (batch, heads)
+) -> None:
+    "One step further"
+    real = self.real[:, None]
+    mean = (self.received * self.v).sum(-1, keepdim=True) / self.n
+    y, z = self.products((mean + self.beta[..., None] * self.u) * real, active)
+    left = y.sum(-1, keepdim=True) / self.n  # the mean that rounding has left
+    alpha, self.u = _unit((y - left) * real, self.floor)
+    z = (z - left * self.received) / alpha[..., None].clamp_min(torch.finfo(z.dtype).tiny) - alpha[..., None] * self.v
+    self.beta, self.v = _unit(z.masked_fill(alpha[..., None] == 0, 0), self.floor)
+    self.diagonal.append(alpha)
+    self.above.append(self.beta)
+
+# %% ../../nbs/measure/09_collapse.ipynb #9d658a7b
+@patch
+def top(self: CenteredLanczos) -> tuple[Tensor, Tensor]:  # (batch, heads) each, float64 on the CPU
+    "The largest singular value so far, and the norm of its residual"
+    a, b = (torch.stack(x, -1).cpu().double() for x in (self.diagonal, self.above))  # (batch, heads, steps)
+    off = b[..., :-1] * a[..., 1:]
+    diagonal = a**2 + torch.nn.functional.pad(b[..., :-1], (0, 1)) ** 2
+    squares, x = torch.linalg.eigh(torch.diag_embed(diagonal) + torch.diag_embed(off, 1) + torch.diag_embed(off, -1))
+    return squares[..., -1].clamp_min(0).sqrt(), b[..., -1] * x[..., -1, -1].abs()
 
 # %% ../../nbs/measure/09_collapse.ipynb #1dc123fb
 class TopSingular(NamedTuple):

@@ -130,7 +130,7 @@ def _frozen(lm: Any) -> Any:
     finally:
         for p, asked in before: p.requires_grad_(asked)
 
-# %% ../../nbs/probes/01c_gates.ipynb #8e1eec46
+# %% ../../nbs/probes/01c_gates.ipynb #e94cc113
 @dataclass(frozen=True, eq=False, repr=False)
 class GateFit:
     "Learned gates, and how they were learned"
@@ -148,7 +148,7 @@ class GateFit:
         g = self.gates["gate"]
         return f"GateFit({len(g)} KV heads, mean gate {g.mean():.3f}, {(g >= .5).sum()} at 0.5 or above; {self.log.height} steps)"
 
-
+# %% ../../nbs/probes/01c_gates.ipynb #8e1eec46
 def duo_gates(
     lm: Any,  # LongModel, small enough to be differentiated through
     texts: Callable[[int], Labelled] | Sequence[Labelled] | None = None,  # of step i, or in turn; None: passkeys (needle-lm: facts)
