@@ -18,7 +18,7 @@ _WHERE = {    # public name -> the module that defines it
     "Support": "measure.statistics", "SpanMass": "measure.statistics", "Distance": "measure.statistics",
     "DistanceProfile": "measure.statistics", "Rows": "measure.statistics", "ResidualNorm": "measure.statistics",
     "ValueNorm": "measure.statistics",
-    "intervene": "measure.intervene", "ablate": "measure.intervene", "streaming": "measure.intervene",
+    "intervene": "measure.intervention", "ablate": "measure.intervene", "streaming": "measure.intervene",
     "lambda_mask": "measure.intervene", "temperature": "measure.intervene", "scale_spans": "measure.intervene",
     "Context": "pieces", "compose": "pieces", "Haystack": "haystack", "needle_context": "context",
     "attention_sinks": "probes.sinks", "SinkReport": "probes.sinks",

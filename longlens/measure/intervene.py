@@ -9,166 +9,22 @@ import inspect
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, cast
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..forward import _kv_heads
-from .attach import _EDITS, WAY_OUT, LayerCall, UnsupportedModel, attach, hf_model
+from .attach import _EDITS, LayerCall, UnsupportedModel, hf_model
+from .intervention import _ACTIVE as _ACTIVE, head_sizes as head_sizes, interventions as interventions  # to be had here too
+from .intervention import Intervention, check_heads, intervene, served_heads
 from .masks import Stream, positions, real_queries
 
 # %% auto #0
-__all__ = ['MODES', 'head_sizes', 'check_heads', 'served_heads', 'Intervention', 'intervene', 'interventions', 'Ablate', 'ablate',
-           'mean_outputs', 'Streaming', 'streaming', 'Turner', 'LambdaMask', 'lambda_mask', 'Temperature',
-           'temperature', 'ScaleSpans', 'scale_spans']
-
-# %% ../../nbs/measure/06_intervene.ipynb #b93845ec
-def head_sizes(
-    model: Any,  # a LongModel or a transformers model
-) -> tuple[int, int, int]:  # layers, query heads, KV heads
-    "How many layers and heads a model has"
-    c = hf_model(model).config.get_text_config()
-    return int(c.num_hidden_layers), int(c.num_attention_heads), int(_kv_heads(c))
-
-
-def check_heads(
-    model: Any,  # a LongModel or a transformers model
-    heads: Sequence[tuple[int, int]],  # (layer, head)
-    kind: str = "head",  # or "kv_head"
-) -> tuple[tuple[int, int], ...]:  # the same, each once, in order
-    "Raise if a head is not in the model"
-    n_layers, n_heads, n_kv = head_sizes(model)
-    count = n_heads if kind == "head" else n_kv
-    if not len(heads): raise ValueError(f"no {kind} was given: pass pairs (layer, {kind}), such as [(2, 1)]")
-    for layer, head in heads:
-        if not 0 <= layer < n_layers: raise IndexError(f"layer {layer} of ({layer}, {head}): the model has layers 0 to {n_layers - 1}")
-        if not 0 <= head < count: raise IndexError(f"{kind} {head} of ({layer}, {head}): a layer has {kind}s 0 to {count - 1}")
-    return tuple(sorted({(int(layer), int(head)) for layer, head in heads}))
-
-# %% ../../nbs/measure/06_intervene.ipynb #3ab7a785
-def served_heads(
-    model: Any,  # a LongModel or a transformers model
-    kv_heads: Sequence[tuple[int, int]],  # (layer, kv_head)
-) -> list[tuple[int, int]]:  # (layer, head)
-    "The query heads that some KV heads serve"
-    (_, n_heads, n_kv), kv = head_sizes(model), check_heads(model, kv_heads, "kv_head")
-    group = n_heads // n_kv
-    return [(layer, h * group + g) for layer, h in kv for g in range(group)]
-
-# %% ../../nbs/measure/06_intervene.ipynb #8d83be6f
-@dataclass(frozen=True)
-class Intervention:
-    "A change of the attention calls of some layers"
-    name: ClassVar[str] = ""
-
-    def prepare(self, model: Any) -> Intervention:
-        "The same with its settings checked, and completed where they depend on the model"
-        return self
-
-    def layers(self) -> set[int] | None:
-        "Layers whose attention calls are changed; None: all"
-        return None
-
-    def enter(self, model: Any, stack: ExitStack) -> None:
-        "What else is changed while the block runs; the stack takes it back"
-
-    def before(self, call: LayerCall, layer: int) -> LayerCall:
-        "What the call is given instead"
-        return call
-
-    def after(self, call: LayerCall, out: Tensor, layer: int) -> Tensor:  # (batch, heads, n_queries, d_value)
-        "What it gives back instead"
-        return out
-
-    def describe(self) -> dict[str, Any]:
-        "Name and settings, as plain values"
-        shown = {f.name: getattr(self, f.name) for f in fields(self) if f.repr}
-        return {"intervention": self.name, **{k: _plain(v) for k, v in shown.items() if v is not None}}
-
-
-def _plain(v: Any) -> Any:
-    if isinstance(v, Mapping): return {str(k): _plain(x) for k, x in v.items()}
-    return [_plain(x) for x in v] if isinstance(v, (tuple, list, range, set)) else v
-
-# %% ../../nbs/measure/06_intervene.ipynb #46dacfc0
-class _Edit:
-    "An intervention at work in one attention module"
-    def __init__(self, what: Intervention, layer: int): self.what, self.layer, self.done = what, layer, False
-
-    def before(self, call: LayerCall) -> LayerCall:
-        self.done = True
-        return self.what.before(call, self.layer)
-
-    def after(self, call: LayerCall, out: Tensor) -> Tensor: return self.what.after(call, out, self.layer)
-
-    def check(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if not self.done:
-            raise UnsupportedModel(f"{type(module).__name__} of layer {self.layer} ran without calling the attention interface, so "
-                                   f"{self.what.name!r} could not change it. {WAY_OUT}")
-        self.done = False
-
-
-_ACTIVE: dict[int, list[Intervention]] = {}  # id of a model -> what changes it now
-
-
-def _layer_of(module: nn.Module, name: str) -> int | None:
-    index = getattr(module, "layer_idx", None)
-    if isinstance(index, int): return index
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
-
-# %% ../../nbs/measure/06_intervene.ipynb #b681f6af
-@contextmanager
-def intervene(
-    model: Any,  # a LongModel, an Encoder or a transformers model
-    *interventions: Intervention,  # what to change; the first acts first
-) -> Iterator[list[Intervention]]:  # the interventions as they act
-    "While the block runs, the model's attention is changed; afterwards it is exactly as before"
-    if not interventions: raise ValueError("intervene() needs at least one intervention, such as Ablate([(2, 1)])")
-    hf = hf_model(model)
-    with ExitStack() as stack:
-        ready = [i.prepare(model) for i in interventions]
-        if any(what.layers() != set() for what in ready): stack.enter_context(attach(hf))
-        for what in ready:
-            what.enter(model, stack)
-            _put(hf, what, stack)
-        yield ready
-
-
-def _put(hf: Any, what: Intervention, stack: ExitStack) -> None:
-    "Put one intervention on a model; the stack takes it off"
-    wanted, found = what.layers(), set()
-    for name, m in hf.named_modules():
-        layer = _layer_of(m, name) if hasattr(m, "is_causal") else None
-        if layer is None or (wanted is not None and layer not in wanted): continue
-        edit = _Edit(what, layer)
-        _enlist(_EDITS, id(m), edit, stack)
-        stack.callback(m.register_forward_hook(edit.check).remove)
-        found.add(layer)
-    if (wanted is None and not found) or (wanted is not None and wanted - found):
-        raise UnsupportedModel(f"{type(hf).__name__} has no attention modules that {what.name!r} could change in layers "
-                               f"{sorted((wanted or set()) - found)}")
-    _enlist(_ACTIVE, id(hf), what, stack)
-
-
-def _enlist(book: dict[int, list], key: int, item: Any, stack: ExitStack) -> None:
-    "Add to a list of lists, until the stack is closed"
-    book.setdefault(key, []).append(item)
-    stack.callback(_strike, book, key, item)
-
-
-def _strike(book: dict[int, list], key: int, item: Any) -> None:
-    book[key] = [x for x in book[key] if x is not item]
-    if not book[key]: del book[key]
-
-# %% ../../nbs/measure/06_intervene.ipynb #73fa5bcb
-def interventions(
-    model: Any,  # a LongModel, an Encoder or a transformers model
-) -> list[dict[str, Any]]:  # name and settings of each, in the order in which they act
-    "What changes the model's attention at the moment"
-    return [i.describe() for i in _ACTIVE.get(id(hf_model(model)), [])]
+__all__ = ['MODES', 'Ablate', 'ablate', 'mean_outputs', 'Streaming', 'streaming', 'Turner', 'LambdaMask', 'lambda_mask',
+           'Temperature', 'temperature', 'span_ends', 'ScaleSpans', 'scale_spans']
 
 # %% ../../nbs/measure/06_intervene.ipynb #1eb21931
 MODES = ("zero", "mean", "uniform")
@@ -314,33 +170,25 @@ class Turner:
         cos, sin = inspect.unwrap(type(cast(nn.Module, self.rotary)).forward)(self.rotary, x.float(), at, **kind)
         return (cos / scaling).to(x), (sin / scaling).to(x)
 
-    def turn(
-        self,
-        call: LayerCall,  # whose module says how
-        layer: int,  # its number
-        x: Tensor,  # rotated queries or keys, (batch, heads, n, d_head)
-        by: Tensor,  # how far, in tokens, (batch|1, n)
-    ) -> Tensor:  # as x
-        "x as it would be, had it stood `by` tokens further on"
-        apply = getattr(sys.modules[type(call.module).__module__], "apply_rotary_pos_emb", None)
-        if apply is None: raise UnsupportedModel(f"{type(call.module).__name__} does not say how it rotates: no apply_rotary_pos_emb")
-        cos, sin = self._angles(x, by.expand(len(x), -1), layer)
-        return apply(x, x[:, :1], cos, sin)[0]
+    if TYPE_CHECKING:
+        def __getattr__(self, name: str) -> Any: ...  # methods are added below
 
-    def turned(
-        self,
-        call: LayerCall,  # whose module says how
-        layer: int,  # its number
-        x: Tensor,  # rotated queries or keys, (batch, heads, n, d_head)
-        by: Tensor,  # how far, in tokens, (batch|1, n), or (batch|1, heads, n) where heads differ
-    ) -> Tensor:  # as x
-        "The same for an intervention at work, which must be alone in it; computed in float32 or more"
-        _check_turn(call)
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        if by.ndim == 3: wide, by = wide.flatten(0, 1)[:, None], by.expand(len(x), -1, -1).flatten(0, 1)
-        return self.turn(call, layer, wide, by).reshape(x.shape).to(x.dtype)
+# %% ../../nbs/measure/06_intervene.ipynb #fa8b68c1
+@patch
+def turn(
+    self: Turner,
+    call: LayerCall,  # whose module says how
+    layer: int,  # its number
+    x: Tensor,  # rotated queries or keys, (batch, heads, n, d_head)
+    by: Tensor,  # how far, in tokens, (batch|1, n)
+) -> Tensor:  # as x
+    "x as it would be, had it stood `by` tokens further on"
+    apply = getattr(sys.modules[type(call.module).__module__], "apply_rotary_pos_emb", None)
+    if apply is None: raise UnsupportedModel(f"{type(call.module).__name__} does not say how it rotates: no apply_rotary_pos_emb")
+    cos, sin = self._angles(x, by.expand(len(x), -1), layer)
+    return apply(x, x[:, :1], cos, sin)[0]
 
-
+# %% ../../nbs/measure/06_intervene.ipynb #72e9951e
 def _check_turn(call: LayerCall) -> None:
     "Raise if another intervention turns too, or if queries are no longer what the model made"
     at_work = [getattr(e, "what", None) for e in _EDITS.get(id(call.module), [])]
@@ -348,6 +196,21 @@ def _check_turn(call: LayerCall) -> None:
     if len(turning) > 1: raise UnsupportedModel(f"{' and '.join(turning)} change positions of the same layer: use one of them at a time")
     if (d := call.q.shape[-1]) != getattr(call.module, "head_dim", d):
         raise UnsupportedModel(f"queries are {d} wide and not {call.module.head_dim}: enter scale_spans after what changes positions")
+
+# %% ../../nbs/measure/06_intervene.ipynb #f0aca317
+@patch
+def turned(
+    self: Turner,
+    call: LayerCall,  # whose module says how
+    layer: int,  # its number
+    x: Tensor,  # rotated queries or keys, (batch, heads, n, d_head)
+    by: Tensor,  # how far, in tokens, (batch|1, n), or (batch|1, heads, n) where heads differ
+) -> Tensor:  # as x
+    "The same for an intervention at work, which must be alone in it; computed in float32 or more"
+    _check_turn(call)
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    if by.ndim == 3: wide, by = wide.flatten(0, 1)[:, None], by.expand(len(x), -1, -1).flatten(0, 1)
+    return self.turn(call, layer, wide, by).reshape(x.shape).to(x.dtype)
 
 # %% ../../nbs/measure/06_intervene.ipynb #f19edfc4
 @dataclass(frozen=True)
@@ -431,6 +294,39 @@ def temperature(
     "Another temperature of the attention softmax while the block runs (TempScale, arXiv 2410.24200)"
     with intervene(model, Temperature(tau, heads)) as active: yield active
 
+# %% ../../nbs/measure/06_intervene.ipynb #ad28f7db
+def span_ends(
+    name: str,  # of the span, for the error
+    span: Any,  # range or (start, stop), token positions
+    what: str = "span",  # what the error calls it
+) -> tuple[int, int]:
+    "Where a span starts and stops"
+    a, b = (span.start, span.stop) if isinstance(span, range) else (int(span[0]), int(span[1]))
+    if not 0 <= a < b: raise ValueError(f"{what} {name!r} is [{a}, {b}): it must start at 0 or later and hold at least one token")
+    return a, b
+
+# %% ../../nbs/measure/06_intervene.ipynb #54af316f
+def _factor(what: ScaleSpans, name: str) -> float:
+    if not isinstance(what.factor, Mapping): return what.factor
+    if name not in what.factor: raise ValueError(f"span {name!r} has no factor; there are factors for {', '.join(what.factor)}")
+    return what.factor[name]
+
+
+def _added(what: ScaleSpans, call: LayerCall) -> Tensor:  # (batch|1, n_keys)
+    "What is added to the logits of every key"
+    at = positions(call.mask, call.k.shape[2], call.k.device)
+    out = torch.zeros(at.shape, device=at.device)
+    for name, span in what.spans.items():
+        a, b = span_ends(name, span)
+        out += ((at >= a) & (at < b)) * math.log(max(_factor(what, name), 1e-26))
+    return out.expand(call.k.shape[0], -1)
+
+
+def _wider(q: Tensor, k: Tensor, on: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:  # on: (heads,), added: (batch, n_keys)
+    "Queries and keys with one more dimension, whose products are what is added, in heads that are on"
+    return (torch.cat([q, on.to(q)[None, :, None, None].expand(*q.shape[:3], 1)], -1),
+            torch.cat([k, added.to(k)[:, None, :, None].expand(*k.shape[:3], 1)], -1))
+
 # %% ../../nbs/measure/06_intervene.ipynb #99596206
 @dataclass(frozen=True)
 class ScaleSpans(Intervention):
@@ -442,20 +338,10 @@ class ScaleSpans(Intervention):
 
     def prepare(self, model: Any) -> ScaleSpans:
         if not self.spans: raise ValueError("scale_spans() needs spans: {name: range(start, stop)} in token positions")
-        for name in self.spans:
-            a, b = self._edges(name)
-            if not 0 <= a < b: raise ValueError(f"span {name!r} is [{a}, {b}): it must start at 0 or later and hold at least one token")
-            if not (c := self._factor(name)) >= 0 or math.isinf(c): raise ValueError(f"the factor of span {name!r} is {c}: 0 or more")
+        for name, span in self.spans.items():
+            span_ends(name, span)
+            if not (c := _factor(self, name)) >= 0 or math.isinf(c): raise ValueError(f"the factor of span {name!r} is {c}: 0 or more")
         return self if self.heads is None else replace(self, heads=check_heads(model, self.heads))
-
-    def _edges(self, name: str) -> tuple[int, int]:
-        s = self.spans[name]
-        return (s.start, s.stop) if isinstance(s, range) else (int(s[0]), int(s[1]))
-
-    def _factor(self, name: str) -> float:
-        if not isinstance(self.factor, Mapping): return self.factor
-        if name not in self.factor: raise ValueError(f"span {name!r} has no factor; there are factors for {', '.join(self.factor)}")
-        return self.factor[name]
 
     def layers(self) -> set[int] | None: return None if self.heads is None else {layer for layer, _ in self.heads}
 
@@ -463,22 +349,10 @@ class ScaleSpans(Intervention):
         if call.softcap is not None: raise UnsupportedModel("spans cannot be scaled where logits are soft-capped (Gemma 2)")
         on = torch.full((call.q.shape[1],), self.heads is None)
         on[[h for l, h in self.heads or () if l == layer]] = True
-        added = self._added(call) / call.scale
-
-        def wider(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-            return (torch.cat([q, on.to(q)[None, :, None, None].expand(*q.shape[:3], 1)], -1),
-                    torch.cat([k, added.to(k)[:, None, :, None].expand(*k.shape[:3], 1)], -1))
-        (q, k), far = wider(call.q, call.k), [None if st.far is None else wider(*st.far) for st in call.streams]
+        added = _added(self, call) / call.scale
+        q, k = _wider(call.q, call.k, on, added)
+        far = [None if st.far is None else _wider(*st.far, on, added) for st in call.streams]
         return replace(call, q=q, k=k, streams=tuple(replace(st, far=f) for st, f in zip(call.streams, far, strict=True)))
-
-    def _added(self, call: LayerCall) -> Tensor:  # (batch|1, n_keys)
-        "What is added to the logits of every key"
-        at = positions(call.mask, call.k.shape[2], call.k.device)
-        out = torch.zeros(at.shape, device=at.device)
-        for name in self.spans:
-            a, b = self._edges(name)
-            out += ((at >= a) & (at < b)) * math.log(max(self._factor(name), 1e-26))
-        return out.expand(call.k.shape[0], -1)
 
 # %% ../../nbs/measure/06_intervene.ipynb #ee83de4d
 @contextmanager

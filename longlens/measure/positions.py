@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .attach import LayerCall, UnsupportedModel, hf_model
-from .intervene import _ACTIVE, Intervention, Turner, _enlist, head_sizes, intervene
+from .intervene import Turner
+from .intervention import _ACTIVE, Intervention, _enlist, head_sizes, intervene
 from .kernels import OptionRule
 from .masks import Mask, positions, visible_keys
 
@@ -112,6 +114,15 @@ class _Read:
         if at >= call.k.shape[2] or len(self.last) not in (1, len(call.k)): return False
         return bool((call.k[:, :, at] == self.last).all())
 
+# %% ../../nbs/measure/07_positions.ipynb #b9bc3d84
+def _whole_order(order: Mapping[int, Sequence[int]], layers: range, n_heads: int) -> dict[int, tuple[int, ...]]:
+    "Orders that were given, if there is one for each of the layers"
+    out = {int(k): tuple(int(h) for h in v) for k, v in order.items()}
+    for layer in layers:
+        if sorted(given := out.get(layer, ())) != list(range(n_heads)):
+            raise ValueError(f"the order of layer {layer} is {given}: it must name each of the heads 0 to {n_heads - 1} once")
+    return out
+
 # %% ../../nbs/measure/07_positions.ipynb #c078ca0e
 @dataclass(frozen=True)
 class MsPoE(Intervention):
@@ -132,21 +143,10 @@ class MsPoE(Intervention):
             raise ValueError(f"the ratios are {self.low} to {self.high}: low is above 0, and high is not below low")
         if not 0 <= self.first_layer < n_layers:
             raise ValueError(f"first_layer is {self.first_layer}, and the model has layers 0 to {n_layers - 1}")
-        order = None if self.order is None else {int(k): tuple(int(h) for h in v) for k, v in self.order.items()}
-        for layer in () if order is None else range(self.first_layer, n_layers):
-            if sorted(given := (order or {}).get(layer, ())) != list(range(n_heads)):
-                raise ValueError(f"the order of layer {layer} is {given}: it must name each of the heads 0 to {n_heads - 1} once")
+        order = None if self.order is None else _whole_order(self.order, range(self.first_layer, n_layers), n_heads)
         return replace(self, order=order, turner=Turner(model), n_layers=n_layers, read={})
 
     def layers(self) -> set[int]: return set(range(self.first_layer, self.n_layers))
-
-    def ratios(
-        self,
-        order: Tensor,  # heads, most aware first, (batch|1, heads)
-    ) -> Tensor:  # what positions are divided by, (batch|1, heads)
-        "The ratio of every head"
-        rank = order if self.as_published else order.argsort(-1)
-        return self.low + (self.high - self.low) * rank.float() / order.shape[-1]
 
     def before(self, call: LayerCall, layer: int) -> LayerCall:
         assert self.turner is not None
@@ -159,21 +159,38 @@ class MsPoE(Intervention):
         q = self.turner.turned(call, layer, call.q, by[..., off:off + n_q])
         return replace(call, q=q, k=self.turner.turned(call, layer, k, by), v=v)
 
-    def _order(self, call: LayerCall, layer: int) -> Tensor:  # (batch|1, heads)
-        if self.order is not None: return torch.tensor(self.order[layer])[None]
-        if call.mask.keep is not None and not call.mask.keep.all():
-            raise ValueError("the order of heads is found at a text's end, and this batch is padded: give texts of one length, or order=")
-        if call.mask.offset + call.mask.start == 0: self.read[layer] = self._find(call, layer)
-        elif layer not in self.read or not self.read[layer].goes_on(call):
-            raise ValueError(f"this call goes on at token {call.mask.offset + call.mask.start} of a text that ms_poe did not read last: "
-                             "read it from its beginning inside the block, one text at a time, or give order=")
-        return self.read[layer].order
+    if TYPE_CHECKING:
+        def __getattr__(self, name: str) -> Any: ...  # methods are added below
 
-    def _find(self, call: LayerCall, layer: int) -> _Read:
-        assert self.turner is not None
-        order = position_awareness(call, layer, self.turner).argsort(dim=-1, descending=True, stable=True)
-        n = call.q.shape[2]
-        return _Read(order, n, call.k[:, :, n - 1].detach().clone())
+# %% ../../nbs/measure/07_positions.ipynb #ffc94d83
+@patch
+def _order(self: MsPoE, call: LayerCall, layer: int) -> Tensor:  # (batch|1, heads)
+    if self.order is not None: return torch.tensor(self.order[layer])[None]
+    if call.mask.keep is not None and not call.mask.keep.all():
+        raise ValueError("the order of heads is found at a text's end, and this batch is padded: give texts of one length, or order=")
+    if call.mask.offset + call.mask.start == 0: self.read[layer] = self._find(call, layer)
+    elif layer not in self.read or not self.read[layer].goes_on(call):
+        raise ValueError(f"this call goes on at token {call.mask.offset + call.mask.start} of a text that ms_poe did not read last: "
+                         "read it from its beginning inside the block, one text at a time, or give order=")
+    return self.read[layer].order
+
+
+@patch
+def _find(self: MsPoE, call: LayerCall, layer: int) -> _Read:
+    assert self.turner is not None
+    order = position_awareness(call, layer, self.turner).argsort(dim=-1, descending=True, stable=True)
+    n = call.q.shape[2]
+    return _Read(order, n, call.k[:, :, n - 1].detach().clone())
+
+# %% ../../nbs/measure/07_positions.ipynb #4e085c5f
+@patch
+def ratios(
+    self: MsPoE,
+    order: Tensor,  # heads, most aware first, (batch|1, heads)
+) -> Tensor:  # what positions are divided by, (batch|1, heads)
+    "The ratio of every head"
+    rank = order if self.as_published else order.argsort(-1)
+    return self.low + (self.high - self.low) * rank.float() / order.shape[-1]
 
 # %% ../../nbs/measure/07_positions.ipynb #26600e65
 @contextmanager

@@ -10,13 +10,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from .attach import _EDITS, LayerCall, UnsupportedModel
-from .intervene import Ablate, Intervention, head_sizes, intervene
+from .intervene import Ablate, span_ends
+from .intervention import Intervention, head_sizes, intervene
 from .kernels import _needs_grad
 from .masks import positions
 from .positions import check_causal, part_of
@@ -39,9 +41,7 @@ def redistributed_masses(
 def _edges(spans: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     "Spans as (start, stop), checked"
     if not spans: raise ValueError("redistribute() needs documents: {name: range(start, stop)} in token positions")
-    out = {k: (s.start, s.stop) if isinstance(s, range) else (int(s[0]), int(s[1])) for k, s in spans.items()}
-    for name, (a, b) in out.items():
-        if not 0 <= a < b: raise ValueError(f"document {name!r} is [{a}, {b}): it must start at 0 or later and hold at least one token")
+    out = {name: span_ends(name, span, "document") for name, span in spans.items()}
     ordered = sorted(out, key=lambda k: out[k])
     for one, two in pairwise(ordered):
         if out[two][0] < out[one][1]: raise ValueError(f"the documents {one!r} and {two!r} overlap: a token belongs to one document")
@@ -99,24 +99,31 @@ class Redistribute(Intervention):
             new[sample, :, rows.start:rows.stop] = (out[sample, :, rows.start:rows.stop].to(change) + change).to(out)
         return new
 
-    def _change(self, call: LayerCall, at: Tensor, rows: range, sample: int | None) -> Tensor:  # at: (n_keys,)
-        "What is added to the output of some rows, (batch, heads, rows, d_value)"
-        lse = part_of(call, rows, sample=sample).operator().lse  # (batch, heads, rows)
-        docs = {name: keys for name, (a, b) in self.spans.items() if (keys := _where((at >= a) & (at < b)))}
-        if not docs: return lse.new_zeros(*lse.shape, call.v.shape[-1])
-        outs, inside = zip(*(part_of(call, rows, keys, sample).attend() for keys in docs.values()), strict=True)
-        logs = (torch.stack(inside) - lse).masked_fill(lse == -torch.inf, -torch.inf)  # (documents, batch, heads, rows)
-        weights = torch.tensor([self.shares[name] * (self.spans[name][1] - self.spans[name][0]) for name in docs], device=lse.device)
-        change = redistributed_masses(logs, weights) - logs.exp()
-        return torch.stack([c[..., None] * o.to(c) for c, o in zip(change, outs, strict=True)]).sum(0)
+    if TYPE_CHECKING:
+        def __getattr__(self, name: str) -> Any: ...  # methods are added below
 
-    def _check(self, call: LayerCall) -> None:
-        if _needs_grad(call.q, call.k, call.v): raise ValueError("redistribute() carries no gradients: run the model under torch.no_grad()")
-        for e in _EDITS.get(id(call.module), []):
-            what = getattr(e, "what", None)
-            if what is self: return
-            if isinstance(what, Redistribute) or (isinstance(what, Ablate) and what.mode != "uniform"):
-                raise UnsupportedModel(f"{what.name!r} has changed the outputs before redistribute(): enter redistribute() before it, once")
+# %% ../../nbs/measure/08_redistribute.ipynb #67d33e46
+@patch
+def _change(self: Redistribute, call: LayerCall, at: Tensor, rows: range, sample: int | None) -> Tensor:  # at: (n_keys,)
+    "What is added to the output of some rows, (batch, heads, rows, d_value)"
+    lse = part_of(call, rows, sample=sample).operator().lse  # (batch, heads, rows)
+    docs = {name: keys for name, (a, b) in self.spans.items() if (keys := _where((at >= a) & (at < b)))}
+    if not docs: return lse.new_zeros(*lse.shape, call.v.shape[-1])
+    outs, inside = zip(*(part_of(call, rows, keys, sample).attend() for keys in docs.values()), strict=True)
+    logs = (torch.stack(inside) - lse).masked_fill(lse == -torch.inf, -torch.inf)  # (documents, batch, heads, rows)
+    weights = torch.tensor([self.shares[name] * (self.spans[name][1] - self.spans[name][0]) for name in docs], device=lse.device)
+    change = redistributed_masses(logs, weights) - logs.exp()
+    return torch.stack([c[..., None] * o.to(c) for c, o in zip(change, outs, strict=True)]).sum(0)
+
+# %% ../../nbs/measure/08_redistribute.ipynb #0bdfcf35
+@patch
+def _check(self: Redistribute, call: LayerCall) -> None:
+    if _needs_grad(call.q, call.k, call.v): raise ValueError("redistribute() carries no gradients: run the model under torch.no_grad()")
+    for e in _EDITS.get(id(call.module), []):
+        what = getattr(e, "what", None)
+        if what is self: return
+        if isinstance(what, Redistribute) or (isinstance(what, Ablate) and what.mode != "uniform"):
+            raise UnsupportedModel(f"{what.name!r} has changed the outputs before redistribute(): enter redistribute() before it, once")
 
 # %% ../../nbs/measure/08_redistribute.ipynb #09904421
 @contextmanager

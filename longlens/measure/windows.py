@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from .attach import LayerCall, UnsupportedModel, hf_model
-from .intervene import _ACTIVE, Intervention, Turner, intervene
+from .intervene import Turner
+from .intervention import _ACTIVE, Intervention, intervene
 from .masks import ALL, Stream, positions
 from .positions import _exchange, _rotary_modules, _set, _without_bridge
 

@@ -15,7 +15,8 @@ import polars as pl
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..measure.intervene import Ablate, head_sizes, intervene, mean_outputs
+from ..measure.intervene import Ablate, mean_outputs
+from ..measure.intervention import head_sizes, intervene
 
 # %% auto #0
 __all__ = ['Heads', 'perplexity', 'answer_quality', 'random_orders', 'ablation_curve']

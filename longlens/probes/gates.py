@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..measure.attach import LayerCall, UnsupportedModel
-from ..measure.intervene import Intervention, head_sizes, intervene
+from ..measure.intervention import Intervention, head_sizes, intervene
 from ..measure.masks import Stream
 
 # %% auto #0

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..cells import Cell, Start, Task
 from ..measure.capture import capture
-from ..measure.intervene import head_sizes
 from ..measure.calls import tidy
+from ..measure.intervention import head_sizes
 from ..measure.statistics import DistanceProfile, Received, Rows
 from ..prefix import _end_ids
 from ..sweeps import sweep

@@ -25,7 +25,7 @@ PARTS = {    # part of the public reference -> the modules whose public names it
     "models": ("Models and encoders", ("models", "forward", "prefix", "encoders", "needle_lm")),
     "measuring": ("Measuring", ("measure.kernels", "measure.attention", "measure.capture", "measure.rollout")),
     "statistics": ("Statistics", ("measure.statistics", "measure.collapse")),
-    "interventions": ("Interventions", ("measure.intervene", "measure.positions", "measure.redistribute")),
+    "interventions": ("Interventions", ("measure.intervention", "measure.intervene", "measure.positions", "measure.redistribute")),
     "contexts": ("Contexts", ("pieces", "haystack", "context", "tasks", "pairs", "questions", "retrieval", "rankings")),
     "probes": ("Probes and reports", ("probes", "report", "sweeps", "cells", "cluster")),
     "more": ("Views and the rest", ()),
