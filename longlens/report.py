@@ -218,6 +218,7 @@ class Tables:
     frames: dict[str, pl.DataFrame]    # tidy tables by name
     meta: dict[str, Any] = field(default_factory=dict)    # what was run: plain values
     main: ClassVar[str] = ""    # the frame that `table` gives; the first, if empty
+    title: ClassVar[str] = ""    # what a page calls it; the name of its class, if empty
 
     def __post_init__(self) -> None:
         self.frames = check_frames(self.frames)
@@ -239,6 +240,10 @@ class Report(Tables):
     def findings(self) -> list[str]:
         "What was found, a sentence each"
         return finding_shapes(self)
+
+    def highlights(self) -> list[str]:
+        "Those of the findings that a page begins with"
+        return self.findings()[:2]
 
     def chart(self) -> Any:
         "The report as an Altair chart"

@@ -225,6 +225,36 @@ def test_a_small_screen_needs_no_sideways_scrolling(opened: Any) -> None:
     assert opened.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
+PLACES = """() => [...document.querySelectorAll("figure.pairs .chart")].map(c => {
+    const box = c.getBoundingClientRect(), svg = c.querySelector("svg.marks");
+    return {x: box.x, y: box.y, scale: svg ? svg.getBoundingClientRect().width / svg.width.baseVal.value : 1}; })"""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("width", "beside"), [(1600, True), (1280, True), (980, True), (940, False), (400, False)])
+def test_pairs_stay_pairs_until_there_is_no_room(opened: Any, width: int, beside: bool) -> None:
+    "Two charts that belong together are in one line, or one below the other; neither is drawn at less than three quarters"
+    opened.set_viewport_size({"width": width, "height": 900})
+    left, right = opened.evaluate(PLACES)
+    assert (left["y"] == right["y"] and left["x"] < right["x"]) if beside else (left["x"] == right["x"] and left["y"] < right["y"])
+    assert min(left["scale"], right["scale"]) >= 0.74
+    assert opened.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+@pytest.mark.browser
+def test_links_lead_from_findings_to_their_report(opened: Any) -> None:
+    "Two findings of each report, each beside a link; all of them are one click away, where the report begins"
+    assert opened.locator(".findings .probe").count() == 2
+    assert opened.locator(".findings .probe").first.locator("li").count() == 2
+    link = opened.locator(".findings a").first
+    part = opened.locator(link.get_attribute("href"))
+    assert part.inner_text() == link.inner_text() == "Hostile report"
+    rest = opened.locator("details.found")
+    assert rest.count() == 1 and rest.locator("li").count() == len(HOSTILE) and not rest.locator("li").last.is_visible()
+    rest.locator("summary").click()
+    assert rest.locator("li").last.is_visible()
+
+
 @pytest.mark.browser
 def test_a_canvas_follows_the_colour_scheme(opened: Any) -> None:
     canvas = opened.locator("[data-drawn='canvas'] canvas")

@@ -12,13 +12,14 @@ import polars as pl
 from ..report import Report
 
 # %% auto #0
-__all__ = ['LAYER_NAMES', 'COLLAPSE_EXPLAINED', 'TAU_NAMES', 'CollapseReport']
+__all__ = ['LAYER_NAMES', 'STATES', 'COLLAPSE_EXPLAINED', 'TAU_NAMES', 'CollapseReport']
 
 # %% ../../nbs/probes/05d_collapse_report.ipynb #2f06fbba
 class CollapseReport(Report):
     """How embeddings lie together by length, what the layers do, and what changes it"""
 
     main: ClassVar[str] = "similarity"
+    title: ClassVar[str] = "Length collapse"
 
     def findings(self) -> list[str]:
         """What was found, a sentence each"""
@@ -26,6 +27,10 @@ class CollapseReport(Report):
                 *_said_taus(self), *_said_retrieval(self), *_said_windows(self), _said_shortened(self), _said_left_out(self),
                 _said_embedded(self)]
         return [s for s in made if s]
+
+    def highlights(self) -> list[str]:
+        """Whether there is a collapse, and what else could look like one"""
+        return [s for s in (_said_cosine(self), _said_filler(self) or _said_average(self)) if s]
 
     def sections(self) -> list[Any]:
         """The report as a page shows it"""
@@ -122,6 +127,7 @@ def _said_rank(r: CollapseReport) -> str:
 # %% ../../nbs/probes/05d_collapse_report.ipynb #44104f1a
 LAYER_NAMES = {"sigma_a": "sigma_a", "high_frequency": "high-frequency share", "token_similarity": "cosine of two tokens",
                "entropy_norm": "attention entropy over log n"}
+STATES = {"high_frequency", "token_similarity"}  # measures of the hidden states after a layer; the others are of its attention
 
 
 def _runs(layers: list[int]) -> str:
@@ -216,7 +222,7 @@ def _said_shortened(r: CollapseReport) -> str:
     said = (f"cut short, {task} at {n:,} tokens: the first {quarter['dims']} of {full['dims']} numbers have nDCG@10 {quarter['value']:.2f} "
             f"(all: {full['value']:.2f})")
     below = f.filter(pl.col("layer") < full["layer"], dims=full["dims"]).sort("layer")
-    if len(below): said += f"; layer {below['layer'][-1]} of {full['layer']}, all numbers: {below['value'][-1]:.2f}"
+    if len(below): said += f"; after {below['layer'][-1]} of {full['layer']} layers, all numbers: {below['value'][-1]:.2f}"
     if 0 in below["layer"] and len(below) > 1: said += f"; the input vectors, which no layer has read: {below['value'][0]:.2f}"
     return said
 
@@ -250,14 +256,16 @@ COLLAPSE_EXPLAINED = {
     "map": "All texts on the first two principal axes of their embeddings (and by UMAP, which keeps neighbours, where it is installed).",
     "layers": "High-frequency share: how much of a layer's states differs between tokens. sigma_a: the most that the attention of a head "
               "passes on of a difference, mean over heads; theory has it fall with length where logits are random, which a sink is not. "
-              "Entropy 1: attention to all tokens alike. Bands: 95 % intervals over {layer_documents} documents.",
+              "Entropy 1: attention to all tokens alike. Layers are counted from 0; sigma_a and entropy are of a layer's attention, "
+              "the other two of the hidden states after it. Bands: 95 % intervals over {layer_documents} documents.",
     "heads": "sigma_a of every head at the longest texts, mean over documents.",
     "taus": "Attention logits divided by a temperature in every layer (TempScale); below 1 is sharper. sigma_a and entropy: means over "
             "layers and heads. Bands: 95 % intervals over documents or queries.",
     "retrieval": "Share of {queries} queries whose document comes first (Acc@1), and nDCG@10. Bands: 95 % intervals over queries.",
     "windows": "Documents longer than the encoder reads: cut where its positions end, or read whole with positions made in other "
                "ways, for which it was not trained.",
-    "shortened": "Embeddings made of the states after fewer layers (0: the input of the first), and of fewer of their numbers.",
+    "shortened": "Embeddings made of the hidden states after fewer layers, and of fewer of their numbers. Here it is layers that were read "
+                 "which are counted: 0 is the input, 1 the states after layer 0, and so on.",
 }
 
 # %% ../../nbs/probes/05d_collapse_report.ipynb #70b3f44a
@@ -322,7 +330,9 @@ def _headed(name: str) -> str: return name if "_" in name else name[0].upper() +
 
 def _layer_section(r: CollapseReport) -> Any:
     f = r.frames["layers"].filter(condition="none").filter(pl.col("context_length").is_in(_few(r.meta["settings"]["lengths"])))
-    charts = [_curve(f.filter(measure=m), _headed(name), "layer", "context_length", name=name) for m, name in LAYER_NAMES.items()]
+    f = f.with_columns(after_layer=pl.col("layer"))
+    x = lambda m: "after_layer" if m in STATES else "layer"
+    charts = [_curve(f.filter(measure=m), _headed(name), x(m), "context_length", name=name) for m, name in LAYER_NAMES.items()]
     return _section(r, "Layer by layer", "layers", charts, r.frames["layers"], 2)
 
 # %% ../../nbs/probes/05d_collapse_report.ipynb #3ea1a9d7

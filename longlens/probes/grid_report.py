@@ -20,11 +20,16 @@ class GridReport(Report):
     """Needles found, by depth and context length"""
 
     main: ClassVar[str] = "grid"
+    title: ClassVar[str] = "Needles in a haystack"
 
     def findings(self) -> list[str]:
         """What was found, a sentence each"""
         made = [*_said_kinds(self), _said_worst(self), *_said_help(self), said_cut(self), said_cost(self)]
         return [s for s in made if s]
+
+    def highlights(self) -> list[str]:
+        """How far it reaches, and where it is worst"""
+        return [s for s in (*_said_kinds(self)[:2], _said_worst(self)) if s]
 
     def sections(self) -> list[Any]:
         """The report as a page shows it"""
@@ -87,7 +92,8 @@ def _said(r: GridReport, title: str, key: str, charts: list[Any], table: pl.Data
 def _grid_section(r: GridReport) -> Any:
     from longlens.views.grids import depth_map
     f, kinds = r.frames["answers"].filter(remedy="none"), r.meta["settings"]["kinds"]
-    charts = [depth_map(f.filter(kind=k), "score", title=k.replace("_", " ").capitalize(), domain=(0, 1), unit="share") for k in kinds]
+    title = lambda kind: "Needles found" if len(kinds) == 1 else kind.replace("_", " ").capitalize()
+    charts = [depth_map(f.filter(kind=k), "score", title=title(k), domain=(0, 1), unit="share") for k in kinds]
     return _said(r, "Needles found", "grid", charts, r.frames["grid"], 1 if len(charts) < 2 else 2)
 
 

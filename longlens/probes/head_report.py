@@ -13,14 +13,17 @@ import polars as pl
 from ..report import Report
 
 VIEWS = "copy_score", "induction", "previous_token", "qr_score", "gate"  # other scores of the same heads
+VIEW_TITLES = {"qr_score": "QR score", "gate": "DuoAttention gate", "induction": "Attention to the induction target",
+               "previous_token": "Attention to the previous token"}
 
 # %% auto #0
-__all__ = ['VIEWS', 'HEADS_EXPLAINED', 'HeadReport']
+__all__ = ['VIEWS', 'VIEW_TITLES', 'HEADS_EXPLAINED', 'HeadReport']
 
 # %% ../../nbs/probes/01d_head_report.ipynb #4d681b34
 class HeadReport(Report):
     "Retrieval heads of a model: scores, their certainty, other views, and what happens without them"
     main: ClassVar[str] = "heads"
+    title: ClassVar[str] = "Heads that copy"
 
     @property
     def ranked(self) -> list[tuple[int, int]]:
@@ -37,6 +40,10 @@ class HeadReport(Report):
     def findings(self) -> list[str]:
         "What was found, a sentence each"
         return [said for make in (_said_found, _said_share, _said_sure, _said_kind, _said_proof) if (said := make(self))]
+
+    def highlights(self) -> list[str]:
+        "How many were found, and what is lost without them"
+        return [said for make in (_said_found, _said_proof) if (said := make(self))]
 
     def sections(self) -> list[Any]:
         "The report as a page shows it"
@@ -150,7 +157,7 @@ def _views_section(r: HeadReport) -> Any:
     f = r.frames["heads"]
     names = [v for v in VIEWS[1:] if v in f.columns]
     if not names: return None
-    charts = [head_map(f, v, title=v.replace("_", " ").capitalize(), unit="" if v == "qr_score" else "share") for v in names]
+    charts = [head_map(f, v, title=VIEW_TITLES[v], unit="" if v == "qr_score" else "share") for v in names]
     return _page_section("Other views of the same heads", "views", charts, r.frames["agreement"])
 
 

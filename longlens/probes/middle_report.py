@@ -19,6 +19,7 @@ class MiddleReport(Report):
     """Answers by where the right document stood: scores, attention, remedies"""
 
     main: ClassVar[str] = "curve"
+    title: ClassVar[str] = "Lost in the middle"
 
     def findings(self) -> list[str]:
         """What was found, a sentence each"""

@@ -262,6 +262,7 @@ def text_frames(
 class SinkReport(Report):
     "Attention sinks of a model: the published metric, heads, positions, tokens, lengths, and what makes them sinks"
     main: ClassVar[str] = "heads"
+    title: ClassVar[str] = "Attention sinks"
 
     def findings(self) -> list[str]:
         "What was found, in five sentences"

@@ -122,7 +122,7 @@ def embedding_map(
 
 # %% ../../nbs/views/00d_collapse.ipynb #98637a25
 def truncation_map(
-    frame: pl.DataFrame,  # columns layer, dims, value
+    frame: pl.DataFrame,  # columns layer (how many were read; 0: the input), dims, value
     title: str,  # above the map
     unit: str = "",  # of the value
     domain: tuple[float, float] | None = None,  # ends of the colour scale; None: those of the data
@@ -137,8 +137,8 @@ def truncation_map(
     n_x, n_y = rows["dims"].n_unique(), rows["layer"].n_unique()
     w, h = max(34, min(70, 480 // n_x)), max(18, min(34, 300 // n_y))
     x = alt.X("dims", **_ordinal(rows["dims"], "numbers kept", "", w * n_x, 30))
-    y = alt.Y("layer", **_ordinal(rows["layer"], "layer", "", h * n_y, 16))
-    tips = _tips(("layer", "quantitative", "layer"), ("dims", "quantitative", "numbers"), ("value", "quantitative", name))
+    y = alt.Y("layer", **_ordinal(rows["layer"], "layers read (0: the input)", "", h * n_y, 16))
+    tips = _tips(("layer", "quantitative", "layers read"), ("dims", "quantitative", "numbers"), ("value", "quantitative", name))
     low, high = domain or _span(rows["value"].min(), rows["value"].max())
     told = rows.with_columns(dark=(pl.col("value") - low) / max(high - low, 1e-9) < 0.6,
                              text=pl.Series([f"{v:.2f}" for v in rows["value"]], dtype=pl.String))

@@ -23,9 +23,10 @@ from ..report import Report, atomic_write
 from .text import visible
 
 # %% auto #0
-__all__ = ['INK', 'PAGE', 'MANY', 'NO_SCRIPT', 'Section', 'sections_of', 'say', 'paragraphs', 'table_html', 'as_json', 'drawing',
-           'apart', 'figure', 'section_html', 'facts', 'leaves', 'run_html', 'findings_html', 'contents_html',
-           'vega_script', 'static', 'policy', 'scripts_html', 'body_html', 'page_html', 'write_page']
+__all__ = ['INK', 'PAGE', 'MANY', 'Part', 'NO_SCRIPT', 'Section', 'sections_of', 'say', 'paragraphs', 'table_html', 'as_json',
+           'drawing', 'apart', 'beside', 'figure', 'section_html', 'facts', 'leaves', 'run_html', 'all_findings_html',
+           'findings_html', 'contents_html', 'vega_script', 'static', 'policy', 'scripts_html', 'part_html',
+           'page_html', 'write_page']
 
 # %% ../../nbs/views/01_page.ipynb #a01e0ce3
 @dataclass
@@ -137,6 +138,15 @@ def apart(
         out += apart(one)
     return out
 
+# %% ../../nbs/views/01_page.ipynb #a83c5be0
+def beside(
+    chart: Any,    # an Altair chart
+) -> bool:
+    "Are its parts to stand beside each other? They are arranged so, or narrow enough"
+    parts, columns = apart(chart), getattr(chart, "columns", 1)
+    narrow = all(isinstance(width := getattr(p, "width", None), int) and width <= 440 for p in parts)
+    return len(parts) > 1 and (narrow or hasattr(chart, "hconcat") or (isinstance(columns, int) and columns > 1))
+
 # %% ../../nbs/views/01_page.ipynb #5b13867c
 def figure(
     section: Section,              # with a chart
@@ -144,11 +154,12 @@ def figure(
 ) -> str:                          # HTML
     "Places for the charts of a section"
     places = []
+    pairs = "pairs" if beside(section.chart) else ""
     for chart in apart(section.chart):
         drawings.append(drawing(chart))
         said = drawings[-1]["spec"].get("description") or section.title
         places.append(f'<div class="chart" data-chart="{len(drawings) - 1}" role="group" aria-label="{say(said, 600)}"></div>')
-    return f'<figure aria-label="{say(section.title, 200)}">{"".join(places)}</figure>'
+    return f'<figure class="{pairs}" aria-label="{say(section.title, 200)}">{"".join(places)}</figure>'
 
 # %% ../../nbs/views/01_page.ipynb #9c8b1727
 def section_html(
@@ -198,28 +209,56 @@ def run_html(
     return f'<div class="scroll"><table class="run"><caption>{say(_name(report))}</caption><tbody>{rows}</tbody></table></div>'
 
 
-def _name(report: Report) -> str:    # SinkReport: Sink report; Trace by loo: Trace, loo
-    name = "".join(f" {c.lower()}" if c.isupper() and i else c for i, c in enumerate(type(report).__name__))
+def _folded(reports: Sequence[Report]) -> str:
+    if len(reports) == 1: return run_html(reports[0])
+    return "".join(f"<details><summary>{say(_name(r))}</summary>{run_html(r)}</details>" for r in reports)
+
+
+def _name(report: Report) -> str:    # its title, or ToyReport: Toy report; with the method, if there is one
+    kind = type(report).__name__
+    name = report.title or "".join(f" {c.lower()}" if c.isupper() and i else c for i, c in enumerate(kind))
     return f"{name}, {method}" if isinstance(method := report.meta.get("method"), str) else name
 
 # %% ../../nbs/views/01_page.ipynb #8e07a3b0
+def _list(lines: Sequence[str]) -> str: return f'<ul>{"".join(f"<li>{say(line)}</li>" for line in lines)}</ul>'
+
+
+def all_findings_html(
+    report: Report,    # any report
+) -> str:              # HTML; nothing, where its highlights are all
+    "The findings that a page does not begin with, with those that it does, folded"
+    found = report.findings()
+    if not [line for line in found if line not in report.highlights()]: return ""
+    return f"<details class='found'><summary>All {len(found)} findings</summary>{_list(found)}</details>"
+
+
 def findings_html(
     reports: Sequence[Report],    # those of the page
+    few: int = 6,                 # so many of a single report are all shown
 ) -> str:                         # HTML
-    "The findings of all reports, a list each"
-    def told(report: Report) -> str:
-        lines = "".join(f"<li>{say(line)}</li>" for line in report.findings())
-        return f"<h3>{say(_name(report))}</h3>" * (len(reports) > 1) + f"<ul>{lines}</ul>"
-    return f'<section class="findings"><h2>Main findings</h2>{"".join(map(told, reports))}</section>'
+    "The findings that matter most, with links to what stands behind them"
+    def told(i: int, report: Report) -> str:
+        return f'<div class="probe"><h3><a href="#report-{i}">{say(_name(report))}</a></h3>{_list(report.highlights())}</div>'
+    if len(reports) > 1: main = "".join(told(i, r) for i, r in enumerate(reports, 1))
+    elif len(found := reports[0].findings()) <= few: main = _list(found)
+    else: main = _list(reports[0].highlights()) + all_findings_html(reports[0])
+    return f'<section class="findings"><h2>Main findings</h2>{main}</section>'
+
+# %% ../../nbs/views/01_page.ipynb #2f6a90d4
+Part = tuple[str, list[tuple[str, str]]]    # what a report is called; anchor and title of each of its sections
 
 
 def contents_html(
-    titles: Sequence[tuple[str, str]],    # anchor and title
-    least: int = 4,                       # fewer sections need no list
-) -> str:                                 # HTML
-    "Links to the sections, on a page that is long"
-    if len(titles) < least: return ""
-    return f'<nav aria-label="Contents"><ol>{"".join(f"<li><a href=#{a}>{say(t, 200)}</a></li>" for a, t in titles)}</ol></nav>'
+    parts: Sequence[Part],    # of the page
+    least: int = 4,           # fewer sections need no list
+) -> str:                     # HTML
+    "Links to the sections of a page that is long; folded where there are several reports"
+    links = lambda titles: f"<ol>{''.join(f'<li><a href=#{a}>{say(t, 200)}</a></li>' for a, t in titles)}</ol>"
+    n = sum(len(titles) for _, titles in parts)
+    if n < least: return ""
+    if len(parts) == 1: return f'<nav aria-label="Contents">{links(parts[0][1])}</nav>'
+    inner = "".join(f"<div><h3>{say(name)}</h3>{links(titles)}</div>" for name, titles in parts)
+    return f'<nav aria-label="Contents"><details><summary>All {n} sections</summary><div class="parts">{inner}</div></details></nav>'
 
 # %% ../../nbs/views/01_page.ipynb #4f292552
 @lru_cache(1)
@@ -257,20 +296,17 @@ def scripts_html(
     return "\n".join([data, *code]), charts + module
 
 # %% ../../nbs/views/01_page.ipynb #194ce08f
-def body_html(
-    reports: Sequence[Report],         # what to show
+def part_html(
+    report: Report,                    # what to show
+    number: int,                       # of the report on its page, from 1; 0: it is the only one
     drawings: list[dict[str, Any]],    # all charts; filled here
     texts: list[dict[str, Any]],       # all texts; filled here
-) -> tuple[str, list[tuple[str, str]]]:    # HTML, and anchors with titles
-    "Every section of every report"
-    parts: list[str] = []
-    titles: list[tuple[str, str]] = []
-    for report in reports:
-        if len(reports) > 1: parts.append(f"<h2>{say(_name(report))}</h2>")
-        for section in sections_of(report):
-            titles.append((f"section-{len(titles) + 1}", section.title))
-            parts.append(section_html(section, titles[-1][0], 3 if len(reports) > 1 else 2, drawings, texts))
-    return "".join(parts), titles
+) -> tuple[str, Part]:                 # HTML, and what stands in it
+    "Every section of a report"
+    sections = [(f"section-{number or 1}-{i}", s) for i, s in enumerate(sections_of(report), 1)]
+    head = f'<h2 id="report-{number}">{say(_name(report))}</h2>{all_findings_html(report)}' if number else ""
+    body = "".join(section_html(s, anchor, 3 if number else 2, drawings, texts) for anchor, s in sections)
+    return head + body, (_name(report), [(anchor, s.title) for anchor, s in sections])
 
 # %% ../../nbs/views/01_page.ipynb #772aa488
 NO_SCRIPT = "<noscript><p class='note'>The pictures need JavaScript, which is off here. Words and tables do not.</p></noscript>"
@@ -283,7 +319,8 @@ def page_html(
     "Reports as one HTML page that needs no network"
     drawings: list[dict[str, Any]] = []
     texts: list[dict[str, Any]] = []
-    body, titles = body_html(reports, drawings, texts)
+    parts = [part_html(r, i if len(reports) > 1 else 0, drawings, texts) for i, r in enumerate(reports, 1)]
+    body = "".join(html for html, _ in parts)
     code, scripts = scripts_html(drawings, texts)
     style = static("page.css") + static("tokens.css") * bool(texts)
     line = "".join(f"<span>{say(fact, 120)}</span>" for fact in facts(reports[0].meta))
@@ -294,8 +331,8 @@ def page_html(
 <title>{say(title, 200)}</title><link rel="icon" href="data:,">
 <style>{style}</style></head>
 <body><header><h1>{say(title, 200)}</h1><p class="facts">{line}</p></header>{NO_SCRIPT if scripts else ""}
-<main>{findings_html(reports)}{contents_html(titles)}{body}
-<section id="run"><h2>What was run</h2>{"".join(map(run_html, reports))}</section></main>
+<main>{findings_html(reports)}{contents_html([part for _, part in parts])}{body}
+<section id="run"><h2>What was run</h2>{_folded(reports)}</section></main>
 <footer>Made by longlens. This page is one file: nothing is loaded, nothing is sent.</footer>
 {code}
 </body></html>

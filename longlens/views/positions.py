@@ -89,7 +89,8 @@ def _references(lines: Mapping[str, float], y_how: dict[str, Any], y_at: Any, he
 # %% ../../nbs/views/00b_positions.ipynb #b58f743e
 _X_NAMES = {"gold_index": "gold index: the place of the answer, from 0", "position": "place of the answer, from 1",
             "depth_percent": "depth of the answer (%)",
-            "context_length": "context length (tokens, log scale)"}
+            "context_length": "context length (tokens, log scale)",
+            "layer": "layer, from 0", "after_layer": "hidden states after layer, from 0"}
 
 
 def _x_places(at: pl.Series, x: str, shown: bool, field: str = "x") -> alt.X:

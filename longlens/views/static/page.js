@@ -15,6 +15,8 @@
     const {spec, renderer} = charts[Number(place.dataset.chart)];
     try {
       await vegaEmbed(place, renderer === "canvas" ? inked(spec, place) : spec, {...options, renderer});
+      const svg = place.querySelector("svg.marks");    // smaller where there is no room, but not so small that nobody reads it
+      if (svg) svg.style.minWidth = `${0.75 * svg.width.baseVal.value}px`;
       place.dataset.drawn = renderer;
     } catch (error) {
       place.textContent = `This chart could not be drawn: ${error.message}`;
