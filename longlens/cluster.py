@@ -5,155 +5,25 @@
 # %% ../nbs/04d_cluster.ipynb #ae09f812
 from __future__ import annotations
 
-import copy
-import heapq
 import logging
 import os
-import sys
 import textwrap
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
 from .cells import Cell, Task, fingerprint
 from .measure.intervene import interventions
-from .plan import Batch, Plan, chain_tokens, tokens_of
+from .plan import Plan, chain_tokens, tokens_of
+from .shipping import ClusterError, Job, _loads, _ray, cut_jobs, pack_model, unpack_model
 from .sweeps import Done, Runner, SweepWarning, do_batch
 
 # %% auto #0
-__all__ = ['Said', 'PATIENCE', 'ClusterError', 'Job', 'cut_jobs', 'pack_model', 'unpack_model', 'Worker', 'pack_job', 'Crew',
-           'Cluster', 'start_ray']
-
-# %% ../nbs/04d_cluster.ipynb #a03ef4e0
-class ClusterError(RuntimeError):
-    """A sweep cannot run on this cluster, or not any further; the message says why, and the way out"""
-
-
-def _ray() -> Any:
-    """The module ray. It is not to say on the screen that a worker died: the sweep does."""
-    if "ray" not in sys.modules: os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed while executing")
-    try: return import_module("ray")
-    except ImportError as e: raise ImportError('engine="ray" needs Ray: pip install longlens[ray]') from e
-
-# %% ../nbs/04d_cluster.ipynb #463d866a
-@dataclass(frozen=True)
-class Job:
-    """Batches that one worker does, one after another."""
-
-    number: int
-    batches: tuple[Batch, ...]
-    deaths: int = 0  # workers that died in the first of them
-
-    @property
-    def cells(self) -> list[int]:
-        """Numbers of its cells."""
-        return [i for b in self.batches for i in b.cells]
-
-
-def _cut(batches: Sequence[Batch], cells: Sequence[Cell], many: int) -> list[Job]:
-    """Jobs of about equal size, cut where the next one has little to compute again."""
-    again = [b.shared - c for b, c in zip(batches, chain_tokens(batches, cells), strict=True)]
-    ends = np.cumsum([0, *tokens_of(batches, cells)])
-    size, cuts = ends[-1] / many, [0]
-    for goal in size * np.arange(1, many):
-        first, last = np.searchsorted(ends, [goal - size / 2, goal + size / 2])
-        near = range(max(cuts[-1] + 1, int(first)), min(len(batches), int(last)))
-        if near: cuts.append(min(near, key=lambda i: (again[i], abs(ends[i] - goal))))
-    return [Job(k, tuple(batches[a:b])) for k, (a, b) in enumerate(zip(cuts, [*cuts[1:], len(batches)], strict=True))]
-
-# %% ../nbs/04d_cluster.ipynb #7225d175
-def _last_done(jobs: Sequence[Job], cells: Sequence[Cell], workers: int) -> int:
-    """Tokens until the last worker is done."""
-    busy = [0] * workers
-    for j in jobs: heapq.heapreplace(busy, busy[0] + sum(tokens_of(j.batches, cells)))
-    return max(busy)
-
-
-def cut_jobs(
-    batches: Sequence[Batch],  # in the order of the plan
-    cells: Sequence[Cell],  # all cells
-    workers: int,  # who will do them
-) -> list[Job]:
-    """Batches as jobs, at most four for each worker."""
-    ways = [_cut(batches, cells, k * workers) for k in (4, 3, 2, 1)]
-    last = [_last_done(jobs, cells, workers) for jobs in ways]
-    return next(jobs for jobs, tokens in zip(ways, last, strict=True) if tokens <= 1.1 * min(last))
-
-# %% ../nbs/04d_cluster.ipynb #43593610
-@dataclass(frozen=True, eq=False)
-class _Weight:
-    """What stands in for a tensor of the model while it is sent."""
-
-    values: np.ndarray  # its bytes, (n,), uint8
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    trained: bool | None  # does a parameter require gradients? None: it is no parameter
-
-    def __reduce__(self) -> tuple[Callable, tuple]:
-        return _arrived, (self.values, self.dtype, self.shape, self.trained)
-
-
-def _arrived(values: np.ndarray, dtype: torch.dtype, shape: tuple[int, ...], trained: bool | None) -> Tensor:
-    """The tensor again, in memory of its own."""
-    x = torch.empty(shape, dtype=dtype)
-    x.reshape(-1).view(torch.uint8).numpy()[:] = values
-    return x if trained is None else nn.Parameter(x, requires_grad=trained)
-
-
-def _departing(name: str, x: Tensor) -> _Weight:
-    """A tensor of the model, ready to be sent."""
-    if type(x) not in (Tensor, nn.Parameter) or x.is_meta:
-        what = "on the meta device (offloaded)" if x.is_meta else f"a {type(x).__name__} (quantized?)"
-        raise ClusterError(f"the model of this process cannot be sent, because its {name} is {what}: say where workers load it, with load=")
-    values = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return _Weight(values, x.dtype, tuple(x.shape), x.requires_grad if isinstance(x, nn.Parameter) else None)
-
-# %% ../nbs/04d_cluster.ipynb #c61e3b86
-def _tensors(hf: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, buffers and other tensors that modules hold, with their names."""
-    for name, module in hf.named_modules():
-        for held in (module._parameters, module._buffers, vars(module)):
-            yield from ((f"{name}.{k}", v) for k, v in held.items() if isinstance(v, Tensor))
-
-
-def pack_model(
-    lm: Any,  # LongModel
-) -> tuple[bytes, list[np.ndarray]]:  # the pickled modules, the weights
-    """A model to be sent to workers."""
-    if len(set((getattr(lm.hf, "hf_device_map", None) or {}).values())) > 1:
-        raise ClusterError(f"{lm.name} is spread over several devices here, and cannot be sent: say where workers load it, as in "
-                           f"Cluster(gpus=4, load=dict(model=..., device_map='auto'))")
-    memo: dict[int, Any] = {id(x): _departing(name, x) for name, x in _tensors(lm.hf)}
-    weights: list[Any] = []
-    parts = (copy.deepcopy(lm.hf, memo), lm.tokenizer, lm.name, lm.allow_longer)
-    modules = _ray().cloudpickle.dumps(parts, protocol=5, buffer_callback=weights.append)
-    return modules, [np.frombuffer(w, dtype=np.uint8) for w in weights]
-
-
-def unpack_model(
-    packed: tuple[bytes, list[np.ndarray]],  # from `pack_model`
-    device: str = "cpu",  # where it goes
-) -> Any:  # LongModel
-    """The model again."""
-    from longlens.models import LongModel
-
-    hf, tokenizer, name, allow_longer = _loads(*packed)
-    return LongModel(hf.to(device), tokenizer, name, allow_longer)
-
-
-def _loads(data: bytes, buffers: Sequence[np.ndarray] = ()) -> Any:
-    """What was sent; an error that helps if it needs a module that is not here."""
-    try: return _ray().cloudpickle.loads(data, buffers=buffers)
-    except (ImportError, AttributeError) as e:
-        raise ClusterError(f"{e}: what was sent needs a module that workers cannot import. Install it on every node, or hand it over: "
-                           f"ray.init(runtime_env={{'working_dir': '.'}}) before the sweep") from e
+__all__ = ['Said', 'PATIENCE', 'Worker', 'pack_job', 'Crew', 'Cluster', 'start_ray']
 
 # %% ../nbs/04d_cluster.ipynb #a701a3de
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .models import _check_folder
+from .model_files import _check_folder
 from .pooling import POOLINGS, Pooling, _as_modes, _Dense, _unit
 
 # %% auto #0

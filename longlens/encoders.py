@@ -17,10 +17,10 @@ from .encoder_files import _folder_steps, _heads, _object_steps, _read_json, _se
 from .encoder_inputs import EncoderTokens
 from .encoding import Encoded, Encoder
 from .forward import HFModel, HFTokenizer, ModelFacts
-from longlens.models import (
-    _CONFIG_FILES, _check_device, _check_dtype, _check_folder, _check_weights, _folder, _locate, _name_of, _quiet, _read_config,
-    _read_tokenizer,
+from longlens.model_files import (
+    _CONFIG_FILES, _check_device, _check_dtype, _check_folder, _check_weights, _folder, _locate, _quiet, _read_config, _read_tokenizer,
 )
+from .models import _name_of
 from .pooling import POOLINGS, Pooling, _Dense
 
 _all_ = ["POOLINGS", "Pooling", "EncoderTokens", "Encoder", "Encoded"]

@@ -128,6 +128,18 @@ def _as_ids(
         raise ValueError(f"token id {int(bad[0])} is out of range: the model has {rows} tokens (0 to {rows - 1})")
     return ids.detach().long().cpu()
 
+# %% ../nbs/01a_forward.ipynb #9c4b8a64
+def _as_tokens(
+    x: Tokens | TokenIds,  # (n,)
+    rows: int,  # how many embeddings the model has
+    tokenizer: HFTokenizer | None,  # only to show the tokens
+) -> Tokens:
+    """`x` as one sequence of tokens."""
+    t = x if isinstance(x, Tokens) else Tokens(_as_ids(x, rows), tokenizer=tokenizer)
+    if t.ids.ndim != 1:
+        raise ValueError(f"one sequence of tokens is wanted, and the ids have shape {tuple(t.ids.shape)}")
+    return t
+
 # %% ../nbs/01a_forward.ipynb #f01af038
 def _first(config: Any, *names: str) -> Any:
     """The first of the named settings that the config has."""
@@ -223,11 +235,7 @@ class TokenModel(ModelFacts):
         allow_longer: bool | None = None,  # go past `max_length`; None: as the model was loaded
     ) -> Tokens:
         """Token ids with offsets. Empty, unknown or too long input raises; nothing is cut."""
-        t = self._encode(x, add_special_tokens) if isinstance(x, str) else x
-        if not isinstance(t, Tokens):
-            t = Tokens(_as_ids(t, self._rows), tokenizer=self.tokenizer)
-        if t.ids.ndim != 1:
-            raise ValueError(f"one sequence of tokens is wanted, and the ids have shape {tuple(t.ids.shape)}")
+        t = self._encode(x, add_special_tokens) if isinstance(x, str) else _as_tokens(x, self._rows, self.tokenizer)
         self._check_one(len(t), allow_longer)
         return t
 

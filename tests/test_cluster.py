@@ -182,5 +182,5 @@ def test_refused(two_workers: None, lm: LongModel, cells: list[Cell]) -> None:
 def test_without_ray(lm: LongModel, cells: list[Cell], monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None: raise ImportError(name)
 
-    monkeypatch.setattr(cluster, "import_module", missing)
+    monkeypatch.setattr("longlens.shipping.import_module", missing)
     with pytest.raises(ImportError, match=r"pip install longlens\[ray\]"): sweep(lm, cells, NextToken(), engine="ray")
