@@ -215,7 +215,7 @@ def _split_data(
     right = {f"q{q}": {f"d{d}": 1 for d in found} for q, found in enumerate(task.relevant)}
     return {"queries": table(task.queries, "q"), "corpus": table(task.documents, "d"), "relevant_docs": right, "top_ranked": None}
 
-
+# %% ../nbs/03f_mteb.ipynb #4d5f6525
 def mteb_task(
     tasks: RetrievalTask | Sequence[RetrievalTask],  # one, or the same at several lengths
     name: str | None = None,  # how mteb calls it; None: the name of the task

@@ -39,7 +39,7 @@ class _Brief:
     threads: int
     allow_longer: bool = False  # as here
 
-
+# %% ../nbs/04d_cluster.ipynb #4da859f3
 def _model_there(brief: _Brief, sent: Sequence[Any]) -> Any:
     """The model of a worker."""
     from longlens.models import LongModel, load
@@ -72,7 +72,7 @@ def _listen(work: Callable[..., Done], *args: Any) -> tuple[Done | None, Said, E
         except Exception as e: error = e
     return done, [(w.category, str(w.message)) for w in heard if issubclass(w.category, UserWarning)], error
 
-
+# %% ../nbs/04d_cluster.ipynb #e49785e6
 class Worker:
     """A model at work in a process of the cluster."""
 
@@ -119,7 +119,7 @@ class _Hand:
     name: str
     job: Job | None = None  # None: it loads the model, or waits
 
-
+# %% ../nbs/04d_cluster.ipynb #0ff7db8c
 class Crew:
     """Workers of a cluster, what they do, and what is left to do."""
 
@@ -176,7 +176,7 @@ def _bury(crew: Crew, hand: _Hand, error: BaseException) -> None:
     if crew.idle and crew.jobs: crew.give(crew.idle.pop())
     elif crew.jobs: crew.hire(hand.number)
 
-
+# %% ../nbs/04d_cluster.ipynb #21505145
 def _check_loading(crew: Crew, hand: _Hand, error: BaseException) -> None:
     """Raise if one worker after another dies before it is ready."""
     crew.lost += 1
@@ -213,7 +213,7 @@ def _work(crew: Crew, size: int) -> Iterator[Done]:
                 continue
             if done is not None: yield done
 
-
+# %% ../nbs/04d_cluster.ipynb #0b482ff3
 def _deaths() -> tuple[type[Exception], ...]:
     """What Ray raises for a worker or a node that is gone."""
     e = _ray().exceptions

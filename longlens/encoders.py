@@ -117,7 +117,7 @@ def _from_files(
     hf = _read_states_model(str(where), config, trust_remote_code=trust, **kw)
     return hf, tokenizer, {**settings, "heads": _heads(steps)}
 
-
+# %% ../nbs/01g_encoders.ipynb #ea5ff81e
 def _states_config(
     folder: Path,  # of the model itself
     trust_remote_code: bool,  # run code that comes with it

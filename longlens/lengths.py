@@ -71,7 +71,7 @@ def _prefix(
         if n == length: break
     return best
 
-
+# %% ../nbs/03e_lengths.ipynb #ab13b3e0
 class CutTexts(dict[int, list[str]]):
     """Length -> the texts cut to it; `tokens` says how many tokens each has, `dropped` which texts were too short."""
 
@@ -103,7 +103,7 @@ def _long_enough(
                          "(long_texts makes them), ask for shorter lengths" + ", or say drop_short=True" * (len(short) < len(counts)))
     return [i for i, n in enumerate(counts) if n >= longest]
 
-
+# %% ../nbs/03e_lengths.ipynb #7406ef10
 def cut_texts(
     texts: Iterable[str],  # each as long as the longest length, or longer
     model: Any,  # a Hugging Face fast tokenizer, or an encoder that has one
@@ -147,7 +147,7 @@ def _joined_up(tok: HFTokenizer, length: int, texts: Sequence[str]) -> Iterator[
             yield joined
             run, size = [], 0
 
-
+# %% ../nbs/03e_lengths.ipynb #df8c4ae4
 def long_texts(
     n: int,  # how many
     model: Any,  # a Hugging Face fast tokenizer, or an encoder that has one

@@ -58,7 +58,7 @@ class Batch:
         """Tokens that come from the shared beginning."""
         return self.cuts[-1] if self.cuts else 0
 
-
+# %% ../nbs/04c_plan.ipynb #a0507e46
 def _node(cell: Cell, cuts: tuple[int, ...]) -> tuple:
     """A shared beginning as something to sort by and to compare."""
     end = cuts[-1] if cuts else 0
@@ -95,7 +95,7 @@ def _by_condition(cells: Sequence[Cell]) -> list[tuple[Condition | None, list[in
     for i, c in enumerate(cells): out.setdefault(json.dumps(content(c.condition)), (c.condition, []))[1].append(i)
     return list(out.values())
 
-
+# %% ../nbs/04c_plan.ipynb #07b0c594
 def make_batches(
     cells: Sequence[Cell],  # all cells of the sweep
     task: Task,  # what is done with them

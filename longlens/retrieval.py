@@ -297,7 +297,7 @@ def _check_room(
                          f"({chosen[i].question!r:.60}): ask for length={counts[i]} or more, or leave such passages out at every length "
                          f"with max_passage={length}")
 
-
+# %% ../nbs/03e_retrieval.ipynb #0086f104
 def padded_passages(
     questions: Sequence[Question],  # with their gold documents, such as `read_questions` gives
     model: Any,  # a Hugging Face fast tokenizer, or an encoder that has one

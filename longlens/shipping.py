@@ -129,6 +129,14 @@ def pack_model(
     modules = _ray().cloudpickle.dumps(parts, protocol=5, buffer_callback=weights.append)
     return modules, [np.frombuffer(w, dtype=np.uint8) for w in weights]
 
+# %% ../nbs/04c_shipping.ipynb #748242ed
+def _loads(data: bytes, buffers: Sequence[np.ndarray] = ()) -> Any:
+    """What was sent; an error that helps if it needs a module that is not here."""
+    try: return _ray().cloudpickle.loads(data, buffers=buffers)
+    except (ImportError, AttributeError) as e:
+        raise ClusterError(f"{e}: what was sent needs a module that workers cannot import. Install it on every node, or hand it over: "
+                           f"ray.init(runtime_env={{'working_dir': '.'}}) before the sweep") from e
+
 
 def unpack_model(
     packed: tuple[bytes, list[np.ndarray]],  # from `pack_model`
@@ -139,11 +147,3 @@ def unpack_model(
 
     hf, tokenizer, name, allow_longer = _loads(*packed)
     return LongModel(hf.to(device), tokenizer, name, allow_longer)
-
-
-def _loads(data: bytes, buffers: Sequence[np.ndarray] = ()) -> Any:
-    """What was sent; an error that helps if it needs a module that is not here."""
-    try: return _ray().cloudpickle.loads(data, buffers=buffers)
-    except (ImportError, AttributeError) as e:
-        raise ClusterError(f"{e}: what was sent needs a module that workers cannot import. Install it on every node, or hand it over: "
-                           f"ray.init(runtime_env={{'working_dir': '.'}}) before the sweep") from e

@@ -41,7 +41,7 @@ def _fill(
         part = ids[:, start : start + chunk].to(lm.device)
         lm._logits_at(torch.tensor([part.shape[1] - 1]), input_ids=part, past_key_values=cache, use_cache=True)
 
-
+# %% ../nbs/04_sweeps.ipynb #a0c813ca
 class Runner:
     """A model at work on batches, with what it has computed last."""
 

@@ -312,7 +312,7 @@ def _runs(op: AttentionOperator, picked: list[int]) -> Iterator[range]:
         yield range(picked[i], picked[stop - 1] + 1)
         i = stop
 
-
+# %% ../../nbs/measure/02_attention.ipynb #4d6b44fa
 @patch
 def _log_rows(self: AttentionOperator, b: int, rows: range) -> Tensor:  # (heads, rows, n_keys)
     "Logarithms of the weights of some queries of one sample; minus infinity where they do not see"

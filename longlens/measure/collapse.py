@@ -168,7 +168,7 @@ def top_singular(
     check_whole(op, "the spectral norm")
     return _run(CenteredLanczos(_in_full(op), seed), iterations, tol, samples)
 
-
+# %% ../../nbs/measure/09_collapse.ipynb #f9f77ffe
 def _run(lanczos: CenteredLanczos, iterations: int, tol: float, samples: Sequence[int] | None = None) -> TopSingular:
     active = torch.zeros(lanczos.op.shape[:2], dtype=torch.bool)
     active[slice(None) if samples is None else list(samples)] = True
@@ -247,7 +247,7 @@ def _spread_sums(x: Tensor, keep: Tensor) -> dict[str, Tensor]:
     sums = {"squares": (norm**2).sum((1, 2)), "states": x.sum(1), "units": units.sum(1)}
     return sums | {"n": keep.sum(-1), "directed": (norm > 0).sum((1, 2))}  # a state of 0 has no direction
 
-
+# %% ../../nbs/measure/09_collapse.ipynb #19eb1a53
 @register
 @dataclass(frozen=True)
 class TokenSpread(Statistic):

@@ -373,6 +373,20 @@ def _set(x: Any, name: str, value: Any, stack: ExitStack) -> None:
     setattr(x, name, value)
 
 # %% ../../nbs/measure/07_positions.ipynb #648d4954
+def _lengthen(model: Any, config: Any, kind: str, factor: float, stack: ExitStack) -> None:
+    "Let texts be longer; dynamic scaling goes by the trained length, so there the config keeps it"
+    if kind != "dynamic": _set(config, "max_position_embeddings", int(config.max_position_embeddings * factor), stack)
+    if model is hf_model(model): return
+    if getattr(model, "max_length", None): _set(model, "max_length", int(model.max_length * factor), stack)
+    _without_bridge(model, stack)
+
+
+def _without_bridge(model: Any, stack: ExitStack) -> None:
+    "A LongModel's bridge has rotary frequencies of its own: it makes another one while the stack is open, and then has the old one again"
+    if (bridge := vars(model).pop("bridge", None)) is not None: stack.callback(vars(model).__setitem__, "bridge", bridge)
+    else: stack.callback(vars(model).pop, "bridge", None)
+
+# %% ../../nbs/measure/07_positions.ipynb #cf1c13cd
 @contextmanager
 def rescaled_positions(
     model: Any,  # a LongModel or a transformers model with rotary positions
@@ -393,17 +407,3 @@ def rescaled_positions(
         for m in modules: _exchange(m, config, stack)
         _enlist(_ACTIVE, id(hf), what, stack)
         yield [what]
-
-
-def _lengthen(model: Any, config: Any, kind: str, factor: float, stack: ExitStack) -> None:
-    "Let texts be longer; dynamic scaling goes by the trained length, so there the config keeps it"
-    if kind != "dynamic": _set(config, "max_position_embeddings", int(config.max_position_embeddings * factor), stack)
-    if model is hf_model(model): return
-    if getattr(model, "max_length", None): _set(model, "max_length", int(model.max_length * factor), stack)
-    _without_bridge(model, stack)
-
-
-def _without_bridge(model: Any, stack: ExitStack) -> None:
-    "A LongModel's bridge has rotary frequencies of its own: it makes another one while the stack is open, and then has the old one again"
-    if (bridge := vars(model).pop("bridge", None)) is not None: stack.callback(vars(model).__setitem__, "bridge", bridge)
-    else: stack.callback(vars(model).pop, "bridge", None)

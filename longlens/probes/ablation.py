@@ -77,7 +77,7 @@ def _arms(order: Heads, draws: list[list[tuple[int, int]]], counts: Sequence[int
             for k in counts:
                 if k: yield which, draw, k, o[:k]
 
-
+# %% ../../nbs/probes/01b_ablation.ipynb #29fce15a
 def ablation_curve(
     lm: Any,  # LongModel
     order: Heads,  # (layer, head), best first

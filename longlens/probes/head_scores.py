@@ -146,6 +146,9 @@ def _looked_table(at: Tensor) -> pl.DataFrame:
     return tidy({"layer": layers, "head": heads, "step": steps}, {"position": at.numpy()})
 
 # %% ../../nbs/probes/01_head_scores.ipynb #9d550015
+def _text(lm: Any, ids: Tensor) -> str: return lm.decode(ids) if lm.tokenizer is not None else " ".join(map(str, ids.tolist()))
+
+
 def as_trial(
     lm: Any,  # LongModel
     ctx: Any,  # Context: spans with "needle"
@@ -160,7 +163,7 @@ def as_trial(
     recall = rouge1_recall(" ".join(ctx.answers), _text(lm, found))
     return Trial(ctx, said_ids, _text(lm, said_ids), looked, *scores, recall=recall, right=right)
 
-
+# %% ../../nbs/probes/01_head_scores.ipynb #33c94b75
 def run_trials(
     lm: Any,  # LongModel
     contexts: Sequence[Any],  # Context: spans with "needle", a completion
@@ -176,10 +179,18 @@ def run_trials(
         return as_trial(lm, ctx, tokens, at.view(*shape, -1), task.mode)
     return [trial(i, c) for i, c in enumerate(contexts)]
 
-
-def _text(lm: Any, ids: Tensor) -> str: return lm.decode(ids) if lm.tokenizer is not None else " ".join(map(str, ids.tolist()))
-
 # %% ../../nbs/probes/01_head_scores.ipynb #a6eb1e78
+def _repeated(lm: Any, period: int, sequences: int, seed: int) -> Tensor:  # (sequences, 1 + 2 * period) or without the 1
+    "Random tokens twice, behind the tokenizer's beginning-of-sequence token if it has one"
+    g = torch.Generator().manual_seed(seed)
+    special = set(getattr(lm.tokenizer, "all_special_ids", None) or [])
+    usable = torch.tensor([i for i in range(lm.vocab_size) if i not in special])
+    once = usable[torch.randint(len(usable), (sequences, period), generator=g)]
+    bos = getattr(lm.tokenizer, "bos_token_id", None)
+    front = once.new_full((sequences, 0 if bos is None else 1), bos or 0)
+    return torch.cat([front, once, once], 1)
+
+# %% ../../nbs/probes/01_head_scores.ipynb #0d51eee4
 @torch.no_grad()
 def pattern_scores(
     lm: Any,  # LongModel
@@ -200,17 +211,6 @@ def pattern_scores(
         mass = torch.from_numpy(f["mass"].to_numpy().copy()).view(n, -1, 2)
         return (mass[..., 1] - mass[..., 0]).clamp_min(0).float()
     return {"induction": between("far"), "previous_token": between("near")}
-
-
-def _repeated(lm: Any, period: int, sequences: int, seed: int) -> Tensor:  # (sequences, 1 + 2 * period) or without the 1
-    "Random tokens twice, behind the tokenizer's beginning-of-sequence token if it has one"
-    g = torch.Generator().manual_seed(seed)
-    special = set(getattr(lm.tokenizer, "all_special_ids", None) or [])
-    usable = torch.tensor([i for i in range(lm.vocab_size) if i not in special])
-    once = usable[torch.randint(len(usable), (sequences, period), generator=g)]
-    bos = getattr(lm.tokenizer, "bos_token_id", None)
-    front = once.new_full((sequences, 0 if bos is None else 1), bos or 0)
-    return torch.cat([front, once, once], 1)
 
 # %% ../../nbs/probes/01_head_scores.ipynb #fb598d6b
 @torch.no_grad()
