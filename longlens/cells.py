@@ -150,7 +150,7 @@ class Start:
         from longlens.prefix import _fork
         return _fork(self.cache)
 
-
+# %% ../nbs/04a_cells.ipynb #aab85eb6
 Tables = dict[str, pl.DataFrame]
 
 

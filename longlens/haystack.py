@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from random import Random
 from string import Formatter
-from typing import Any
+from typing import Any, Self
 
 # %% auto #0
 __all__ = ['NEEDLE_KINDS', 'WORDINGS', 'NIAH_TASKS', 'split_sentences', 'Haystack', 'draw_distinct', 'Wording', 'listed',
@@ -123,7 +123,42 @@ def _joined(
     return units, gaps
 
 # %% ../nbs/02a_haystack.ipynb #190f9cd0
-class Haystack(_Units):
+class _Given(_Units):
+    """Sentences of texts that are given."""
+
+    @classmethod
+    def from_text(
+        cls,
+        text: str,  # anything to read
+        repeat: bool = False,  # start again at its end, where more is needed
+    ) -> Self:
+        """The sentences of a text, with its own white space."""
+        if not isinstance(text, str):
+            raise TypeError(f"a haystack is made from a text, not {type(text).__name__}: for several use Haystack.from_documents")
+        units, gaps = split_sentences(text)
+        return cls(tuple(units), gaps=tuple(gaps), repeat=repeat)
+
+    @classmethod
+    def from_file(
+        cls,
+        path: str | Path,  # UTF-8 text
+        repeat: bool = False,  # start again at its end, where more is needed
+    ) -> Self:
+        """The sentences of a text file."""
+        return replace(cls.from_text(_read_text(path), repeat), source=Path(path).name)
+
+    @classmethod
+    def from_documents(
+        cls,
+        documents: Iterable[str],  # texts, in order
+        repeat: bool = False,  # start again at the end, where more is needed
+    ) -> Self:
+        """The sentences of several texts, a blank line between two texts."""
+        units, gaps = _joined(documents)
+        return cls(tuple(units), gaps=tuple(gaps), repeat=repeat, source="documents")
+
+# %% ../nbs/02a_haystack.ipynb #2be91c6d
+class Haystack(_Given):
     """Text to hide things in, as sentences. Make one with a constructor, or from sentences of your own."""
 
     @classmethod
@@ -138,37 +173,6 @@ class Haystack(_Units):
     def noise(cls) -> Haystack:  # endless
         """RULER's noise: five short sentences, over and over (arXiv 2404.06654)."""
         return cls(separator="\n", source="noise", grow=lambda n: [_NOISE] * n)
-
-    @classmethod
-    def from_text(
-        cls,
-        text: str,  # anything to read
-        repeat: bool = False,  # start again at its end, where more is needed
-    ) -> Haystack:
-        """The sentences of a text, with its own white space."""
-        if not isinstance(text, str):
-            raise TypeError(f"a haystack is made from a text, not {type(text).__name__}: for several use Haystack.from_documents")
-        units, gaps = split_sentences(text)
-        return cls(tuple(units), gaps=tuple(gaps), repeat=repeat)
-
-    @classmethod
-    def from_file(
-        cls,
-        path: str | Path,  # UTF-8 text
-        repeat: bool = False,  # start again at its end, where more is needed
-    ) -> Haystack:
-        """The sentences of a text file."""
-        return replace(cls.from_text(_read_text(path), repeat), source=Path(path).name)
-
-    @classmethod
-    def from_documents(
-        cls,
-        documents: Iterable[str],  # texts, in order
-        repeat: bool = False,  # start again at the end, where more is needed
-    ) -> Haystack:
-        """The sentences of several texts, a blank line between two texts."""
-        units, gaps = _joined(documents)
-        return cls(tuple(units), gaps=tuple(gaps), repeat=repeat, source="documents")
 
     def __repr__(self) -> str:
         size = "endless" if self.grow is not None else f"{len(self.units):,} sentences" + ", repeated" * self.repeat
@@ -223,8 +227,8 @@ def draw_distinct(
 
 # %% ../nbs/02a_haystack.ipynb #aaa6099a
 @dataclass(frozen=True)
-class Wording:
-    """How a needle is put, and how it is asked for."""
+class _Templates:
+    """What is said around a key and a value."""
 
     needle: str  # a sentence; its {value} is the answer
     question: str  # after the haystack; begins with its own separator
@@ -255,6 +259,10 @@ class Wording:
         """A template with its places filled."""
         kind = kind or self.value_kind
         return template.format(key=key, value=value, kind=kind, one=kind.removesuffix("s"))
+
+# %% ../nbs/02a_haystack.ipynb #5c1e8fa7
+class Wording(_Templates):
+    """How a needle is put, and how it is asked for."""
 
     def sentence(
         self,

@@ -207,14 +207,9 @@ def _check_special(read: _Reader, text: str, ids: Tensor, offsets: np.ndarray, a
                              f"or say Piece(..., special=True)")
 
 # %% ../nbs/02b_pieces.ipynb #a40603ab
-def _by_name(spans: Mapping[str, range]) -> dict[str, range]:
-    """Spans with those first that have no number in their name: the needle before its distractors, the gold pair before all pairs."""
-    return {k: spans[k] for k in sorted(spans, key=lambda k: k[-1:].isdigit())}
-
-
 @dataclass(frozen=True, eq=False, repr=False)
-class Context:
-    """A prompt as tokens, with the token positions of every named piece; it ends exactly where the answer begins."""
+class _Prompt:
+    """Tokens, spans, and what is right."""
 
     tokens: Tokens  # the whole prompt, special tokens and chat template included
     spans: dict[str, range] = field(default_factory=dict)  # name -> token positions
@@ -236,6 +231,15 @@ class Context:
         if not self.answers:
             raise ValueError(f"this context ({self.kind}) has no answer: give compose answers=(...)")
         return self.answers[0]
+
+# %% ../nbs/02b_pieces.ipynb #d7c30b84
+def _by_name(spans: Mapping[str, range]) -> dict[str, range]:
+    """Spans with those first that have no number in their name: the needle before its distractors, the gold pair before all pairs."""
+    return {k: spans[k] for k in sorted(spans, key=lambda k: k[-1:].isdigit())}
+
+
+class Context(_Prompt):
+    """A prompt as tokens, with the token positions of every named piece; it ends exactly where the answer begins."""
 
     @cached_property
     def completion_ids(self) -> Tensor:  # (m,), int64

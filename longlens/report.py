@@ -227,10 +227,10 @@ class Tables:
     @property
     def table(self) -> pl.DataFrame: return self.frames[self.main or next(iter(self.frames))]    # the main frame
 
-# %% ../nbs/00_report.ipynb #088a5544
+# %% ../nbs/00_report.ipynb #3b9ce071
 REPORTS: dict[str, type[Report]] = {}    # the classes that a folder can be loaded as, by name
 
-
+# %% ../nbs/00_report.ipynb #088a5544
 class Report(Tables):
     "What a probe gives: tables that can be read, drawn, shown and kept"
     def __init_subclass__(cls, **kwargs: Any) -> None:

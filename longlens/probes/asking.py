@@ -28,6 +28,13 @@ def _texts(lm: Any, rows: Sequence[Sequence[int]]) -> list[str]:
     return [lm.decode(r) if lm.tokenizer is not None else " ".join(map(str, r)) for r in rows]
 
 
+def _next(lm: Any, token: Tensor, cache: Any) -> Tensor:  # (batch, 1)
+    """The most probable token after each row of a cache and one token more."""
+    logits = lm.hf(input_ids=token.to(lm.device), past_key_values=cache, use_cache=True).logits[:, -1]
+    if logits.isnan().any(): raise FloatingPointError(f"{lm.name} gives NaN logits: look at its weights and number format")
+    return logits.argmax(-1, keepdim=True).cpu()
+
+# %% ../../nbs/probes/03a_asking.ipynb #50e278e4
 def greedy(
     lm: Any,  # LongModel
     start: Start,  # prompts in a cache, all but their last tokens
@@ -51,13 +58,6 @@ def greedy(
             going.remove(i)
         if not going: break
     return list(zip(new, ended, strict=True))
-
-
-def _next(lm: Any, token: Tensor, cache: Any) -> Tensor:  # (batch, 1)
-    """The most probable token after each row of a cache and one token more."""
-    logits = lm.hf(input_ids=token.to(lm.device), past_key_values=cache, use_cache=True).logits[:, -1]
-    if logits.isnan().any(): raise FloatingPointError(f"{lm.name} gives NaN logits: look at its weights and number format")
-    return logits.argmax(-1, keepdim=True).cpu()
 
 # %% ../../nbs/probes/03a_asking.ipynb #6a0d32e5
 def answer_rows(
@@ -109,7 +109,7 @@ class Ask(Task):
         made = greedy(lm, start, self.max_new_tokens, self.stop)
         return [(_cut(t, self.stop), ended) for t, (_, ended) in zip(_texts(lm, [ids for ids, _ in made]), made, strict=True)]
 
-
+# %% ../../nbs/probes/03a_asking.ipynb #556bfef2
 def _answer(said: tuple[str | None, str | None], logits: Tensor | None, cell: Cell) -> pl.DataFrame:
     """The row of `answers`: what was said, how that ended; log-probability of the true answer; was it the first choice throughout?"""
     total = right = None
@@ -122,7 +122,7 @@ def _answer(said: tuple[str | None, str | None], logits: Tensor | None, cell: Ce
     kinds = [pl.String, pl.String, pl.Float64, pl.Float64, pl.Boolean]
     return pl.DataFrame([values], schema=dict(zip(values, kinds, strict=True)))
 
-
+# %% ../../nbs/probes/03a_asking.ipynb #c9167dc6
 def _masses(found: dict[str, Tensor], heads_on: str) -> Tables:
     """Attention as tables: of every head to some spans, and the mean of all heads to each."""
     out: Tables = {}

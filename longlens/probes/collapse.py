@@ -77,6 +77,18 @@ def _tasks(asked: str | Sequence[str] | None, questions: Any, where: Sequence[in
         raise ValueError("retrieval takes documents of 64 tokens or more: ask for longer lengths=, or say retrieval_lengths=")
     return tasks
 
+# %% ../../nbs/probes/05e_collapse.ipynb #8ad6f0b2
+def _settings(enc: Encoder, lengths: Any, retrieval: Any, retrieval_lengths: Any, questions: Any, **rest: Any) -> CollapseSettings:
+    """What was asked for, whole, and checked."""
+    most = room(enc, rest["document_prompt"])
+    cut_to = _whole(default_lengths(most) if lengths is None else lengths, "lengths")
+    where = _retrieval_lengths(retrieval_lengths, cut_to)
+    s = CollapseSettings(lengths=cut_to, retrieval=_tasks(retrieval, questions, where), retrieval_lengths=where, **rest)
+    check_settings(s, questions is not None)
+    check_lengths(enc, cut_to, most)
+    if not s.truncate: check_lengths(enc, where or cut_to, most, "retrieval_lengths")
+    return s
+
 # %% ../../nbs/probes/05e_collapse.ipynb #642637a7
 def length_collapse(
     encoder: Any = None,  # an Encoder, or whatever `load_encoder` takes; None: the packaged MiniLM
@@ -108,20 +120,12 @@ def length_collapse(
 ) -> Any:  # CollapseReport; a polars frame if dry_run
     """What length does to embeddings (arXiv 2410.24200), and what mends it."""
     enc = load_encoder(encoder)
-    most = room(enc, document_prompt)
-    cut_to = _whole(default_lengths(most) if lengths is None else lengths, "lengths")
-    where = _retrieval_lengths(retrieval_lengths, cut_to)
     ways, past = _windows(enc, windows, beyond)
     few = _layers_and_dims(enc, layers, dims)
-    others = _temperatures(taus)
-    tasks = _tasks(retrieval, questions, where)
-    s = CollapseSettings(cut_to, documents, min(layer_documents, documents), others, ways, past, tasks, where, queries, candidates,
-                         everywhere, *few, query_prompt, document_prompt, truncate, seed)
-    check_settings(s, questions is not None)
-    check_lengths(enc, cut_to, most)
-    if not truncate: check_lengths(enc, where or cut_to, most, "retrieval_lengths")
-    x = get_inputs(enc, texts, natural, questions, s)
-    run = Run(enc, s, x, out, batch_size)
+    s = _settings(enc, lengths, retrieval, retrieval_lengths, questions, documents=documents, windows=ways, beyond=past, queries=queries,
+                  layer_documents=min(layer_documents, documents), taus=_temperatures(taus), candidates=candidates, everywhere=everywhere,
+                  layers=few[0], dims=few[1], query_prompt=query_prompt, document_prompt=document_prompt, truncate=truncate, seed=seed)
+    run = Run(enc, s, get_inputs(enc, texts, natural, questions, s), out, batch_size)
     if dry_run: return run.plan()
     do_parts(run, progress)
     return _assemble(run)

@@ -36,7 +36,7 @@ KINDS: dict[str, dict[str, Any]] = {  # name -> arguments of needle_context
     **NIAH_TASKS,
 }
 
-
+# %% ../../nbs/probes/04a_grid.ipynb #bb91cfde
 def _check_threshold(threshold: float) -> None:
     if not 0 <= threshold <= 1: raise ValueError(f"threshold is {threshold}: scores are shares, so it is 0 to 1 (85.6 % is 0.856)")
 
@@ -111,6 +111,24 @@ def grid_frames(
                       "effective_length": effective_length(g["context_length"].to_list(), g["score"].to_list(), threshold)})
     return {"grid": grid, "lengths": lengths, "effective": pl.DataFrame(reach, infer_schema_length=None)}
 
+# %% ../../nbs/probes/04a_grid.ipynb #c73d15e8
+def _remedies(asked: Sequence[str] | Mapping[str, Remedy]) -> dict[str, Remedy]:
+    """The remedies that are meant, if a haystack can have them."""
+    chosen = find_remedies(asked)
+    if moved := [n for n, r in chosen.items() if r.order is not None]:
+        raise ValueError(f"the remedy {moved[0]!r} changes the order of documents, and a haystack has none: measure it with "
+                         "lost_in_the_middle")
+    return chosen
+
+
+def _settings(lm: Any, lengths: Any, depths: Any, max_new_tokens: int | None, metric: str, **rest: Any) -> GridSettings:
+    """What was asked for, and where nothing was said, what suits the model."""
+    tiny, most = lm.name == "needle-lm", min(16384, lm.max_length or 16384)
+    lengths = sorted({max(128, most // k) for k in (8, 4, 2, 1)}) if lengths is None else lengths
+    stop = (".", "\n") if tiny else ("\n",) if metric == "best_subspan_em" else ()  # the other metrics count the whole reply
+    return GridSettings(_once(lengths), _once(needle_depths(10) if depths is None else depths), metric=metric, stop=stop,
+                        max_new_tokens=reply_length(max_new_tokens, 32 if tiny else 128), **rest)
+
 # %% ../../nbs/probes/04a_grid.ipynb #593321e8
 def needle_grid(
     model: Any,  # a LongModel, or whatever `load` takes
@@ -137,25 +155,17 @@ def needle_grid(
     """Does the model find needles at every depth of every length? (Kamradt 2023; RULER, arXiv 2404.06654)"""
     from longlens.models import load
 
-    lm, chosen = load(model), find_remedies(remedies)
-    if moved := [n for n, r in chosen.items() if r.order is not None]:
-        raise ValueError(f"the remedy {moved[0]!r} changes the order of documents, and a haystack has none: measure it with "
-                         "lost_in_the_middle")
-    tiny, most = lm.name == "needle-lm", min(16384, lm.max_length or 16384)
-    wording = wording or ("facts" if tiny else "ruler")
-    if lengths is None: lengths = sorted({max(128, most // k) for k in (8, 4, 2, 1)})
-    stop = (".", "\n") if tiny else ("\n",) if metric == "best_subspan_em" else ()  # the other metrics count the whole reply
-    if depths is None: depths = needle_depths(10)
-    s = GridSettings(_once(lengths), _once(depths), _once([kinds] if isinstance(kinds, str) else kinds), trials, tuple(chosen),
-                     wording if isinstance(wording, str) else wording.needle, metric, threshold,
-                     reply_length(max_new_tokens, 32 if tiny else 128), stop, seed, chat)
+    lm, chosen = load(model), _remedies(remedies)
+    wording = wording or ("facts" if lm.name == "needle-lm" else "ruler")
+    s = _settings(lm, lengths, depths, max_new_tokens, kinds=_once([kinds] if isinstance(kinds, str) else kinds), trials=trials,
+                  remedies=tuple(chosen), wording=wording if isinstance(wording, str) else wording.needle, metric=metric,
+                  threshold=threshold, seed=seed, chat=chat)
     how = {"wording": wording, "allow_longer": allow_longer} | ({"haystack": haystack} if haystack is not None else {})
     with longer(lm, allow_longer):
         cells = list(_cells(lm, s, chosen, how))
         check_metric(s.metric, cells)
         done = sweep(lm, cells, Ask(s.max_new_tokens, s.stop, r"needle(_\d+)?", "$^"), out=out, engine=engine, batch_size=batch_size,
-                     dry_run=dry_run, progress=progress,
-                     title="needle grid")
+                     dry_run=dry_run, progress=progress, title="needle grid")
         return done if dry_run else _assemble(lm, s, cells, done, chosen)
 
 # %% ../../nbs/probes/04a_grid.ipynb #0701e341

@@ -123,7 +123,7 @@ def _help_section(r: GridReport) -> Any:
                                      unit="share", domain=(0, 1)))
     return _said(r, "Remedies", "help", charts, g, 2)
 
-
+# %% ../../nbs/probes/04_grid_report.ipynb #36f2675d
 def _real_section(r: GridReport) -> Any:
     from longlens.views.positions import depth_points
     if "realised_depth" not in r.frames["answers"].columns: return None

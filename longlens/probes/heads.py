@@ -85,7 +85,7 @@ def trial_frame(
     return pl.DataFrame([dict(trial=i, context_length=n, depth_percent=float(d), tokens=len(c), kept=t.kept, right=t.right,
                               recall=t.recall, answer=" ".join(c.answers), said=t.said) for i, ((n, d, c), t) in both])
 
-
+# %% ../../nbs/probes/02_heads.ipynb #e2f5a405
 def scores_frame(
     lm: Any,  # LongModel
     trials: Sequence[Trial],  # what came of all trials
@@ -101,7 +101,7 @@ def _head_axes(lm: Any) -> dict[str, Sequence]:
     n_layers, n_heads, _ = head_sizes(lm)
     return {"layer": range(n_layers), "head": range(n_heads)}
 
-
+# %% ../../nbs/probes/02_heads.ipynb #27940fa2
 def score_frame(
     lm: Any,  # LongModel
     trials: Sequence[Trial],  # those that count
@@ -245,7 +245,7 @@ def _prove(lm: Any, report: HeadReport, contexts: Sequence[tuple[int, float, Any
         seed=report.meta["settings"]["seed"], progress=progress)
     report.meta["shown_count"] = min(shown, most)
 
-
+# %% ../../nbs/probes/02_heads.ipynb #128f5c03
 def retrieval_heads(
     model: Any,  # a LongModel, or whatever `load` takes
     contexts: Sequence[Any] | None = None,  # your own Contexts, with a span "needle" and a completion; None: a grid is made

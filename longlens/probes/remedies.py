@@ -154,7 +154,7 @@ class Remedy:
     condition: Condition | None = None  # of the model
     order: Callable[[int], Sequence[int]] | None = None  # of n documents in order of rank: which one stands at each place
 
-
+# %% ../../nbs/probes/03b_remedies.ipynb #08016116
 REMEDIES: dict[str, Remedy] = {
     "reordering": Remedy("documents at odd ranks first, at even ranks last, in reverse (arXiv 2410.05983)", order=rag_order),
     "calibration": Remedy("attention of the answer shared out by what documents get above a dummy in their place (arXiv 2406.16008)",
@@ -168,7 +168,7 @@ REMEDIES: dict[str, Remedy] = {
     "temperature": Remedy("attention logits divided by 0.8: sharper attention (arXiv 2410.24200)", Changed((Temperature(0.8),))),
 }
 
-
+# %% ../../nbs/probes/03b_remedies.ipynb #81a9eff9
 def find_remedies(
     asked: Sequence[str] | Mapping[str, Remedy],  # names, or your own
 ) -> dict[str, Remedy]:  # by name, "none" first

@@ -24,7 +24,7 @@ def _ordinal(values: pl.Series, name: str, unit: str, size: int, room: int, desc
                 axis=_axis(title=label(name, unit), values=at[::every], labelAngle=0, format=",~g", ticks=False, domain=False,
                            labelOverlap=False))
 
-
+# %% ../../nbs/views/00a_grids.ipynb #e683708b
 def depth_map(
     frame: pl.DataFrame,             # columns context_length, depth_percent and the value; several rows of a cell: their mean
     value: str,                      # the column that is the colour
@@ -53,7 +53,7 @@ def depth_map(
     said = title or f"{label(name or value)} by depth and context length".capitalize()
     return _titled(alt.layer(*charts).properties(width=w * n_x, height=h * n_y), said, text, max(w * n_x, 420))
 
-
+# %% ../../nbs/views/00a_grids.ipynb #d3c94599
 def _cell_text(cells: pl.DataFrame, lost: pl.DataFrame) -> str:
     most = cells["rows"].max()
     text = "One measurement a cell." if most == 1 else f"Mean over {_number(cells['rows'].min())} to {_number(most)} measurements a cell."

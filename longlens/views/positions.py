@@ -187,7 +187,7 @@ def position_curve(
     if attention: return _titled(_two_panels(points, x, by, (what, label(attention), share), layers), said, text, WIDTH)
     return _titled(alt.layer(*layers, _strips(points, x, True, what)).properties(width=WIDTH, height=HEIGHT), said, text, WIDTH)
 
-
+# %% ../../nbs/views/00b_positions.ipynb #0af7fffd
 _TITLED = {"gold_index": "place of the answer", "depth_percent": "depth of the answer"}
 
 
