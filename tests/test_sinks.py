@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
@@ -52,6 +53,23 @@ def test_the_metric_is_the_papers(lm: ll.LongModel, report: ll.SinkReport) -> No
     assert got == pytest.approx(100 * over.double().mean().item())
 
 
+def test_value_vectors_are_compared_in_the_heads_that_hold_a_sink(lm: ll.LongModel, report: ll.SinkReport) -> None:
+    tokens, kept = lm.tokens(make_example(n_tokens=500, seed=11).prompt), []
+    hooks = [layer.self_attn.v_proj.register_forward_hook(lambda m, x, out: kept.append(out[0])) for layer in lm.hf.model.layers]
+    lm(tokens)
+    for hook in hooks: hook.remove()
+    norms = torch.stack(kept).unflatten(-1, (lm.n_kv_heads, -1)).norm(dim=-1).movedim(-1, 1)  # (layers, kv_heads, n)
+    alpha = eager_alpha(lm, tokens.ids)[..., :judged(len(tokens))]
+    held = (alpha > .3).any(-1)
+    sinks = report.frames["tokens"]["position"].to_list()
+    others = norms[..., [i for i in range(len(tokens)) if i not in sinks]]
+    own = norms.gather(-1, alpha.argmax(-1)[..., None])[..., 0] / torch.quantile(others, .5, -1)
+    told = report.frames["values"].filter(pl.col("heads") > 0).sort("layer", "kv_head")
+    assert told.select("layer", "kv_head").rows() == [tuple(x) for x in held.nonzero().tolist()] and held.sum() >= 5
+    torch.testing.assert_close(torch.tensor(told["own_ratio"].to_numpy()), own[held], rtol=1e-3, atol=1e-6)
+    assert f"in the {held.sum()} of the 40 heads that hold one: {np.median(own[held]):.2g} times" in report.findings()[-1]
+
+
 @pytest.mark.parametrize("name", CAUSAL)
 def test_every_architecture_gets_a_report(name: str) -> None:
     lm = ll.load(zoo_model(name))
@@ -60,6 +78,8 @@ def test_every_architecture_gets_a_report(name: str) -> None:
     alpha = eager_alpha(lm, ids)
     got = torch.tensor(r.frames["heads"].sort("layer", "head")["alpha_first"].to_numpy()).double()
     torch.testing.assert_close(got, alpha[..., 0].ravel(), rtol=1e-4, atol=1e-6)
+    group = alpha[..., :judged(150)].unflatten(1, (lm.n_kv_heads, -1)) > .3
+    assert r.frames["values"].sort("layer", "kv_head")["heads"].to_list() == group.any(-1).sum(-1).ravel().tolist()
     assert len(r.findings()) == 5
     assert ("learned sinks" in " ".join(r.findings())) == (name == "gpt_oss")
 

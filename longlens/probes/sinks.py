@@ -26,7 +26,7 @@ from ..report import Report
 # %% auto #0
 __all__ = ['MEANS', 'EXPLAINED', 'SinkSettings', 'sink_rate', 'natural_sequences', 'made_sequences', 'metric_frame',
            'measure_text', 'judged', 'tokens_frame', 'heads_frame', 'lengths_frame', 'positions_frame', 'norms_frame',
-           'activations_frame', 'text_frames', 'SinkReport', 'attention_sinks']
+           'values_frame', 'activations_frame', 'text_frames', 'SinkReport', 'attention_sinks']
 
 # %% ../../nbs/probes/00_sinks.ipynb #66f8c6fd
 @dataclass(frozen=True)
@@ -221,6 +221,23 @@ def norms_frame(
     values = {"sink_norm": sink, "median_norm": median, "ratio": sink / median}
     return tidy({k: range(n) for k, n in zip(keys, norms.shape, strict=False)}, values)
 
+# %% ../../nbs/probes/00_sinks.ipynb #5d08db8b
+def values_frame(
+    norms: Tensor,  # lengths of value vectors, (layers, kv_heads, n)
+    alpha: Tensor,  # mean attention received, (layers, heads, n)
+    sinks: Sequence[int],  # positions of the sink tokens
+    epsilon: float,  # a share of attention, 0 to 1
+) -> pl.DataFrame:  # norms_frame's columns, heads, own_position, own_norm, own_ratio
+    "Lengths of value vectors by KV head: of all sink tokens, and of the sink that its query heads hold, null if none"
+    a = alpha[..., :judged(alpha.shape[-1])].nan_to_num(-1).unflatten(1, (norms.shape[1], -1))  # (layers, kv_heads, group, judged)
+    best = a.amax(2).max(-1)  # (layers, kv_heads)
+    at = norms.gather(-1, best.indices[..., None])[..., 0]
+    own = {"heads": (a.amax(-1) > epsilon).sum(-1), "own_position": best.indices, "own_norm": at}
+    held = pl.col("heads") > 0
+    f = norms_frame(norms, sinks, ["layer", "kv_head"]).with_columns(**{k: pl.Series(v.flatten().numpy()) for k, v in own.items()})
+    f = f.with_columns(pl.when(held).then(pl.col(c)).alias(c) for c in ("own_position", "own_norm"))
+    return f.with_columns(own_ratio=pl.col("own_norm") / pl.col("median_norm"))
+
 # %% ../../nbs/probes/00_sinks.ipynb #7733aacc
 def activations_frame(
     seen: Capture,  # of one text
@@ -254,7 +271,7 @@ def text_frames(
         "lengths": lengths_frame(seen),
         "tokens": found,
         "massive": activations_frame(seen, strings),
-        "values": norms_frame(_all_layers(seen, "value_norm", "norm"), at, ["layer", "kv_head"]),
+        "values": values_frame(_all_layers(seen, "value_norm", "norm"), alpha, at, settings.epsilon),
         "residual": norms_frame(_all_layers(seen, "residual_norm", "norm"), at, ["layer"]),
     }
 
@@ -318,10 +335,19 @@ def _said_shape(r: SinkReport) -> str:
 def _said_why(r: SinkReport) -> str:
     top = r.frames["massive"].sort(pl.col("value").abs(), descending=True).row(0, named=True)
     verdict = "massive" if r.frames["massive"]["massive"].any() else "not massive"
-    who = "sink tokens" if r.frames["tokens"]["heads"].max() > 0 else "the most attended token"
     return (f"largest activation: {abs(top['value']):,.1f} at {top['token']!r} (layer {top['layer']}, dimension {top['dim']}), "
-            f"{top['ratio']:,.0f} times the median, {verdict} by the published criterion; value vectors of {who} are "
-            f"{r.frames['values']['ratio'].median():.2f} times as long as the median")
+            f"{top['ratio']:,.0f} times the median, {verdict} by the published criterion; {_said_values(r)}")
+
+
+def _said_values(r: SinkReport) -> str:
+    "How long the value vectors of sinks are where they are attended to, and in the other KV heads"
+    f = r.frames["values"].group_by("layer", "kv_head").agg(pl.col("heads").max(), pl.col("own_ratio", "ratio").mean())  # over texts
+    held, rest = f.filter(pl.col("heads") > 0)["own_ratio"], f.filter(heads=0)["ratio"]
+    if held.is_empty(): return "no head has a sink whose value vector could be compared"
+    of = f"the {r.meta['heads'] * r.meta['layers']} heads" if len(f) == r.meta["heads"] * r.meta["layers"] else f"the {len(f)} KV heads"
+    ends = f" ({held.min():.2g} to {held.max():.2g})" if len(held) > 1 else ""
+    said = f"value vectors of sinks, in the {len(held)} of {of} that hold one: {held.median():.2g} times as long as the median{ends}"
+    return said + (f", in the others {rest.median():.2g}" if len(rest) else "")
 
 # %% ../../nbs/probes/00_sinks.ipynb #b236120c
 EXPLAINED = {  # what a section's picture shows; filled in with the settings
@@ -337,7 +363,8 @@ EXPLAINED = {  # what a section's picture shows; filled in with the settings
               "{epsilon}, on sequences of natural text behind the tokenizer's own special tokens, of random tokens, and of one "
               "token repeated.",
     "why": "A few enormous entries in a token's hidden state mark it as a sink (Sun et al. 2024), and a short value vector makes "
-           "attending to it harmless. Whether this model does either is measured, not assumed.",
+           "attending to it harmless: in the KV heads whose queries do, elsewhere it need not be short. "
+           "Whether this model does either is measured, not assumed.",
 }
 
 
@@ -390,11 +417,20 @@ def _metric_section(r: SinkReport) -> Any:
     return _section(r, "The published metric", "metric", [chart], r.frames["metric"])
 
 
+def _value_lengths(values: pl.DataFrame) -> pl.DataFrame:
+    "layer, vectors, norm: sinks where they are attended to and elsewhere, and the median token"
+    held = pl.col("heads") > 0
+    parts = {"sink, where attended to": (values.filter(held), "own_norm"),
+             "sinks, in other heads": (values.filter(~held), "sink_norm"), "other tokens": (values, "median_norm")}
+    return pl.concat([f.select("layer", vectors=pl.lit(name), norm=column) for name, (f, column) in parts.items()])
+
+
 def _why_section(r: SinkReport) -> Any:
     from longlens.views.charts import layer_profile
-    size, values = r.frames["massive"].filter(rank=1).with_columns(largest=pl.col("value").abs()), r.frames["values"]
+    size = r.frames["massive"].filter(rank=1).with_columns(largest=pl.col("value").abs())
+    lengths = _value_lengths(r.frames["values"])
     charts = [layer_profile(size, ["largest", "median"], log=True, title="Largest and median activation", over="texts", name="magnitude"),
-              layer_profile(values, ["sink_norm", "median_norm"], title="Length of value vectors", over="KV heads", name="norm")]
+              layer_profile(lengths, "norm", by="vectors", log=True, title="Length of value vectors", over="KV heads")]
     return _section(r, "What makes them sinks", "why", charts, r.frames["massive"])
 
 # %% ../../nbs/probes/00_sinks.ipynb #168db352
