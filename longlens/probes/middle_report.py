@@ -72,12 +72,20 @@ def _said_scores(r: MiddleReport) -> str:
 
 def _said_shape(r: MiddleReport) -> str:
     if "indices" not in r.frames: return ""
+    if _plain(r)["score"].max() == 0: return _said_nothing(r)
     f = {x["index"]: x for x in _plain(r, "indices").filter(measure="score").iter_rows(named=True)}
     u, first, last = (f[k] for k in ("u_shape", "primacy", "recency"))
     at = r.meta["settings"]["positions"]
     ends = "ends" if at[0] == 0 and at[-1] == r.meta["settings"]["n"] - 1 else f"positions {at[0] + 1:,} and {at[-1] + 1:,}"
     return (f"{ends} against middle: {u['value']:+.3f} ({_spread(u)}): {_shape(u, first, last)}; first {first['value']:+.3f}, last "
             f"{last['value']:+.3f} against the middle")
+
+
+def _said_nothing(r: MiddleReport) -> str:
+    """Why places cannot be compared: no answer was right at any of them."""
+    alone = r.frames["baselines"].filter(setting="oracle")["score"].to_list() if "baselines" in r.frames else []
+    why = ", nor with the right document alone" if alone == [0] else ""
+    return f"no question was answered right at any position{why}: nothing can be said of the middle"
 
 # %% ../../nbs/probes/03c_middle_report.ipynb #a9e64d93
 def _shape(u: dict[str, Any], first: dict[str, Any], last: dict[str, Any]) -> str:
