@@ -25,10 +25,21 @@ from longlens.measure.collapse import collapse_rate
 from longlens.measure.masks import full_mask
 from longlens.probes import collapse_parts
 from longlens.probes.collapse import length_collapse
+from longlens.probes.collapse_frames import changes_frame, effects_frame, similarity_frame
 from longlens.probes.collapse_inputs import CollapseSettings, get_inputs
 from longlens.probes.collapse_parts import Change, VectorPart, encoder_key, layer_embeddings
 from longlens.probes.collapse_report import CollapseReport
-from longlens.probes.embeddings import effective_rank, geometry, geometry_intervals, pair_cosines, pairs_interval, separability, spectrum
+from longlens.probes.embeddings import (
+    effective_rank,
+    geometry,
+    geometry_intervals,
+    length_changes,
+    pair_cosines,
+    pairs_interval,
+    separability,
+    spectrum,
+)
+from longlens.questions import Question
 from longlens.retrieval import cut_texts, long_texts
 from longlens.views.collapse import on_a_plane
 from longlens.views.page import page_html
@@ -84,6 +95,29 @@ def test_intervals_of_pairs_draw_documents() -> None:
         means.append(np.mean(pairs))
     got = pairs_interval(c, n=8000)
     assert (got.lower, got.upper) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.02)
+
+
+def test_changes_between_lengths_against_a_loop() -> None:
+    "Joint draws of documents, the largest deviation in standard errors, one width for all pairs"
+    rng = np.random.default_rng(2)
+    x = {n: rng.normal(size=(12, 6)) + shift for n, shift in ((64, 0.2), (16, 0.6), (256, 0.8))}
+    c = {n: pair_cosines(v) for n, v in x.items()}
+    draws, pairs = [], [(16, 64), (16, 256), (64, 256)]
+    for _ in range(3000):
+        drawn = rng.integers(12, size=12)
+        apart = drawn[:, None] != drawn[None, :]
+        mean = {n: v[np.ix_(drawn, drawn)][apart].mean() for n, v in c.items()}
+        draws.append([mean[b] - mean[a] for a, b in pairs])
+    want = [geometry(x[b]).mean_cosine - geometry(x[a]).mean_cosine for a, b in pairs]
+    off, error = np.array(draws) - want, np.std(draws, axis=0)
+    half = np.quantile(np.abs(off / error).max(1), 0.95) * error * np.sqrt(12 / 11)
+    got = length_changes(c, n=6000)
+    assert [*got] == pairs
+    assert [i.mean for i in got.values()] == pytest.approx(want)
+    assert [i.upper - i.mean for i in got.values()] == pytest.approx(half, rel=0.08)
+    for p, i in got.items():  # wider than an interval for this pair alone
+        alone = pairs_interval(c[p[1]] - c[p[0]])
+        assert i.upper - i.lower > alone.upper - alone.lower
 
 
 def test_a_document_is_never_in_both_folds() -> None:
@@ -238,6 +272,24 @@ def test_prompts_stand_before_queries_and_documents() -> None:
         length_collapse(enc, **{**SMALL, "lengths": (16, 95)}, document_prompt="passage: ")
 
 
+def test_the_lengths_do_not_choose_the_questions() -> None:
+    "The same questions at every length and in every list of lengths; which ones is a setting of its own"
+    enc = tiny()
+    words = "river stone cloud lamp garden window paper bridge".split()
+    asked = [Question(f"Where is the {w} number {i}?", (f"spot {w} {i}",), (f"{w} {i}", f"It is at spot {w} {i}. " * (1 + i % 5)))
+             for i in range(8) for w in words]
+    how = {**SMALL, "taus": (), "retrieval": "passages", "queries": 6, "candidates": 6}
+    tasks = lambda **more: {t.length: t for t in get_inputs(enc, None, None, asked, CollapseSettings(
+        (16, 64), 8, 2, (), (), (), ("passages",), more.pop("at"), 6, 6, False, (), (), None, None, False, 0, **more)).tasks}
+    one, other = tasks(at=(64, 96), max_passage=24), tasks(at=(96,), max_passage=24)
+    assert one[64].queries == one[96].queries == other[96].queries and one[96].documents == other[96].documents
+    assert tasks(at=(96,))[96].queries != other[96].queries
+    r = length_collapse(enc, questions=asked, **how, max_passage=32)
+    assert any("passages (6 queries, 6 documents, passages of up to 32 tokens)" in s for s in r.findings())
+    with pytest.raises(ValueError, match="retrieval_lengths begin at 64 tokens, and passages have up to max_passage=80: ask for longer"):
+        length_collapse(enc, questions=asked, **how, max_passage=80)
+
+
 # Parts that are kept
 
 def same(a: CollapseReport, b: CollapseReport) -> None:
@@ -389,6 +441,33 @@ def test_sentences_say_what_the_tables_say() -> None:
         effects = report.frames["effects"].with_columns(lower=pl.when(hit).then(lower).otherwise("lower"),
                                                         upper=pl.when(hit).then(upper).otherwise("upper"))
         assert word in CollapseReport({**report.frames, "effects": effects}, report.meta).findings()[0]
+
+
+def test_a_curve_that_falls_and_rises_is_not_said_to_stand_still() -> None:
+    "What the ends hide is in the sentence, from vectors to words"
+    report, rng = measured()[1], np.random.default_rng(0)
+    own = rng.normal(size=(16, 32))
+    vectors = {("cut", "none", n): own + 0.3 * rng.normal(size=own.shape) + push * np.eye(32)[0]
+               for n, push in ((16, 4.0), (32, 0.0), (64, 4.0))}
+    frames = {**report.frames, "similarity": similarity_frame(vectors), "changes": changes_frame(vectors),
+              "effects": effects_frame(vectors, pl.DataFrame(schema={"measure": pl.String}), pl.DataFrame())}
+    said = CollapseReport(frames, report.meta).highlights()[0]
+    assert "no sign of a change between the ends, but it falls from 16 to 32 tokens, -" in said
+    assert "and rises from 32 to 64 tokens, +" in said and said.endswith("(intervals for all 3 pairs at once)")
+    f = report.frames["changes"]
+    assert f.select("short", "context_length").rows() == [(16, 32), (16, 64), (32, 64)]
+    old = CollapseReport({k: v for k, v in report.frames.items() if k != "changes"}, report.meta)  # kept by an earlier version
+    assert old.findings()[1:] == report.findings()[1:]
+
+
+def test_a_task_that_words_alone_solve_is_said_to_be_one() -> None:
+    report = measured()[1]
+    f = report.frames["shortened"]
+    input_, last = (pl.col("measure") == "ndcg_10") & (pl.col("layer") == 0), (pl.col("measure") == "ndcg_10") & (pl.col("layer") == 2)
+    for value, told in ((0.9, True), (0.5, False)):
+        made = f.with_columns(value=pl.when(input_).then(value).when(last).then(0.92).otherwise("value"))
+        said = next(s for s in CollapseReport({**report.frames, "shortened": made}, report.meta).findings() if s.startswith("cut short"))
+        assert ("words in common are enough" in said) == told
 
 
 def test_layer_sentences_name_the_right_layers() -> None:

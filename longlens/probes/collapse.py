@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 from ..encoders import Encoder, load_encoder
 from ..measure.intervene import interventions
 from longlens.probes.collapse_frames import (
-    by_document, effects_frame, geometry_frame, heads_frame, layer_effects_frame, layers_frame, plane, raw_table, retrieval_frame,
-    separability_frame, similarity_frame, spectrum_frame, taus_frame, vectors_of,
+    by_document, changes_frame, effects_frame, geometry_frame, heads_frame, layer_effects_frame, layers_frame, plane, raw_table,
+    retrieval_frame, separability_frame, similarity_frame, spectrum_frame, taus_frame, vectors_of,
 )
 from longlens.probes.collapse_inputs import (
     CollapseSettings, Inputs, _counts, _each, _temperatures, _whole, check_lengths, check_settings, default_lengths, get_inputs, room,
@@ -106,6 +106,7 @@ def length_collapse(
     retrieval_lengths: int | Sequence[int] | None = None,  # tokens; None: those of the lengths that are 64 or more
     queries: int = 50,  # asked in each task
     candidates: int = 100,  # documents that each is looked for in (passages: as many as queries)
+    max_passage: int = 64,  # "passages": ask only questions whose passage has so many tokens or fewer, the same ones at every length
     everywhere: bool = False,  # ask changed encoders all tasks at all lengths; False: the last task at the longest
     layers: Sequence[int] | None = None,  # of 2D truncation; 0: the input of the first; None: up to seven, from 0 to the last
     dims: Sequence[int] | None = None,  # of 2D truncation; None: a sixteenth to all
@@ -124,7 +125,8 @@ def length_collapse(
     few = _layers_and_dims(enc, layers, dims)
     s = _settings(enc, lengths, retrieval, retrieval_lengths, questions, documents=documents, windows=ways, beyond=past, queries=queries,
                   layer_documents=min(layer_documents, documents), taus=_temperatures(taus), candidates=candidates, everywhere=everywhere,
-                  layers=few[0], dims=few[1], query_prompt=query_prompt, document_prompt=document_prompt, truncate=truncate, seed=seed)
+                  layers=few[0], dims=few[1], max_passage=max_passage, query_prompt=query_prompt, document_prompt=document_prompt,
+                  truncate=truncate, seed=seed)
     run = Run(enc, s, get_inputs(enc, texts, natural, questions, s), out, batch_size)
     if dry_run: return run.plan()
     do_parts(run, progress)
@@ -208,7 +210,8 @@ def _assemble(run: Run) -> CollapseReport:
     found = retrieval_frame(queries, {t.name: len(t.documents) for t in run.x.tasks}, s.seed) if len(queries) else pl.DataFrame()
     taus = {p.change.name: p.change.tau for p in run.parts if p.change.window is None and not p.change.cut}
     frames = {
-        "similarity": similarity_frame(vectors, s.seed), "geometry": (geometry := geometry_frame(vectors, s.seed)),
+        "similarity": similarity_frame(vectors, s.seed), "changes": changes_frame(vectors, s.seed),
+        "geometry": (geometry := geometry_frame(vectors, s.seed)),
         "spectrum": spectrum_frame(vectors), "taus": taus_frame(geometry, documents, found, taus, s.seed),
         "separability": separability_frame(vectors, s.seed), "layers": layers_frame(documents, s.seed), "heads": heads_frame(heads),
         "layer_effects": layer_effects_frame(documents, s.seed), "effects": effects_frame(vectors, documents, queries, s.seed),

@@ -13,13 +13,13 @@ import polars as pl
 
 from .answers import Interval, bootstrap_interval, sign_flip_p, wilson_interval
 from .collapse_parts import Part
-from .embeddings import directions, geometry_intervals, pair_cosines, pairs_interval, separability, spectrum
+from .embeddings import directions, geometry_intervals, length_changes, pair_cosines, pairs_interval, separability, spectrum
 from ..store import Store
 
 # %% auto #0
-__all__ = ['Where', 'Vectors', 'QUANTILES', 'LAYER_MEASURES', 'raw_table', 'vectors_of', 'similarity_frame', 'geometry_frame',
-           'spectrum_frame', 'separability_frame', 'by_document', 'layers_frame', 'heads_frame', 'layer_effects_frame',
-           'retrieval_frame', 'geometry_effects', 'effects_frame', 'taus_frame', 'plane']
+__all__ = ['Where', 'Vectors', 'QUANTILES', 'LAYER_MEASURES', 'raw_table', 'vectors_of', 'similarity_frame', 'changes_frame',
+           'geometry_frame', 'spectrum_frame', 'separability_frame', 'by_document', 'layers_frame', 'heads_frame',
+           'layer_effects_frame', 'retrieval_frame', 'geometry_effects', 'effects_frame', 'taus_frame', 'plane']
 
 # %% ../../nbs/probes/05c_collapse_frames.ipynb #26cacc8a
 Where = tuple[str, str, int]  # kind of texts ("cut" or "natural"), change, tokens
@@ -80,6 +80,17 @@ def similarity_frame(
         at = dict(kind=kind, condition=condition, context_length=n, documents=len(x), mean_cosine=i.mean, lower=i.lower, upper=i.upper)
         rows.append(at | dict(zip(QUANTILES, map(float, q), strict=True)))
     return pl.DataFrame(rows)
+
+# %% ../../nbs/probes/05c_collapse_frames.ipynb #61e9625f
+def changes_frame(
+    vectors: Vectors,  # embeddings
+    seed: int = 0,  # of the draws
+) -> pl.DataFrame:  # short, context_length, documents, difference, lower, upper
+    """Changes of the mean cosine between every two lengths, in the encoder as it is."""
+    mine = {n: pair_cosines(x) for (kind, condition, n), x in vectors.items() if (kind, condition) == ("cut", "none")}
+    rows = [(a, b, len(mine[a]), *i) for (a, b), i in (length_changes(mine, seed=seed) if len(mine) > 1 else {}).items()]
+    numbers = dict.fromkeys(("difference", "lower", "upper"), pl.Float64)
+    return pl.DataFrame(rows, schema={**dict.fromkeys(("short", "context_length", "documents"), pl.Int64), **numbers}, orient="row")
 
 # %% ../../nbs/probes/05c_collapse_frames.ipynb #a0d26954
 def geometry_frame(

@@ -45,6 +45,7 @@ class CollapseSettings:
     document_prompt: str | None
     truncate: bool
     seed: int
+    max_passage: int = 64  # tokens of the passages that are asked for, at most, at every length
 
 # %% ../../nbs/probes/05a_collapse_inputs.ipynb #5811cd5e
 TASKS = ("passkey", "needle", "passages")
@@ -79,6 +80,10 @@ def check_settings(
     if odd := [t for t in s.retrieval if t not in TASKS]: raise ValueError(f"there is no task {odd[0]!r}: there are {', '.join(TASKS)}")
     if "passages" in s.retrieval and not passages:
         raise ValueError('the task "passages" asks real questions: give questions=, a file of them such as nq-open-oracle.jsonl.gz')
+    if "passages" in s.retrieval and s.retrieval_lengths[0] < s.max_passage:
+        raise ValueError(f"retrieval_lengths begin at {s.retrieval_lengths[0]:,} tokens, and passages have up to "
+                         f"max_passage={s.max_passage}: ask for longer ones, or say max_passage={s.retrieval_lengths[0]}, "
+                         f"which asks other questions at every length")
     if not 2 <= s.queries <= s.candidates:
         raise ValueError(f"{s.queries} queries and {s.candidates} candidates: 2 queries or more, and as many candidates or more")
 
@@ -173,8 +178,7 @@ def _counts(enc: Encoder, texts: Sequence[str]) -> list[int]:
 def _task(name: str, enc: Encoder, n: int, s: CollapseSettings, questions: Sequence[Question]) -> RetrievalTask:
     """A retrieval task of one length."""
     if name == "passages":
-        shortest = min(s.retrieval_lengths)
-        return padded_passages(questions, enc, n, n_queries=s.queries, max_passage=shortest, seed=s.seed)
+        return padded_passages(questions, enc, n, n_queries=s.queries, max_passage=s.max_passage, seed=s.seed)
     make = passkey_retrieval if name == "passkey" else needle_retrieval
     return make(enc, n, n_queries=s.queries, n_documents=s.candidates, seed=s.seed)
 

@@ -71,6 +71,18 @@ def _sign(x: dict[str, Any]) -> int:
     """Which way, if the interval leaves out zero; else 0."""
     return int(x["lower"] > 0) - int(x["upper"] < 0)
 
+# %% ../../nbs/probes/05d_collapse_report.ipynb #76ef82cd
+def _turns(r: CollapseReport, ends: int) -> str:
+    """Rises and falls between any two lengths that the ends (1: up, -1: down, 0: unknown) do not tell."""
+    f = r.frames.get("changes", pl.DataFrame())
+    if len(f) < 2: return ""
+    up, down = f.filter(pl.col("lower") > 0).sort("difference")[-1:], f.filter(pl.col("upper") < 0).sort("difference")[:1]
+    found = [(word, x) for way, word, g in ((-1, "falls", down), (1, "rises", up)) if way != ends for x in g.iter_rows(named=True)]
+    found.sort(key=lambda v: v[1]["short"])
+    said = ", and ".join(f"{word} from {x['short']:,} to {x['context_length']:,} tokens, {_range(x)}" for word, x in found)
+    if not said: return "" if ends else " between any two of the lengths"
+    return f"{', but not all along: it' if ends else ' between the ends, but it'} {said} (intervals for all {len(f)} pairs at once)"
+
 # %% ../../nbs/probes/05d_collapse_report.ipynb #68a01525
 def _said_cosine(r: CollapseReport) -> str:
     short, long = _ends(r)
@@ -81,6 +93,7 @@ def _said_cosine(r: CollapseReport) -> str:
     if short == long: return f"{which} cut to {short:,} tokens: {one}"
     x = _effect_of(r, "mean_cosine", "none", long, "none", short)
     way = "" if x is None else {1: ": it rises with length", -1: ": it falls with length", 0: ": no sign of a change"}[_sign(x)]
+    way += "" if x is None else _turns(r, _sign(x))
     return (f"{which} cut to {short:,} to {long:,} tokens: two of them have a cosine of {a['mean_cosine']:.2f} at {short:,} and "
             f"{b['mean_cosine']:.2f} at {long:,} tokens" + ("" if x is None else f", {_range(x)}{way}"))
 
@@ -194,7 +207,9 @@ def _said_retrieval(r: CollapseReport) -> list[str]:
         first = ", ".join(f"{x['value']:.2f} at {x['context_length']:,} tokens ({x['lower']:.2f} to {x['upper']:.2f})"
                           for x in hit[ends].iter_rows(named=True))
         second = ", ".join(f"{v:.2f}" for v in ndcg["value"][ends])
-        out.append(f"{task} ({hit['queries'][0]} queries, {hit['candidates'][0]} documents): Acc@1 {first}; nDCG@10 {second}")
+        most = r.meta["settings"].get("max_passage") if task == "passages" else None
+        also = f", passages of up to {most:,} tokens" if most else ""
+        out.append(f"{task} ({hit['queries'][0]} queries, {hit['candidates'][0]} documents{also}): Acc@1 {first}; nDCG@10 {second}")
     return out
 
 # %% ../../nbs/probes/05d_collapse_report.ipynb #58e6e5d7
@@ -223,7 +238,9 @@ def _said_shortened(r: CollapseReport) -> str:
             f"(all: {full['value']:.2f})")
     below = f.filter(pl.col("layer") < full["layer"], dims=full["dims"]).sort("layer")
     if len(below): said += f"; after {below['layer'][-1]} of {full['layer']} layers, all numbers: {below['value'][-1]:.2f}"
-    if 0 in below["layer"] and len(below) > 1: said += f"; the input vectors, which no layer has read: {below['value'][0]:.2f}"
+    if 0 not in below["layer"] or len(below) < 2: return said
+    said += f"; the input vectors, which no layer has read: {below['value'][0]:.2f}"
+    if below["value"][0] >= 0.95 * full["value"]: said += " (so words in common are enough, and this task says little of the layers)"
     return said
 
 # %% ../../nbs/probes/05d_collapse_report.ipynb #e38a14ab
@@ -256,8 +273,9 @@ COLLAPSE_EXPLAINED = {
     "map": "All texts on the first two principal axes of their embeddings (and by UMAP, which keeps neighbours, where it is installed).",
     "layers": "High-frequency share: how much of a layer's states differs between tokens. sigma_a: the most that the attention of a head "
               "passes on of a difference, mean over heads; theory has it fall with length where logits are random, which a sink is not. "
-              "Entropy 1: attention to all tokens alike. Layers are counted from 0; sigma_a and entropy are of a layer's attention, "
-              "the other two of the hidden states after it. Bands: 95 % intervals over {layer_documents} documents.",
+              "Entropy 1: attention to all tokens alike. Layers are counted from 0, so that the last of six is layer 5; sigma_a and "
+              "entropy are of a layer's attention, the other two of the hidden states after it. Bands: 95 % intervals over "
+              "{layer_documents} documents.",
     "heads": "sigma_a of every head at the longest texts, mean over documents.",
     "taus": "Attention logits divided by a temperature in every layer (TempScale); below 1 is sharper. sigma_a and entropy: means over "
             "layers and heads. Bands: 95 % intervals over documents or queries.",
@@ -265,7 +283,9 @@ COLLAPSE_EXPLAINED = {
     "windows": "Documents longer than the encoder reads: cut where its positions end, or read whole with positions made in other "
                "ways, for which it was not trained.",
     "shortened": "Embeddings made of the hidden states after fewer layers, and of fewer of their numbers. Here it is layers that were read "
-                 "which are counted: 0 is the input, 1 the states after layer 0, and so on.",
+                 "which are counted: 0 is the input, 1 the states after layer 0, and so on: the largest number is after the last "
+                 "layer. Means over documents or {queries} queries, without intervals. Where 0 finds as much as the last, words that "
+                 "query and document have in common are enough, as they are for needles: such a task says little of the layers.",
 }
 
 # %% ../../nbs/probes/05d_collapse_report.ipynb #70b3f44a

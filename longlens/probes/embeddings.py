@@ -5,7 +5,8 @@
 # %% ../../nbs/probes/05_embeddings.ipynb #47e3ec19
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from itertools import combinations
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -14,8 +15,8 @@ import numpy as np
 from .answers import Interval, bootstrap_interval
 
 # %% auto #0
-__all__ = ['directions', 'pair_cosines', 'pairs_interval', 'spectrum', 'effective_rank', 'Geometry', 'geometry', 'jackknife',
-           'geometry_intervals', 'separability']
+__all__ = ['directions', 'pair_cosines', 'pairs_interval', 'length_changes', 'spectrum', 'effective_rank', 'Geometry', 'geometry',
+           'jackknife', 'geometry_intervals', 'separability']
 
 # %% ../../nbs/probes/05_embeddings.ipynb #c42fa8de
 def directions(
@@ -42,6 +43,18 @@ def pair_cosines(
 
 def _pairs(c: np.ndarray) -> np.ndarray: return c[np.triu_indices(len(c), 1)]  # of each two different documents, once
 
+# %% ../../nbs/probes/05_embeddings.ipynb #a4901f0d
+def _draws(documents: int, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each document is drawn, (draws, documents), and how many pairs of different ones that makes; draws without any left out."""
+    times = np.random.default_rng(seed).multinomial(documents, [1 / documents] * documents, size=n).astype(float)
+    pairs = times.sum(1) ** 2 - (times**2).sum(1)
+    return times[pairs > 0], pairs[pairs > 0]
+
+
+def _drawn(c: np.ndarray, times: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """The mean over pairs of different documents in every draw; the diagonal of `c` is 0."""
+    return np.einsum("ij,ij->i", times @ c, times) / pairs
+
 # %% ../../nbs/probes/05_embeddings.ipynb #9807d83d
 def pairs_interval(
     c: np.ndarray,  # a number for every two documents, symmetric, (documents, documents): cosines, or differences of two such
@@ -54,13 +67,32 @@ def pairs_interval(
     if c.shape != (k, k) or k < 2 or not np.isfinite(c).all():
         raise ValueError(f"numbers for every two of 2 documents or more are needed, and this has the shape {c.shape}, or is not finite")
     np.fill_diagonal(c, 0)
-    times = np.random.default_rng(seed).multinomial(k, [1 / k] * k, size=n).astype(float)  # how often each was drawn, (draws, documents)
-    pairs = times.sum(1) ** 2 - (times**2).sum(1)
-    means = (np.einsum("ij,ij->i", times @ c, times) / np.where(pairs > 0, pairs, np.nan))[pairs > 0]
     mean = float(c.sum() / (k * (k - 1)))
     if k < 4: return Interval(mean, float("nan"), float("nan"))  # too few to draw from
-    lower, upper = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    lower, upper = np.quantile(_drawn(c, *_draws(k, n, seed)), [(1 - level) / 2, (1 + level) / 2])
     return Interval(mean, float(lower), float(upper))
+
+# %% ../../nbs/probes/05_embeddings.ipynb #8c053df6
+def length_changes(
+    cosines: Mapping[int, np.ndarray],  # length -> a cosine for every two documents, (documents, documents), the same ones at all lengths
+    level: float = 0.95,  # how often all intervals hold together, 0 to 1
+    n: int = 4000,  # draws
+    seed: int = 0,  # of the draws
+) -> dict[tuple[int, int], Interval]:  # (short, long) -> change of the mean cosine, lower, upper
+    """Changes of the mean cosine between every two lengths, with sup-t intervals over documents."""
+    grams = {length: np.array(cosines[length], dtype=float) for length in sorted(cosines)}
+    if len(shapes := {c.shape for c in grams.values()}) != 1 or len(grams) < 2:
+        raise ValueError(f"two lengths or more of the same documents are needed: there are {len(grams)}, of the shapes {sorted(shapes)}")
+    for c in grams.values(): np.fill_diagonal(c, 0)
+    k = len(next(iter(grams.values())))
+    draws, pairs = _draws(k, n, seed), [*combinations(grams, 2)]
+    mean, drawn = ({length: f(c) for length, c in grams.items()} for f in (lambda c: c.sum() / (k * (k - 1)), lambda c: _drawn(c, *draws)))
+    change = np.array([mean[b] - mean[a] for a, b in pairs])
+    off = np.stack([drawn[b] - drawn[a] for a, b in pairs]) - change[:, None]  # (pairs of lengths, draws)
+    error = off.std(1)
+    widest = np.quantile(np.abs(off / np.where(error > 0, error, 1)[:, None]).max(0), level)
+    half = widest * error * (k / (k - 1)) ** 0.5 if k >= 4 else np.full(len(pairs), np.nan)
+    return {p: Interval(float(d), float(d - h), float(d + h)) for p, d, h in zip(pairs, change, half, strict=True)}
 
 # %% ../../nbs/probes/05_embeddings.ipynb #2bb1e417
 def spectrum(
