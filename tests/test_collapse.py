@@ -7,6 +7,7 @@ import sys
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import NormalDist
 from types import ModuleType
 from typing import Any
 
@@ -98,7 +99,8 @@ def test_intervals_of_pairs_draw_documents() -> None:
 
 
 def test_changes_between_lengths_against_a_loop() -> None:
-    "Joint draws of documents, the largest deviation in standard errors, one width for all pairs"
+    "Joint draws of documents, the largest deviation in standard errors, one width for all pairs: Student's"
+    student = pytest.importorskip("scipy.stats").t
     rng = np.random.default_rng(2)
     x = {n: rng.normal(size=(12, 6)) + shift for n, shift in ((64, 0.2), (16, 0.6), (256, 0.8))}
     c = {n: pair_cosines(v) for n, v in x.items()}
@@ -110,7 +112,8 @@ def test_changes_between_lengths_against_a_loop() -> None:
         draws.append([mean[b] - mean[a] for a, b in pairs])
     want = [geometry(x[b]).mean_cosine - geometry(x[a]).mean_cosine for a, b in pairs]
     off, error = np.array(draws) - want, np.std(draws, axis=0)
-    half = np.quantile(np.abs(off / error).max(1), 0.95) * error * np.sqrt(12 / 11)
+    z = NormalDist().cdf(np.quantile(np.abs(off / error).max(1), 0.95))
+    half = student.ppf(z, 11) * error
     got = length_changes(c, n=6000)
     assert [*got] == pairs
     assert [i.mean for i in got.values()] == pytest.approx(want)

@@ -72,6 +72,12 @@ def pairs_interval(
     lower, upper = np.quantile(_drawn(c, *_draws(k, n, seed)), [(1 - level) / 2, (1 + level) / 2])
     return Interval(mean, float(lower), float(upper))
 
+# %% ../../nbs/probes/05_embeddings.ipynb #ecee6218
+def _student(z: float, df: int) -> float:
+    """The quantile of Student's t at the probability at which the normal one is `z`."""
+    terms = (z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
+    return sum(t / df**i for i, t in enumerate(terms))
+
 # %% ../../nbs/probes/05_embeddings.ipynb #8c053df6
 def length_changes(
     cosines: Mapping[int, np.ndarray],  # length -> a cosine for every two documents, (documents, documents), the same ones at all lengths
@@ -90,8 +96,8 @@ def length_changes(
     change = np.array([mean[b] - mean[a] for a, b in pairs])
     off = np.stack([drawn[b] - drawn[a] for a, b in pairs]) - change[:, None]  # (pairs of lengths, draws)
     error = off.std(1)
-    widest = np.quantile(np.abs(off / np.where(error > 0, error, 1)[:, None]).max(0), level)
-    half = widest * error * (k / (k - 1)) ** 0.5 if k >= 4 else np.full(len(pairs), np.nan)
+    widest = float(np.quantile(np.abs(off / np.where(error > 0, error, 1)[:, None]).max(0), level))
+    half = _student(widest, k - 1) * error if k >= 4 else np.full(len(pairs), np.nan)
     return {p: Interval(float(d), float(d - h), float(d + h)) for p, d, h in zip(pairs, change, half, strict=True)}
 
 # %% ../../nbs/probes/05_embeddings.ipynb #2bb1e417
