@@ -414,7 +414,7 @@ def test_a_trace_of_a_thousand_sources(open_page: Any, tmp_path: Path) -> None:
     pick = tab.get_by_role("button", name="Sources of ␣It is")
     pick.click()
     assert rows.first.inner_text().split()[1] == "20" and pick.get_attribute("aria-pressed") == "true"
-    assert pick.get_attribute("title") == "log probability -0.75"
+    assert pick.get_attribute("title") == "log-probability -0.75, probability 0.472"
     assert "<b>Which?</b>" in tab.locator(".ll-asked").inner_text()
 
 

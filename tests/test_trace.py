@@ -42,11 +42,13 @@ from longlens.probes.sources import TracePrompt, cut_context, narrowed, placed, 
 from longlens.probes.subset_scores import FLOOR, SubsetScorer, plain_scores
 from longlens.probes.subset_tree import _alike, branches
 from longlens.probes.trace_prompts import ready_prompt, trace_prompt
+from longlens.probes.trace_report import said_probability
 from longlens.questions import fact_questions, kv_lines
 from longlens.sweeps import SweepWarning
 from longlens.tasks import numbered_documents
+from longlens.views.needle_explorer import said_html
 from longlens.views.page import page_html
-from longlens.views.trace_explorer import prompt_of
+from longlens.views.trace_explorer import prompt_of, without_html
 
 PEOPLE = {"Ada": "lamb", "Bob": "river", "Eve": "stone", "Tom": "table", "Una": "glass", "Max": "paper"}
 DOCUMENTS = [f"{filler(2, seed=i)} The code for {who} is {what}." for i, (who, what) in enumerate(PEOPLE.items())]
@@ -652,3 +654,12 @@ def test_ids_alone_are_traced() -> None:
     t = ll.trace_context(zoo_model("llama"), some_prompt(), method="loo")
     assert len(t.frames["sources"]) == 8 and t.meta["answer"] == "7 9 11 4"
     assert source_frame(some_prompt())["token_start"].to_list()[:2] == [3, 11]
+
+
+def test_small_probabilities_are_not_zero() -> None:
+    "The same numbers in every explorer, however small"
+    assert [said_probability(x) for x in (-0.0284, -3.474, -10.8, -1000.0, None)] == ["0.972", "0.031", "2.0e-5", "5.1e-435", "–"]
+    shown = without_html(" lamb", [3], {"said": " lamb", "logprob": -0.0284}, {"said": " oat", "logprob": -10.8})
+    assert "<td>0.972</td>" in shown and "<td>2.0e-5</td>" in shown
+    row = {"asked": 0, "said": " oat", "answers": "lamb", "score": 0.0, "logprob": -10.8}
+    assert "<td>2.0e-5</td>" in said_html(pl.DataFrame([row]), None)

@@ -5,8 +5,10 @@
 # %% ../../nbs/probes/06h_trace_report.ipynb #23073c8f
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,7 +19,8 @@ from .sources import TracePrompt, source_frame
 from ..report import Report, report_html
 
 # %% auto #0
-__all__ = ['TRACE_EXPLAINED', 'scored_frame', 'answer_frame', 'Trace', 'trace_sections', 'source_bars', 'excerpt', 'make_trace']
+__all__ = ['TRACE_EXPLAINED', 'scored_frame', 'answer_frame', 'Trace', 'trace_sections', 'source_bars', 'excerpt',
+           'said_probability', 'make_trace']
 
 # %% ../../nbs/probes/06h_trace_report.ipynb #9cd67dde
 def scored_frame(
@@ -115,7 +118,7 @@ def source_bars(r: Trace) -> Any:
     f, unit = r.top(min(60, int(r.meta["k"]))).drop_nulls("score"), r.meta["unit"]
     errors = f["error"].null_count() < len(f)
     if errors: f = f.with_columns(lower=pl.col("score") - pl.col("error"), upper=pl.col("score") + pl.col("error"))
-    text = f"The {len(f)} highest scores, by the source's number in the context." + " Thin lines: one standard error." * errors
+    text = f"The {len(f)} highest scores, by the source's number in the context, from 0." + " Thin lines: one standard error." * errors
     return bars(f, ["source", "excerpt"], "score", title=f"Sources by {r.meta['method']}", unit="" if unit == "score" else unit,
                 subtitle=text)
 
@@ -140,19 +143,22 @@ def _around(text: str, word: str, limit: int) -> str:    # so much of a text as 
 
 def _excerpts(texts: pl.Series) -> pl.Series: return pl.Series([excerpt(t) for t in texts], dtype=pl.String)
 
+# %% ../../nbs/probes/06h_trace_report.ipynb #ee3935ef
+def said_probability(
+    logprob: float | None,  # natural logarithm; None or NaN: not known
+) -> str:  # such as 0.972, 0.0031 or 2.0e-5
+    """A probability as people read it, however small it is."""
+    if logprob is None or math.isnan(logprob): return "–"
+    p = Decimal(min(logprob, 0.0)).exp()    # a float would be 0 below e^-745
+    return "0" if not p else f"{p:.3f}" if p >= 0.01 else f"{p:.4f}" if p >= 0.001 else f"{p:.1e}"
+
 # %% ../../nbs/probes/06h_trace_report.ipynb #ee7a3bd0
 def _said_answer(r: Trace) -> str:
     f = r.frames["answer"].filter("traced")
     total, part = float(f["logprob"].sum()), len(f) < len(r.frames["answer"])
     said = f"the answer {excerpt(r.meta['answer'], 120)!r}" + f", of which {excerpt(r.meta['traced'], 80)!r} is traced" * part
     who = "the model wrote it" if r.meta["generated"] else "it was given"
-    return f"{said}: {who}; log-probability {total:.3g} with the whole context ({_share(total)})"
-
-
-def _share(logprob: float) -> str:
-    """A probability for people."""
-    p, about = float(np.exp(logprob)), float(f"{np.exp(-logprob):.3g}")
-    return f"probability {p:.2f}" if p >= 0.005 else f"one in {about:,.0f}" if logprob > -30 else f"about e^{logprob:.0f}"
+    return f"{said}: {who}; log-probability {total:.3g} with the whole context (probability {said_probability(total)})"
 
 
 def _number(x: dict[str, Any]) -> str: return f"{x['score']:.3g}" + (f" ± {x['error']:.2g}" if x["error"] is not None else "")

@@ -19,6 +19,7 @@ from ipywidgets import Button, Dropdown, HBox, IntSlider, Layout, VBox
 from ..cells import Cell
 from ..probes.answers import METRICS
 from ..probes.asking import Ask
+from ..probes.trace_report import said_probability
 from ..report import Report
 from ..sweeps import sweep
 from .charts import COLOURS, _axis, _legend, _tips
@@ -297,11 +298,11 @@ def said_html(
     rows = [asked] if asked else []
     rows += answers.head(most - len(rows)).to_dicts()
     def line(a: Mapping[str, Any]) -> str:
-        right, p = a.get("score"), _share(a.get("logprob"))
+        right, p = a.get("score"), said_probability(a.get("logprob"))
         mark = "" if right is None else f'<span class="{"lx-good" if right >= 1 else "lx-wrong"}">{right:.2f}</span>'
         who = "asked here" if a.get("asked") == "here" else "measured" if a.get("asked") is None else f"{what} {a['asked'] + 1}"
         words = "".join(f'<td class="lx-text lx-quote">{say(a.get(c) or "–", 160)}</td>' for c in ("said", "answers"))
-        return f'<tr><th scope="row">{say(who)}</th>{words}<td>{mark}</td><td>{"–" if p is None else f"{p:.3f}"}</td></tr>'
+        return f'<tr><th scope="row">{say(who)}</th>{words}<td>{mark}</td><td>{p}</td></tr>'
     head = "<tr><th></th><th>the model says</th><th>right is</th><th>score</th><th>probability</th></tr>"
     left = len(answers) + bool(asked) - len(rows)
     more = f'<p class="lx-soft">and {left:,} more</p>' if left else ""

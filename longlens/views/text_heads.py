@@ -5,7 +5,6 @@
 # %% ../../nbs/views/05a1_text_heads.ipynb #bf593498
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from html import escape
@@ -16,6 +15,7 @@ from fastcore.basics import patch
 from ipywidgets import BoundedIntText, Button, HBox, Layout, ToggleButton, VBox
 
 from ..measure.statistics import tidy
+from ..probes.trace_report import said_probability
 from .head_explorer import Choice, HeadExplorer
 from .head_panels import reading_panels
 from .page import say
@@ -146,7 +146,7 @@ def answer_html(
     after = r.live.silenced.get(tuple(silenced)) if r.live and silenced else None
     if after: rows.append((f"without {_named(silenced)}", after))
     line = lambda name, a: (f'<tr><th scope="row">{say(name)}</th><td class="lx-text lx-quote">{say(a["said"])}</td>'
-                            f"<td>{a['logprob']:.3f}</td><td>{math.exp(a['logprob']):.3f}</td></tr>")
+                            f"<td>{a['logprob']:.3f}</td><td>{said_probability(a['logprob'])}</td></tr>")
     head = "<tr><th></th><th>the model says</th><th>log-probability</th><th>probability</th></tr>"
     right = "the right answer" if before["right"] is not None else "what it says by itself"
     question = (r.meta["context"] or {}).get("question")

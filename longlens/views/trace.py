@@ -15,6 +15,7 @@ import altair as alt
 import numpy as np
 import polars as pl
 
+from ..probes.trace_report import said_probability
 from ..report import Report
 from .charts import COLOURS, FONT, PAD, WIDTH, ChartError, _axis, _data, _powers, _shown, _tips, _titled, drawable, label
 from .page import Section, write_page
@@ -79,7 +80,8 @@ def _answer_parts(words: Sequence[str], logprobs: Sequence[float | None], names:
         edges = sorted({0, len(words), *(e for span in chosen for e in span)})
         rest = [(a, b) for a, b in pairwise(edges) if a not in taken]
     known = lambda a, b: [v for v in logprobs[a:b] if v is not None]
-    note = lambda a, b: {"note": f"log probability {sum(known(a, b)):.4g}"} if len(known(a, b)) == b - a else {}
+    said = lambda p: {"note": f"log-probability {p:.4g}, probability {said_probability(p)}"}
+    note = lambda a, b: said(sum(known(a, b))) if len(known(a, b)) == b - a else {}
     return [{"text": "".join(words[a:b]), **({"quantity": names[a, b]} if (a, b) in names else {}), **note(a, b)}
             for a, b in sorted(chosen + rest)]
 

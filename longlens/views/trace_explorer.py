@@ -21,7 +21,7 @@ from ipywidgets import Button, Checkbox, Dropdown, HBox, Layout, SelectionRangeS
 from ..probes.perturbation import TRACERS
 from ..probes.sources import TracePrompt, subset_ids
 from ..probes.trace_prompts import trace_prompt
-from ..probes.trace_report import Trace, excerpt
+from ..probes.trace_report import Trace, excerpt, said_probability
 from ..probes.traceback import trace_context
 from ..report import Report
 from .explore import App, Explorer, Progress
@@ -262,7 +262,7 @@ def without_html(
     "The answer with and without some sources"
     names = ", ".join(map(str, removed[:6])) + ", …" * (len(removed) > 6)
     line = lambda name, a: (f'<tr><th scope="row">{say(name)}</th><td class="lx-text lx-quote">{say(a["said"], 300)}</td>'
-                            f'<td>{a["logprob"]:.2f}</td><td>{math.exp(a["logprob"]):.3f}</td></tr>')
+                            f'<td>{a["logprob"]:.2f}</td><td>{said_probability(a["logprob"])}</td></tr>')
     head = "<tr><th></th><th>the model says</th><th>log-probability</th><th>probability</th></tr>"
     note = f'<p class="lx-says">Probability of “{say(answer, 120)}”.</p>'
     rows = line("with all sources", whole) + line(f"without {names}", found)
