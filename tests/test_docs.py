@@ -361,14 +361,32 @@ def address(site: Path) -> Iterator[str]: yield from served(site)
 def small_address(small: Path) -> Iterator[str]: yield from served(small)
 
 
-LOOK = '''() => ({
+LOOK = '''() => {
+const scrolls = (e) => /auto|scroll/.test(getComputedStyle(e).overflowX) && e.scrollWidth > e.clientWidth + 1;
+// the right edge of a chart is outside a box that hides it, and nothing in between scrolls and says so
+const lost = (marks) => {
+  for (let e = marks, right = marks.getBoundingClientRect().right; (e = e.parentElement) && e.matches("article *");) {
+    if (right <= e.getBoundingClientRect().right + 1) continue;
+    if (scrolls(e)) return !(e.previousElementSibling?.matches(".cue") && e.tabIndex === 0);
+    if (getComputedStyle(e).overflowX !== "visible") return true;
+  }
+  return marks.getBoundingClientRect().right > innerWidth;
+};
+const letters = (svg) => [...svg.querySelectorAll("text")].filter((t) => t.checkVisibility() && t.getAttribute("font-size"))
+  .map((t) => parseFloat(t.getAttribute("font-size")) * svg.getBoundingClientRect().width / svg.width.baseVal.value);
+return {
   charts: document.querySelectorAll("[data-chart][data-drawn]").length,
   widgets: document.querySelectorAll("[data-widget][data-drawn]").length,
   empty: [...document.querySelectorAll("[data-chart]")].filter((c) => !c.querySelector("canvas.marks, svg.marks :is(path, text)")).length,
   formulas: document.querySelectorAll(".math").length,
   set: document.querySelectorAll(".math mjx-container").length, wrong: document.querySelectorAll("[data-mjx-error]").length,
+  cut: [...document.querySelectorAll(".live :is(svg, canvas).marks")].filter(lost).length,
+  cues: document.querySelectorAll(".cue").length,
+  tiny: Math.min(12, ...[...document.querySelectorAll(".live svg.fitted")].flatMap(letters)),
+  unwrapped: [...document.querySelectorAll("div.output pre")].filter((p) => p.scrollWidth > p.clientWidth + 1
+    && !/[\u2500-\u257f]/.test(p.textContent)).length,
   wide: document.documentElement.scrollWidth - document.documentElement.clientWidth, title: document.title,
-})'''
+}}'''
 DRAWN = '''() => !document.querySelector("[data-chart]:not([data-drawn]), [data-widget]:not([data-drawn])")
   && [...document.querySelectorAll(".math")].every((m) => m.querySelector("mjx-container"))'''
 
@@ -427,12 +445,16 @@ def test_every_page_in_a_browser(playwright: Any, project: Path, site: Path, add
     assert {name for name, one in found.items() if one["empty"] or one["wrong"]} == set()
     assert sum(one["formulas"] for one in seen) > 20
     assert {name: one["wide"] for name, one in found.items() if one["wide"] > 0} == {}, "pages that scroll sideways"
+    assert {name: one["cut"] for name, one in found.items() if one["cut"]} == {}, "charts that are cut off, and nothing says so"
+    assert {name: one["tiny"] for name, one in found.items() if one["tiny"] < 8.9} == {}, "charts with letters too small to read"
+    assert {name: one["unwrapped"] for name, one in found.items() if one["unwrapped"]} == {}, "printed text that is cut off"
 
 
 @pytest.mark.browser
 def test_narrow_dark_and_from_files(playwright: Any, site: Path) -> None:
-    "From the file system, as a phone shows it: nothing is wider than the screen, and the search finds something"
-    names = ["index.html", "tutorials/01_sinks.html", "reference/probes.html", "measure/03_statistics.html", "benchmarks.html"]
+    "From the file system, as a phone shows it: nothing is wider than the screen, or cut off, and the search finds something"
+    names = ["index.html", "tutorials/01_sinks.html", "tutorials/04_collapse.html", "probes/03b_remedies.html", "views/05e_workbench.html",
+             "reference/probes.html", "measure/03_statistics.html", "benchmarks.html"]
 
     async def look(context: Any) -> tuple[list[dict[str, Any]], int]:
         seen = [await visit(context, (site / name).as_uri()) for name in names]
@@ -443,7 +465,8 @@ def test_narrow_dark_and_from_files(playwright: Any, site: Path) -> None:
     (seen, results), outside = asyncio.run(opened(playwright, look, color_scheme="dark", viewport={"width": 390, "height": 844}))
     assert outside == [] and results > 5
     assert [one["console"] for one in seen] == [[]] * len(names)
-    assert [one["wide"] for one in seen] == [0] * len(names)
+    for trouble in ("wide", "cut", "unwrapped"): assert [one[trouble] for one in seen] == [0] * len(names), trouble
+    assert min(one["tiny"] for one in seen) >= 8.9 and sum(one["cues"] for one in seen) > 3
 
 
 @pytest.mark.browser

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import re
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,13 @@ html_show_sphinx = False
 html_baseurl = about["doc_host"] + about["doc_baseurl"]
 
 
+def lines(app: Any, pagename: str, templatename: str, context: dict[str, Any], doctree: Any) -> None:
+    "Each printed line is an element, so that it can be seen where one ends that had to be wrapped"
+    printed = re.compile(r'(<div class="[^"]*\boutput\b[^"]*"><div class="highlight"><pre><span></span>)(.*?)\n?(?=</pre>)', re.DOTALL)
+    context["body"] = printed.sub(lambda m: m[1] + "".join(f'<span class="line">{line}\n</span>' for line in m[2].split("\n")),
+                                  context.get("body", ""))
+
+
 def live(app: Any, pagename: str, templatename: str, context: dict[str, Any], doctree: Any) -> None:
     "Vega goes only to pages with charts, and the host of widgets to pages with widgets"
     body = context.get("body", "")
@@ -51,4 +59,5 @@ def live(app: Any, pagename: str, templatename: str, context: dict[str, Any], do
 
 
 def setup(app: Any) -> None:
+    app.connect("html-page-context", lines)
     app.connect("html-page-context", live)

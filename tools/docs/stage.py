@@ -27,6 +27,7 @@ BESIDE = {    # files of the repository that have a page: file -> page, its navi
 }
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 LOADER = re.compile(r"<script\b(?:(?!</script).)*?(?:https?:)?//(?:(?!</script).)*</script>|<link\b[^>]*>", re.DOTALL | re.IGNORECASE)
+RULED = re.compile(r"[\u2500-\u257f]")    # lines of a table that was drawn with characters
 STYLE = re.compile(r"<style>.*?</style>", re.DOTALL)
 SHAPE = re.compile(r"<small>shape: \((.*?)\)</small>")
 
@@ -86,7 +87,8 @@ class Stage:
 
     def text(self, said: str) -> str:
         said = ANSI.sub("", said).rstrip("\n")
-        return f"```{{code-block}} text\n:class: output\n\n{said}\n```" if "```" not in said else block("code-block", "text", said)
+        kind = "output ruled" if RULED.search(said) else "output"
+        return block("code-block", "text", f":class: {kind}\n\n{said}")
 
     def html(self, html: str) -> str:
         shapes = SHAPE.findall(html)
