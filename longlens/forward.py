@@ -17,8 +17,8 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['HFModel', 'HFTokenizer', 'TokenIds', 'Tokens', 'ModelFacts', 'TokenModel', 'BatchModel', 'ForwardModel',
-           'LogitsModel']
+__all__ = ['HFModel', 'HFTokenizer', 'TokenIds', 'Tokens', 'ModelFacts', 'check_unicode', 'TokenModel', 'BatchModel',
+           'ForwardModel', 'LogitsModel']
 
 # %% ../nbs/01a_forward.ipynb #1e403b2f
 HFModel = Any  # a transformers.PreTrainedModel
@@ -209,6 +209,17 @@ class ModelFacts:
         """The number format of the weights."""
         return self.hf.dtype
 
+# %% ../nbs/01a_forward.ipynb #099e46ca
+def check_unicode(
+    text: str,
+    what: str = "the text",  # how the error calls it
+) -> None:
+    """Raise if a text holds half of a UTF-16 pair, which no tokenizer reads."""
+    try: text.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"{what} has half a character at {e.start:,}, {text[e.start]!r}, which is not text: read the file again with its "
+                         "right encoding, or take it out with text.encode(errors=\"replace\").decode()") from None
+
 # %% ../nbs/01a_forward.ipynb #dc5d64db
 def _check_length(
     m: ModelFacts,  # the model
@@ -248,6 +259,7 @@ class TokenModel(ModelFacts):
         tok = self.tokenizer
         if tok is None:
             raise ValueError(f"{self.name} has no tokenizer, so it takes token ids: pass ids, or load(model, tokenizer)")
+        check_unicode(text)
         enc = tok(text, add_special_tokens=special, return_offsets_mapping=tok.is_fast, truncation=False, verbose=False)
         ids = _as_ids(enc["input_ids"] if text else [], self._rows)
         return Tokens(ids, text, torch.tensor(enc["offset_mapping"]) if tok.is_fast else None, tok)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .forward import HFTokenizer, TokenModel, Tokens
+from .forward import HFTokenizer, TokenModel, Tokens, check_unicode
 
 # %% auto #0
 __all__ = ['Piece', 'BoundaryError', 'Context', 'compose']
@@ -156,6 +156,7 @@ class _Reader:
 
     def encode(self, text: str, special: bool = True) -> tuple[Tensor, np.ndarray]:
         """Ids (n,) and characters (n, 2); special tokens behind the text are left out."""
+        check_unicode(text)
         enc = self.tok(text, add_special_tokens=special and not self.chat, return_offsets_mapping=True, return_special_tokens_mask=True,
                        truncation=False, padding=False, verbose=False)
         n = len(enc["input_ids"])
@@ -204,7 +205,7 @@ def _check_special(read: _Reader, text: str, ids: Tensor, offsets: np.ndarray, a
         written = text[a:b].strip() == read.tok.convert_ids_to_tokens(int(ids[i]))
         if a < b and written and not any(c <= a and b <= d for c, d in allowed):
             raise ValueError(f"the text says {text[a:b]!r} at character {a:,}, which the tokenizer reads as a special token: take it out, "
-                             f"or say Piece(..., special=True)")
+                             f"or allow it with special=True (of its Piece, or of the function that was called)")
 
 # %% ../nbs/02b_pieces.ipynb #a40603ab
 @dataclass(frozen=True, eq=False, repr=False)

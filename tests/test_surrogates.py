@@ -75,7 +75,7 @@ def test_additive_games_are_recovered(n, seed, base):
     np.testing.assert_allclose(found.values, w, atol=1e-3)
     fit = found.frames["fidelity"].row(0, named=True)
     assert fit["lds"] > 0.999 and fit["bias"] == pytest.approx(base, abs=1e-2)
-    assert (found.errors < 1e-3).all()
+    assert (found.errors < 1e-2).all()
 
 
 def test_a_text_is_cut_into_sentences_as_published(lm):

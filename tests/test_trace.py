@@ -5,7 +5,7 @@ import copy
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from math import comb
 from pathlib import Path
@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_context import CHATML, MAKE
 from tokenizers import AddedToken
+from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import CAUSAL, token_ids, zoo_model
 
 import longlens as ll
@@ -176,6 +177,21 @@ def test_templates_and_answers(lm: ll.LongModel) -> None:
     for bad, message in [("Tom", "stands 0 times"), ((3, 99), "not a span"), (range(2, 99), "not tokens of the answer")]:
         with pytest.raises(ValueError, match=message): trace_prompt(lm, "one two", "Who?", "it is Bob", answer_span=bad)
     with pytest.raises(ValueError, match="has it 2 times"): trace_prompt(lm, "x", "y", "z", template="{context} {context}")
+
+
+@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("answer", ["Paris", " Paris", "Paris is it", "7", "é", "北京"])
+def test_an_answer_has_the_tokens_it_has_behind_the_prompt(name: str, answer: str) -> None:
+    "Llama 2's tokenizer would put a space before a text that stands alone"
+    shape = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=512)
+    lm = ll.load(LlamaForCausalLM(LlamaConfig(vocab_size=len(MAKE[name]()), **shape)), MAKE[name]())
+    p = trace_prompt(lm, ["One two.", "Three four."], "What is it?", answer, template="raw")
+    behind = lm.tokens(p.tokens.text + p.answer.text, allow_longer=True).ids.tolist()
+    joined = p.tokens.ids.tolist() + p.answer.ids.tolist()
+    assert behind[: len(joined)] == joined
+    assert {*behind[len(joined) :]} <= {lm.tokenizer.sep_token_id, lm.tokenizer.eos_token_id}    # that end a text
+    assert p.answer.text.strip() == answer.strip()
+    assert p.answer.offsets.min() >= 0 and p.answer.offsets.max() <= len(p.answer.text)
 
 
 def test_a_chat_template_stands_around(lm: ll.LongModel) -> None:
@@ -487,6 +503,43 @@ def test_costs_are_said_before(lm: ll.LongModel, prompt: TracePrompt) -> None:
         costs = found.costs or job.scorer.costs
         assert costs.tokens <= said.tokens and costs.evaluations <= said.evaluations
         assert not said.exact or (costs.tokens, costs.evaluations) == (said.tokens, said.evaluations)
+
+
+@dataclass
+class Wins:
+    "A game that groups of high weights win; it remembers the sets that were asked for"
+    weights: np.ndarray
+    asked: set[tuple[bool, ...]] = field(default_factory=set)
+
+    @property
+    def n(self) -> int: return len(self.weights)
+
+    def __call__(self, kept: np.ndarray) -> np.ndarray:
+        self.asked.update(map(tuple, kept.tolist()))
+        return kept @ self.weights
+
+
+@pytest.mark.parametrize("how", [{}, {"functions": "stc", "keep": 1}, {"functions": ("loo", "shapley"), "keep": 2}], ids=str)
+@pytest.mark.parametrize("sizes", [(0,) * 16, (0,) * 12 + (8,) * 4, (9,) * 2 + (0,) * 5 + (6,) * 9, (2, 2, 2)], ids=str)
+def test_a_search_costs_no_more_than_was_said(lm: ll.LongModel, sizes: tuple[int, ...], how: dict[str, Any]) -> None:
+    "Whatever wins: what is last, what is first, what is longest, or anything"
+    documents = [f"The code for Mira is {i}." + " The sky is blue." * k for i, k in enumerate(sizes)]
+    prompt = trace_prompt(lm, documents, ASK, " 48")
+    tracer, lengths = find_tracer("tracllm", how), np.array([len(r) for r in prompt.ranges])
+    said = tracer.cost(TraceJob(lm, prompt))
+    for weights in (np.arange(prompt.n), -np.arange(prompt.n), lengths, *np.random.default_rng(0).normal(size=(9, prompt.n))):
+        game = Wins(weights.astype(float))
+        tracer.run(TraceJob(lm, prompt, game))
+        asked = np.array([*game.asked])
+        assert len(asked) <= said.evaluations
+        assert len(asked) * (len(prompt.whole) - 1) - ((~asked) @ lengths).sum() <= said.tokens
+
+
+@pytest.mark.parametrize("functions", ["zzz", "coarse_to_fine", ("stc", "attention"), "self_citation"])
+def test_functions_that_score_no_groups_are_refused(lm: ll.LongModel, prompt: TracePrompt, functions: Any) -> None:
+    with pytest.raises(ValueError, match="there is no method 'zzz'|cannot score groups: take of loo, stc, shapley"):
+        ll.trace_context(lm, prompt, method="tracllm", functions=functions)
+    assert ll.trace_context(lm, prompt, method="tracllm", functions="loo").meta["settings"]["functions"] == ["loo"]
 
 
 # The function

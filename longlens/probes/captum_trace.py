@@ -119,6 +119,7 @@ class SubsetTracer(Tracer):
     """A method of captum that asks for the values of subsets"""
 
     unit: ClassVar[str] = "nats"
+    plays: ClassVar[bool] = True
 
     def attribute(self, values: Values, job: TraceJob, errors: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
         """Scores and standard errors, if it has any."""

@@ -23,7 +23,8 @@ from .subset_tree import ScoreCosts, ValueFunction
 # %% auto #0
 __all__ = ['TRACERS', 'SPARED', 'TraceJob', 'TraceScores', 'TraceCost', 'Tracer', 'find_tracer', 'check_budget', 'counted',
            'planned_cost', 'out_masks', 'alone_masks', 'LeaveOneOut', 'SingleText', 'orders_of', 'chain_masks',
-           'marginals', 'Shapley', 'top_mean', 'DenoisedShapley', 'halved', 'informed_search', 'InformedSearch']
+           'marginals', 'Shapley', 'top_mean', 'DenoisedShapley', 'halved', 'informed_search', 'longest_groups',
+           'InformedSearch']
 
 # %% ../../nbs/probes/06b_perturbation.ipynb #d5c77b12
 @dataclass(eq=False)
@@ -86,6 +87,7 @@ class Tracer:
     needs: ClassVar[tuple[str, ...]] = ()  # "chat", "heads", "tokenizer": what it cannot do without
     unit: ClassVar[str] = "score"  # of its scores, for axes
     by: ClassVar[str | None] = None  # how a text is cut for it, where nobody says
+    plays: ClassVar[bool] = False  # does it play any game of sets? Then `tracllm` can score groups with it
     signed: ClassVar[bool] = True  # does a score below 0 speak against the answer? Not for shares of attention
     says: ClassVar[str] = ""  # a sentence about it
 
@@ -165,6 +167,7 @@ class LeaveOneOut(Tracer):
     """v(all) - v(all but i): what the answer loses without a source."""
 
     unit: ClassVar[str] = "nats"
+    plays: ClassVar[bool] = True
     says: ClassVar[str] = "what the log-probability of the answer loses when the source is left out"
 
     def cost(self, job: TraceJob) -> TraceCost: return planned_cost(job, out_masks(job.n))
@@ -184,6 +187,7 @@ class SingleText(Tracer):
     """v({i}) - v(nothing): what the answer gains from a source alone."""
 
     unit: ClassVar[str] = "nats"
+    plays: ClassVar[bool] = True
     says: ClassVar[str] = "what the log-probability of the answer gains when the source is all there is"
 
     def cost(self, job: TraceJob) -> TraceCost: return planned_cost(job, alone_masks(job.n))
@@ -222,6 +226,7 @@ class Shapley(Tracer):
 
     permutations: int = 10
     unit: ClassVar[str] = "nats"
+    plays: ClassVar[bool] = True
     says: ClassVar[str] = "what the source adds to those before it, mean over random orders"
 
     def __post_init__(self) -> None:
@@ -307,18 +312,34 @@ class _Groups:
         for row, r in zip(member, self.nodes, strict=True): row[r.start : r.stop] = True
         return self.game(np.asarray(kept, dtype=int) @ member.astype(int) > 0)
 
+# %% ../../nbs/probes/06b_perturbation.ipynb #14b6a8c6
+def longest_groups(
+    sizes: Sequence[int],  # tokens of each source
+    keep: int,  # groups that are kept at each level
+) -> list[list[int]]:  # for each level that is scored, the tokens of its groups, the longest first
+    """The longest groups that an informed search may have to score."""
+    ends, nodes = np.cumsum([0, *sizes]), [range(len(sizes))]
+    levels: list[list[int]] = []
+    while any(len(r) > 1 for r in nodes) or not levels:
+        nodes = halved(nodes)
+        if len(nodes) <= keep and any(len(r) > 1 for r in nodes): continue
+        levels.append(sorted((int(ends[r.stop] - ends[r.start]) for r in nodes), reverse=True)[: 2 * keep])
+    return levels
+
 # %% ../../nbs/probes/06b_perturbation.ipynb #3d31dbef
 class _Meter:
-    """A game that counts what it would cost to score the sets it is asked about, each once, as whole forwards."""
+    """A game that counts the sets it is asked about, and what they can cost at most: as whole forwards, of the longest players."""
 
     def __init__(self, sizes: Sequence[int], always: int):
-        self.n, self.sizes, self.always, self.seen = len(sizes), np.asarray(sizes), always, set[bytes]()
-        self.tokens = 0
+        self.n, self.always, self.ends, self.evaluations, self.tokens = len(sizes), always, set[int](), 0, 0
+        self.longest = np.cumsum([0, *sorted(sizes, reverse=True)])  # tokens of so many players, at most
 
     def __call__(self, kept: np.ndarray) -> np.ndarray:
-        for row in np.asarray(kept):
-            if row.tobytes() not in self.seen: self.tokens += int(self.sizes[row].sum()) + self.always
-            self.seen.add(row.tobytes())
+        for k in np.asarray(kept).sum(1).tolist():
+            if k in self.ends: continue
+            if k in (0, self.n): self.ends.add(k)  # nobody and everybody are scored once
+            self.evaluations += 1
+            self.tokens += self.always + int(self.longest[k])
         return np.zeros(len(kept))
 
 # %% ../../nbs/probes/06b_perturbation.ipynb #9f04b003
@@ -326,7 +347,7 @@ class _Meter:
 class InformedSearch(Tracer):
     """TracLLM (arXiv 2506.04202): informed search with several score functions."""
 
-    functions: tuple[str, ...] = ("stc", "loo", "denoised_shapley")  # methods that score groups
+    functions: Sequence[str] = ("stc", "loo", "denoised_shapley")  # methods that score groups; a name, if it is one
     keep: int = 5  # groups that are kept at each level: K
     weight: float = 2.0  # of leave-one-out: w
     permutations: int = 20
@@ -335,36 +356,45 @@ class InformedSearch(Tracer):
     says: ClassVar[str] = "the highest score of several that a search by halves arrives at, leave-one-out weighted double"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "functions", tuple(self.functions))
-        if not self.functions: raise ValueError(f"functions is empty: name one method or more, such as {', '.join(TRACERS)}")
+        functions = (self.functions,) if isinstance(self.functions, str) else tuple(self.functions)
+        object.__setattr__(self, "functions", functions)
+        if not functions: raise ValueError("functions is empty: name one method or more, such as stc, loo, denoised_shapley")
         if self.keep < 1: raise ValueError(f"keep is {self.keep}: a search keeps one group or more")
+
+    def _function(self, name: str) -> Tracer:
+        """The method that scores groups."""
+        tracer = find_tracer(name)
+        if not tracer.plays:
+            able = ", ".join(k for k, t in TRACERS.items() if t.plays)
+            raise ValueError(f"functions has {name!r}, which cannot score groups: take of {able}")
+        own = {f.name for f in fields(tracer)}  # type: ignore[arg-type]
+        return replace(tracer, **{k: getattr(self, k) for k in ("permutations", "beta") if k in own})  # type: ignore[type-var]
 
     def cost(self, job: TraceJob) -> TraceCost:
         sizes = [len(r) for r in job.prompt.ranges] if job.prompt else [0] * job.n
         always = len(job.prompt.whole) - 1 - sum(sizes) if job.prompt else 0
-        meter = _Meter(sizes, always)
-        for name in self.functions: self._search(name, job, meter, longest=True)
-        return TraceCost(len(meter.seen), meter.tokens)
+        total = TraceCost(0, 0)
+        for level, longest in enumerate(longest_groups(sizes, self.keep)):
+            for name in self.functions:
+                meter = _Meter(longest, always)
+                self._function(name).run(TraceJob(game=meter, seed=job.seed + 1000 * level))
+                total = TraceCost(total.evaluations + meter.evaluations, total.tokens + meter.tokens)
+        return total
 
     def run(self, job: TraceJob) -> TraceScores:
         values, frames = np.full(job.n, np.nan), []
         for name in self.functions:
-            nodes, scores, seen = self._search(name, job, job.scorer)
+            nodes, scores, seen = self._search(name, job)
             frames.append(seen.select(pl.lit(name).alias("function"), pl.all()))
             found = [r.start for r in nodes]
             values[found] = np.fmax(values[found], scores * (self.weight if name == "loo" else 1.0))
         return TraceScores(values, frames={"search": pl.concat(frames)})
 
-    def _search(self, name: str, job: TraceJob, game: ValueFunction, longest: bool = False) -> Any:
-        """One search; `longest`: keep the longest groups, whatever they score."""
-        mine: dict[str, Any] = {k: getattr(self, k) for k in ("permutations", "beta") if hasattr(TRACERS[name], k)}
-        tracer, level = find_tracer(name, mine), iter(range(10**6))
-
-        def score(nodes: list[range]) -> np.ndarray:
-            made = tracer.run(TraceJob(game=_Groups(game, nodes), seed=job.seed + 1000 * next(level))).values
-            return np.array([len(r) for r in nodes], dtype=float) if longest else made
-
-        return informed_search(score, job.n, self.keep)
+    def _search(self, name: str, job: TraceJob) -> Any:
+        """One search, with one function."""
+        tracer, level = self._function(name), iter(range(10**6))
+        made = lambda nodes: TraceJob(game=_Groups(job.scorer, nodes), seed=job.seed + 1000 * next(level))
+        return informed_search(lambda nodes: tracer.run(made(nodes)).values, job.n, self.keep)
 
 # %% ../../nbs/probes/06b_perturbation.ipynb #8134523e
 TRACERS |= {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -18,7 +18,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from ..forward import TokenIds, Tokens
+from ..forward import TokenIds, Tokens, check_unicode
 from ..haystack import split_sentences
 from ..pieces import BoundaryError, _solid
 
@@ -105,10 +105,14 @@ def _joined_documents(documents: Any, sep: str) -> tuple[str, list[tuple[int, in
     """One text, and where each document stands in it, separator included."""
     if isinstance(documents, bytes) or not hasattr(documents, "__iter__"):
         raise TypeError(f"a context is a text, or a list of texts, and this is a {type(documents).__name__}: read or decode it first")
+    if isinstance(documents, (Mapping, Set)):
+        way = "give list(documents.values())" if isinstance(documents, Mapping) else "give a list, so that they have an order"
+        raise TypeError(f"a context is a text, or a list of texts, and this is a {type(documents).__name__}: {way}")
     documents = list(documents)
     for i, d in enumerate(documents):
         if not isinstance(d, str): raise TypeError(f"document {i} is a {type(d).__name__}: a context is a text, or a list of texts")
         if not d.strip(): raise ValueError(f"document {i} is empty: leave it out, so that every source has a text")
+        check_unicode(d, f"document {i}")
     parts = [d + sep * (i < len(documents) - 1) for i, d in enumerate(documents)]
     return "".join(parts), list(pairwise([0, *accumulate(map(len, parts))]))
 
@@ -122,6 +126,7 @@ def cut_context(
     """The sources of a context."""
     text, documents = (context, [(0, len(context))]) if isinstance(context, str) else _joined_documents(context, sep)
     if not text.strip(): raise ValueError("the context is empty: there are no sources to trace an answer to")
+    check_unicode(text, "the context")
     by = by if by is not None else "words" if isinstance(context, str) else "documents"
     if isinstance(by, str): spans = [(a + x, a + y) for a, b in documents for x, y in _spans_of(text[a:b], by, size)]
     else: spans = _own(text, by)

@@ -110,6 +110,7 @@ class ContextCite(Tracer):
     held_out: int = 32  # ablations more, on which its predictions are tested; 0: none
     draws: int = 100  # of the bootstrap
     unit: ClassVar[str] = "nats of log-odds"
+    plays: ClassVar[bool] = True
     by: ClassVar[str | None] = "sentences"  # as published
     says: ClassVar[str] = "what the source adds to the log-odds of the answer, in a sparse linear model of random ablations"
 

@@ -75,6 +75,17 @@ def _written(lm: Any, tokens: Tokens, max_new_tokens: int, stop: Sequence[str], 
         raise ValueError(f"{lm.name} says nothing to this prompt, its answer ends at once: end the text with a question, or give answer=")
     return _spoken(lm, ids)
 
+# %% ../../nbs/probes/06_trace_prompts.ipynb #67ad40ba
+def _going_on(lm: Any, prompt: str, answer: str) -> Tokens:
+    """The tokens of an answer as they are behind a prompt; by itself, if a token spans both."""
+    read = lambda text: lm.tokens(text, add_special_tokens=False, allow_longer=True)
+    alone, tail = read(answer), re.search(r"\S*\s*$", prompt[-40:])[0]  # type: ignore[index]
+    if alone.offsets is None or not tail: return alone
+    before, both = read(tail), read(tail + answer)
+    n = len(before)
+    if both.ids[:n].tolist() != before.ids.tolist() or len(both) == n: return alone
+    return replace(both, ids=both.ids[n:], text=answer, offsets=(both.offsets[n:] - len(tail)).clamp(min=0))
+
 # %% ../../nbs/probes/06_trace_prompts.ipynb #cd89c196
 def _answered(lm: Any, prompt: Tokens, answer: str | Tokens | TokenIds, chat: bool) -> Tokens:
     """An answer that is given, as it goes on from the prompt."""
@@ -84,7 +95,7 @@ def _answered(lm: Any, prompt: Tokens, answer: str | Tokens | TokenIds, chat: bo
     if not answer.strip(): raise ValueError("the answer is empty: give a text that the model said, or None to let it answer")
     glued = prompt.text and not prompt.text[-1].isspace() and not answer[0].isspace()
     if glued and not chat and _spaced(answer[0]): answer = " " + answer
-    return lm.tokens(answer, add_special_tokens=False, allow_longer=True)
+    return _going_on(lm, prompt.text or "", answer)
 
 
 def _spaced(char: str) -> bool:
