@@ -36,8 +36,10 @@ collapse""", """
 small = ll.needle_context(lm, 200, 40, wording="facts", n_keys=3, seed=1)
 prompt = ready_prompt(lm, small, answer=" lamb. The", by="sentences", answer_span=(0, 5))
 trace = trace_context(lm, prompt, method="attention").widget(model=lm, prompt=prompt)
-trace"""]
-APPS = ["work", "hostile", "grid", "collapse", "trace"]    # in this order
+trace""", """
+plain = ll.explore(lm, f"Most were gone. The code for Ada is lamb. {HOSTILE} was read. The code for Bob is river. It rained.")
+plain"""]
+APPS = ["work", "hostile", "grid", "collapse", "trace", "plain"]    # in this order
 CLICK = """([app, layer, head]) => new Promise((done) => {    // milliseconds until every picture has its new rows
   const charts = [...app.querySelectorAll(".lx-chart")], before = charts.map((c) => c.dataset.refreshed);
   const cell = [...charts[0].querySelectorAll("path[aria-label]")].find((e) => e.ariaLabel.startsWith(`head: ${head}; layer: ${layer}`));
@@ -245,6 +247,36 @@ def test_what_a_text_says_stays_text(page: Any, app: Any) -> None:
     expect(hostile.locator(".lx-side")).to_contain_text("<script>")
     assert page.evaluate("window.hacked") is None
     assert page.locator(".lx-app script, .lx-app img, .lx-app [onerror]").count() == 0
+
+
+def test_a_plain_text_is_asked(page: Any, app: Any) -> None:
+    from playwright.sync_api import expect
+    plain, ask = app("plain"), app("plain").locator(".lx-asking button")
+    question, answer = plain.get_by_label("question", exact=True), plain.get_by_label("answer", exact=True)
+    ask.click()
+    expect(plain.get_by_role("alert")).to_contain_text("the question is empty")
+    question.fill("What is the code for Bob?")
+    question.press("Enter")
+    says(plain, "asking: done")
+    expect(plain.get_by_role("alert")).to_have_count(0)
+    expect(plain.locator(".lx-answers")).to_contain_text("river")
+    wide = "(app) => app.querySelector('.lx-wide').clientWidth - app.querySelector('.lx-wide svg').clientWidth"
+    page.wait_for_function(f"(app) => ({wide})(app) < 30", arg=plain.element_handle())
+    ask.click()
+    expect(plain.get_by_role("alert")).to_contain_text("that is what was asked")
+    answer.fill("<b>lamb</b>")
+    ask.click()
+    says(plain, "asking: done")
+    expect(plain.locator(".lx-answers + .lx-says, .lx-box .lx-says")).to_contain_text("the answer that was given, “<b>lamb</b>”")
+    tab(plain, "Trace")
+    plain.get_by_role("button", name="Measure").click()
+    says(plain, "trace: done")
+    expect(plain.locator(".ll-asked")).to_contain_text("Question What is the code for Bob?")
+    expect(plain.locator(".ll-asked")).to_contain_text("<b>lamb</b>")
+    keep_picture(page, plain, "asked")
+    tab(plain, "Needle")
+    expect(question).to_be_hidden()
+    assert page.evaluate("window.hacked") is None
 
 
 def test_views_are_kept_and_errors_are_shown(page: Any, app: Any) -> None:

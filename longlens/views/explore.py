@@ -128,7 +128,7 @@ class Pending(Explorer):
     ):
         self.name, self.title, self.measure, self.make, self.model = name, title, measure, make, model    # type: ignore[misc]
         self.inner: Explorer | None = None
-        self.start = Button(description="Measure", icon="play", button_style="primary", layout=dict(width="110px"))
+        self.start = Button(description="Measure", icon="play", button_style="primary", layout=dict(width="auto"))
         self.start.on_click(self.does(lambda _: self.app.run(title.lower(), self.measure, self.take, self.model)))
         missing = told('<p class="lx-says">This needs the model.</p>')
         ask = missing if model is None else classed(HBox([*controls, self.start]), "lx-bar")
@@ -142,6 +142,7 @@ class Pending(Explorer):
         self.inner, self.report = self.make(report), report
         if hasattr(self, "app"): self.inner.app = self.app
         self.inner.restore(kept)
+        self.start.description = "Measure again"
         self.children = [self.inner, self.ask] if self.model is not None else [self.inner]
 
     def state(self) -> dict[str, Any]: return self.inner.state() if self.inner else {}
@@ -169,7 +170,7 @@ class App(VBox):
         self.build, self.heading, self.what = build, title, ""
         self.progress: Progress | None = None
         self.thread: Thread | None = None
-        self.head, self.error, self.status = told(), told(), told("", "lx-status")
+        self.head, self.above, self.error, self.status = told(), VBox(), told(), told("", "lx-status")
         self.tabs, self.stack = classed(ToggleButtons(options=[]), "lx-tabs"), Stack()
         self.bar = FloatProgress(value=0, min=0, max=1, layout=dict(width="140px", display="none"))
         self.stop = Button(description="Cancel", icon="times", layout=dict(width="90px", display="none"))
@@ -178,7 +179,7 @@ class App(VBox):
             ("Save", "Keep the reports and what was chosen in this folder"), ("Load", "Open what this folder holds")))
         foot = HBox([self.status, self.bar, self.stop, told("<span></span>", "lx-space"), self.folder, self.keep, self.fetch])
         style = HTML(f"<style>{static('explore.css')}</style>", layout=dict(display="none"))
-        super().__init__([style, self.head, self.tabs, self.error, self.stack, classed(foot, "lx-foot")])
+        super().__init__([style, self.head, self.above, self.tabs, self.error, self.stack, classed(foot, "lx-foot")])
         classed(self, "lx-app")
         self._wire()
         self.open_report(report, parts or {})

@@ -67,7 +67,7 @@ class HeadExplorer(Explorer):
 def _laid_out(self: HeadExplorer) -> list[Any]:
     "Boxes"
     says = "One cell per head, layer 0 at the top. Click a head, or move with the arrow keys."
-    left = picture("Every head", VBox([self.map, self.says]), says, self.quantity)
+    left = picture("Every head", VBox([self.map, self.says]), says, self.quantity, classes=["lx-main"])
     self.side = classed(VBox([self.who]), "lx-side", "lx-picture")
     both = zip(self.panels, self.views, strict=True)
     shown = [picture(p.title, v, p.says, classes=["lx-wide" if p.wide else "lx-half"]) for p, v in both]

@@ -52,7 +52,8 @@ def _laid_out(self: ReadingExplorer) -> list[Any]:
     top, below = HeadExplorer._laid_out(self)
     ask = [classed(HBox([self.switch, self.clear]), "lx-bar")] if self.report.live else []
     left, side = top.children
-    top.children = [VBox([left, classed(VBox([*ask, self.answer]), "lx-box")]), side]
+    left.remove_class("lx-main")    # its box has it
+    top.children = [classed(VBox([left, classed(VBox([*ask, self.answer]), "lx-box")]), "lx-main"), side]
     row = below.children[2]
     row.children = [row.children[0], classed(HBox([self.token]), "lx-bar"), self.around, *row.children[1:]]
     return [top, below]
@@ -148,8 +149,10 @@ def answer_html(
     line = lambda name, a: (f'<tr><th scope="row">{say(name)}</th><td class="lx-text lx-quote">{say(a["said"])}</td>'
                             f"<td>{a['logprob']:.3f}</td><td>{said_probability(a['logprob'])}</td></tr>")
     head = "<tr><th></th><th>the model says</th><th>log-probability</th><th>probability</th></tr>"
-    right = "the right answer" if before["right"] is not None else "what it says by itself"
-    question = (r.meta["context"] or {}).get("question")
+    context = r.meta["context"] or {}
+    known = "the answer that was given" if context.get("kind") == "asked" else "the right answer"
+    right = known if before["right"] is not None else "what it says by itself"
+    question = str(context.get("question") or "").removeprefix("Question:").strip()
     asked = f'<p class="lx-soft">{say(question, 300)}</p>' if question else ""
     note = f'<p class="lx-says">Probability of {right}, “{say(before["target"], 120)}”, after the text.</p>'
     return f'{asked}<table class="lx-numbers lx-answers">{head}{"".join(line(*row) for row in rows)}</table>{note}'

@@ -132,7 +132,8 @@ class TraceExplorer(Explorer):
 TRACED = {    # how to read it
     "view": "The context, each source shaded by how much the answer owes to it. A click on a row below the text shows that source; a "
             "span of the answer that was traced can be clicked above it.",
-    "list": "The sources with the highest scores. Take some away and ask again: an answer that stands without them was not made by them.",
+    "list": "The sources with the highest scores: number, from 0, score, and beginning. Take some away and ask again: an answer that "
+            "stands without them was not made by them.",
 }
 
 
@@ -186,8 +187,9 @@ def _show(self: TraceExplorer, span: Span) -> None:
     self.report, spans = self.traces[span], {span: self.traces[span], **self.traces}
     answer = self.report.frames["answer"].select(token="text", logprob="logprob")
     tables = {s: t.frames["sources"] for s, t in spans.items()}
+    question = self.report.meta["question"].removeprefix("Question:").strip()
     height = min(360, 90 + len(self.report.context) // 5)    # pixels
-    self.view = trace_view(self.report.context, tables, self.report.meta["question"], answer, height=height, top=6)
+    self.view = trace_view(self.report.context, tables, question, answer, height=height, top=6)
     self.found.children = [self.view]
     if self._now() != span: self.span.value = (span[0], span[1] - 1)
     self._listed()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 from ipywidgets import Dropdown, Layout
 
 from ..probes.trace_prompts import ready_prompt
@@ -19,12 +20,14 @@ from .explore import App, Explorer, Pending, Progress, read_parts
 from .head_explorer import Choice
 from .head_panels import _row
 from .pictures import picture
+from .question_bar import QuestionBar, read_asked, text_asked
 from .reading import Reading, read_text, revive
 from .text_heads import ReadingExplorer
 from .tokens import Shade, token_view
 
 # %% auto #0
-__all__ = ['TASKS_BY_PLACE', 'TextExplorer', 'trace_tab', 'needle_tab', 'collapse_tab', 'explore_reading', 'explore']
+__all__ = ['TASKS_BY_PLACE', 'ABOUT_TEXT', 'TextExplorer', 'trace_tab', 'needle_tab', 'collapse_tab', 'Workbench',
+           'explore_reading', 'explore']
 
 # %% ../../nbs/views/05e_workbench.ipynb #0ecd00b8
 class TextExplorer(Explorer):
@@ -73,6 +76,13 @@ class TextExplorer(Explorer):
         if state.get("quantity") in self.view._names: self.view.quantity = state["quantity"]
 
 # %% ../../nbs/views/05e_workbench.ipynb #30166c16
+def _strongest(r: Reading) -> tuple[int, int]:    # layer, head
+    "The head that is shown first: one that copies, or else the strongest sink"
+    f = r.frames["heads"]
+    score = next(c for c in ("retrieval_score", "alpha_top") if c in f.columns)
+    return f.sort(pl.col(score).fill_nan(None), descending=True, nulls_last=True).select("layer", "head").row(0)
+
+
 def _menu(label: str, options: Mapping[str, Any] | Sequence[Any], width: str = "250px") -> Dropdown:
     "A menu with its name before it"
     shown = list(options.items()) if isinstance(options, Mapping) else options
@@ -109,8 +119,9 @@ def trace_tab(
 
 # %% ../../nbs/views/05e_workbench.ipynb #ecf06d1b
 def _asked(live: Any, by: str) -> Any:
-    "The text as a prompt with the model's answer; the right one, where the model says nothing"
-    answer = live.context.completion if live.context and not live.silenced[()]["said"] else None
+    "The text as a prompt with the answer that was asked about; else the model's, or the right one, where the model says nothing"
+    ctx = live.context
+    answer = ctx.completion if ctx and (ctx.kind == "asked" or not live.silenced[()]["said"]) else None
     return ready_prompt(live.lm, live.context or live.tokens.text, answer=answer or None, by=by)
 
 
@@ -168,6 +179,44 @@ def collapse_tab(
     says = "Do embeddings of longer texts fall into a narrow cone, and does temperature help? Generated documents, cut to every length."
     return Pending("collapse", "Collapse", says, [documents], measure, lambda found: CollapseExplorer(found, encoder), encoder, report)
 
+# %% ../../nbs/views/05e_workbench.ipynb #3377b136
+ABOUT_TEXT = ("heads", "tokens", "trace")    # tabs that a question changes
+
+
+class Workbench(App):
+    "The tabs of a text, and the question about it"
+
+    def __init__(self, report: Report, *how: Any):
+        self.asking = QuestionBar(lambda: self.does(lambda _: self.ask())())
+        super().__init__(report, *how)
+        self.above.children = [self.asking]
+
+    def open_report(self, report: Any, parts: Mapping[str, Report]) -> None:
+        "Show a text, and what was asked of it"
+        super().open_report(report, parts)
+        self.asking.show(report)
+        self._turn(self.tabs.index)
+
+    def _turn(self, index: int | None) -> None:
+        super()._turn(index)
+        shown = index is not None and self.explorers[index].name in ABOUT_TEXT and text_asked(self.report) is not None
+        self.asking.layout.display = None if shown else "none"
+
+    def ask(self) -> None:
+        "Ask what is written in the fields"
+        r, bar = self.report, self.asking
+        text, lm, asked = text_asked(r), r.live.lm, (bar.question.value, bar.answer.value, bar.chat.value)
+        if not asked[0].strip(): raise ValueError("the question is empty: write what you want to know about the text")
+        if asked == bar.shown: raise ValueError("that is what was asked: change the question or the answer")
+        self.run("asking", lambda progress: read_asked(lm, text, *asked, progress=progress), self._answered, lm)    # type: ignore[arg-type]
+
+    def _answered(self, reading: Reading) -> None:
+        "Show the prompt that was made of the question"
+        kept = {e.name: {k: v for k, v in e.state().items() if k in ("head", "quantity")} for e in self.explorers if e.name != "trace"}
+        reading.meta["view"] = {**kept, "tab": self.explorers[self.tabs.index or 0].name}
+        parts = {e.name: e.report for e in self.explorers if e.name not in ABOUT_TEXT and e.report is not None}
+        self.open_report(reading, parts)
+
 # %% ../../nbs/views/05e_workbench.ipynb #c27575da
 def explore_reading(
     reading: Report,            # a Reading
@@ -180,25 +229,30 @@ def explore_reading(
 
     def build(r: Any, parts: Mapping[str, Report]) -> Sequence[Explorer]:
         if r.live is None and lm is not None: revive(r, lm)
-        mine, choice = r.live.lm if r.live else None, Choice(token=len(r.strings) - 1)
+        mine, choice = r.live.lm if r.live else None, Choice(token=len(r.strings) - 1, head=_strongest(r))
         text = TextExplorer(r, choice)
         out: list[Explorer] = [ReadingExplorer(r, choice), text]
         if "trace" in parts or (mine and r.live.tokens.text): out.append(trace_tab(r, text, parts.get("trace")))
         if "needle" in parts or (mine and mine.tokenizer): out.append(needle_tab(mine, len(r.strings), parts.get("needle")))
         if "collapse" in parts or enc is not None: out.append(collapse_tab(enc, parts.get("collapse")))
         return out
-    return App(reading, build, "longlens workbench", parts)
+    return Workbench(reading, build, "longlens workbench", parts)
 
 # %% ../../nbs/views/05e_workbench.ipynb #a10c3d2a
 def explore(
     model: Any,                 # a LongModel, or whatever `load` takes
     text: Any,                  # a text, token ids, or a Context: its question, answer and spans are used; or the Path of a kept view
     encoder: Any = None,        # an Encoder, or whatever `load_encoder` takes: adds a tab on length collapse
+    question: str = "",         # asked about a text; it can be asked in the workbench, too
+    answer: str = "",           # to the question; "": the model's own
 ) -> App:
     "Open the whole workbench on one input"
     from longlens.encoders import load_encoder
     from longlens.models import load
     enc = None if encoder is None else load_encoder(encoder)
+    if question or answer:
+        if not isinstance(text, str): raise TypeError(f"a question is asked about a text, and this is a {type(text).__name__}")
+        return explore_reading(read_asked(load(model), text, question, answer), None, enc)
     if not isinstance(text, Path): return explore_reading(read_text(model, text), None, enc)
     report = load_report(text, Reading)
     return explore_reading(report, load(model), enc, read_parts(text, report))

@@ -751,7 +751,8 @@ export class TextView {
     }
     body.addEventListener("click", (e) => { if (!e.target.closest("button")) e.target.closest("tr")?.querySelector("button").click(); });
     const all = body.rows.length < this.n ? `The ${body.rows.length} strongest of ${whole.format(this.n)} ${this.words}` : `All ${this.n} ${this.words}, the strongest first`;
-    table.prepend(make("caption", "", all));
+    const from = this.n > 1 ? "; numbers count from 0" : "";
+    table.prepend(make("caption", "", all + from));
     this.table.append(table);
   }
 

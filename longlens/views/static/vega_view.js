@@ -93,11 +93,21 @@ function render({model, el}) {
   });
 
   const seen = new MutationObserver(() => { if (model.get("renderer") === "canvas") next(draw); });
+  // Vega asks how wide its place is when it draws, and when the window changes: a place that is shown later, or in a new row, is neither
+  const fit = async () => {
+    const wide = drawn?.view.container()?.clientWidth;
+    if (!wide || model.get("chart").width !== "container" || drawn.view.signal("width") === wide) return;
+    await drawn.view.signal("width", wide).runAsync();
+  };
+  const sized = new ResizeObserver(() => next(fit));
+  sized.observe(place);
+
   seen.observe(document.body, {attributes: true, attributeFilter: ["data-jp-theme-light", "data-jp-theme-name"]});
 
   return () => {
     turn++;
     seen.disconnect();
+    sized.disconnect();
     for (const [event, does] of Object.entries(on)) model.off(event, does);
     drawn?.finalize();
   };
