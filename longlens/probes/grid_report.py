@@ -112,7 +112,8 @@ def _help_section(r: GridReport) -> Any:
     kind, names = r.meta["settings"]["kinds"][0], r.meta["settings"]["remedies"]
     if len(names) < 2: return None
     f = r.frames["answers"].filter(kind=kind)
-    charts = [depth_map(f.filter(remedy=n), "score", title=n.replace("_", " ").capitalize(), domain=(0, 1), unit="share") for n in names]
+    title = lambda name: "No remedy" if name == "none" else f"With {name}"
+    charts = [depth_map(f.filter(remedy=n), "score", title=title(n), domain=(0, 1), unit="share") for n in names]
     g = r.frames["lengths"].filter(kind=kind)
     mean = g.group_by("remedy", maintain_order=True).agg(pl.col("score").mean())
     best = mean.sort("score", descending=True, maintain_order=True)["remedy"].to_list()
