@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['add_trace_command', 'trace_inputs', 'trace_settings', 'methods_asked', 'traces', 'trace_command']
+__all__ = ['add_trace_command', 'trace_inputs', 'trace_settings', 'methods_asked', 'plain_warnings', 'traces', 'trace_command']
 
 # %% ../nbs/05a_cli_trace.ipynb #82e888db
 def add_trace_command(
@@ -108,6 +112,17 @@ def methods_asked(
     for n, own_settings in made.items(): find_tracer(n, own_settings)    # raises if a value cannot be
     return made
 
+# %% ../nbs/05a_cli_trace.ipynb #b31b7a08
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    "Warnings as lines of the command, not of Python"
+    from longlens.cli import one_line
+    from longlens.probes.traceback import LargeTrace
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", LargeTrace)
+        warnings.showwarning = lambda said, *where: print(f"longlens: {one_line(ValueError(said))}", file=sys.stderr, flush=True)
+        yield
+
 # %% ../nbs/05a_cli_trace.ipynb #b48abef7
 def traces(
     asked: argparse.Namespace,    # the arguments
@@ -124,7 +139,7 @@ def traces(
     prompt = trace_prompt(lm, context, question, asked.answer, by=asked.by, size=asked.size, template=asked.template,
                           chat=asked.chat or None, system=asked.system, answer_span=asked.span)
     how: dict[str, Any] = dict(k=asked.top, budget=asked.budget, heads=heads, out=asked.results, dry_run=asked.dry_run, progress=True)
-    return {n: longlens.trace_context(lm, prompt, method=n, **how, **settings) for n, settings in methods.items()}
+    with plain_warnings(): return {n: longlens.trace_context(lm, prompt, method=n, **how, **own) for n, own in methods.items()}
 
 # %% ../nbs/05a_cli_trace.ipynb #d9322a5d
 def trace_command(

@@ -24,7 +24,7 @@ from zoo import CAUSAL, token_ids, zoo_model
 
 import longlens as ll
 from longlens.needle_lm import filler
-from longlens.probes import subset_scores
+from longlens.probes import attention_trace, subset_scores, traceback
 from longlens.probes.coarse_to_fine import CoarseToFine
 from longlens.probes.perturbation import (
     TRACERS,
@@ -716,3 +716,36 @@ def test_small_probabilities_are_not_zero() -> None:
     assert "<td>0.972</td>" in shown and "<td>2.0e-5</td>" in shown
     row = {"asked": 0, "said": " oat", "answers": "lamb", "score": 0.0, "logprob": -10.8}
     assert "<td>2.0e-5</td>" in said_html(pl.DataFrame([row]), None)
+
+
+def test_bars_say_what_they_are_about(lm: ll.LongModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    "Every phase of a method has a bar with a name of its own"
+    said: list[str] = []
+    for module in (subset_scores, attention_trace):
+        real = module.tqdm
+        monkeypatch.setattr(module, "tqdm", lambda *a, real=real, **k: said.append(k["desc"]) or real(*a, **k | {"disable": True}))
+    def bars(method: str, **how: Any) -> list[str]:
+        said.clear()
+        ll.trace_context(lm, DOCUMENTS, ASK, method=method, progress=True, **how)
+        return [*dict.fromkeys(said)]
+    assert bars("loo") == ["answer", "loo"]
+    assert bars("attntrace") == ["answer", "attntrace"]
+    assert bars("coarse_to_fine", keep=1) == ["answer", *(f"coarse_to_fine, {by}" for by in ("documents", "sentences", "tokens"))]
+    assert bars("tracllm", functions="stc", keep=1)[:3] == ["answer", "tracllm, stc, level 0", "tracllm, stc, level 1"]
+
+
+def test_a_large_cost_is_said_before_it_arises(lm: ll.LongModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    "A warning with the cost and the ways out, and nothing has run yet; a budget is consent"
+    monkeypatch.setattr(traceback, "LARGE_COST", 500)
+    def never(*a: Any, **k: Any) -> Any: raise AssertionError("it ran")
+    for method, way in (("loo", "and so does method='attntrace'"), ("coarse_to_fine", "and so does inner='attntrace'")):
+        cost = ll.trace_context(lm, DOCUMENTS, ASK, "stone", method=method, dry_run=True)
+        with monkeypatch.context() as m:
+            m.setattr(traceback, "run_tracer", never)
+            with pytest.raises(traceback.LargeTrace, match=re.escape(f"{cost}")) as e:    # warnings are errors here
+                ll.trace_context(lm, DOCUMENTS, ASK, "stone", method=method)
+        assert way in str(e.value) and "Give budget= and" in str(e.value) and "size=, by=" in str(e.value)
+        ll.trace_context(lm, DOCUMENTS, ASK, "stone", method=method, budget=cost.tokens)
+    monkeypatch.setattr(traceback, "LARGE_COST", 10)
+    with pytest.warns(traceback.LargeTrace) as seen: ll.trace_context(lm, DOCUMENTS, ASK, "stone", method="attntrace")
+    assert "attntrace" not in str(seen[0].message) and seen[0].filename == __file__

@@ -51,6 +51,12 @@ def test_one_clear_line_and_nothing_written(capsys: pytest.CaptureFixture[str], 
     assert sorted(Path().rglob("*")) == before
 
 
+@pytest.mark.parametrize("args", [["--out", "a.txt/deep/out"], ["--out", "/proc/x"]])
+def test_a_place_that_cannot_be_is_refused_before_the_model(capsys: pytest.CaptureFixture[str], args: list[str]) -> None:
+    assert run("./nowhere", "--context", "a.txt", "--question", "Who?", *args) == 2
+    assert f"{args[-1]} cannot be made" in capsys.readouterr().err
+
+
 def test_a_folder_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--context", "a.txt", "--question", "Who?") == 2
     assert "a folder for the page is needed: --out DIR" in capsys.readouterr().err
@@ -107,3 +113,16 @@ def test_real_run(tmp_path: Path) -> None:
     best, second, *_ = t.frames["sources"].sort("rank")["text"].to_list()
     assert best.strip() == second.strip() and t.meta["answer"].strip() in best
     assert "Where the answer comes from" in (tmp_path / "out/index.html").read_text(encoding="utf-8")
+
+
+def test_a_large_cost_is_a_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    "What takes long is said before its bar, in the command's words; a budget is consent"
+    from longlens.probes import traceback
+    monkeypatch.setattr(traceback, "LARGE_COST", 50)
+    asked = ["--context", "a.txt", "b.txt", "--question", "What is the code for Eve?", "--answer", "stone"]
+    assert run(*asked, "--out", "out") == 0
+    err = capsys.readouterr().err
+    line = next(x for x in err.splitlines() if x.startswith("longlens: LeaveOneOut on 2 sources is going to take"))
+    assert "Give --budget and" in line and "(--size, --by)" in line and err.index(line) < err.index("answer: ")
+    assert run(*asked, "--budget", "100000", "--out", "out", "--overwrite") == 0
+    assert "is going to take" not in capsys.readouterr().err

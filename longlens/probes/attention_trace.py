@@ -84,10 +84,11 @@ def glances(
     subsets: Sequence[np.ndarray],  # numbers of the sources of each, ascending
     weights: Mapping[tuple[int, int], float] | None = None,  # of heads (layer, head) in the mean; None: all alike
     progress: bool = False,  # show a bar
+    doing: str = "prompts",  # what it says
 ) -> Iterator[tuple[list[int], Glance]]:  # numbers of the subsets, and where the answer looked
     "`glance` at every subset"
     before = None
-    for kept, numbers in tqdm(_in_order(subsets).items(), desc="prompts", disable=not progress):
+    for kept, numbers in tqdm(_in_order(subsets).items(), desc=doing, disable=not progress):
         g = glance(lm, prompt, np.array(kept, int), weights, before)
         before = g.prefix
         yield numbers, g
@@ -213,7 +214,7 @@ class AttnTrace(AttentionTracer):
     def run(self, job: TraceJob) -> TraceScores:
         prompt, subsets, begun = self.prompt(job), self.subsets(job), time.perf_counter()
         values = np.full((self.draws, job.n), np.nan)
-        for numbers, g in glances(job.lm, prompt, subsets, layer_weights(job.lm, self.layers), job.progress):
+        for numbers, g in glances(job.lm, prompt, subsets, layer_weights(job.lm, self.layers), job.progress, job.doing):
             values[numbers] = pool_sources(g.attention, g.owner, job.n, self.top_tokens)
         costs = glance_costs(job.lm, prompt, subsets)
         costs.seconds = time.perf_counter() - begun

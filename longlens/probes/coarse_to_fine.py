@@ -93,12 +93,14 @@ class CoarseToFine(_Levels):
         return TraceCost(total, tokens)
 
     def run(self, job: TraceJob) -> TraceScores:
+        doing = job.doing
+        job.now(f"{doing}, {job.prompt.sources.by}")  # type: ignore[union-attr]
         first, costs = counted(self.tracer, job)
         found, prompt, frames = first, job.prompt, [_level_frame(0, job.prompt, first, [None] * job.n)]  # type: ignore
         for by in self.levels:
             if (finer := _finer(prompt, _best(found.values, self.keep), by)) is None: continue  # type: ignore[arg-type]
             prompt, parents = finer
-            found, more = counted(self.tracer, inside := _inside(job, prompt))
+            found, more = counted(self.tracer, inside := _inside(job, prompt, f"{doing}, {by}"))
             if "scorer" in vars(inside): inside.scorer.close()  # type: ignore[attr-defined]
             frames.append(_level_frame(len(frames), prompt, found, parents))
             costs += more
@@ -106,9 +108,9 @@ class CoarseToFine(_Levels):
         return replace(first, frames=tables, notes=(*first.notes, *_said_levels(frames)), costs=costs)
 
 # %% ../../nbs/probes/06j_coarse_to_fine.ipynb #c0ae0c4f
-def _inside(job: TraceJob, prompt: TracePrompt) -> TraceJob:
+def _inside(job: TraceJob, prompt: TracePrompt, doing: str = "subsets") -> TraceJob:
     """The same job on a narrower prompt."""
-    return replace(job, prompt=prompt)
+    return replace(job, prompt=prompt, doing=doing)
 
 
 def _said_levels(frames: Sequence[pl.DataFrame]) -> list[str]:

@@ -40,13 +40,21 @@ class TraceJob:
     max_memory: int | None = None  # bytes on top of the weights
     out: str | Path | None = None  # a folder for what was scored
     progress: bool = False
+    doing: str = "subsets"  # what the bar says
 
     @cached_property
     def scorer(self) -> ValueFunction:
         """log p(answer | subset of sources); made when it is first used."""
         if self.game is not None: return self.game
-        return SubsetScorer(self.lm, self.prompt, batch_size=self.batch_size, max_memory=self.max_memory,  # type: ignore[arg-type]
+        made = SubsetScorer(self.lm, self.prompt, batch_size=self.batch_size, max_memory=self.max_memory,  # type: ignore[arg-type]
                             out=self.out, progress=self.progress)
+        made.doing = self.doing
+        return made
+
+    def now(self, doing: str) -> None:
+        """What is done from here on, for the bar."""
+        self.doing = doing
+        if isinstance(made := vars(self).get("scorer"), SubsetScorer): made.doing = doing
 
     @property
     def n(self) -> int:
@@ -344,8 +352,8 @@ class _Meter:
 
 # %% ../../nbs/probes/06b_perturbation.ipynb #9f04b003
 @dataclass(frozen=True)
-class InformedSearch(Tracer):
-    """TracLLM (arXiv 2506.04202): informed search with several score functions."""
+class _Search(Tracer):
+    """Settings of InformedSearch."""
 
     functions: Sequence[str] = ("stc", "loo", "denoised_shapley")  # methods that score groups; a name, if it is one
     keep: int = 5  # groups that are kept at each level: K
@@ -370,6 +378,11 @@ class InformedSearch(Tracer):
         own = {f.name for f in fields(tracer)}  # type: ignore[arg-type]
         return replace(tracer, **{k: getattr(self, k) for k in ("permutations", "beta") if k in own})  # type: ignore[type-var]
 
+
+# %% ../../nbs/probes/06b_perturbation.ipynb #db44f25b
+class InformedSearch(_Search):
+    """TracLLM (arXiv 2506.04202): informed search with several score functions."""
+
     def cost(self, job: TraceJob) -> TraceCost:
         sizes = [len(r) for r in job.prompt.ranges] if job.prompt else [0] * job.n
         always = len(job.prompt.whole) - 1 - sum(sizes) if job.prompt else 0
@@ -382,19 +395,24 @@ class InformedSearch(Tracer):
         return total
 
     def run(self, job: TraceJob) -> TraceScores:
-        values, frames = np.full(job.n, np.nan), []
+        values, frames, doing = np.full(job.n, np.nan), [], job.doing
         for name in self.functions:
-            nodes, scores, seen = self._search(name, job)
+            nodes, scores, seen = self._search(name, job, f"{doing}, {name}")
             frames.append(seen.select(pl.lit(name).alias("function"), pl.all()))
             found = [r.start for r in nodes]
             values[found] = np.fmax(values[found], scores * (self.weight if name == "loo" else 1.0))
         return TraceScores(values, frames={"search": pl.concat(frames)})
 
-    def _search(self, name: str, job: TraceJob) -> Any:
+    def _search(self, name: str, job: TraceJob, doing: str) -> Any:
         """One search, with one function."""
         tracer, level = self._function(name), iter(range(10**6))
-        made = lambda nodes: TraceJob(game=_Groups(job.scorer, nodes), seed=job.seed + 1000 * next(level))
-        return informed_search(lambda nodes: tracer.run(made(nodes)).values, job.n, self.keep)
+
+        def score(nodes: list[range]) -> np.ndarray:
+            at = next(level)
+            job.now(f"{doing}, level {at}")
+            return tracer.run(TraceJob(game=_Groups(job.scorer, nodes), seed=job.seed + 1000 * at)).values
+
+        return informed_search(score, job.n, self.keep)
 
 # %% ../../nbs/probes/06b_perturbation.ipynb #8134523e
 TRACERS |= {

@@ -121,6 +121,7 @@ class _Scorer:
         self.known: dict[bytes, np.ndarray] = {}  # key of a subset -> log p and log-odds of the traced tokens, (2, t)
         self.floored: set[bytes] = set()  # subsets with which the answer has no probability at all
         self.state, self.run_key, self.written = "", "", time.monotonic()
+        self.doing = "subsets"  # what the bar says
 
 # %% ../../nbs/probes/06a_subsets.ipynb #72c88d29
 class SubsetScorer(_Scorer):
@@ -305,7 +306,7 @@ def measure_subsets(
     """Run what is not known yet, and give everything that was asked for."""
     plan, begun = plan_subsets(s, kept), time.perf_counter()
     keys, ats = list(plan.masks), [subset_tokens(s.prompt, m) for m in plan.masks.values()]
-    bar = tqdm(total=plan.costs.tokens, unit="tok", unit_scale=True, desc="subsets", disable=not s.progress or not keys)
+    bar = tqdm(total=plan.costs.tokens, unit="tok", unit_scale=True, desc=s.doing, disable=not s.progress or not keys)
     try:
         with bar, torch.no_grad(), _routed(s.lm):
             _as_short(s.lm)

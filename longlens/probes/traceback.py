@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import import_module
@@ -19,7 +20,7 @@ from ..forward import TokenIds
 from ..measure.intervene import interventions
 from ..pieces import Context
 from .middle import longer
-from .perturbation import TRACERS, Tracer, TraceJob, TraceScores, check_budget, counted, find_tracer
+from .perturbation import TRACERS, TraceCost, Tracer, TraceJob, TraceScores, check_budget, counted, find_tracer
 from .sources import TracePrompt, cut_context
 from .subset_scores import FLOOR
 from .subset_tree import ScoreCosts
@@ -27,7 +28,8 @@ from .trace_prompts import ready_prompt, trace_prompt
 from .trace_report import Trace, make_trace
 
 # %% auto #0
-__all__ = ['METHOD_MODULES', 'load_methods', 'check_needs', 'run_tracer', 'trace_context']
+__all__ = ['METHOD_MODULES', 'LARGE_COST', 'load_methods', 'check_needs', 'LargeTrace', 'say_large', 'run_tracer',
+           'trace_context']
 
 # %% ../../nbs/probes/06i_traceback.ipynb #cfd46d3a
 METHOD_MODULES = ("perturbation", "coarse_to_fine", "attention_trace", "surrogates", "captum_trace", "captum_gradients", "citation")
@@ -50,6 +52,27 @@ def check_needs(
         raise ValueError(f"{name} needs a chat model, and the tokenizer of {job.lm.name} has no chat template: take another method")
     if "heads" in tracer.needs and job.heads is None:
         raise ValueError(f"{name} needs heads: give heads=retrieval_heads(model), or a list of (layer, head)")
+
+# %% ../../nbs/probes/06i_traceback.ipynb #084245ce
+LARGE_COST = 1_000_000  # tokens through the model: a few minutes of needle-lm on a core, or of 8 billion parameters on a GPU
+
+
+class LargeTrace(UserWarning):
+    """What is about to run takes long"""
+
+
+def say_large(
+    tracer: Tracer,
+    job: TraceJob,  # with a model and a prompt
+    cost: TraceCost,  # of the method on it
+) -> None:
+    """Warn of a large cost before it arises."""
+    if cost.tokens <= LARGE_COST: return
+    whole, ask = len(job.prompt.whole), "inner" if hasattr(tracer, "inner") else "method"  # type: ignore[union-attr]
+    other = "" if tracer.unit == "attention" else f", and so does {ask}='attntrace', which reads attention"
+    warnings.warn(f"{type(tracer).__name__} on {job.n:,} sources is going to take {cost}, as many as {round(cost.tokens / whole):,} "
+                  f"forwards of the whole prompt. Give budget= and so much is refused; larger sources (size=, by=) take less{other}",
+                  LargeTrace, stacklevel=3)
 
 # %% ../../nbs/probes/06i_traceback.ipynb #3bc23014
 def _answer_values(job: TraceJob) -> tuple[np.ndarray, ScoreCosts]:
@@ -77,7 +100,9 @@ def run_tracer(
     **meta: Any,  # what else to remember
 ) -> Trace:
     """The report of a method on a prompt."""
+    job.now("answer")
     logprobs, first = _answer_values(job)
+    job.now(name or type(tracer).__name__)
     found, spent = counted(tracer, job)
     lost = len(job.scorer.floored)  # type: ignore[attr-defined]
     notes = (*found.notes, *[f"{lost:,} subsets give the answer no probability at all, and count as {FLOOR:g} nats"] * bool(lost))
@@ -107,7 +132,7 @@ def trace_context(
     special: bool = False,  # may the context's text of special tokens, such as "<s>", become special tokens?
     answer_span: str | Sequence[int] | range | None = None,  # trace only this part of the answer: a text in it, or characters (start, end)
     k: int = 5,  # sources that are shown
-    budget: int | None = None,  # tokens through the model, at most; a method that takes more is refused before it starts
+    budget: int | None = None,  # tokens through the model, at most; what takes more is refused. None: no limit, but LARGE_COST is said
     heads: Any = None,  # a HeadReport, or [(layer, head)], for the methods that want heads
     seed: int = 0,  # of whatever is drawn
     out: str | Path | None = None,  # a folder: scores of subsets are kept there, and a second call resumes
@@ -139,5 +164,6 @@ def trace_context(
         check_needs(tracer, job)
         cost = check_budget(tracer, job, budget)
         if dry_run: return cost
+        if budget is None: say_large(tracer, job, cost)
         try: return run_tracer(tracer, job, method if isinstance(method, str) else "", k, cost=repr(cost), budget=budget)
         finally: job.scorer.close()  # type: ignore[attr-defined]

@@ -48,8 +48,9 @@ def trace_span(
 ) -> Trace:
     "Trace a span of the answer to the sources of its prompt"
     mine = replace(prompt, traced=range(*span))
-    if progress is not None: progress.planned = trace_context(lm, mine, method=method, dry_run=True).tokens
-    return trace_context(lm, mine, method=method)
+    planned = trace_context(lm, mine, method=method, dry_run=True).tokens
+    if progress is not None: progress.planned = planned
+    return trace_context(lm, mine, method=method, budget=planned)
 
 # %% ../../nbs/views/05d_trace_explorer.ipynb #76a511db
 def asked_without(

@@ -105,7 +105,7 @@ def trace_tab(
     def measure(progress: Progress) -> Report:
         prompt = _asked(r.live, by.value)
         progress.planned = trace_context(lm, prompt, method=method.value, dry_run=True).tokens
-        found = trace_context(lm, prompt, method=method.value)
+        found = trace_context(lm, prompt, method=method.value, budget=progress.planned)    # the status says how much it is
         prompts[id(found)] = prompt
         return found
 
