@@ -324,9 +324,11 @@ def report(
 ) -> Path:                        # the page
     "Measure, then write the page and the tables"
     from longlens.report import atomic_write, free_place, new_folder
+    from longlens.store import open_store
     free_place(asked.out, asked.overwrite)
     names, text = chosen(asked), read_text(asked.text) if asked.text else None
     enc = the_encoder(asked) if set(names) & set(ENCODER_REPORTS) else None    # what is missing is said before anything runs
+    if asked.results: open_store(asked.results)
     made, title, text = measure(asked, names, text, enc)
 
     from longlens.views.page import write_page

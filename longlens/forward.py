@@ -233,7 +233,8 @@ def _check_length(
     if m.positions == "learned":
         raise ValueError(f"{said}: they are a learned table that cannot go on, so give a shorter text or another model")
     if not (m.allow_longer if allow_longer is None else allow_longer):
-        raise ValueError(f"{said}: its positions ({m.positions}) can go on, usually with worse answers, if you say allow_longer=True")
+        raise ValueError(f"{said}: its positions ({m.positions}) can go on, usually with worse answers, if the model is "
+                         f"loaded with allow_longer=True")
 
 # %% ../nbs/01a_forward.ipynb #fc37b7de
 class TokenModel(ModelFacts):

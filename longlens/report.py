@@ -21,7 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import polars as pl
 
@@ -40,6 +40,16 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}-{token_hex(4)}")
 
 # %% ../nbs/00_report.ipynb #d117709f
+def _no_place(path: str | Path, why: OSError) -> OSError:    # the error of the system, with the path that was asked for
+    "Say that something cannot be made there"
+    return type(why)(f"{path} cannot be made ({why.strerror or why}): choose a place in a folder that you may write to")
+
+
+def _new_file(beside: Path, path: Path) -> BinaryIO:
+    try: return open(beside, "xb")
+    except OSError as e: raise _no_place(path, e) from e
+
+
 def atomic_write(
     path: str | Path,     # the file; replaced if it is there
     data: str | bytes,    # all of its content; text is written as UTF-8
@@ -47,8 +57,9 @@ def atomic_write(
     "Write a file whole or not at all"
     path = Path(path)
     beside = _beside(path)
+    file = _new_file(beside, path)
     try:
-        with open(beside, "xb") as f:
+        with file as f:
             f.write(data.encode() if isinstance(data, str) else data)
             f.flush()
             os.fsync(f.fileno())
@@ -60,17 +71,27 @@ def atomic_write(
 MARK = ".longlens"    # an empty file in every folder that longlens made
 
 
+def _try_place(place: Path, path: str | Path) -> None:
+    "Make a folder of its own name where `place` would begin, and take it away again; an error if it cannot be made"
+    near = next(p for p in place.parents if os.path.exists(p))
+    probe = _beside(near / max(place.relative_to(near).parts, key=len))    # as long as the longest name that will be needed
+    try: probe.mkdir(); probe.rmdir()
+    except OSError as e: raise _no_place(path, e) from e
+
+
 def free_place(
     path: str | Path,          # the folder to be
     overwrite: bool = False,   # may a folder that longlens made be replaced?
 ) -> Path:                     # its full path
     "The full path of a folder that may be written; an error, before any work is done, if it may not"
     place = Path(path).resolve()
-    if not place.exists(): return place
-    if not place.is_dir(): raise FileExistsError(f"{path} is a file: choose another folder")
-    if not overwrite: raise FileExistsError(f"{path} exists: choose another folder, or replace it with overwrite=True")
-    if (place / MARK).exists() or not any(place.iterdir()): return place
-    raise FileExistsError(f"{path} holds something that longlens did not write, and is left alone: choose another folder")
+    if os.path.exists(place):
+        if not place.is_dir(): raise FileExistsError(f"{path} is a file: choose another folder")
+        if not overwrite: raise FileExistsError(f"{path} exists: choose another folder, or replace it with overwrite=True")
+        if not (place / MARK).exists() and any(place.iterdir()):
+            raise FileExistsError(f"{path} holds something that longlens did not write, and is left alone: choose another folder")
+    _try_place(place, path)
+    return place
 
 # %% ../nbs/00_report.ipynb #5d005209
 @contextmanager

@@ -72,7 +72,9 @@ def open_store(
     """A results folder of this version."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir(): raise StoreError(f"{folder} is a file: choose a folder for the results")
-    folder.mkdir(parents=True, exist_ok=True)
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise StoreError(f"{folder} cannot be made ({e.strerror}): choose a place in a folder that you may write to") from e
     _check_head(folder)
     if not (folder / HEAD).exists():
         atomic_write(folder / HEAD, json.dumps({"longlens_sweep": FORMAT}))

@@ -87,6 +87,10 @@ def test_context_reads_the_beginning(quick: list[object]) -> None:
     (["--out", "taken"], "taken exists: choose another folder, or replace it with --overwrite"),
     (["--out", "taken", "--overwrite"], "taken holds something that longlens did not write"),
     (["--out", "words.txt"], "words.txt is a file"),
+    (["--out", "words.txt/deep/out"], "words.txt/deep/out cannot be made (Not a directory): choose a place in a folder"),
+    (["--out", "/proc/x"], "/proc/x cannot be made"),
+    (["--results", "words.txt"], "words.txt is a file: choose a folder for the results"),
+    (["--results", "words.txt/kept"], "words.txt/kept cannot be made (Not a directory)"),
 ])
 def test_one_clear_line_and_nothing_written(quick: list[object], capsys: pytest.CaptureFixture[str], args: list[str], said: str) -> None:
     Path("empty.txt").write_text("\n")
@@ -99,6 +103,7 @@ def test_one_clear_line_and_nothing_written(quick: list[object], capsys: pytest.
     assert said in err
     assert err.count("\n") == 1
     assert sorted(Path().rglob("*")) == before
+    assert not quick    # nothing was measured, so nothing is lost
 
 
 def test_an_unexpected_error_is_one_line_too(

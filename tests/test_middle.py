@@ -621,7 +621,8 @@ def test_a_metric_that_cannot_be_had_is_refused_before_anything_runs(monkeypatch
 def test_texts_that_are_too_long(tmp_path: Path) -> None:
     lm, items = needle(), fact_questions(1, 2, sentences=110)
     assert len(place(lm, items[0], 0, allow_longer=True)) > 2048
-    with pytest.raises(ValueError, match=r"made for 2,048 positions: .* if you say allow_longer=True"): lost_in_the_middle(lm, items)
+    with pytest.raises(ValueError, match=r"made for 2,048 positions: .* if the model is loaded with allow_longer=True"):
+        lost_in_the_middle(lm, items)
     r = lost_in_the_middle(lm, items, positions=1, allow_longer=True, max_new_tokens=1, baselines=False)
     assert len(r.frames["answers"]) == 1 and not lm.allow_longer
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 from polars.testing.parametric import dataframes
 
-from longlens.report import MARK, Report, ReportError, atomic_write, new_folder
+from longlens.report import MARK, Report, ReportError, atomic_write, free_place, new_folder
 
 PLAIN = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
                      lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=8)
@@ -88,6 +88,18 @@ def test_never_replaces_what_longlens_did_not_write(tmp_path: Path) -> None:
         with pytest.raises(FileExistsError, match=place.name): report.save(place, overwrite=True)
     assert (tmp_path / "mine/thesis.tex").read_text() == "x"
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("place", ["file/deep/kept", "/proc/kept", f"{'x' * 300}/kept"])
+def test_a_place_that_cannot_be_is_named_as_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("x")
+    for write in (free_place, Report({"a": pl.DataFrame({"x": [1]})}).save):
+        with pytest.raises(OSError, match=r"choose a place in a folder") as e: write(place)
+        assert str(e.value).startswith(f"{place} cannot be made")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert free_place("new/deep/kept") == tmp_path.resolve() / "new/deep/kept"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_link_is_followed_not_replaced(kept: Path, tmp_path: Path) -> None:

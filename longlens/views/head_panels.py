@@ -144,7 +144,7 @@ def row_rows(
     else:
         best = _row(r, position)[layer, head].topk(min(most, position + 1))
         pairs = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    words = r.strings
+    words, pairs = r.strings, [(p, w) for p, w in pairs if w > 0]    # what a window hides is not looked at
     return [dict(position=p, token=visible(words[p], 30), label=_told_token(words[p], p), weight=float(f"{w:.4g}")) for p, w in pairs]
 
 # %% ../../nbs/views/04b_head_panels.ipynb #ff6acd88

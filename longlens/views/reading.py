@@ -73,12 +73,18 @@ class Live:
         self,
         position: int,    # of a token
     ) -> Tensor:          # (layers, heads, position + 1)
-        "What one token attends to, in every head"
+        "What one token attends to, in every head; 0 where a window hides the text"
         step = Rows([position], top=None)
         with capture(self.lm, step) as seen:
             if position: self.prefix.crop(position).extend(self.prefix.ids[position:position + 1])
             else: self.lm(self.prefix.ids[:1])
-        return torch.stack([state["rows"][0][3].float().cpu() for _, _, state in seen._parts("rows")])
+        return torch.stack([_placed(state["rows"][0], position + 1) for _, _, state in seen._parts("rows")])
+
+
+def _placed(row: tuple[int, int, Tensor, Tensor], n: int) -> Tensor:    # sample, query, positions and weights (heads, keys) -> (heads, n)
+    "The weights of a row at their places in the text: layers with windows see fewer keys than others"
+    at, weight = row[2].cpu(), row[3].float().cpu()
+    return torch.zeros(len(weight), n).scatter_(1, at, weight)
 
 # %% ../../nbs/views/04a_reading.ipynb #a9557472
 class Reading(Report):
