@@ -47,8 +47,11 @@ from longlens.probes.trace_report import said_probability
 from longlens.questions import fact_questions, kv_lines
 from longlens.sweeps import SweepWarning
 from longlens.tasks import numbered_documents
+from longlens.views.explore import Cancelled, Progress, using
 from longlens.views.needle_explorer import said_html
 from longlens.views.page import page_html
+from longlens.views.question_bar import QuestionBar, asked_context, read_asked, text_asked
+from longlens.views.reading import Reading, revive
 from longlens.views.trace_explorer import prompt_of, without_html
 
 PEOPLE = {"Ada": "lamb", "Bob": "river", "Eve": "stone", "Tom": "table", "Una": "glass", "Max": "paper"}
@@ -749,3 +752,37 @@ def test_a_large_cost_is_said_before_it_arises(lm: ll.LongModel, monkeypatch: py
     monkeypatch.setattr(traceback, "LARGE_COST", 10)
     with pytest.warns(traceback.LargeTrace) as seen: ll.trace_context(lm, DOCUMENTS, ASK, "stone", method="attntrace")
     assert "attntrace" not in str(seen[0].message) and seen[0].filename == __file__
+
+
+def chat_lm() -> ll.LongModel:
+    "needle-lm with a chat template of its own"
+    lm = ll.load()
+    tok = copy.deepcopy(lm.tokenizer)
+    tok.chat_template = CHATML
+    return ll.load(lm.hf, tok)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_plain_text_is_asked(chat: bool) -> None:
+    "In the workbench: the prompt is `trace_context`'s own, the text can be asked again, and what was asked is kept with its model"
+    lm, note = chat_lm(), "Most people were gone. The code for Ada is lamb. It rained.\n"
+    ctx = asked_context(lm, note, "What is the code for Ada?", "lamb", chat)
+    assert torch.equal(ctx.tokens.ids, trace_prompt(lm, note, "What is the code for Ada?", "lamb", chat=chat or None).ids)
+    assert (ctx.kind, ctx.answers, ctx.completion.strip()) == ("asked", ("lamb",), "lamb")
+    reading = read_asked(lm, note, "What is the code for Ada?", "lamb", chat)
+    assert text_asked(reading) == note.strip() and ready_prompt(lm, ctx, answer=ctx.completion).sources.text == note.strip()
+    again = revive(Reading(reading.frames, json.loads(json.dumps(reading.meta))), lm)
+    assert text_asked(again) == note.strip() and again.live.context.completion == ctx.completion
+    bar = QuestionBar(lambda: None)
+    bar.show(again)
+    assert bar.shown == ("What is the code for Ada?", "lamb", chat) and bar.chat.layout.display is None
+
+
+def test_asking_is_cancelled(lm: ll.LongModel) -> None:
+    "Before the answer, and between the chunks of the text"
+    said: list[str] = []
+    progress = Progress(lambda share, text: said.append(text))
+    with using(lm, progress): read_asked(lm, "The code for Ada is lamb. " * 20, "What is the code for Ada?", progress=progress)
+    assert said[0] == "the answer" and any("of about" in s for s in said)
+    progress.cancelled = True
+    with pytest.raises(Cancelled), using(lm, progress): read_asked(lm, "The code for Ada is lamb.", ASK, progress=progress)

@@ -113,6 +113,18 @@ def run_tracer(
     found = TraceScores(found.values, found.errors, found.frames, notes)
     return make_trace(job.prompt, found, logprobs, costs, {**said, **meta})  # type: ignore[arg-type]
 
+# %% ../../nbs/probes/06i_traceback.ipynb #6e902438
+def _check_numbers(k: int, seed: int) -> None:
+    if k < 1: raise ValueError(f"k is {k}: one source or more")
+    if seed < 0: raise ValueError(f"seed is {seed}: 0 or more")
+
+
+def _traced_prompt(lm: Any, context: Any, question: str, answer: Any, span: Any, said: dict[str, Any], put: dict[str, Any]) -> TracePrompt:
+    """The prompt that is meant: one that is ready, or what becomes of a context and a question."""
+    if isinstance(context, TracePrompt): return context
+    if isinstance(context, Context) or span is not None: return ready_prompt(lm, context, span, answer, **said)
+    return trace_prompt(lm, context, question, answer, **said, **put)
+
 # %% ../../nbs/probes/06i_traceback.ipynb #9771bfcb
 def trace_context(
     model: Any,  # a LongModel, or whatever `load` takes
@@ -150,16 +162,13 @@ def trace_context(
 
     load_methods()
     lm, tracer = load(model), find_tracer(method, settings)
-    if k < 1: raise ValueError(f"k is {k}: one source or more")
-    if seed < 0: raise ValueError(f"seed is {seed}: 0 or more")
+    _check_numbers(k, seed)
     if by is None and isinstance(context, str) and tracer.by and len(cut_context(context, tracer.by, size)) > 1: by = tracer.by
     said: dict[str, Any] = dict(by=by, size=size, answer_span=answer_span, allow_longer=allow_longer)
     said |= dict(special=special, max_new_tokens=max_new_tokens, stop=stop)
     put: dict[str, Any] = dict(sep=sep, template=template, answer_prefix=answer_prefix, chat=chat, system=system)
     with longer(lm, allow_longer):
-        if isinstance(context, TracePrompt): prompt = context
-        elif isinstance(context, Context) or span is not None: prompt = ready_prompt(lm, context, span, answer, **said)  # type: ignore
-        else: prompt = trace_prompt(lm, context, question, answer, **said, **put)
+        prompt = _traced_prompt(lm, context, question, answer, span, said, put)
         job = TraceJob(lm, prompt, seed=seed, heads=heads, batch_size=batch_size, max_memory=max_memory, out=out, progress=progress)
         check_needs(tracer, job)
         cost = check_budget(tracer, job, budget)

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from fastcore.basics import patch
 from ipywidgets import Button, Checkbox, HBox, Layout, Text, VBox
 
 from ..pieces import BoundaryError, Context
@@ -109,18 +110,25 @@ class QuestionBar(VBox):
         super().__init__([bar, told(f'<p class="lx-says">{ASK_SAYS}</p>')])
         classed(self, "lx-asking")
 
-    def _typed(self, content: Any, ask: Callable[[], None]) -> None:
-        if content.get("event") == "submit": ask()
+    if TYPE_CHECKING:
+        def __getattr__(self, name: str) -> Any: ...    # methods are added below
 
-    def show(
-        self,
-        r: Reading,     # that is shown now
-    ) -> None:
-        "What was asked of a text"
-        asked = r.meta["context"] or {}
-        self.question.value = str(asked.get("question") or "").removeprefix("Question:").strip()
-        self.answer.value = next(iter(asked.get("answers") or ()), "")
-        able = bool(r.live and getattr(r.live.lm.tokenizer, "chat_template", None))
-        self.chat.layout.display = None if able else "none"
-        self.chat.value = able and (asked.get("kind") != "asked" or not asked["add_special_tokens"])
-        self.shown = self.question.value, self.answer.value, self.chat.value
+# %% ../../nbs/views/05d1_question_bar.ipynb #3fcb56ab
+@patch
+def _typed(self: QuestionBar, content: Any, ask: Callable[[], None]) -> None:
+    if content.get("event") == "submit": ask()
+
+
+@patch
+def show(
+    self: QuestionBar,
+    r: Reading,     # that is shown now
+) -> None:
+    "What was asked of a text"
+    asked = r.meta["context"] or {}
+    self.question.value = str(asked.get("question") or "").removeprefix("Question:").strip()
+    self.answer.value = next(iter(asked.get("answers") or ()), "")
+    able = bool(r.live and getattr(r.live.lm.tokenizer, "chat_template", None))
+    self.chat.layout.display = None if able else "none"
+    self.chat.value = able and (asked.get("kind") != "asked" or not asked["add_special_tokens"])
+    self.shown = self.question.value, self.answer.value, self.chat.value

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
+from fastcore.basics import patch
 from ipywidgets import Dropdown, Layout
 
 from ..probes.trace_prompts import ready_prompt
@@ -50,30 +51,48 @@ class TextExplorer(Explorer):
         self.view.observe(self.does(lambda change: self._select(change.new)), "selected")
         self.choice.observe(self.does(lambda _: self._follow()), ["token", "head"])
 
-    def _select(self, token: int | None) -> None:
-        if token is not None: self.choice.token = token
+    if TYPE_CHECKING:
+        def __getattr__(self, name: str) -> Any: ...    # methods are added below
 
-    def _seen(self) -> bool: return self.app.explorers[self.app.stack.selected_index or 0] is self
+# %% ../../nbs/views/05e_workbench.ipynb #56c27452
+@patch
+def _select(self: TextExplorer, token: int | None) -> None:
+    if token is not None: self.choice.token = token
 
-    def _follow(self) -> None:
-        "Shade by what the chosen token attends to in the chosen head, once somebody looks"
-        if not self._seen(): return
-        self.view.selected = self.choice.token
-        if self.report.live is None: return
-        (layer, head), weights = self.choice.head, np.full(len(self.report.strings), np.nan)
-        weights[:self.choice.token + 1] = _row(self.report, self.choice.token)[layer, head].numpy()
-        self.view.shade("attention from the selected token", Shade(weights, note=f"layer {layer}, head {head}"))
 
-    def traced(self, scores: np.ndarray | None) -> None:    # (n,)
-        "Shade by the scores of a trace"
-        if scores is not None and len(scores) == len(self.report.strings):
-            self.view.shade("trace score", Shade(scores, note="of the token's source"))
+@patch
+def _seen(self: TextExplorer) -> bool: return self.app.explorers[self.app.stack.selected_index or 0] is self
 
-    def opened(self) -> None: self._follow()
-    def state(self) -> dict[str, Any]: return {"quantity": self.view.quantity}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        if state.get("quantity") in self.view._names: self.view.quantity = state["quantity"]
+@patch
+def _follow(self: TextExplorer) -> None:
+    "Shade by what the chosen token attends to in the chosen head, once somebody looks"
+    if not self._seen(): return
+    self.view.selected = self.choice.token
+    if self.report.live is None: return
+    (layer, head), weights = self.choice.head, np.full(len(self.report.strings), np.nan)
+    weights[:self.choice.token + 1] = _row(self.report, self.choice.token)[layer, head].numpy()
+    self.view.shade("attention from the selected token", Shade(weights, note=f"layer {layer}, head {head}"))
+
+
+@patch
+def traced(self: TextExplorer, scores: np.ndarray | None) -> None:    # (n,)
+    "Shade by the scores of a trace"
+    if scores is not None and len(scores) == len(self.report.strings):
+        self.view.shade("trace score", Shade(scores, note="of the token's source"))
+
+
+@patch
+def opened(self: TextExplorer) -> None: self._follow()
+
+
+@patch
+def state(self: TextExplorer) -> dict[str, Any]: return {"quantity": self.view.quantity}
+
+
+@patch
+def restore(self: TextExplorer, state: Mapping[str, Any]) -> None:
+    if state.get("quantity") in self.view._names: self.view.quantity = state["quantity"]
 
 # %% ../../nbs/views/05e_workbench.ipynb #30166c16
 def _strongest(r: Reading) -> tuple[int, int]:    # layer, head
@@ -202,20 +221,27 @@ class Workbench(App):
         shown = index is not None and self.explorers[index].name in ABOUT_TEXT and text_asked(self.report) is not None
         self.asking.layout.display = None if shown else "none"
 
-    def ask(self) -> None:
-        "Ask what is written in the fields"
-        r, bar = self.report, self.asking
-        text, lm, asked = text_asked(r), r.live.lm, (bar.question.value, bar.answer.value, bar.chat.value)
-        if not asked[0].strip(): raise ValueError("the question is empty: write what you want to know about the text")
-        if asked == bar.shown: raise ValueError("that is what was asked: change the question or the answer")
-        self.run("asking", lambda progress: read_asked(lm, text, *asked, progress=progress), self._answered, lm)    # type: ignore[arg-type]
+    if TYPE_CHECKING:
+        def __getattr__(self, name: str) -> Any: ...    # methods are added below
 
-    def _answered(self, reading: Reading) -> None:
-        "Show the prompt that was made of the question"
-        kept = {e.name: {k: v for k, v in e.state().items() if k in ("head", "quantity")} for e in self.explorers if e.name != "trace"}
-        reading.meta["view"] = {**kept, "tab": self.explorers[self.tabs.index or 0].name}
-        parts = {e.name: e.report for e in self.explorers if e.name not in ABOUT_TEXT and e.report is not None}
-        self.open_report(reading, parts)
+# %% ../../nbs/views/05e_workbench.ipynb #fbd62312
+@patch
+def ask(self: Workbench) -> None:
+    "Ask what is written in the fields"
+    r, bar = self.report, self.asking
+    text, lm, asked = text_asked(r), r.live.lm, (bar.question.value, bar.answer.value, bar.chat.value)
+    if not asked[0].strip(): raise ValueError("the question is empty: write what you want to know about the text")
+    if asked == bar.shown: raise ValueError("that is what was asked: change the question or the answer")
+    self.run("asking", lambda progress: read_asked(lm, text, *asked, progress=progress), self._answered, lm)    # type: ignore[arg-type]
+
+
+@patch
+def _answered(self: Workbench, reading: Reading) -> None:
+    "Show the prompt that was made of the question"
+    kept = {e.name: {k: v for k, v in e.state().items() if k in ("head", "quantity")} for e in self.explorers if e.name != "trace"}
+    reading.meta["view"] = {**kept, "tab": self.explorers[self.tabs.index or 0].name}
+    parts = {e.name: e.report for e in self.explorers if e.name not in ABOUT_TEXT and e.report is not None}
+    self.open_report(reading, parts)
 
 # %% ../../nbs/views/05e_workbench.ipynb #c27575da
 def explore_reading(
