@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from longlens.probes.perturbation import TraceCost, Tracer, TraceScores
 from longlens.probes.sources import cut_context
 from longlens.probes.trace_evaluation import ask_case, case_frame, named_tracers
 from longlens.probes.trace_metrics import answer_without, case_interval, f1_range, found_scores, reply_limits, says
+from longlens.probes.traceback_report import MEASURES, RUN_COSTS, make_traceback_report
 from longlens.questions import fact_questions, read_questions
 from longlens.report import Report
 from longlens.views.page import write_page
@@ -100,7 +102,32 @@ def test_what_is_said() -> None:
 
 def test_intervals_have_a_width_where_all_are_right() -> None:
     assert case_interval([1.0] * 10).lower == pytest.approx(0.722, abs=1e-3)
-    assert case_interval([0.25, 0.75] * 20).lower == pytest.approx(0.42, abs=0.03)
+    assert case_interval([0.25, 0.75] * 20, shares=False).lower == pytest.approx(0.42, abs=0.03)
+
+
+def test_finding_less_is_never_more_certain() -> None:
+    "Both ends of the interval rise with the mean: methods of one table can be compared"
+    found = [case_interval([1.0] * (20 - misses) + [0.5] * misses) for misses in range(20, -1, -1)]
+    for less, more in pairwise(found): assert less.lower < more.lower and less.upper < more.upper
+
+
+def test_ties_are_said_and_an_empty_ceiling_is_not() -> None:
+    def run(case: int, method: str, f1: float, tokens: int) -> dict[str, Any]:
+        values = {**dict.fromkeys(MEASURES, f1), **dict.fromkeys(RUN_COSTS, 1.0), "forward_tokens": float(tokens)}
+        return {"case": case, "method": method, **values, "error": None}
+    score = {"dear": (1.0, 900), "cheap": (1.0, 30), "half": (0.5, 10), "none": (0.0, 5), "never": (0.0, 6)}
+    runs = pl.DataFrame([run(case, m, *x) for case in range(3) for m, x in score.items()])
+    cases = pl.DataFrame({"case": [0, 1, 2], "sources": [4] * 3, "true_sources": [1] * 3, "kept": [True] * 3, "why": [None] * 3},
+                         schema_overrides={"why": pl.String})
+    report = make_traceback_report(runs, cases, runs, {"k": 1, "model": "x"})
+    said = report.findings()
+    cost = "30 tokens through the model a case"
+    assert said[1] == f"cheap and dear find most, each with F1 1.00 (0.44 to 1.00); the cheapest is cheap, with {cost}"
+    assert said[2] == "a guess has F1 0.25"
+    assert "none and never find least: F1 0.00 (0.00 to 0.56)" in said
+    assert "no method can have more than 0.40" in make_traceback_report(runs, cases, runs, {"k": 5, "model": "x"}).findings()[2]
+    alike = make_traceback_report(runs.filter(pl.col("f1") == 1), cases, runs, {"k": 1, "model": "x"})
+    assert not any("least" in line for line in alike.findings())
 
 
 # putting in and taking out

@@ -105,8 +105,11 @@ def case_interval(
     values: Iterable[float],  # one for each case
     level: float = 0.95,  # how often such intervals hold the true mean
     seed: int = 0,  # of the bootstrap
+    shares: bool = True,  # do they lie between 0 and 1, whatever the method?
 ) -> Interval:  # mean, lower, upper
-    """The mean over cases with an interval: Wilson's for zeros and ones, a bootstrap for others."""
+    """The mean over cases with an interval: Wilson's for what lies between 0 and 1, a bootstrap for the rest."""
     v = [float(x) for x in values]
     if not v: raise ValueError("there are no cases to take a mean of")
-    return wilson_interval(sum(v), len(v), level) if {*v} <= {0.0, 1.0} else bootstrap_interval(v, level, seed=seed)
+    if shares and (odd := [x for x in v if not 0 <= x <= 1]):
+        raise ValueError(f"a value is {odd[0]:g}, and shares lie between 0 and 1: say shares=False for a bootstrap")
+    return wilson_interval(sum(v), len(v), level) if shares else bootstrap_interval(v, level, seed=seed)

@@ -14,11 +14,12 @@ from .trace_report import excerpt
 from ..report import Report
 
 # %% auto #0
-__all__ = ['MEASURES', 'RUN_COSTS', 'AFTER_EXPLAINED', 'interval_table', 'method_table', 'TracebackReport',
+__all__ = ['SHARES', 'MEASURES', 'RUN_COSTS', 'AFTER_EXPLAINED', 'interval_table', 'method_table', 'TracebackReport',
            'make_traceback_report']
 
 # %% ../../nbs/probes/06m_traceback_report.ipynb #60bd6038
-MEASURES = ("precision", "recall", "f1", "first", "said_after", "recovered", "logprob_drop", "probability_drop")
+SHARES = ("precision", "recall", "f1", "first", "said_after", "recovered")  # between 0 and 1
+MEASURES = (*SHARES, "logprob_drop", "probability_drop")
 RUN_COSTS = ("evaluations", "forward_tokens", "plain_tokens", "seconds")
 
 
@@ -28,7 +29,8 @@ def interval_table(
 ) -> pl.DataFrame:  # method, measure, mean, lower, upper, cases
     """Every measure of every method, with an interval over cases."""
     by = runs.filter(pl.col("error").is_null()).group_by("method", maintain_order=True)
-    rows = [(method, m, *case_interval(v, level), len(v)) for (method,), f in by for m in MEASURES if len(v := f[m].drop_nulls())]
+    rows = [(method, m, *case_interval(v, level, shares=m in SHARES), len(v))
+            for (method,), f in by for m in MEASURES if len(v := f[m].drop_nulls())]
     numbers = dict.fromkeys(("mean", "lower", "upper"), pl.Float64)
     return pl.DataFrame(rows, schema={"method": pl.String, "measure": pl.String, **numbers, "cases": pl.Int64}, orient="row")
 
@@ -51,6 +53,7 @@ class TracebackReport(Report):
     """Do methods of context traceback find what made the model say it?"""
 
     main: ClassVar[str] = "methods"
+    title: ClassVar[str] = "Methods of context traceback"
 
     def findings(self) -> list[str]:
         """What was found, a sentence each"""
@@ -78,8 +81,11 @@ def _best_first(r: TracebackReport) -> pl.DataFrame:
 def _found_text(r: TracebackReport) -> str:
     low, high = r.meta["f1_guess"], r.meta["f1_best"]
     k = "as many sources as are true" if r.meta["k"] is None else f"the {r.meta['k']} highest-ranked sources"
-    return (f"Of every case {k} were taken and compared with those that hold what was injected. F1 of a guess is {low:.2f} on average, and "
-            f"no method can have more than {high:.2f}. Intervals hold the mean over such cases in 95 of 100 samples.")
+    return (f"Of every case {k} were taken and compared with those that hold what was injected. F1 of a guess is {low:.2f} on average"
+            f"{_ceiling(high)}. Intervals hold the mean over such cases in 95 of 100 samples, or more (Wilson's, for means of shares).")
+
+
+def _ceiling(best: float) -> str: return "" if best > 0.995 else f", and no method can have more than {best:.2f}"
 
 
 AFTER_EXPLAINED = ("The model is asked again without the sources that a method took. If they were the cause, it no longer says what it was "
@@ -106,16 +112,24 @@ def _said_kept(r: TracebackReport) -> str:
 def _range(x: dict[str, Any]) -> str: return f"{x['f1']:.2f} ({x['lower']:.2f} to {x['upper']:.2f})"
 
 
+def _they_find(methods: list[str]) -> str:
+    if len(methods) == 1: return f"{methods[0]} finds"
+    return f"{', '.join(methods[:-1])} and {methods[-1]} find"
+
+
 def _said_best(r: TracebackReport) -> list[str]:
     f = r.frames["methods"].drop_nulls("f1").sort("f1", "forward_tokens", descending=[True, False], maintain_order=True)
     if f.is_empty(): return ["no method could be run"]
     best, worst = f.row(0, named=True), f.row(-1, named=True)
-    out = [f"{best['method']} finds most: F1 {_range(best)} with {best['forward_tokens']:,.0f} tokens through the model a case; a guess "
-           f"has {r.meta['f1_guess']:.2f}, and no method more than {r.meta['f1_best']:.2f}"]
+    first, last = (f.filter((pl.col("f1") - x["f1"]).abs() < 1e-9)["method"].to_list() for x in (best, worst))
+    cost = f"{best['forward_tokens']:,.0f} tokens through the model a case"
+    out = [f"{_they_find(first)} most: F1 {_range(best)} with {cost}" if len(first) == 1 else
+           f"{_they_find(first)} most, each with F1 {_range(best)}; the cheapest is {first[0]}, with {cost}",
+           f"a guess has F1 {r.meta['f1_guess']:.2f}{_ceiling(r.meta['f1_best'])}"]
     near = f.filter((pl.col("f1") >= best["lower"]) & (pl.col("forward_tokens") < best["forward_tokens"])).sort("forward_tokens")
     if len(near): out.append(f"cheapest of those within its interval: {near['method'][0]}, F1 {_range(x := near.row(0, named=True))} with "
                              f"{x['forward_tokens']:,.0f} tokens")
-    if len(f) > 1: out.append(f"{worst['method']} finds least: F1 {_range(worst)}")
+    if worst["f1"] < best["f1"]: out.append(f"{_they_find(last)} least: F1 {_range(worst)}")
     return [*out, _said_after(best)]
 
 # %% ../../nbs/probes/06m_traceback_report.ipynb #ea6659ab
