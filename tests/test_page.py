@@ -6,13 +6,14 @@ import os
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
 
-from longlens.report import Report
+from longlens.report import REPORTS, Report
 from longlens.views import page as page_module
 from longlens.views.charts import arrange, bars, head_map, layer_profile, length_curve, position_profile
 from longlens.views.page import Section, page_html, write_page
@@ -266,3 +267,15 @@ def test_a_canvas_follows_the_colour_scheme(opened: Any) -> None:
     opened.wait_for_timeout(1500)
     after = canvas.evaluate(ink)
     assert abs(before - after) > 20 and (before > after) == dark    # light ink where the page is dark
+
+
+def test_every_report_has_a_title_that_a_reader_understands() -> None:
+    import pkgutil
+
+    import longlens
+    for module in pkgutil.walk_packages(longlens.__path__, "longlens."): import_module(module.name)
+    own = {name: kind for name, kind in REPORTS.items() if kind.__module__.startswith("longlens.") and kind is not Report}
+    assert {"SinkReport", "MiddleReport", "TracebackReport", "Reading", "GainReport", "TracePage"} <= own.keys()
+    untitled = [name for name, kind in own.items() if not kind.title]
+    assert not set(untitled) - {"Trace"}    # called by its method on a page
+    assert len({kind.title for kind in own.values() if kind.title}) == len(own) - len(untitled)

@@ -105,6 +105,7 @@ class GainReport(Report):
     """How much a longer context helps"""
 
     main: ClassVar[str] = "gain"
+    title: ClassVar[str] = "How much a longer context helps"
 
     def findings(self) -> list[str]:
         """What was found, a sentence each"""

@@ -43,6 +43,7 @@ class ScanReport(Trace):
     """The sources an answer rests on most, and what a detector says of them"""
 
     main: ClassVar[str] = "scan"
+    title: ClassVar[str] = "What a detector says of the sources"
 
     @property
     def flagged(self) -> pl.DataFrame:

@@ -240,7 +240,7 @@ def summarise(
     "Mean and spread for every point of a line"
     if by and len(values) > 1: raise ChartError(f"either several values or by={by!r}, not both")
     rows = drawable(frame, [x, *values], [by] if by else [])
-    long = pl.concat([rows.select(x=pl.col(x), series=_shown(rows[by]) if by else pl.lit(label(v)), value=pl.col(v)) for v in values])
+    long = pl.concat([rows.select(x=pl.col(x), series=_shown(rows[by], 48) if by else pl.lit(label(v)), value=pl.col(v)) for v in values])
     v = pl.col("value")
     out = long.drop_nulls().group_by("x", "series", maintain_order=True).agg(
         mean=v.mean(), low=v.quantile(0.1, "linear"), high=v.quantile(0.9, "linear"), rows=pl.len())
@@ -249,9 +249,15 @@ def summarise(
     return out
 
 # %% ../../nbs/views/00_charts.ipynb #16485004
+def _series_legend(title: str | None, series: Sequence[str]) -> alt.Legend:    # as many beside each other as the plot is wide
+    room = WIDTH - 7 * len(title or "") - 10
+    columns = max(1, min(4, room // (7 * max(map(len, series)) + 34)))
+    return _legend(title=title, columns=columns, **{**ABOVE, "labelLimit": room - 34})
+
+
 def _line_layers(points: pl.DataFrame, x: alt.X, y_how: dict[str, Any], tips: list[alt.Tooltip], by: str | None) -> list[alt.Chart]:
     series = points["series"].unique(maintain_order=True).to_list()
-    legend = _legend(title=by and label(by), columns=4, **ABOVE) if len(series) > 1 else None
+    legend = _series_legend(by and label(by), series) if len(series) > 1 else None
     names = dict(color=alt.Color("series:N", scale=alt.Scale(domain=series, range=list(COLOURS[:len(series)])), legend=legend))
     shape = dict(shape=alt.Shape("series:N", scale=alt.Scale(domain=series, range=list(SHAPES[:len(series)])), legend=legend))
     base, y = alt.Chart(_data(points)), alt.Y("mean:Q", **y_how)
@@ -325,7 +331,7 @@ def length_curve(
 def _x_layers(at: pl.Series) -> alt.X:
     layers = list(range(int(at.min()), int(at.max()) + 1))
     ends = [layers[0], layers[-1]] if len(layers) > 1 else [layers[0] - 1, layers[0] + 1]
-    axis = _axis(title="layer", values=_labelled(layers, WIDTH / len(layers), 24), format="d")
+    axis = _axis(title="layer, from 0", values=_labelled(layers, WIDTH / len(layers), 24), format="d")
     return alt.X("x:Q", scale=alt.Scale(domain=ends, nice=False, zero=False, padding=PAD), axis=axis)
 
 # %% ../../nbs/views/00_charts.ipynb #eefc84fa
@@ -343,7 +349,7 @@ def layer_profile(
     "A value at every layer, from the input to the output"
     values = _columns(value)
     points = summarise(frame, "layer", values, by)
-    chart = _lines(points, _x_layers(points["x"]), "layer", _y_name(values, unit, name), by, log)
+    chart = _lines(points, _x_layers(points["x"]), "layer, from 0", _y_name(values, unit, name), by, log)
     said = title or f"{', '.join(map(label, values))} by layer".capitalize()
     return _titled(chart, said, subtitle or _spread_text(points, over), WIDTH)
 

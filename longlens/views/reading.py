@@ -90,6 +90,7 @@ def _placed(row: tuple[int, int, Tensor, Tensor], n: int) -> Tensor:    # sample
 class Reading(Report):
     "What every head does in one text, and how surprising its tokens are"
     main: ClassVar[str] = "heads"
+    title: ClassVar[str] = "One text, head by head"
     live: Live | None = None    # the model, while there is one
 
     @property

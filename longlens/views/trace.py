@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import altair as alt
 import numpy as np
@@ -153,6 +153,7 @@ def trace_section(
 # %% ../../nbs/views/04_trace_view.ipynb #05c918ad
 class TracePage(Report):
     "Sources of one answer, for a page of its own"
+    title: ClassVar[str] = "Sources of an answer"
     section: Any = None    # what is shown
 
     def findings(self) -> list[str]:
