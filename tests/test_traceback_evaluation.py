@@ -273,6 +273,15 @@ def test_a_failure_is_a_row_with_its_reason(lm: Any, cases: list[TraceCase], tmp
         ll.evaluate_traceback(lm, cases, methods, k=None, by="sentences", on_error="raise")
 
 
+def test_a_folder_that_cannot_be_is_refused_before_anything_is_asked(lm: Any, cases: list[TraceCase], tmp_path: Path,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: Any, **how: Any) -> Any: raise AssertionError("the model was asked")
+    monkeypatch.setattr("longlens.probes.trace_evaluation.ask_case", never)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match=r"file/kept cannot be made \(Not a directory\): choose a place"):
+        ll.evaluate_traceback(lm, cases, ["loo"], k=2, by="sentences", out=tmp_path / "file/kept")
+
+
 def test_going_on(lm: Any, cases: list[TraceCase], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     "Finished runs are read; other settings, cases and seeds are run"
     how: dict[str, Any] = dict(by="sentences", out=tmp_path)

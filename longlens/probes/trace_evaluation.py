@@ -201,10 +201,10 @@ def evaluate_traceback(
     limits, put = reply_limits(lm, max_new_tokens, stop), dict(by=by, size=size, **how)
     weights = None if heads is None else sorted(retrieval_weights(lm, heads).items())
     with longer(lm, allow_longer):
+        kept = _Kept(lm, out, {"k": k, "seed": seed, "heads": weights, "limits": limits, **put})  # raises now, if `out` cannot be
         asked = [ask_case(lm, c, limits, keep, **put) for c in tqdm(cases, desc="cases", disable=not progress)]
         frame = case_frame(asked)
         _check_kept(frame)
-        kept = _Kept(lm, out, {"k": k, "seed": seed, "heads": weights, "limits": limits, **put})
         job = dict(seed=seed, heads=heads, batch_size=batch_size, max_memory=max_memory)
         made = list(_runs(lm, asked, tracers, kept, k, limits, on_error, progress, **job))
     runs = pl.DataFrame([{c: row.get(c) for c in RUN_SCHEMA} for row, _ in made], schema=RUN_SCHEMA)
