@@ -247,6 +247,25 @@ def test_rows_do_not_depend_on_the_chunks(name: str, stat: st.Rows) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_top_keys_of_layers_with_windows_are_padded(name: str) -> None:
+    "As the pattern has them: where a window holds fewer keys than were asked for, -1 without weight"
+    model, ids = ZOO[name](), token_ids(40)
+    with capture(model, st.Rows([39], top=32)) as seen: model(ids)
+    model.set_attn_implementation("eager")
+    patterns = model(ids, output_attentions=True).attentions
+    at, weight = seen.top_keys()
+    assert at.shape == weight.shape == (len(patterns), patterns[0].shape[1], 1, 32)
+    for layer, pattern in enumerate(patterns):
+        for head, row in enumerate(pattern[0, :, 39]):
+            here, n = at[layer, head, 0], int((row[:40] > 0).sum())
+            held = here[here >= 0]
+            assert len(held) == min(n, 32) and len({*held.tolist()}) == len(held)
+            torch.testing.assert_close(weight[layer, head, 0][here >= 0], row[held], atol=1e-6, rtol=1e-4)
+            assert not weight[layer, head, 0][here < 0].any()
+
+
+@torch.no_grad()
 def test_an_empty_sample_has_no_numbers() -> None:
     model, ids, keep = ZOO["llama"](), token_ids(20, batch=2), torch.ones(2, 20, dtype=torch.long)
     keep[1] = 0

@@ -392,15 +392,16 @@ def top_keys(
     name: str = "rows",  # name (or label) of a captured `Rows(queries, top=k)`
     sample: int = 0,  # number of the text
 ) -> tuple[Tensor, Tensor]:  # positions and weights, (layers, heads, queries, k), queries in increasing order
-    "The most attended keys of the chosen queries of one text, as tensors"
+    "The most attended keys of the chosen queries of one text, as tensors; -1 and weight 0 where a window holds fewer than k"
     self._check_texts(self._statistic(name))
     layers = []
     for first, _, state in self._parts(name):
         rows = sorted((q, i) for i, (b, q, *_) in enumerate(state.get("rows", [])) if first + b == sample)
         if rows: layers.append([torch.stack([state["rows"][i][part] for _, i in rows], 1).cpu() for part in (2, 3)])
     if not layers: raise IndexError(f"there is no sample {sample}: {sum(g.batch for g in self.groups)} were captured")
-    positions, weights = zip(*layers, strict=True)
-    return torch.stack(positions), torch.stack(weights)
+    most = max(positions.shape[-1] for positions, _ in layers)
+    filled = lambda x, nothing: nn.functional.pad(x, (0, most - x.shape[-1]), value=nothing)
+    return torch.stack([filled(x, -1) for x, _ in layers]), torch.stack([filled(x, 0) for _, x in layers])
 
 # %% ../../nbs/measure/05_capture.ipynb #31405e2c
 def capture(
