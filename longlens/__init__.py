@@ -21,7 +21,7 @@ _WHERE = {    # public name -> the module that defines it
     "intervene": "measure.intervention", "ablate": "measure.intervene", "streaming": "measure.intervene",
     "lambda_mask": "measure.intervene", "temperature": "measure.intervene", "scale_spans": "measure.intervene",
     "Context": "pieces", "compose": "pieces", "Haystack": "haystack", "needle_context": "context",
-    "attention_sinks": "probes.sinks", "SinkReport": "probes.sinks",
+    "attention_sinks": "probes.sinks", "SinkReport": "probes.sink_report",
     "retrieval_heads": "probes.heads", "HeadReport": "probes.head_report", "duo_gates": "probes.gates",
     "load_encoder": "encoders", "Encoder": "encoders", "extended": "measure.windows",
     "sweep": "sweeps", "lost_in_the_middle": "probes.middle", "MiddleReport": "probes.middle_report",

@@ -131,7 +131,7 @@ def check_size(
     names: list[str],   # of probes
 ) -> None:
     "Raise if the text is too short for the sinks"
-    from longlens.probes.sinks import SinkSettings
+    from longlens.probes.sink_frames import SinkSettings
     if "sinks" not in names or n >= SinkSettings.T: return
     others = ",".join(name for name in names if name != "sinks")
     way = f", or leave sinks out: --probes {others}" if others else ""

@@ -19,7 +19,7 @@ from ..measure.intervene import ablate, head_sizes, interventions
 from ..measure.statistics import Distance, DistanceProfile, Entropy, Received, Rows, SinkMass, Support, tidy
 from ..prefix import Prefix, _new_cache, _rope_regime
 from ..probes.head_scores import copy_scores, pattern_scores
-from ..probes.sinks import _alpha, heads_frame, judged
+from ..probes.sink_frames import heads_frame, judged, mean_received
 from ..report import Report, plain
 
 # %% auto #0
@@ -259,7 +259,7 @@ def read_text(
     tokens = lm.tokens(text.tokens if context else text)
     if len(tokens) < 4: raise ValueError(f"a text of {len(tokens)} tokens: 4 or more are needed to see where heads look")
     with capture(lm, *_statistics(len(tokens))) as seen: prefix, surprise = read_through(lm, tokens.ids, tell)
-    live = Live(lm, tokens, context, prefix, _alpha(seen)[:, 0].nan_to_num(0), surprise)
+    live = Live(lm, tokens, context, prefix, mean_received(seen)[:, 0].nan_to_num(0), surprise)
     tell(.8, "patterns of repeated tokens")
     return _reading(live, seen, pattern_scores(lm) if lm.max_length is None or lm.max_length >= 8 else {})
 
@@ -305,6 +305,6 @@ def revive(
     tokens = lm.tokens(Tokens(torch.tensor(f["id"].to_list()), text, offsets, lm.tokenizer))
     ctx = None if asked is None else Context(tokens, r.spans, **{**asked, "answers": tuple(asked["answers"])})
     with capture(lm, Received()) as seen: prefix, surprise = read_through(lm, tokens.ids)
-    r.live = Live(lm, tokens, ctx, prefix, _alpha(seen)[:, 0].nan_to_num(0), surprise)
+    r.live = Live(lm, tokens, ctx, prefix, mean_received(seen)[:, 0].nan_to_num(0), surprise)
     answered(r.live)
     return r
