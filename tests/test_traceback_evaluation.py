@@ -298,6 +298,28 @@ def test_going_on(lm: Any, cases: list[TraceCase], tmp_path: Path, monkeypatch: 
     assert len(ran) == 2
 
 
+def test_the_total_is_planned_before_a_method_runs(lm: Any, cases: list[TraceCase], tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    "What is said before is no less than what is taken; too much is said, or refused; what is finished costs nothing"
+    from longlens.probes import trace_evaluation
+    from longlens.probes.traceback import LargeTrace
+    methods = ["loo", "stc", "shapley", "denoised_shapley", "tracllm", "attention", "attntrace", "rollout", "contextcite", "self_citation"]
+    how: dict[str, Any] = dict(k=None, by="sentences", size=5, out=tmp_path)
+    plan = ll.evaluate_traceback(lm, cases, methods, dry_run=True, **how)
+    unknown = plan.filter(pl.col("tokens").is_null())["method"].to_list()
+    assert unknown == ["self_citation"]  # no chat template: its row says so when it runs
+    with pytest.raises(ValueError, match=r"10 methods on \d cases take up to .* tokens through the model \(.*and budget is 1,000"):
+        ll.evaluate_traceback(lm, cases, methods, budget=1000, **how)
+    assert not list(tmp_path.glob("**/*.parquet"))  # nothing had run
+    monkeypatch.setattr(trace_evaluation, "LARGE_COST", 1000)
+    with pytest.warns(LargeTrace, match="dry_run=True gives the table"): report = ll.evaluate_traceback(lm, cases, methods, **how)
+    taken = dict(report.frames["runs"].group_by("method").agg(pl.col("forward_tokens").sum()).rows())
+    for method, tokens in plan.select("method", "tokens").rows():
+        if tokens is not None: assert 0 < taken[method] <= tokens, method
+    left = ll.evaluate_traceback(lm, cases, methods, dry_run=True, **how)
+    assert left["method"].to_list() == ["self_citation"]
+
+
 def test_reports_are_kept(lm: Any, cases: list[TraceCase], tmp_path: Path) -> None:
     report = ll.evaluate_traceback(lm, cases, ["stc", "attention", "self_citation"], k=None, by="sentences")
     report.save(tmp_path / "kept")

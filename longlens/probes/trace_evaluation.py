@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,12 +26,13 @@ from .sources import TracePrompt
 from .trace_metrics import answer_without, found_scores, replied, reply_limits, says
 from .trace_prompts import _spoken, trace_prompt
 from .trace_report import excerpt, scored_frame
-from .traceback import check_needs, load_methods
-from .traceback_report import MEASURES, RUN_COSTS, TracebackReport, make_traceback_report
+from .traceback import LARGE_COST, LargeTrace, check_needs, load_methods
+from .traceback_report import MEASURES, RUN_COSTS, make_traceback_report
 from ..store import Store, as_row
 
 # %% auto #0
-__all__ = ['KEEP', 'RUN_SCHEMA', 'AskedCase', 'ask_case', 'case_frame', 'run_case', 'named_tracers', 'evaluate_traceback']
+__all__ = ['KEEP', 'RUN_SCHEMA', 'Run', 'AskedCase', 'ask_case', 'case_frame', 'run_case', 'named_tracers', 'planned_runs',
+           'evaluate_traceback']
 
 # %% ../../nbs/probes/06n_trace_evaluation.ipynb #ce88a988
 KEEP = ("changed", "said")
@@ -155,11 +157,19 @@ class _Kept:
         self.store.write()
 
 # %% ../../nbs/probes/06n_trace_evaluation.ipynb #68fc8dd2
-def _runs(lm: Any, asked: Sequence[AskedCase], tracers: Mapping[str, Tracer], kept: _Kept, k: int | None, limits: Any, on_error: str,
-          progress: bool, **job: Any) -> Iterator[tuple[dict[str, Any], pl.DataFrame]]:
-    """Every method on every case that counts."""
+Run = tuple[str, int, AskedCase, str, Tracer]  # key, number of the case, the case, name of the method, the method
+
+
+def _todo(asked: Sequence[AskedCase], tracers: Mapping[str, Tracer], kept: _Kept) -> list[Run]:
+    """Every method on every case that counts; what is finished is read."""
     todo = [(kept.key(i, name, t, x), i, x, name, t) for i, x in enumerate(asked) if x.why is None for name, t in tracers.items()]
     kept.store.read([key for key, *_ in todo])
+    return todo
+
+
+def _runs(lm: Any, todo: Sequence[Run], kept: _Kept, k: int | None, limits: Any, on_error: str, progress: bool,
+          **job: Any) -> Iterator[tuple[dict[str, Any], pl.DataFrame]]:
+    """What each run gives."""
     for key, i, x, name, tracer in (bar := tqdm(todo, desc="traces", disable=not progress)):
         bar.set_postfix_str(name)
         try:
@@ -169,6 +179,45 @@ def _runs(lm: Any, asked: Sequence[AskedCase], tracers: Mapping[str, Tracer], ke
             done = {"error": excerpt(f"{type(error).__name__}: {error}", 300)}, pl.DataFrame()
         yield {"case": i, "method": name, **done[0]}, done[1].with_columns(case=pl.lit(i), method=pl.lit(name))
     kept.store.tidy()
+
+# %% ../../nbs/probes/06n_trace_evaluation.ipynb #a597f72a
+def _planned(lm: Any, run: Run, job: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run takes, at most; null if the method cannot run, or does not say."""
+    _, case, x, method, tracer = run
+    made = TraceJob(lm, x.prompt, **job)
+    try:
+        check_needs(tracer, made)
+        cost = tracer.cost(made)
+        return {"case": case, "method": method, "evaluations": cost.evaluations, "tokens": cost.tokens}
+    except Exception: return {"case": case, "method": method}  # to be said when it runs, as any other reason is
+    finally:
+        if "scorer" in vars(made): made.scorer.close()  # type: ignore[attr-defined]
+
+
+def planned_runs(
+    lm: Any,  # LongModel
+    runs: Sequence[Run],  # those that are not finished
+    **job: Any,  # of TraceJob: seed, heads, batch_size, max_memory
+) -> pl.DataFrame:  # method, cases, evaluations, tokens (at most; null where a method does not say), the dearest first
+    """What methods are going to take on all cases together; nothing is run."""
+    schema = {"case": pl.Int64, "method": pl.String, "evaluations": pl.Int64, "tokens": pl.Int64}
+    f = pl.DataFrame([_planned(lm, run, job) for run in runs], schema=schema)
+    total = lambda c: pl.when(pl.col(c).null_count() == 0).then(pl.col(c).sum())
+    f = f.group_by("method", maintain_order=True).agg(cases=pl.len(), evaluations=total("evaluations"), tokens=total("tokens"))
+    return f.sort("tokens", descending=True, nulls_last=True, maintain_order=True)
+
+# %% ../../nbs/probes/06n_trace_evaluation.ipynb #5a2a0f56
+def _check_cost(plan: pl.DataFrame, budget: int | None) -> None:
+    """Refuse what is over the budget; say it, where there is no budget and the cost is large."""
+    total = plan["tokens"].sum()
+    if total <= (LARGE_COST if budget is None else budget): return
+    dear = ", ".join(f"{method} {tokens:,}" for method, tokens in plan.drop_nulls("tokens").select("method", "tokens").head(3).rows())
+    said = f"{len(plan)} methods on {plan['cases'].max()} cases take up to {total:,} tokens through the model ({dear}"
+    said += ", ...)" if plan["tokens"].count() > 3 else ")"
+    if budget is not None:
+        raise ValueError(f"{said}, and budget is {budget:,}: take fewer cases, cheaper methods or settings, larger sources, "
+                         "or a larger budget")
+    warnings.warn(f"{said}. dry_run=True gives the table, budget= refuses so much, out= keeps what is finished", LargeTrace, stacklevel=3)
 
 # %% ../../nbs/probes/06n_trace_evaluation.ipynb #92c916fb
 def evaluate_traceback(
@@ -190,9 +239,11 @@ def evaluate_traceback(
     batch_size: int | None = None,  # subsets that run together, at most; None: 8
     max_memory: int | None = None,  # bytes on top of the weights; None: nine tenths of what is free
     allow_longer: bool | None = None,  # go past the model's `max_length`; None: as it was loaded
+    budget: int | None = None,  # tokens through the model that all runs may take; None: no limit, but more than LARGE_COST is said
+    dry_run: bool = False,  # only say what it would take
     progress: bool = False,  # show a bar
     **how: Any,  # of the prompt: template, chat, system, answer_prefix, special
-) -> TracebackReport:
+) -> Any:  # TracebackReport; `planned_runs` if dry_run
     """Do methods of traceback find what was injected? Quality, what is said without what they found, and cost (TracLLM's evaluation)."""
     from longlens.models import load
 
@@ -206,7 +257,11 @@ def evaluate_traceback(
         frame = case_frame(asked)
         _check_kept(frame)
         job = dict(seed=seed, heads=heads, batch_size=batch_size, max_memory=max_memory)
-        made = list(_runs(lm, asked, tracers, kept, k, limits, on_error, progress, **job))
+        todo = _todo(asked, tracers, kept)
+        plan = planned_runs(lm, [run for run in todo if run[0] not in kept.store.rows], **job)
+        if dry_run: return plan
+        _check_cost(plan, budget)
+        made = list(_runs(lm, todo, kept, k, limits, on_error, progress, **job))
     runs = pl.DataFrame([{c: row.get(c) for c in RUN_SCHEMA} for row, _ in made], schema=RUN_SCHEMA)
     meta = {"k": k, "by": by, "size": size, "keep": keep, "seed": seed, "model": lm.name, "dtype": str(lm.dtype), "device": str(lm.device),
             "settings": {n: repr(t) for n, t in tracers.items()}}
