@@ -43,8 +43,12 @@ def _configured_limit(
         by_tokenizer = getattr(m.tokenizer, "model_max_length", None) if configured is None else configured
         known = [int(v) for v in (by_tokenizer, positions) if v is not None and v < 10**9]
         return min(known, default=None)
-    if wanted < 1 or (positions is not None and wanted > positions and m.positions == "learned"):
-        raise ValueError(f"max_length={wanted}, and {m.name} has {positions} learned positions: set it between 1 and {positions}")
+    special = 0 if m.tokenizer is None else m.tokenizer.num_special_tokens_to_add()
+    if wanted <= special:
+        raise ValueError(f"max_length={wanted}, and {special} special tokens are added to every text: set it to {special + 1} or more")
+    if positions is not None and wanted > positions and m.positions == "learned":
+        raise ValueError(f"max_length={wanted}, and {m.name} has {positions} learned positions: "
+                         f"set it between {special + 1} and {positions}")
     return wanted
 
 # %% ../nbs/01d_encoder_inputs.ipynb #510bcf47
@@ -52,6 +56,7 @@ def _check_texts(
     texts: str | Iterable[str],  # as the user gives them
 ) -> list[str]:
     """A list of texts that have something in them."""
+    if not isinstance(texts, Iterable): raise TypeError(f"texts is {texts!r:.60}: give a text, or a list of texts")
     out = [texts] if isinstance(texts, str) else list(texts)
     if not out:
         raise ValueError("there are no texts to embed: the list is empty")

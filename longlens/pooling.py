@@ -47,8 +47,8 @@ def _as_modes(
     modes: str | Sequence[str],  # as the user or a file gives them
 ) -> tuple[str, ...]:
     """Names of poolings that exist."""
-    out = (modes,) if isinstance(modes, str) else tuple(modes)
-    if not out or any(m not in POOLINGS for m in out):
+    out = (modes,) if isinstance(modes, str) or not isinstance(modes, Sequence) else tuple(modes)
+    if not out or any(not isinstance(m, str) or m not in POOLINGS for m in out):
         raise ValueError(f"pooling is one or several of {', '.join(POOLINGS)}, not {modes!r}")
     return out
 

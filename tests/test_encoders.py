@@ -261,6 +261,18 @@ def test_other_positions_go_on_if_the_user_says_so():
     assert load_encoder(hf, pooling="mean", max_length=600).encode_tokens(token_ids(POSITIONS + 1)).shape == (1, 64)
     with pytest.raises(ValueError, match="max_length=0"):
         load_encoder(ZOO["bert"](), pooling="mean", max_length=0)
+    with pytest.raises(ValueError, match="max_length=2, and 2 special tokens are added to every text: set it to 3 or more"):
+        load_encoder(max_length=2)  # all texts would be cut to the same two tokens
+    with pytest.warns(UserWarning, match="2 of 2 texts were cut to 3 tokens"):
+        one, other = load_encoder(max_length=3).encode(["cats are nice", "the stock fell"], truncate=True)
+    assert np.abs(one - other).max() > 0.01
+    assert load_encoder(ZOO["bert"](), pooling="mean", max_length=1).max_length == 1  # token ids only: nothing is added
+
+
+@pytest.mark.parametrize("texts", [None, 5])
+def test_what_is_no_text_is_refused_by_name(texts: int | None) -> None:
+    with pytest.raises(TypeError, match=f"texts is {texts}: give a text, or a list of texts"): load_encoder().encode(texts)
+    with pytest.raises(ValueError, match="pooling is one or several of cls, .*, not 5"): load_encoder(pooling=5)
 
 
 # batches, order, layers
