@@ -18,7 +18,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
-from transformers import BertConfig, BertModel
+from tokenizers.processors import Sequence
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    BertConfig,
+    BertModel,
+    DebertaV2Config,
+    DebertaV2Model,
+    GPT2Config,
+    GPT2Model,
+    LlamaConfig,
+    LlamaModel,
+    MPNetConfig,
+    MPNetModel,
+    T5Config,
+    T5EncoderModel,
+)
 
 import longlens as ll
 from longlens.measure.attention import AttentionOperator
@@ -41,7 +57,7 @@ from longlens.probes.embeddings import (
     spectrum,
 )
 from longlens.questions import Question
-from longlens.retrieval import cut_texts, long_texts
+from longlens.retrieval import cut_texts, evaluate_retrieval, long_texts, needle_retrieval, padded_passages
 from longlens.views.collapse import on_a_plane
 from longlens.views.page import page_html
 
@@ -275,6 +291,32 @@ def test_prompts_stand_before_queries_and_documents() -> None:
         length_collapse(enc, **{**SMALL, "lengths": (16, 95)}, document_prompt="passage: ")
 
 
+def own_prompts(**prompts: str) -> ll.Encoder:
+    enc = tiny()
+    return ll.load_encoder(enc.hf, enc.tokenizer, pooling="mean", prompts=prompts)
+
+
+def test_the_encoders_own_prompts_are_used_as_everywhere(tmp_path: Path) -> None:
+    "As `evaluate_retrieval` does it: in documents, layers and retrieval, in the room they take, and in what is kept and said"
+    enc, how = own_prompts(query="question: ", passage="passage: "), {**SMALL, "taus": (), "retrieval": "needle", "retrieval_lengths": 64}
+    r = length_collapse(enc, **how, out=tmp_path / "kept")
+    task = needle_retrieval(enc, 64, n_queries=6, n_documents=8)
+    f = r.frames["retrieval"].filter(measure="ndcg_10")
+    assert f["value"].item() == pytest.approx(evaluate_retrieval(task, enc)["ndcg_10"].mean(), abs=1e-6)
+    named = length_collapse(tiny(), **how, query_prompt="question: ", document_prompt="passage: ")
+    for name in ("similarity", "layers", "queries", "shortened"): assert_frame_equal(r.frames[name], named.frames[name], abs_tol=1e-6)
+    assert (r.meta["settings"]["query_prompt"], r.meta["settings"]["document_prompt"]) == ("question: ", "passage: ")
+    assert "prompts: 'question: ' before queries, 'passage: ' before documents" in r.findings()
+    kept = lambda e, **more: length_collapse(e, **{**how, **more}, out=tmp_path / "kept", dry_run=True)["finished"].sum()
+    assert kept(enc) == r.meta["parts"] and kept(enc, document_prompt="") == kept(own_prompts(query="question: ")) == 0
+    none = length_collapse(enc, **how, query_prompt="", document_prompt="")
+    plain = length_collapse(tiny(), **how)
+    assert_frame_equal(none.frames["queries"], plain.frames["queries"], abs_tol=1e-6)
+    assert not any(s.startswith("prompts") for s in [*none.findings(), *plain.findings()])
+    with pytest.raises(ValueError, match="of which its prompt takes 3: take 93 at most"):
+        length_collapse(enc, **{**how, "lengths": (16, 95)})
+
+
 def test_the_lengths_do_not_choose_the_questions() -> None:
     "The same questions at every length and in every list of lengths; which ones is a setting of its own"
     enc = tiny()
@@ -291,6 +333,122 @@ def test_the_lengths_do_not_choose_the_questions() -> None:
     assert any("passages (6 queries, 6 documents, passages of up to 32 tokens)" in s for s in r.findings())
     with pytest.raises(ValueError, match="retrieval_lengths begin at 64 tokens, and passages have up to max_passage=80: ask for longer"):
         length_collapse(enc, questions=asked, **how, max_passage=80)
+
+
+def test_geometry_past_the_end_is_compared_with_the_cut_text() -> None:
+    "Cosines and layers of the documents cut where positions end, beside those of the encoder that stops earlier"
+    short = tiny()
+    short.max_length = 64
+    r = length_collapse(short, **{**SMALL, "taus": (), "retrieval": ()}, windows=("grouped", "recurrent"), beyond=(192,))
+    f = r.frames["effects"].filter(condition="grouped", reference="cut off")
+    assert {"mean_cosine", "effective_rank", "sigma_a", "high_frequency"} <= {*f["measure"]}
+    assert f["reference_length"].unique().to_list() == [192]
+    texts = cut_texts(long_texts(8, short, 192), short, (16, 32, 64, 192))[192]
+    whole = tiny()  # which reads all 96
+    c = pair_cosines(whole.encode_counted(texts, truncate=True).embeddings)
+    got = r.frames["similarity"].filter(condition="cut off")
+    assert got["mean_cosine"].item() == pytest.approx((c.sum() - 8) / 56, abs=1e-5)
+    x = f.filter(measure="mean_cosine").row(0, named=True)
+    grouped = r.frames["similarity"].filter(condition="grouped")["mean_cosine"].item()
+    assert x["difference"] == pytest.approx(grouped - got["mean_cosine"].item(), abs=1e-6)
+    said = f"grouped positions at 192 tokens, against documents cut at 96: cosine {got['mean_cosine'].item():.2f} → {grouped:.2f}, "
+    assert any(s.startswith(said) for s in r.findings())
+    section = next(s for s in r.sections() if s.title == "Past the encoder's length")
+    assert "cut off" in section.chart.to_json() and "as it is, 64 tokens" not in section.chart.to_json()
+    assert {*r.frames["separability"]["condition"]} == {"none"}  # of these all lengths are the same
+
+
+def test_the_last_task_is_asked_at_all_lengths_under_every_change() -> None:
+    "So that its curve by temperature is drawn by default"
+    enc = tiny()
+    r = length_collapse(enc, **{**SMALL, "retrieval_lengths": (64, 80)})
+    f = r.frames["retrieval"].filter(condition="tau 0.5", measure="ndcg_10")
+    assert f.select("task", "context_length").rows() == [("needle", 64), ("needle", 80)]
+    assert "Needle, by temperature" in next(s for s in r.sections() if s.title == "Retrieval by length").chart.to_json()
+    every = length_collapse(enc, **{**SMALL, "retrieval_lengths": (64, 80)}, everywhere=True)
+    assert len(every.frames["retrieval"].filter(condition="tau 0.5", measure="ndcg_10")) == 4
+
+
+# Encoders of which not all can be measured
+
+HIDDEN: dict[str, Any] = {
+    "MPNet": lambda **c: MPNetModel(MPNetConfig(vocab_size=30527, **c)),
+    "Albert": lambda **c: AlbertModel(AlbertConfig(embedding_size=16, **c)),
+    "Deberta": lambda **c: DebertaV2Model(DebertaV2Config(**c)),
+}
+
+
+def hidden(name: str) -> ll.Encoder:
+    "An encoder whose attention cannot be captured"
+    torch.manual_seed(0)
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.3)
+    hf = HIDDEN[name](**shape, **({} if name == "MPNet" else {"vocab_size": 30522}))
+    return ll.load_encoder(hf.eval().requires_grad_(False), ll.load_encoder().tokenizer, pooling="mean")
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_without_a_look_at_the_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    "All that needs no hook is measured, what is not is said, and what was asked for and cannot be is refused first"
+    enc = hidden(name)
+    r = length_collapse(enc, **{**SMALL, "taus": None})
+    changed = name == "Albert"  # its layers share one module, which can be changed
+    assert r.meta["settings"]["taus"] == ([0.5, 0.75] if changed else [])
+    assert "heads" not in r.frames and {*r.frames["layers"]["measure"]} == {"high_frequency", "token_similarity"}
+    said = next(s for s in r.findings() if s.startswith("not measured: sigma_a and entropy of attention"))
+    assert ("temperatures" in said) != changed and "TransformerBridge" not in said
+    assert [s.title for s in r.sections()].count("Head by head") == 0 and r.chart() is not None
+    assert page_html([r], "Length collapse") and r.widget(encoder=enc) is not None
+    texts = cut_texts(long_texts(8, enc, 64), enc, (16, 32, 64))[64][:4]
+    states = [enc.hf(**enc._padded(enc._read([t]), [0])[0], output_hidden_states=True).hidden_states[-1][0].double() for t in texts]
+    want = np.mean([((x - x.mean(0)).norm() / x.norm()).item() for x in states])
+    got = r.frames["layers"].filter(condition="none", context_length=64, layer=1, measure="high_frequency")["value"].item()
+    assert got == pytest.approx(want, abs=1e-4)
+    if changed: return
+    monkeypatch.setattr(collapse_parts, "layer_embeddings", lambda *a, **k: pytest.fail("texts were embedded"))
+    with pytest.raises(ValueError, match=r"taus=\[0.5\]: .* does not route its attention .* Say taus=\(\), and the rest is measured"):
+        length_collapse(enc, **SMALL)
+
+
+def test_temperatures_change_an_encoder_that_cannot_be_captured() -> None:
+    enc = hidden("Albert")
+    r = length_collapse(enc, **{**SMALL, "retrieval": ()})
+    texts = cut_texts(long_texts(8, enc, 64), enc, (16, 32, 64))[64]
+    with ll.temperature(enc, 0.5): c = pair_cosines(enc.encode(texts))
+    got = r.frames["similarity"].filter(condition="tau 0.5", context_length=64)["mean_cosine"].item()
+    assert got == pytest.approx((c.sum() - 8) / 56, abs=1e-5)
+
+
+def test_no_layers_at_all() -> None:
+    enc = tiny()
+    r = length_collapse(enc, **{**SMALL, "layer_documents": 0})
+    assert {"layers", "heads", "layer_effects"}.isdisjoint(r.frames) and r.meta["unmeasured"] == {}
+    titles = [s.title for s in r.sections()]
+    assert "Temperature" in titles and {"Layer by layer", "Head by head"}.isdisjoint(titles)
+    assert not any("sigma_a" in s for s in r.findings()) and r.widget() is not None
+    whole = measured()[1].frames["similarity"]
+    assert_frame_equal(r.frames["similarity"], whole, abs_tol=1e-6)
+
+
+def test_no_way_past_the_end_is_said() -> None:
+    tok = ll.load_encoder().tokenizer
+    gpt2 = GPT2Model(GPT2Config(vocab_size=30522, n_positions=128, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)).eval()
+    t5 = T5EncoderModel(T5Config(vocab_size=30522, d_model=32, d_kv=8, num_layers=2, num_heads=4, d_ff=64)).eval()
+    for enc in (ll.load_encoder(gpt2, tok, pooling="lasttoken"), ll.load_encoder(t5, tok, pooling="mean")):
+        with pytest.raises(ValueError, match="'all' is no way to read past the length of .*: there is none, so leave out windows="):
+            length_collapse(enc, long_texts(8, enc, 80), (8, 64), retrieval=(), windows="all")
+
+
+def test_the_shortest_texts_have_two_tokens() -> None:
+    "Also where the tokenizer adds none"
+    torch.manual_seed(0)
+    hf = LlamaModel(LlamaConfig(vocab_size=30522, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)).eval()
+    tok = ll.load_encoder().tokenizer
+    tok.backend_tokenizer.post_processor = Sequence([])
+    enc, how = ll.load_encoder(hf, tok, pooling="lasttoken"), {**SMALL, "taus": (), "retrieval": ()}
+    assert tok.num_special_tokens_to_add() == 0
+    with pytest.raises(ValueError, match="lengths begin at 1: of 2 tokens or more"): length_collapse(enc, **{**how, "lengths": (1, 2, 8)})
+    r = length_collapse(enc, **{**how, "lengths": (2, 8)})
+    assert r.frames["layers"]["value"].is_finite().all()
 
 
 # Parts that are kept
@@ -357,7 +515,7 @@ def test_a_plan_tells_what_it_costs() -> None:
     (dict(lengths=(0, 16)), "lengths is .*: give whole numbers above 0"),
     (dict(lengths=(2, 16)), "a length is 2, and the tokenizer adds 2 tokens"),
     (dict(documents=4), "documents is 4: how texts lie together is told by 8 or more"),
-    (dict(layer_documents=0), "layer_documents is 0: it is 1 to 8"),
+    (dict(layer_documents=-1), "layer_documents is -1: it is 0 to 8"),
     (dict(taus=(0.5, -1.0)), "a temperature is -1.0: it must be above 0"),
     (dict(taus=(float("nan"),)), "a temperature is nan"),
     (dict(retrieval=("needle", "haystack")), "there is no task 'haystack': there are passkey, needle, passages"),
@@ -381,6 +539,15 @@ def test_a_plan_tells_what_it_costs() -> None:
     (dict(natural=["One."] * 3), "natural has 3 texts: 8 or more are needed"),
     (dict(natural=["rain " * 200] * 8), "text 0 has 202 tokens .* reads 96: cut it"),
     (dict(batch_size=0), "batch_size is 0"),
+    (dict(batch_size=2.5), "batch_size is 2.5: give a whole number"),
+    (dict(documents=8.5), "documents is 8.5: give a whole number"),
+    (dict(seed="x"), "seed is 'x': give a whole number"),
+    (dict(queries="few"), "queries is 'few': give a whole number"),
+    (dict(queries=1), "1 queries and 8 candidates: 2 queries or more"),
+    (dict(retrieval_lengths=(16,)), r"the task 'passkey' at 16 tokens \(retrieval_lengths=\): length is 16 tokens; .* ask for 3\d or more"),
+    (dict(questions=[]), "questions is empty: give some that have passages, or leave questions= out"),
+    (dict(texts=["One text of a few words. " * 30] * 10), r"1 of 10 texts have 64 tokens or more \(9 others are copies of them\), and 8"),
+    (dict(natural=["One.", "Two.", "Three."] * 3), "natural has 3 texts that differ: 8 or more are needed"),
     (dict(questions="nowhere.jsonl"), "nowhere.jsonl"),
 ])
 def test_refused_before_anything_is_embedded(given: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,6 +582,42 @@ def test_long_and_short_texts_are_counted() -> None:
     assert "2 documents of natural length were cut at 96 tokens" in " ".join(cut.findings())
     same_length = length_collapse(enc, long_texts(17, enc, 100), **how, truncate=True).frames["similarity"].filter(kind="natural")
     assert same_length.select("context_length", "documents").rows() == [(96, 17)]  # none is lost where all are cut
+
+
+def test_a_copy_is_no_document_of_its_own() -> None:
+    enc, how = tiny(), {**SMALL, "taus": (), "retrieval": ()}
+    texts = long_texts(9, enc, 80)
+    once = length_collapse(enc, texts, **how | {"documents": 20})
+    twice = length_collapse(enc, [texts[0], *texts, texts[4].replace(" ", "  ", 3), *texts[:2]], **how | {"documents": 20})
+    for name in ("similarity", "geometry", "separability", "layers"):
+        assert_frame_equal(once.frames[name], twice.frames[name], abs_tol=1e-6)
+    assert (once.meta["copies"], twice.meta["copies"], twice.meta["natural"], twice.meta["natural_copies"]) == (0, 4, 9, 4)
+    left = "4 texts were the same as others as far as they are read, and left out; 4 of natural length were the same as others, and left"
+    assert any(s.startswith(left) for s in twice.findings())
+    longer = [t + f" And then number {i}." for i in (1, 2) for t in texts]  # alike up to the longest length
+    assert length_collapse(enc, longer, **how).meta["copies"] == 9
+
+
+def test_cut_queries_are_counted() -> None:
+    enc = tiny()
+    words = "river stone cloud lamp garden window paper bridge".split()
+    long = " please" * 120
+    asked = [Question(f"Where is the {w} number {i}?{long * (i % 2)}", (f"spot {w} {i}",), (f"{w} {i}", f"It is at spot {w} {i}. " * 2))
+             for i in range(8) for w in words]
+    how = {**SMALL, "retrieval": "passages", "queries": 8, "candidates": 8, "max_passage": 32, "retrieval_lengths": (32, 64)}
+    task = padded_passages(asked, enc, 32, n_queries=8, max_passage=32, seed=0)
+    n = sum("please" in q for q in task.queries)
+    texts = long_texts(8, enc, 80)
+    with pytest.raises(ValueError, match="reads 96"): length_collapse(enc, texts, questions=asked, **how)
+    r = length_collapse(enc, texts, questions=asked, **how, truncate=True)
+    assert r.frames["retrieval"]["queries_truncated"].unique().to_list() == [n] and 0 < n < 8
+    assert any(f"{n} of 8 queries of passages were cut at 96 tokens (none, tau 0.5)" in s for s in r.findings())
+    assert not any("queries" in s and "were cut" in s for s in measured()[1].findings())
+
+
+def test_temperatures_of_one_name_are_one() -> None:
+    r = length_collapse(tiny(), **{**SMALL, "taus": (0.5, 0.50000001, 1.00000001), "retrieval": (), "queries": 1})  # of no task
+    assert [*r.meta["conditions"]] == ["none", "tau 0.5"]
 
 
 # Reports
@@ -471,6 +674,17 @@ def test_a_task_that_words_alone_solve_is_said_to_be_one() -> None:
         made = f.with_columns(value=pl.when(input_).then(value).when(last).then(0.92).otherwise("value"))
         said = next(s for s in CollapseReport({**report.frames, "shortened": made}, report.meta).findings() if s.startswith("cut short"))
         assert ("words in common are enough" in said) == told
+
+
+def test_rounding_is_no_direction() -> None:
+    report, rng = measured()[1], np.random.default_rng(0)
+    own = rng.normal(size=(9, 32)) + 1
+    vectors = {("cut", "none", n): own + e for n, e in ((16, 0.0), (32, 1e-8), (64, 1e-7))}
+    frames = {**report.frames, "similarity": similarity_frame(vectors), "changes": changes_frame(vectors),
+              "effects": effects_frame(vectors, pl.DataFrame(schema={"measure": pl.String}), pl.DataFrame())}
+    x = frames["effects"].filter(measure="mean_cosine").row(0, named=True)
+    assert x["lower"] > 0 or x["upper"] < 0  # what a look at the signs alone would take for a direction
+    assert ": no sign of a change between any two of the lengths" in CollapseReport(frames, report.meta).highlights()[0]
 
 
 def test_layer_sentences_name_the_right_layers() -> None:

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,17 @@ import polars as pl
 from tqdm.auto import tqdm
 
 from ..encoders import Encoder, load_encoder
-from ..measure.intervene import interventions
+from ..measure.attach import UnsupportedModel
+from ..measure.intervene import interventions, temperature
 from longlens.probes.collapse_frames import (
     by_document, changes_frame, effects_frame, geometry_frame, heads_frame, layer_effects_frame, layers_frame, plane, raw_table,
     retrieval_frame, separability_frame, similarity_frame, spectrum_frame, taus_frame, vectors_of,
 )
 from longlens.probes.collapse_inputs import (
-    CollapseSettings, Inputs, _counts, _each, _temperatures, _whole, check_lengths, check_settings, default_lengths, get_inputs, room,
+    CollapseSettings, Inputs, _counts, _each, _number, _temperatures, _whole, check_lengths, check_settings, default_lengths, get_inputs,
+    own_words, room,
 )
-from .collapse_parts import Part, all_parts, encoder_key, reach
+from .collapse_parts import Part, all_parts, changes, encoder_key, obstacle, reach
 from .collapse_report import CollapseReport
 from ..questions import Question
 from ..report import plain
@@ -42,9 +44,9 @@ def _windows(enc: Encoder, windows: str | Sequence[str], beyond: int | Iterable[
     from longlens.measure.windows import WINDOWS, windows_for
     fit = windows_for(enc)
     names = tuple(fit) if windows == "all" else tuple(dict.fromkeys([windows] if isinstance(windows, str) else windows))
-    if odd := [w for w in names if w not in fit]:
+    if odd := [w for w in names if w not in fit] or [windows][len(names):]:
         raise ValueError(f"{odd[0]!r} is no way to read past the length of {enc.name}, whose positions are {enc.positions}: "
-                         f"{'there are ' + ', '.join(fit) if fit else 'there is none'}")
+                         f"{'there are ' + ', '.join(fit) if fit else 'there is none, so leave out windows='}")
     end = enc.positions_limit or enc.max_length
     if end is None: raise ValueError(f"{enc.name} has no end that could be gone past: leave out windows=")
     lengths = _whole([2 * end] if beyond is None else beyond, "beyond")
@@ -80,6 +82,9 @@ def _tasks(asked: str | Sequence[str] | None, questions: Any, where: Sequence[in
 # %% ../../nbs/probes/05e_collapse.ipynb #8ad6f0b2
 def _settings(enc: Encoder, lengths: Any, retrieval: Any, retrieval_lengths: Any, questions: Any, **rest: Any) -> CollapseSettings:
     """What was asked for, whole, and checked."""
+    for what in ("documents", "layer_documents", "queries", "candidates", "max_passage", "seed"): rest[what] = _number(rest[what], what)
+    rest["layer_documents"] = min(rest["layer_documents"], rest["documents"])
+    for kind in ("query", "document"): rest[f"{kind}_prompt"] = own_words(enc, kind, rest[f"{kind}_prompt"])
     most = room(enc, rest["document_prompt"])
     cut_to = _whole(default_lengths(most) if lengths is None else lengths, "lengths")
     where = _retrieval_lengths(retrieval_lengths, cut_to)
@@ -88,6 +93,17 @@ def _settings(enc: Encoder, lengths: Any, retrieval: Any, retrieval_lengths: Any
     check_lengths(enc, cut_to, most)
     if not s.truncate: check_lengths(enc, where or cut_to, most, "retrieval_lengths")
     return s
+
+# %% ../../nbs/probes/05e_collapse.ipynb #12ee601f
+def _possible(enc: Encoder, s: CollapseSettings, text: str, asked: bool) -> tuple[CollapseSettings, dict[str, str]]:
+    """Settings that this encoder allows; and what is left out, with why: `asked`, if temperatures were asked for."""
+    for c in (c for c in changes(s) if c.window):
+        if why := obstacle(enc, text, c.apply(enc, s.beyond[0])): raise UnsupportedModel(f"windows={c.window!r}: {why} Leave it out")
+    sharper = obstacle(enc, text, temperature(enc, s.taus[0])) if s.taus else ""
+    if sharper and asked: raise UnsupportedModel(f"taus={[*s.taus]}: {sharper} Say taus=(), and the rest is measured")
+    seen = obstacle(enc, text) if s.layer_documents else ""
+    left = {"sigma_a and entropy of attention": seen, "temperatures": sharper}
+    return replace(s, taus=() if sharper else s.taus, attention=not seen), {what: why for what, why in left.items() if why}
 
 # %% ../../nbs/probes/05e_collapse.ipynb #642637a7
 def length_collapse(
@@ -98,8 +114,8 @@ def length_collapse(
     natural: Sequence[str] | None = None,  # documents to read as they are; None: those among the texts that are not too long
     questions: str | Path | Sequence[Question] | None = None,  # with passages, or a file of them such as nq-open-oracle.jsonl.gz
     documents: int = 32,  # that are cut to every length, at most
-    layer_documents: int = 8,  # of them, measured layer by layer
-    taus: float | Sequence[float] = (0.5, 0.75, 1.0),  # temperatures; 1 is always measured
+    layer_documents: int = 8,  # of them, measured layer by layer; 0: none
+    taus: float | Sequence[float] | None = None,  # temperatures; 1 is always measured; None: 0.5 and 0.75, if attention can be changed
     windows: str | Sequence[str] = (),  # ways to read past the encoder's length (`windows_for` names them), or "all"
     beyond: int | Sequence[int] | None = None,  # lengths at which these are measured, tokens; None: twice the encoder's positions
     retrieval: str | Sequence[str] | None = None,  # "passkey", "needle", "passages"; None: those that can be asked; (): none
@@ -107,11 +123,11 @@ def length_collapse(
     queries: int = 50,  # asked in each task
     candidates: int = 100,  # documents that each is looked for in (passages: as many as queries)
     max_passage: int = 64,  # "passages": ask only questions whose passage has so many tokens or fewer, the same ones at every length
-    everywhere: bool = False,  # ask changed encoders all tasks at all lengths; False: the last task at the longest
+    everywhere: bool = False,  # ask changed encoders all tasks; False: the last one
     layers: Sequence[int] | None = None,  # of 2D truncation; 0: the input of the first; None: up to seven, from 0 to the last
     dims: Sequence[int] | None = None,  # of 2D truncation; None: a sixteenth to all
-    query_prompt: str | None = None,  # words before queries; None: the encoder's default, if any
-    document_prompt: str | None = None,  # words before documents; None: the encoder's default, if any
+    query_prompt: str | None = None,  # words before queries; None: the encoder's own, if any; "": none
+    document_prompt: str | None = None,  # words before documents; None: the encoder's own, if any; "": none
     truncate: bool = False,  # cut texts that are too long, and count them; False: refuse them
     seed: int = 0,
     out: str | Path | None = None,  # a folder: finished parts are kept there, and a second call resumes
@@ -124,10 +140,12 @@ def length_collapse(
     ways, past = _windows(enc, windows, beyond)
     few = _layers_and_dims(enc, layers, dims)
     s = _settings(enc, lengths, retrieval, retrieval_lengths, questions, documents=documents, windows=ways, beyond=past, queries=queries,
-                  layer_documents=min(layer_documents, documents), taus=_temperatures(taus), candidates=candidates, everywhere=everywhere,
-                  layers=few[0], dims=few[1], max_passage=max_passage, query_prompt=query_prompt, document_prompt=document_prompt,
-                  truncate=truncate, seed=seed)
-    run = Run(enc, s, get_inputs(enc, texts, natural, questions, s), out, batch_size)
+                  layer_documents=layer_documents, taus=_temperatures((0.5, 0.75) if taus is None else taus), candidates=candidates,
+                  everywhere=everywhere, layers=few[0], dims=few[1], max_passage=max_passage, query_prompt=query_prompt,
+                  document_prompt=document_prompt, truncate=truncate, seed=seed)
+    x, batch_size = get_inputs(enc, texts, natural, questions, s), _number(batch_size, "batch_size")
+    s, unmeasured = _possible(enc, s, x.cut[s.lengths[0]][0], taus is not None)
+    run = Run(enc, s, x, out, batch_size, unmeasured)
     if dry_run: return run.plan()
     do_parts(run, progress)
     return _assemble(run)
@@ -136,9 +154,18 @@ def length_collapse(
 class Run:
     """All parts, and what is finished of them"""
 
-    def __init__(self, enc: Encoder, s: CollapseSettings, x: Inputs, out: str | Path | None, batch_size: int):
+    def __init__(
+        self,
+        enc: Encoder,  # the encoder
+        s: CollapseSettings,  # what is measured
+        x: Inputs,  # texts
+        out: str | Path | None,  # a folder for finished parts
+        batch_size: int,  # texts that run together, at most
+        unmeasured: Mapping[str, str],  # what cannot be measured, and why
+    ):
         if batch_size < 1: raise ValueError(f"batch_size is {batch_size}: it must be 1 or more")
         self.enc, self.s, self.x, self.batch_size = enc, s, x, batch_size
+        self.unmeasured = dict(unmeasured)
         self.parts, made_of = all_parts(s, x), encoder_key(enc)
         self.keys, self.store = [p.key(made_of) for p in self.parts], Store(out)
         self.kept = self.store.read(self.keys)  # parts that were there before
@@ -218,7 +245,7 @@ def _assemble(run: Run) -> CollapseReport:
         "shortened": _shortened(run), "points": points,
         "vectors": raw.filter(condition="none", kind="cut").select("context_length", "document", "vector"), "costs": _costs(run),
     }
-    if len(queries): frames |= {"retrieval": found, "queries": queries.rename({"kind": "task"}).drop("n_truncated")}
+    if len(queries): frames |= {"retrieval": found, "queries": queries.rename({"kind": "task"}).drop("n_truncated", "queries_truncated")}
     return CollapseReport({k: f for k, f in frames.items() if f.width}, _meta(run, raw, share))
 
 # %% ../../nbs/probes/05e_collapse.ipynb #516734d5
@@ -228,6 +255,7 @@ def _meta(run: Run, raw: pl.DataFrame, share: tuple[float, float]) -> dict[str, 
     natural = raw.filter(kind="natural")
     return {"model": enc.name, "lengths": list(run.s.lengths), "settings": plain(asdict(run.s)), "documents_from": x.source,
             "too_short": x.too_short, "too_long": x.too_long, "natural": len(x.natural),
+            "copies": x.copies, "natural_copies": x.natural_copies, "unmeasured": run.unmeasured,
             "n_truncated": int(natural["n_truncated"][0]) if len(natural) else 0,
             "max_length": enc.max_length, "reach": reach(enc), "positions": enc.positions, "pooling": "+".join(enc.pooling.modes),
             "axes": list(share),

@@ -128,7 +128,7 @@ def separability_frame(
 ) -> pl.DataFrame:  # condition, short, context_length, documents, accuracy, lower, upper, chance
     """How well a linear probe tells every length from the shortest, documents that it was not trained on."""
     rows = []
-    for condition in dict.fromkeys(c for kind, c, _ in vectors if kind == "cut"):
+    for condition in dict.fromkeys(c for kind, c, _ in vectors if kind == "cut" and c != "cut off"):  # these have one length
         mine = sorted(((n, x) for (kind, c, n), x in vectors.items() if (kind, c) == ("cut", condition)), key=lambda v: v[0])
         for n, x in mine[1:]:
             i = separability(mine[0][1], x, seed=seed)
@@ -141,17 +141,22 @@ def separability_frame(
 # %% ../../nbs/probes/05c_collapse_frames.ipynb #395c895a
 LAYER_MEASURES = ("high_frequency", "token_similarity", "sigma_a", "entropy_norm")
 _AT = ["condition", "context_length", "layer"]
+_BY_DOCUMENT = {"condition": pl.String, "context_length": pl.Int64, "layer": pl.Int64, "document": pl.Int64, "measure": pl.String,
+                "value": pl.Float64}
 
 
 def by_document(
-    heads: pl.DataFrame,  # raw table: document, layer, head, sigma_a, entropy_norm
-    spread: pl.DataFrame,  # raw table: document, layer, high_frequency, token_similarity
+    heads: pl.DataFrame,  # raw table: document, layer, head, sigma_a, entropy_norm; empty: there are none
+    spread: pl.DataFrame,  # raw table: document, layer, high_frequency, token_similarity; empty: there are none
 ) -> pl.DataFrame:  # condition, context_length, layer, document, measure, value
     """The statistics of every layer and document, means over heads."""
+    if spread.is_empty(): return pl.DataFrame(schema=_BY_DOCUMENT)
     at = [*_AT, "document"]
-    mean = heads.group_by(at, maintain_order=True).agg(pl.col("sigma_a", "entropy_norm").mean())
-    both = spread.select(*at, "high_frequency", "token_similarity").join(mean, on=at, maintain_order="left")
-    return both.unpivot(list(LAYER_MEASURES), index=at, variable_name="measure")
+    both = spread.select(*at, "high_frequency", "token_similarity")
+    if len(heads):
+        mean = heads.group_by(at, maintain_order=True).agg(pl.col("sigma_a", "entropy_norm").mean())
+        both = both.join(mean, on=at, maintain_order="left")
+    return both.unpivot([m for m in LAYER_MEASURES if m in both.columns], index=at, variable_name="measure")
 
 # %% ../../nbs/probes/05c_collapse_frames.ipynb #f888a764
 def layers_frame(
@@ -170,6 +175,7 @@ def heads_frame(
     heads: pl.DataFrame,  # raw table: document, layer, head, sigma_a, sigma_a_error, entropy_norm
 ) -> pl.DataFrame:  # condition, context_length, layer, head, sigma_a, sigma_a_error, entropy_norm
     """Means over documents for every head; of the error, the largest."""
+    if heads.is_empty(): return heads
     at = [*_AT, "head"]
     means = pl.col("sigma_a").mean(), pl.col("sigma_a_error").max(), pl.col("entropy_norm").mean()
     return heads.group_by(at, maintain_order=True).agg(means)
@@ -181,6 +187,7 @@ def layer_effects_frame(
 ) -> pl.DataFrame:  # layer, measure, short, context_length, difference, lower, upper, p, documents
     """What the longest texts have more than the shortest, layer by layer, in the encoder as it is: document by document."""
     mine = documents.filter(condition="none")
+    if mine.is_empty(): return pl.DataFrame()
     short, long = mine["context_length"].min(), mine["context_length"].max()
     both = mine.filter(context_length=long).join(mine.filter(context_length=short), on=["layer", "measure", "document"], suffix="_short",
                                                  maintain_order="left")
@@ -194,15 +201,15 @@ def layer_effects_frame(
 
 # %% ../../nbs/probes/05c_collapse_frames.ipynb #ad983c58
 def retrieval_frame(
-    queries: pl.DataFrame,  # raw table: query, rank, ndcg_10, hit_1, n_truncated; its kind is the task
+    queries: pl.DataFrame,  # raw table: query, rank, ndcg_10, hit_1, n_truncated, queries_truncated; its kind is the task
     candidates: Mapping[str, int],  # task -> its documents
     seed: int = 0,  # of the draws
-) -> pl.DataFrame:  # task, condition, context_length, measure, queries, candidates, n_truncated, value, lower, upper
+) -> pl.DataFrame:  # task, condition, context_length, measure, queries, candidates, (n|queries)_truncated, value, lower, upper
     """How well each task is done."""
     rows = []
     for (task, condition, n), g in queries.group_by("kind", "condition", "context_length", maintain_order=True):
         at = dict(task=task, condition=condition, context_length=n)
-        more = dict(queries=len(g), candidates=candidates[str(task)], n_truncated=int(g["n_truncated"][0]))
+        more = dict(queries=len(g), candidates=candidates[str(task)], **{k: int(g[k][0]) for k in ("n_truncated", "queries_truncated")})
         hit = g["hit_1"]
         right = wilson_interval(float(hit.sum()), len(g)) if hit.is_in([0.0, 1.0]).all() else bootstrap_interval(hit, seed=seed)
         rows += [{**at, "measure": k, **more, **_spelled(i)}
@@ -273,7 +280,7 @@ def effects_frame(
 # %% ../../nbs/probes/05c_collapse_frames.ipynb #f84dec74
 def taus_frame(
     geometry: pl.DataFrame,  # as `geometry_frame` gives it
-    documents: pl.DataFrame,  # statistics of layers, as `by_document` gives them
+    documents: pl.DataFrame,  # statistics of layers, as `by_document` gives them; empty: none
     retrieval: pl.DataFrame,  # as `retrieval_frame` gives it; empty: none
     taus: Mapping[str, float],  # condition -> temperature, of those that only change that
     seed: int = 0,  # of the draws
@@ -284,7 +291,8 @@ def taus_frame(
     rows = [{**dict(zip(at, key, strict=True)), **_spelled(bootstrap_interval(g["value"], seed=seed))}
             for key, g in each.group_by(at, maintain_order=True)]
     none = pl.lit(None, pl.String).alias("task")
-    parts = [geometry.filter(kind="cut").with_columns(none).select(columns), pl.DataFrame(rows).with_columns(none).select(columns)]
+    parts = [geometry.filter(kind="cut").with_columns(none).select(columns)]
+    if rows: parts.append(pl.DataFrame(rows).with_columns(none).select(columns))
     if len(retrieval): parts.append(retrieval.select(columns))
     found = pl.concat(parts).filter(pl.col("condition").is_in([*taus]))
     tau = pl.col("condition").replace_strict(dict(taus), return_dtype=pl.Float64).alias("tau")

@@ -14,14 +14,15 @@ from random import Random
 from typing import Any
 
 from ..encoders import Encoder
-from ..lengths import _some_texts
+from ..lengths import CutTexts, _some_texts
 from ..questions import Question, read_questions
 from longlens.retrieval import (
-    RetrievalTask, _passage, cut_texts, long_texts, needle_retrieval, padded_passages, passkey_retrieval,
+    RetrievalTask, _passage, cut_texts, long_texts, needle_retrieval, own_prompt, padded_passages, passkey_retrieval,
 )
 
 # %% auto #0
-__all__ = ['TASKS', 'CollapseSettings', 'check_settings', 'room', 'default_lengths', 'check_lengths', 'Inputs', 'get_inputs']
+__all__ = ['TASKS', 'CollapseSettings', 'check_settings', 'own_words', 'room', 'default_lengths', 'check_lengths', 'Inputs',
+           'get_inputs']
 
 # %% ../../nbs/probes/05a_collapse_inputs.ipynb #b7a598f7
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class CollapseSettings:
 
     lengths: tuple[int, ...]  # tokens that documents are cut to, special ones counted
     documents: int  # cut to every length
-    layer_documents: int  # of them, measured layer by layer
+    layer_documents: int  # of them, measured layer by layer; 0: none
     taus: tuple[float, ...]  # temperatures beside 1
     windows: tuple[str, ...]  # ways to read past the encoder's length
     beyond: tuple[int, ...]  # lengths at which these are measured
@@ -38,14 +39,15 @@ class CollapseSettings:
     retrieval_lengths: tuple[int, ...]  # tokens of their documents
     queries: int  # asked in each
     candidates: int  # documents of each
-    everywhere: bool  # changed encoders are asked all tasks at all lengths; False: the last task at the longest
+    everywhere: bool  # changed encoders are asked all tasks; False: the last one
     layers: tuple[int, ...]  # of 2D truncation
     dims: tuple[int, ...]  # of 2D truncation
-    query_prompt: str | None
-    document_prompt: str | None
+    query_prompt: str | None  # words before queries; None: the encoder's default, if any
+    document_prompt: str | None  # words before documents
     truncate: bool
     seed: int
     max_passage: int = 64  # tokens of the passages that are asked for, at most, at every length
+    attention: bool = True  # layers are measured by their attention and their states; False: by their states only
 
 # %% ../../nbs/probes/05a_collapse_inputs.ipynb #5811cd5e
 TASKS = ("passkey", "needle", "passages")
@@ -62,9 +64,15 @@ def _whole(values: Any, what: str) -> tuple[int, ...]:
     return out
 
 
+def _number(value: Any, what: str) -> int:
+    """One whole number."""
+    try: return index(value)
+    except TypeError: raise TypeError(f"{what} is {value!r:.60}: give a whole number") from None
+
+
 def _temperatures(values: Any) -> tuple[float, ...]:
     """Those beside 1, each once."""
-    try: return tuple(dict.fromkeys(float(t) for t in _each(values) if t != 1))
+    try: return tuple({f"{t:g}": t for v in _each(values) if f"{(t := float(v)):g}" != "1"}.values())
     except (TypeError, ValueError): raise TypeError(f"taus is {values!r:.60}: give numbers above 0, such as (0.5, 0.75)") from None
 
 # %% ../../nbs/probes/05a_collapse_inputs.ipynb #7fbf76d5
@@ -74,8 +82,9 @@ def check_settings(
 ) -> None:
     """Raise if a setting makes no sense."""
     if s.documents < 8: raise ValueError(f"documents is {s.documents}: how texts lie together is told by 8 or more")
-    if not 1 <= s.layer_documents <= s.documents:
-        raise ValueError(f"layer_documents is {s.layer_documents}: it is 1 to {s.documents}, the number of documents")
+    if s.lengths[0] < 2: raise ValueError(f"lengths begin at {s.lengths[0]}: of 2 tokens or more it can be said how alike they are")
+    if not 0 <= s.layer_documents <= s.documents:
+        raise ValueError(f"layer_documents is {s.layer_documents}: it is 0 to {s.documents}, the number of documents")
     if bad := [t for t in s.taus if not (math.isfinite(t) and t > 0)]: raise ValueError(f"a temperature is {bad[0]}: it must be above 0")
     if odd := [t for t in s.retrieval if t not in TASKS]: raise ValueError(f"there is no task {odd[0]!r}: there are {', '.join(TASKS)}")
     if "passages" in s.retrieval and not passages:
@@ -84,17 +93,27 @@ def check_settings(
         raise ValueError(f"retrieval_lengths begin at {s.retrieval_lengths[0]:,} tokens, and passages have up to "
                          f"max_passage={s.max_passage}: ask for longer ones, or say max_passage={s.retrieval_lengths[0]}, "
                          f"which asks other questions at every length")
-    if not 2 <= s.queries <= s.candidates:
+    if s.retrieval and not 2 <= s.queries <= s.candidates:
         raise ValueError(f"{s.queries} queries and {s.candidates} candidates: 2 queries or more, and as many candidates or more")
+
+# %% ../../nbs/probes/05a_collapse_inputs.ipynb #610e8df9
+def own_words(
+    enc: Encoder,  # the encoder
+    kind: str,  # of texts, "query" or "document"
+    prompt: str | None,  # words before them; None: its own
+) -> str | None:  # None: there are none
+    """What stands before texts of a kind."""
+    own = own_prompt(enc, kind, prompt)
+    return own if own is not None else enc._prompt(None, None) or None
 
 # %% ../../nbs/probes/05a_collapse_inputs.ipynb #0e9980ec
 def room(
     enc: Encoder,  # the encoder
-    prompt: str | None,  # before every document
+    prompt: str | None,  # before every document; None: its own
     limit: int | None = None,  # tokens that it reads; None: its own
 ) -> int | None:  # tokens; None: no limit
     """Tokens of a document that are read with the prompt before it."""
-    most, words = enc.max_length if limit is None else limit, enc._prompt(prompt, None)
+    most, words = enc.max_length if limit is None else limit, own_words(enc, "document", prompt)
     if enc.tokenizer is None: raise ValueError(f"{enc.name} has no tokenizer, and texts are to be cut: load_encoder(model, tokenizer)")
     taken = len(enc.tokenizer(words, add_special_tokens=False)["input_ids"]) if words else 0
     return None if most is None else most - taken - bool(words)  # one more: tokens can merge otherwise where they meet
@@ -131,6 +150,8 @@ class Inputs:
     source: str = ""  # where documents come from
     too_short: int = 0  # texts that could not be cut to the longest length
     too_long: int = 0  # texts that are not among those of natural length
+    copies: int = 0  # texts that are the same as others, as far as they are read
+    natural_copies: int = 0  # the same of those of natural length
 
 # %% ../../nbs/probes/05a_collapse_inputs.ipynb #f87deef0
 def _passages(questions: Sequence[Question], seed: int) -> list[str]:
@@ -139,35 +160,59 @@ def _passages(questions: Sequence[Question], seed: int) -> list[str]:
     Random(f"documents {seed}").shuffle(every)
     return every
 
+# %% ../../nbs/probes/05a_collapse_inputs.ipynb #19f5edae
+def _different(texts: Sequence[str]) -> list[int]:
+    """Which texts differ from all before them in more than white space."""
+    first: dict[str, int] = {}
+    for i, t in enumerate(texts): first.setdefault(" ".join(t.split()), i)
+    return [*first.values()]
+
 # %% ../../nbs/probes/05a_collapse_inputs.ipynb #44424a67
 def _documents(
     enc: Encoder, texts: Sequence[str] | None, passages: Sequence[str], s: CollapseSettings,
-) -> tuple[dict[int, list[str]], str, int]:
-    """Documents cut to every length, where they come from, and how many texts were too short."""
+) -> tuple[dict[int, list[str]], dict[str, Any]]:
+    """Documents cut to every length; where they come from, and how many texts were too short, or copies."""
     lengths, source = [*s.lengths, *s.beyond], "texts given"
     if texts is None:
         source = "passages, joined" if passages else "generated filler"
         texts = long_texts(s.documents, enc, lengths[-1], texts=passages or None, seed=s.seed)
     cut = cut_texts(texts, enc, lengths, drop_short=True)
-    kept = len(cut[lengths[0]])
-    if kept < 8:
-        raise ValueError(f"{kept} of {len(texts)} texts have {lengths[-1]:,} tokens or more, and 8 are needed: give longer texts, "
-                         f"ask for shorter lengths, or join them: longlens.retrieval.long_texts(n, encoder, {lengths[-1]}, texts=texts)")
-    return {n: t[: s.documents] for n, t in cut.items()}, source, len(cut.dropped)
+    keep = _different(cut[s.lengths[-1]])
+    copies = len(texts) - len(cut.dropped) - len(keep)
+    _check_cut(cut, keep, len(texts), copies, lengths[-1])
+    said = {"source": source, "too_short": len(cut.dropped), "copies": copies}
+    return {n: [t[i] for i in keep[: s.documents]] for n, t in cut.items()}, said
+
+
+# %% ../../nbs/probes/05a_collapse_inputs.ipynb #347819fc
+def _check_cut(cut: CutTexts, keep: Sequence[int], given: int, copies: int, longest: int) -> None:
+    """Raise if too few documents are left, or one has a single token."""
+    if len(keep) < 8:
+        also = f" ({copies} others are copies of them)" if copies else ""
+        raise ValueError(f"{len(keep)} of {given} texts have {longest:,} tokens or more{also}, and 8 are needed: give longer texts, "
+                         f"or more, ask for shorter lengths, or join them: "
+                         f"longlens.retrieval.long_texts(n, encoder, {longest}, texts=texts)")
+    if (few := min(cut.tokens[min(cut)])) < 2:
+        raise ValueError(f"a text cut to {min(cut)} tokens has {few}, and how alike tokens are takes 2: ask for longer ones")
 
 # %% ../../nbs/probes/05a_collapse_inputs.ipynb #b9c7a4d4
 def _natural(
     enc: Encoder, natural: Sequence[str] | None, others: Sequence[str], s: CollapseSettings, most: int | None,
-) -> tuple[tuple[str, ...], int]:
-    """Documents of natural length, and how many were left out because they are too long."""
+) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Documents of natural length; how many were left out because they are too long, or copies."""
+    given = others if natural is None else natural
+    counts, keep = _counts(enc, given) if given else [], _different(given)
+    copies = len(given) - len(keep)
     if natural is not None:
         if len(natural) < 8: raise ValueError(f"natural has {len(natural)} texts: 8 or more are needed")
         taken = (enc.max_length or 0) - (most or 0)  # by the prompt
-        if not s.truncate: enc._check_lengths([n + taken for n in _counts(enc, natural)], way="cut it (truncate=True)")
-        return tuple(natural), 0
-    counts = _counts(enc, others) if others else []
-    fit = [t for t, n in zip(others, counts, strict=True) if s.truncate or most is None or n <= most]
-    return (tuple(fit[: 4 * s.documents]) if len(fit) >= 8 else ()), len(counts) - len(fit)
+        if not s.truncate: enc._check_lengths([n + taken for n in counts], way="cut it (truncate=True)")
+        if len(keep) < 8: raise ValueError(f"natural has {len(keep)} texts that differ: 8 or more are needed")
+        return tuple(given[i] for i in keep), {"natural_copies": copies}
+    fit = [given[i] for i in keep if s.truncate or most is None or counts[i] <= most]
+    own = tuple(fit[: 4 * s.documents]) if len(fit) >= 8 else ()
+    return own, {"too_long": len(keep) - len(fit), "natural_copies": copies if own else 0}
+
 
 # %% ../../nbs/probes/05a_collapse_inputs.ipynb #38948717
 def _counts(enc: Encoder, texts: Sequence[str]) -> list[int]:
@@ -182,6 +227,18 @@ def _task(name: str, enc: Encoder, n: int, s: CollapseSettings, questions: Seque
     make = passkey_retrieval if name == "passkey" else needle_retrieval
     return make(enc, n, n_queries=s.queries, n_documents=s.candidates, seed=s.seed)
 
+# %% ../../nbs/probes/05a_collapse_inputs.ipynb #934f89dd
+def _tasks_of(enc: Encoder, s: CollapseSettings, questions: Sequence[Question]) -> tuple[RetrievalTask, ...]:
+    """All retrieval tasks."""
+    out = []
+    for name in s.retrieval:
+        for n in (*s.retrieval_lengths, *(s.beyond if s.windows else ())):
+            try: out.append(_task(name, enc, n, s, questions))
+            except ValueError as e:
+                what = "retrieval_lengths" if n in s.retrieval_lengths else "beyond"
+                raise ValueError(f"the task {name!r} at {n:,} tokens ({what}=): {e}") from e
+    return tuple(out)
+
 # %% ../../nbs/probes/05a_collapse_inputs.ipynb #a635f4d4
 def get_inputs(
     enc: Encoder,  # counts tokens
@@ -192,10 +249,9 @@ def get_inputs(
 ) -> Inputs:
     """All texts, made and checked."""
     asked = read_questions(questions, drop_empty=True) if isinstance(questions, (str, Path)) else list(questions or ())
+    if questions is not None and not asked: raise ValueError("questions is empty: give some that have passages, or leave questions= out")
     given, whole = (None if x is None else _some_texts(x, name) for x, name in ((texts, "texts"), (natural, "natural")))
     passages, most = _passages(asked, s.seed), room(enc, s.document_prompt)
-    cut, source, short = _documents(enc, given, passages, s)
-    own, long = _natural(enc, whole, passages[: 4 * s.documents] if given is None else given, s, most)
-    past = s.beyond if s.windows else ()
-    tasks = tuple(_task(name, enc, n, s, asked) for name in s.retrieval for n in (*s.retrieval_lengths, *past))
-    return Inputs(cut, own, tasks, source, short, long)
+    cut, said = _documents(enc, given, passages, s)
+    own, left_out = _natural(enc, whole, passages[: 4 * s.documents] if given is None else given, s, most)
+    return Inputs(cut, own, _tasks_of(enc, s, asked), **said, **left_out)

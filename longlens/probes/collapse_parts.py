@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ import torch
 
 from ..cells import Tables, content, fingerprint
 from ..encoders import Encoder
+from ..measure.attach import WAY_OUT, UnsupportedModel
 from ..measure.capture import capture
 from ..measure.collapse import SpectralNorm, TokenSpread
 from ..measure.intervene import temperature
@@ -28,8 +29,8 @@ from .embeddings import pair_cosines
 from ..retrieval import RetrievalTask, evaluate_retrieval
 
 # %% auto #0
-__all__ = ['VERSION', 'LayerVectors', 'layer_embeddings', 'reach', 'Change', 'changes', 'Part', 'VectorPart', 'LayerPart',
-           'SearchPart', 'all_parts', 'encoder_key']
+__all__ = ['VERSION', 'LayerVectors', 'layer_embeddings', 'reach', 'Change', 'changes', 'obstacle', 'Part', 'VectorPart',
+           'LayerPart', 'SearchPart', 'all_parts', 'encoder_key']
 
 # %% ../../nbs/probes/05b_collapse_parts.ipynb #cd7b17b7
 class LayerVectors(NamedTuple):
@@ -111,6 +112,20 @@ def changes(
     past = [Change("cut off", cut=True), *(Change(w, window=w) for w in s.windows)] if s.beyond else []
     return [Change(), *(Change(f"tau {t:g}", tau=t) for t in s.taus), *past]
 
+# %% ../../nbs/probes/05b_collapse_parts.ipynb #b4eb634e
+def obstacle(
+    enc: Encoder,  # the encoder
+    text: str,  # read to find out
+    around: AbstractContextManager | None = None,  # what is to be possible while it reads; None: to measure its attention
+) -> str:  # why it is not; empty: it is
+    """What stands in the way of measuring or changing attention."""
+    try:
+        with capture(enc, Entropy()) if around is None else around: enc.encode_counted([text], truncate=True)
+    except UnsupportedModel as e:
+        if enc.hf.training: raise
+        return str(e).partition(f" {WAY_OUT}")[0]
+    return ""
+
 # %% ../../nbs/probes/05b_collapse_parts.ipynb #1ff66223
 @dataclass(frozen=True)
 class Part:
@@ -132,7 +147,7 @@ class Part:
         return hashlib.sha256(json.dumps([*what, *prompts, *self.texts()], sort_keys=True).encode()).hexdigest()[:32]
 
 # %% ../../nbs/probes/05b_collapse_parts.ipynb #14639a55
-VERSION = 1  # raised when the same key begins to mean something else
+VERSION = 2  # raised when the same key begins to mean something else
 
 # %% ../../nbs/probes/05b_collapse_parts.ipynb #124a9145
 @dataclass(frozen=True)
@@ -150,8 +165,8 @@ class VectorPart(Part):
 
     def run(self, enc: Encoder, batch_size: int, advance: Callable[[int], Any]) -> Tables:
         wanted = [*self.layers(), enc.n_layers]
-        got = layer_embeddings(enc, self.documents, wanted, prompt=self.s.document_prompt, truncate=self.s.truncate, batch_size=batch_size,
-                               advance=advance)
+        got = layer_embeddings(enc, self.documents, wanted, prompt=self.s.document_prompt, truncate=self.s.truncate or self.change.cut,
+                               batch_size=batch_size, advance=advance)
         vectors = pl.Series([*got.vectors[-1]], dtype=pl.List(pl.Float32))
         table = {"document": range(len(self.documents)), "vector": vectors, "n_truncated": got.n_truncated}
         out = {"vectors": pl.DataFrame(table)}
@@ -176,15 +191,37 @@ class LayerPart(Part):
 
     def texts(self) -> Sequence[str]: return self.documents
 
+    def said(self) -> list[Any]: return [] if self.s.attention else ["states"]
+
     def run(self, enc: Encoder, batch_size: int, advance: Callable[[int], Any]) -> Tables:
-        how: dict[str, Any] = dict(batch_size=batch_size, prompt=self.s.document_prompt, truncate=self.s.truncate, sort=False)
+        how: dict[str, Any] = dict(batch_size=batch_size, prompt=self.s.document_prompt, truncate=self.s.truncate or self.change.cut)
+        if not self.s.attention: return {"spread": _spread(enc, self.documents, **how, advance=advance)}
+        limit = enc.max_length or 10**9
         with capture(enc, SpectralNorm(iterations=400, tol=1e-3), Entropy(), TokenSpread()) as seen:  # to three digits or more
             for i in range(0, len(self.documents), batch_size):
-                advance(int(enc.encode_counted(self.documents[i : i + batch_size], **how).lengths.sum()))
+                got = enc.encode_counted(self.documents[i : i + batch_size], **how, sort=False)
+                advance(int(got.lengths.clip(max=limit).sum()))
         at = ["sample", "layer", "head"]
         heads = seen.frame("spectral_norm").join(seen.frame("entropy"), on=at, maintain_order="left")
         return {"heads": heads.select(pl.col("sample").alias("document"), "layer", "head", "sigma_a", "sigma_a_error", "entropy_norm"),
                 "spread": seen.frame("token_spread").rename({"sample": "document"}).drop("n_tokens")}
+
+# %% ../../nbs/probes/05b_collapse_parts.ipynb #9cf49d07
+@torch.no_grad()
+def _spread(
+    enc: Encoder, texts: Sequence[str], batch_size: int, prompt: str | None, truncate: bool, advance: Callable[[int], Any],
+) -> pl.DataFrame:
+    """How alike the states of tokens are after every layer: document, layer, high_frequency, token_similarity."""
+    rows, stat, found = enc._read(texts, enc._prompt(prompt, None), truncate), TokenSpread(), []
+    for batch in _in_batches([len(r) for r in rows.ids], batch_size):
+        inputs, mask = enc._padded(rows, batch)
+        for layer, hidden in enumerate(enc._layers(inputs)[1:]):
+            state: dict[str, Any] = {}
+            stat.update_residual(state, hidden, mask.long() - 1, 0)
+            values = {k: v.tolist() for k, v in stat.table(state)[1].items() if k != "n_tokens"}
+            found.append(pl.DataFrame({"document": batch, "layer": layer, **values}))
+        advance(int(mask.sum()))
+    return pl.concat(found).sort("document", "layer")
 
 # %% ../../nbs/probes/05b_collapse_parts.ipynb #433a3fa4
 @dataclass(frozen=True)
@@ -209,7 +246,7 @@ class SearchPart(Part):
         q = layer_embeddings(enc, task.queries, wanted, prompt=self.s.query_prompt, **how)
         d = layer_embeddings(enc, task.documents, wanted, prompt=self.s.document_prompt, **how)
         found = lambda k, dims: _searched(task, q.vectors[k, :, :dims], d.vectors[k, :, :dims])
-        out = {"queries": found(-1, None).with_columns(n_truncated=pl.lit(d.n_truncated))}
+        out = {"queries": found(-1, None).with_columns(n_truncated=pl.lit(d.n_truncated), queries_truncated=pl.lit(q.n_truncated))}
         few = [found(k, dims).select(pl.lit(layer).alias("layer"), pl.lit(dims).alias("dims"), pl.col("hit_1", "ndcg_10").mean()).head(1)
                for k, layer in enumerate(wanted[:-1]) for dims in self.s.dims]
         return out | ({"shortened": pl.concat(few)} if few else {})
@@ -230,9 +267,8 @@ def all_parts(
     for c in changes(s):
         past = c.window is not None or c.cut
         for n in s.beyond if past else s.lengths:
-            if c.cut: continue  # the same as at the encoder's length
             out.append(VectorPart(c, n, "cut", s, tuple(x.cut[n])))
-            out.append(LayerPart(c, n, "cut", s, tuple(x.cut[n][: s.layer_documents])))
+            if s.layer_documents: out.append(LayerPart(c, n, "cut", s, tuple(x.cut[n][: s.layer_documents])))
         if c.name == "none" and x.natural: out.append(VectorPart(c, None, "natural", s, x.natural))
         out += [SearchPart(c, t.length, t.name, s, t) for t in _asked(s, x, c, past)]
     return out
@@ -241,9 +277,7 @@ def all_parts(
 def _asked(s: CollapseSettings, x: Inputs, c: Change, past: bool) -> list[RetrievalTask]:
     """Retrieval tasks for one change."""
     mine = [t for t in x.tasks if (t.length in s.beyond) == past]
-    if c.name == "none" or s.everywhere or not mine: return mine
-    last = [t for t in mine if t.name == s.retrieval[-1]]
-    return last if past else last[-1:]
+    return mine if c.name == "none" or s.everywhere else [t for t in mine if t.name == s.retrieval[-1]]
 
 # %% ../../nbs/probes/05b_collapse_parts.ipynb #13429320
 def encoder_key(

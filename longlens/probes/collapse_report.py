@@ -12,7 +12,7 @@ import polars as pl
 from ..report import Report
 
 # %% auto #0
-__all__ = ['LAYER_NAMES', 'STATES', 'COLLAPSE_EXPLAINED', 'TAU_NAMES', 'CollapseReport']
+__all__ = ['ROUNDING_ERROR', 'LAYER_NAMES', 'STATES', 'COLLAPSE_EXPLAINED', 'TAU_NAMES', 'CollapseReport']
 
 # %% ../../nbs/probes/05d_collapse_report.ipynb #2f06fbba
 class CollapseReport(Report):
@@ -24,8 +24,8 @@ class CollapseReport(Report):
     def findings(self) -> list[str]:
         """What was found, a sentence each"""
         made = [_said_cosine(self), _said_average(self), _said_filler(self), _said_natural(self), _said_rank(self), *_said_layers(self),
-                *_said_taus(self), *_said_retrieval(self), *_said_windows(self), _said_shortened(self), _said_left_out(self),
-                _said_embedded(self)]
+                *_said_taus(self), *_said_retrieval(self), *_said_windows(self), _said_shortened(self), _said_unmeasured(self),
+                _said_prompts(self), _said_left_out(self), _said_embedded(self)]
         return [s for s in made if s]
 
     def highlights(self) -> list[str]:
@@ -67,17 +67,20 @@ def _range(x: dict[str, Any], digits: int = 2) -> str:
     return f"{said} ({x['lower']:+.{digits}f} to {x['upper']:+.{digits}f}{p})"
 
 
+ROUNDING_ERROR = 1e-6  # of differences of embeddings in float32: a difference of less is none
+
+
 def _sign(x: dict[str, Any]) -> int:
-    """Which way, if the interval leaves out zero; else 0."""
-    return int(x["lower"] > 0) - int(x["upper"] < 0)
+    """Which way, if the interval leaves out zero, and what rounding makes of it; else 0."""
+    return int(x["lower"] > ROUNDING_ERROR) - int(x["upper"] < -ROUNDING_ERROR)
 
 # %% ../../nbs/probes/05d_collapse_report.ipynb #76ef82cd
 def _turns(r: CollapseReport, ends: int) -> str:
     """Rises and falls between any two lengths that the ends (1: up, -1: down, 0: unknown) do not tell."""
     f = r.frames.get("changes", pl.DataFrame())
     if len(f) < 2: return ""
-    up, down = f.filter(pl.col("lower") > 0).sort("difference")[-1:], f.filter(pl.col("upper") < 0).sort("difference")[:1]
-    found = [(word, x) for way, word, g in ((-1, "falls", down), (1, "rises", up)) if way != ends for x in g.iter_rows(named=True)]
+    up, down = (f.filter(keep).sort("difference") for keep in (pl.col("lower") > ROUNDING_ERROR, pl.col("upper") < -ROUNDING_ERROR))
+    found = [(word, x) for way, word, g in ((-1, "falls", down[:1]), (1, "rises", up[-1:])) if way != ends for x in g.iter_rows(named=True)]
     found.sort(key=lambda v: v[1]["short"])
     said = ", and ".join(f"{word} from {x['short']:,} to {x['context_length']:,} tokens, {_range(x)}" for word, x in found)
     if not said: return "" if ends else " between any two of the lengths"
@@ -105,8 +108,10 @@ def _said_average(r: CollapseReport) -> str:
     f = f.filter(dims=f["dims"].max()).sort("context_length") if len(f) else f
     if len(f) < 2: return ""
     a, b = f.row(0, named=True), f.row(-1, named=True)
+    told = "that is what averaging more words does without attention" if b["value"] - a["value"] >= 0.01 else \
+        "averaging more words alone does not make these texts more alike"
     return (f"control: means of the input vectors, which no layer has read, have a cosine of {a['value']:.2f} at {a['context_length']:,} "
-            f"and {b['value']:.2f} at {b['context_length']:,} tokens: that is what averaging more words does without attention")
+            f"and {b['value']:.2f} at {b['context_length']:,} tokens: {told}")
 
 
 def _said_filler(r: CollapseReport) -> str:
@@ -154,10 +159,11 @@ def _runs(layers: list[int]) -> str:
 # %% ../../nbs/probes/05d_collapse_report.ipynb #bf8a9912
 def _said_layers(r: CollapseReport) -> list[str]:
     short, long = _ends(r)
-    if short == long: return []
+    if short == long or "layer_effects" not in r.frames: return []
     out = []
     for measure, name in LAYER_NAMES.items():
         f = r.frames["layer_effects"].filter(measure=measure).sort("layer")
+        if f.is_empty(): continue  # attention was not measured
         ways: dict[int, list[int]] = {1: [], -1: [], 0: []}
         for x in f.iter_rows(named=True): ways[_sign(x) if x["p"] <= 0.05 else 0].append(x["layer"])
         words = {1: "rises", -1: "falls", 0: "no sign of a change"}
@@ -217,12 +223,13 @@ def _said_windows(r: CollapseReport) -> list[str]:
     out = []
     for name, c in r.meta["conditions"].items():
         if c["window"] is None: continue
-        f = r.frames["similarity"].filter(condition=name).sort("context_length")
-        at = f.row(-1, named=True)
-        found = _found_with(r, name, "cut off")
-        cone = f"cosine {at['mean_cosine']:.2f} ({at['lower']:.2f} to {at['upper']:.2f})"
-        also = "".join(f"; {s}, against documents cut at {r.meta['reach']:,}" for s in found)
-        out.append(f"{name} positions at {at['context_length']:,} tokens: {cone}{also}")
+        at = r.frames["similarity"].filter(condition=name).sort("context_length").row(-1, named=True)
+        n = at["context_length"]
+        said = [f"cosine {at['mean_cosine']:.2f} ({at['lower']:.2f} to {at['upper']:.2f})", *_found_with(r, name, "cut off")]
+        x = _effect_of(r, "mean_cosine", name, n, "cut off", n)
+        if x: said[0] = f"cosine {at['mean_cosine'] - x['difference']:.2f} → {at['mean_cosine']:.2f}, {_range(x)}"
+        against = f", against documents cut at {r.meta['reach']:,}" if x or len(said) > 1 else ""
+        out.append(f"{name} positions at {n:,} tokens{against}: {'; '.join(said)}")
     return out
 
 # %% ../../nbs/probes/05d_collapse_report.ipynb #4a9399a3
@@ -246,16 +253,42 @@ def _said_shortened(r: CollapseReport) -> str:
 # %% ../../nbs/probes/05d_collapse_report.ipynb #e38a14ab
 def _said_left_out(r: CollapseReport) -> str:
     m, said = r.meta, []
+    found = r.frames["retrieval"].filter(measure="hit_1") if "retrieval" in r.frames else pl.DataFrame()
     count = lambda n, what: f"{n:,} {what}{'s were' if n > 1 else ' was'}"
     if m["too_short"]: said.append(f"{count(m['too_short'], 'text')} too short to be cut to the longest length")
     if m["too_long"]: said.append(f"{count(m['too_long'], 'text')} too long to be read whole, and left out of those of natural length")
     if m["n_truncated"]: said.append(f"{m['n_truncated']:,} documents of natural length were cut at {m['max_length']:,} tokens")
-    f = r.frames["retrieval"].filter(pl.col("n_truncated") > 0, measure="hit_1") if "retrieval" in r.frames else pl.DataFrame()
-    for past in (False, True) if len(f) else ():
-        g, end = f.filter((pl.col("condition") == "cut off") == past), m["reach" if past else "max_length"]
-        if len(g): said.append(f"{g['n_truncated'].sum():,} documents of retrieval tasks were cut at {end:,} tokens "
-                               f"({', '.join(g['condition'].unique().sort())})")
+    if m.get("copies"): said.append(f"{count(m['copies'], 'text')} the same as others as far as they are read, and left out")
+    if k := m.get("natural_copies"): said.append(f"{k:,} of natural length {'were' if k > 1 else 'was'} the same as others, and left out")
+    for past in (False, True) if len(found) else ():
+        f, end = found.filter((pl.col("condition") == "cut off") == past), m["reach" if past else "max_length"]
+        said += _said_cut(f, end)
     return "; ".join(said)
+
+
+def _said_cut(found: pl.DataFrame, end: int) -> list[str]:
+    """Documents and queries of retrieval tasks that were cut; queries are the same at every length."""
+    said, names = [], lambda f: ", ".join(f["condition"].unique().sort())
+    if len(f := found.filter(pl.col("n_truncated") > 0)):
+        said.append(f"{f['n_truncated'].sum():,} documents of retrieval tasks were cut at {end:,} tokens ({names(f)})")
+    if "queries_truncated" not in found.columns: return said  # kept by an earlier version
+    for (task,), f in found.filter(pl.col("queries_truncated") > 0).group_by("task", maintain_order=True):
+        said.append(f"{f['queries_truncated'].max():,} of {f['queries'][0]:,} queries of {task} were cut at {end:,} tokens ({names(f)})")
+    return said
+
+# %% ../../nbs/probes/05d_collapse_report.ipynb #e03e8d7b
+def _said_prompts(r: CollapseReport) -> str:
+    s = r.meta["settings"]
+    words = {"queries": s["query_prompt"] if s["retrieval"] else None, "documents": s["document_prompt"]}
+    said = ", ".join(f"{p!r} before {what}" for what, p in words.items() if p)
+    return f"prompts: {said}" if said else ""
+
+
+def _said_unmeasured(r: CollapseReport) -> str:
+    left: dict[str, list[str]] = {}  # why -> what
+    for what, why in r.meta.get("unmeasured", {}).items(): left.setdefault(why, []).append(what)
+    said = "; ".join(f"{', '.join(what)}, because {why.rstrip('.')}" for why, what in left.items())
+    return f"not measured: {said}" if said else ""
 
 # %% ../../nbs/probes/05d_collapse_report.ipynb #6647ee9d
 def _said_embedded(r: CollapseReport) -> str:
@@ -276,12 +309,14 @@ COLLAPSE_EXPLAINED = {
               "Entropy 1: attention to all tokens alike. Layers are counted from 0, so that the last of six is layer 5; sigma_a and "
               "entropy are of a layer's attention, the other two of the hidden states after it. Bands: 95 % intervals over "
               "{layer_documents} documents.",
+    "states": "High-frequency share: how much of the hidden states after a layer differs between tokens. Layers are counted from 0, so "
+              "that the last of six is layer 5. Attention could not be measured. Bands: 95 % intervals over {layer_documents} documents.",
     "heads": "sigma_a of every head at the longest texts, mean over documents.",
     "taus": "Attention logits divided by a temperature in every layer (TempScale); below 1 is sharper. sigma_a and entropy: means over "
             "layers and heads. Bands: 95 % intervals over documents or queries.",
     "retrieval": "Share of {queries} queries whose document comes first (Acc@1), and nDCG@10. Bands: 95 % intervals over queries.",
-    "windows": "Documents longer than the encoder reads: cut where its positions end, or read whole with positions made in other "
-               "ways, for which it was not trained.",
+    "windows": "Documents longer than the encoder reads: cut where its positions end (cut off), or read whole with positions made in "
+               "other ways, for which it was not trained.",
     "shortened": "Embeddings made of the hidden states after fewer layers, and of fewer of their numbers. Here it is layers that were read "
                  "which are counted: 0 is the input, 1 the states after layer 0, and so on: the largest number is after the last "
                  "layer. Means over documents or {queries} queries, without intervals. Where 0 finds as much as the last, words that "
@@ -349,15 +384,18 @@ def _headed(name: str) -> str: return name if "_" in name else name[0].upper() +
 
 
 def _layer_section(r: CollapseReport) -> Any:
+    if "layers" not in r.frames: return None
     f = r.frames["layers"].filter(condition="none").filter(pl.col("context_length").is_in(_few(r.meta["settings"]["lengths"])))
     f = f.with_columns(after_layer=pl.col("layer"))
     x = lambda m: "after_layer" if m in STATES else "layer"
-    charts = [_curve(f.filter(measure=m), _headed(name), x(m), "context_length", name=name) for m, name in LAYER_NAMES.items()]
-    return _section(r, "Layer by layer", "layers", charts, r.frames["layers"], 2)
+    shown = {m: name for m, name in LAYER_NAMES.items() if m in {*f["measure"]}}
+    charts = [_curve(f.filter(measure=m), _headed(name), x(m), "context_length", name=name) for m, name in shown.items()]
+    return _section(r, "Layer by layer", "layers" if len(charts) == len(LAYER_NAMES) else "states", charts, r.frames["layers"], 2)
 
 # %% ../../nbs/probes/05d_collapse_report.ipynb #3ea1a9d7
 def _head_section(r: CollapseReport) -> Any:
     from longlens.views.charts import head_map
+    if "heads" not in r.frames: return None
     f, n = r.frames["heads"].filter(condition="none"), _ends(r)[1]
     chart = head_map(f.filter(context_length=n), "sigma_a", title=f"sigma_a of every head at {n:,} tokens")
     return _section(r, "Head by head", "heads", [chart], f.sort("sigma_a", descending=True))
@@ -374,7 +412,7 @@ def _tau_section(r: CollapseReport) -> Any:
     if f["tau"].n_unique() < 2: return None
     lengths = _few(r.meta["settings"]["lengths"], 3)
     mine = f.filter(pl.col("task").is_null(), pl.col("context_length").is_in(lengths))
-    charts = [tau_curve(mine.filter(measure=m), name, title=_headed(name)) for m, name in TAU_NAMES.items()]
+    charts = [tau_curve(mine.filter(measure=m), name, title=_headed(name)) for m, name in TAU_NAMES.items() if m in {*mine["measure"]}]
     for (task,), g in f.filter(measure="ndcg_10").group_by("task", maintain_order=True):
         swept = g.filter(pl.col("tau").n_unique().over("context_length") > 1)
         some = _few(swept["context_length"].unique().sort().to_list(), 3)
@@ -408,11 +446,9 @@ def _window_section(r: CollapseReport) -> Any:
         charts += [remedy_dots(g.filter(context_length=n), "value", title=f"{str(task).capitalize()} at {n:,} tokens", **how)
                    for n in g["context_length"].unique().sort()]
     own = r.frames["similarity"].filter(kind="cut").rename({"mean_cosine": "value"})
-    here = f"as it is, {_ends(r)[1]:,} tokens"
-    before = own.filter(condition="none", context_length=_ends(r)[1]).with_columns(condition=pl.lit(here))
-    how = dict(category="condition", split=None, baseline=here, name="cosine")
-    charts += [remedy_dots(pl.concat([before, own.filter(pl.col("condition").is_in(ways), context_length=n)]), "value",
-                           title=f"Cosine of two texts at {n:,} tokens", **how) for n in past]
+    own = own.filter(pl.col("condition").is_in(ways))
+    how = dict(category="condition", split=None, baseline="cut off" if "cut off" in own["condition"] else None, name="cosine")
+    charts += [remedy_dots(own.filter(context_length=n), "value", title=f"Cosine of two texts at {n:,} tokens", **how) for n in past]
     return _section(r, "Past the encoder's length", "windows", charts, f if len(f) else own, 2)
 
 # %% ../../nbs/probes/05d_collapse_report.ipynb #ccc96d99

@@ -101,7 +101,8 @@ class CollapseExplorer(Explorer):
         texts: Any = None,          # the documents that were measured; None: the generated ones
     ):
         self.report, self.encoder, self.texts, f = report, encoder, texts, report.frames
-        self.taus = {c["tau"]: name for name, c in report.meta["conditions"].items() if c["window"] is None}
+        self.taus = {c["tau"]: name for name, c in report.meta["conditions"].items()
+                     if c["window"] is None and name != "cut off"}    # that is for texts beyond the encoder's length
         self.lengths = list(report.meta["settings"]["lengths"])
         wide = dict(layout=Layout(width="430px"), style=dict(description_width="90px"))
         lengths = [(f"{n:,} tokens", n) for n in self.lengths]
@@ -113,7 +114,8 @@ class CollapseExplorer(Explorer):
         self.maps: dict[tuple[float, int], np.ndarray] = {}    # temperature and length -> x, y
         self.cosine = VegaView(cosine_chart(self.lengths), fields=["context_length"], label="Cosine by length")
         self.spectrum = VegaView(spectrum_chart())
-        self.map, self.heads = VegaView(map_chart(f["points"])), VegaView(passed_chart(f["heads"]))
+        self.map = VegaView(map_chart(f["points"]))
+        self.heads = VegaView(passed_chart(f["heads"])) if "heads" in f else None    # None: attention was not measured
         super().__init__(self._laid_out())
         self._wire()
         self._fill()
@@ -139,8 +141,8 @@ def _laid_out(self: CollapseExplorer) -> list[Any]:
     half = ["lx-half"]
     shown = [picture("How alike are two texts", self.cosine, SAYS["cosine"], classes=half),
              picture("In how many directions they differ", self.spectrum, SAYS["spectrum"], self.centred, classes=half),
-             picture("Where they lie", self.map, SAYS["map"], *([self.embed] if self.encoder is not None else []), self.note, classes=half),
-             picture("What each head passes on", self.heads, SAYS["heads"], classes=half)]
+             picture("Where they lie", self.map, SAYS["map"], *([self.embed] if self.encoder is not None else []), self.note, classes=half)]
+    if self.heads is not None: shown.append(picture("What each head passes on", self.heads, SAYS["heads"], classes=half))
     return [classed(HBox([self.length, self.tau]), "lx-bar", "lx-sliders"), self.table, classed(HBox(shown), "lx-row")]
 
 
@@ -161,7 +163,7 @@ def _pick(self: CollapseExplorer, length: int | None) -> None:
 def _fill(self: CollapseExplorer) -> None:
     "Show what the sliders say"
     n, tau = self.length.value, self.tau.value
-    now, f = self.taus[tau], {k: self.report.frames[k] for k in ("similarity", "spectrum", "heads")}
+    now, f = self.taus[tau], self.report.frames
     cut = f["similarity"].filter(kind="cut").select("condition", "context_length", pl.col("mean_cosine", "q05", "q95").round_sig_figs(4))
     cut = cut.rename({"mean_cosine": "mean"})
     curves = [cut.filter(condition=c).with_columns(series=pl.lit(s)) for c, s in ((now, SERIES[0]), ("none", SERIES[1]))]
@@ -171,8 +173,9 @@ def _fill(self: CollapseExplorer) -> None:
     lines = [some.filter(condition=c, context_length=m).select("direction", pl.col("share").round_sig_figs(4), series=pl.lit(s))
              for c, m, s in ((now, n, AGAINST[0]), ("none", self.lengths[0], AGAINST[1]))]
     self.spectrum.rows = {"spectrum": pl.concat(lines).to_dicts()}
-    cells = f["heads"].filter(condition=now, context_length=n).select("layer", "head", pl.col("sigma_a").round_sig_figs(4))
-    self.heads.rows = {"cells": cells.to_dicts()}
+    if self.heads is not None:
+        cells = f["heads"].filter(condition=now, context_length=n).select("layer", "head", pl.col("sigma_a").round_sig_figs(4))
+        self.heads.rows = {"cells": cells.to_dicts()}
     self._map()
     self.table.value = self._numbers(now, n)
 
@@ -237,9 +240,9 @@ MEASURES = {"mean_cosine": "cosine of two texts", "effective_rank": "effective r
 def _numbers(self: CollapseExplorer, condition: str, n: int) -> str:
     "A small table: chosen, same length at temperature 1, shortest"
     columns = {"chosen": (condition, n), "temperature 1": ("none", n), f"{self.lengths[0]:,} tokens": ("none", self.lengths[0])}
-    f, heads = self.report.frames["geometry"].filter(kind="cut"), self.report.frames["heads"]
+    f, heads = self.report.frames["geometry"].filter(kind="cut"), self.report.frames.get("heads")
     def value(measure: str, c: str, m: int) -> float | None:
-        if measure == "sigma_a": return heads.filter(condition=c, context_length=m)["sigma_a"].mean()
+        if measure == "sigma_a": return None if heads is None else heads.filter(condition=c, context_length=m)["sigma_a"].mean()
         found = f.filter(condition=c, context_length=m, measure=measure)["value"]
         return found[0] if len(found) else None
     cell = lambda v: "–" if v is None else f"{v:.3g}"
