@@ -19,8 +19,8 @@ from typing import Any
 # %% auto #0
 __all__ = ['REPORTS', 'ENCODER_REPORTS', 'MENDABLE', 'parser', 'read_text', 'first_tokens', 'example_text', 'check_path',
            'load_model', 'the_encoder', 'sinks_report', 'check_size', 'heads_report', 'middle_report', 'grid_report',
-           'needle_trace', 'text_documents', 'collapse_report', 'probes', 'chosen', 'measure', 'report', 'one_line',
-           'show', 'main']
+           'needle_trace', 'text_documents', 'collapse_lengths', 'collapse_report', 'probes', 'chosen', 'measure',
+           'report', 'one_line', 'show', 'main']
 
 # %% ../nbs/05_cli.ipynb #e2b0fcfa
 def parser() -> argparse.ArgumentParser:
@@ -42,6 +42,13 @@ def parser() -> argparse.ArgumentParser:
     add("--probes", metavar="LIST",
         help="what to measure, with commas: sinks,heads,middle,grid,trace on MODEL, collapse on the encoder (default: the first five; "
              "collapse with --encoder; all if nothing is asked for)")
+    add("--questions", type=Path, metavar="FILE",
+        help="collapse: ask real questions, a file of them with passages such as nq-open-oracle.jsonl.gz; documents are made of the "
+             "passages, unless there is a --text")
+    add("--max-length", type=int, metavar="N", help="collapse: the encoder reads N tokens of a document (default: as it is configured)")
+    add("--windows", metavar="LIST",
+        help="collapse: read documents of twice the encoder's positions in these ways too, with commas: recurrent,grouped,interpolated "
+             "where positions are learned, ntk,self_extend where they are rotary; or all")
     add("--results", type=Path, metavar="DIR", help="keep answers there while they come in; the same command again goes on from them")
     add("--engine", choices=["local", "ray"], default="local", help="where questions are asked (default: here)")
     add("--allow-longer", action="store_true", help="go beyond the length the model was made for, where its positions can")
@@ -107,12 +114,12 @@ def load_model(
 
 # %% ../nbs/05_cli.ipynb #44fe66a4
 def the_encoder(
-    asked: argparse.Namespace,    # encoder, device, dtype
+    asked: argparse.Namespace,    # encoder, device, dtype, max_length
 ) -> Any:                         # `Encoder`
     "The text encoder that was asked for; MiniLM, where none is named"
     import longlens
     check_path(asked.encoder)
-    given = {key: getattr(asked, key) for key in ("device", "dtype") if getattr(asked, key)}
+    given = {key: getattr(asked, key) for key in ("device", "dtype", "max_length") if getattr(asked, key) is not None}
     return longlens.load_encoder(*([asked.encoder] if asked.encoder else []), **given)
 
 # %% ../nbs/05_cli.ipynb #391447bc
@@ -234,25 +241,45 @@ def text_documents(
     raise ValueError(f"--text has not the 8 documents of {longest:,} tokens that are needed: give a longer text, or ask for shorter ones "
                      f"with --context")
 
+# %% ../nbs/05_cli.ipynb #e3ea2d80
+def collapse_lengths(
+    enc: Any,                      # `Encoder`
+    context: int | None = None,    # tokens of the longest documents; None: 512, or as many as it reads
+) -> tuple[int, ...]:              # tokens
+    "Lengths that documents are cut to"
+    from longlens.probes.collapse_inputs import default_lengths, room
+    from longlens.probes.collapse_parts import reach
+    most = room(enc, None)
+    if context is None: return default_lengths(most)
+    if not 8 <= context <= (most or context):
+        end = reach(enc)
+        way = f"; --max-length {end} reads all of its positions" if end and enc.max_length < end else ""
+        also = f"{way}, and --windows goes past them" if most and context > most else ""
+        raise ValueError(f"--context {context:,}: {enc.name} is measured at 8 to {most or 512:,} tokens{also}")
+    return tuple(n for k in (16, 8, 4, 2, 1) if (n := context // k) >= 8)
+
 # %% ../nbs/05_cli.ipynb #d246dd97
 def collapse_report(
     enc: Any,                      # `Encoder`
     text: str | None = None,       # documents are made of it; None: of generated filler
     context: int | None = None,    # tokens of the longest documents; None: 512, or as many as it reads
     quick: bool = False,           # fewer documents: this is one probe of several
+    questions: Path | None = None,    # a file of real ones, with passages
+    windows: str | None = None,    # ways to read past the encoder's length, with commas
     **how: Any,                    # out, progress
 ) -> Any:                          # `CollapseReport`
     "What length does to embeddings"
     import longlens
-    from longlens.probes.collapse_inputs import default_lengths, room
-    most = room(enc, None)
-    if context is not None and not 8 <= context <= (most or context):
-        raise ValueError(f"--context {context:,}: {enc.name} is measured at 8 to {most or 512:,} tokens")
-    lengths = default_lengths(most) if context is None else tuple(n for k in (16, 8, 4, 2, 1) if (n := context // k) >= 8)
-    texts, paragraphs = (None, []) if text is None else text_documents(enc, text, lengths[-1])
+    from longlens.probes.collapse_inputs import room
+    most, lengths = room(enc, None), collapse_lengths(enc, context)
+    ways = [w.strip() for w in windows.split(",") if w.strip()] if windows else []
+    longest = 2 * (enc.positions_limit or enc.max_length or 0) if ways else lengths[-1]
+    texts, paragraphs = (None, []) if text is None else text_documents(enc, text, longest)
     fit = [p for p in paragraphs if most is None or len(enc._tokenize([p])["input_ids"][0]) <= most]
-    few = dict(documents=24, candidates=50) if quick else {}
-    return longlens.length_collapse(enc, texts, lengths, natural=fit if len(fit) >= 8 else None, **few, **how)
+    how |= dict(documents=24, candidates=50) if quick else {}
+    if questions is not None: how["questions"] = questions
+    if ways: how["windows"] = "all" if ways == ["all"] else ways
+    return longlens.length_collapse(enc, texts, lengths, natural=fit if len(fit) >= 8 else None, **how)
 
 # %% ../nbs/05_cli.ipynb #aedd0f56
 REPORTS = {"sinks": sinks_report, "heads": heads_report, "middle": middle_report, "grid": grid_report,    # on a language model
@@ -273,7 +300,7 @@ def probes(
 
 # %% ../nbs/05_cli.ipynb #85778b37
 def chosen(
-    asked: argparse.Namespace,    # model, encoder, probes, text, context, engine
+    asked: argparse.Namespace,    # model, encoder, probes, text, context, engine, and what is for collapse
 ) -> list[str]:                   # names of probes
     "The probes that were asked for, or that are meant where none is named"
     nothing = not (asked.model or asked.text or asked.context) and asked.encoder is None
@@ -281,6 +308,9 @@ def chosen(
     names = probes(asked.probes) if asked.probes is not None else both if asked.encoder is None else [*ENCODER_REPORTS]
     if asked.encoder is not None and not set(names) & set(ENCODER_REPORTS):
         raise ValueError("--encoder is measured by collapse: add it to --probes, or leave --probes out")
+    for name in ("questions", "windows", "max_length"):
+        if getattr(asked, name) is not None and not set(names) & set(ENCODER_REPORTS):
+            raise ValueError(f"--{name.replace('_', '-')} is for collapse: add --encoder, or collapse to --probes")
     if set(names) <= set(ENCODER_REPORTS):
         if asked.model: raise ValueError(f"{asked.model} would not be measured: name the encoder with --encoder, or more --probes")
         if asked.engine != "local" or asked.allow_longer:
@@ -315,7 +345,7 @@ def measure(
         print(f"{enc.name} reads documents", flush=True)
     for n in names:
         made[n] = REPORTS[n](lm, tokens, engine=asked.engine, **how) if n in REPORTS else \
-            ENCODER_REPORTS[n](enc, given, asked.context, quick, **how)
+            ENCODER_REPORTS[n](enc, given, asked.context, quick, asked.questions, asked.windows, **how)
     return made, "; ".join(title), text
 
 # %% ../nbs/05_cli.ipynb #7dd116c3
@@ -349,7 +379,7 @@ def one_line(error: BaseException) -> str:
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     if not isinstance(error, MENDABLE): said = f"{type(error).__name__}: {said} (--debug shows where)"
     said = re.sub(r"\b(overwrite|allow_longer)=True", lambda m: "--" + m[1].replace("_", "-"), said)
-    return re.sub(r"\b(?:answer_)?(answer|span|heads|budget|by|size)=(?=[\s,;:)]|$)", r"--\1", said)
+    return re.sub(r"\b(?:answer_)?(answer|span|heads|budget|by|size|windows)=(?=[\s,;:)]|$)", r"--\1", said)
 
 # %% ../nbs/05_cli.ipynb #f4224c79
 def show(page: Path) -> bool:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import polars as pl
 import pytest
@@ -159,11 +160,35 @@ def test_an_encoder_alone(quick: list[object], monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(pytest.fail.Exception): cli.main(["report", "--probes", "sinks,collapse", "--out", "both"])  # takes one
 
 
+def test_real_questions_and_longer_windows(quick: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    "They are handed on; a text is made into documents that are long enough for the windows"
+    asked: dict[str, Any] = {}
+
+    def collapse(enc: object, texts: list[str] | None, lengths: tuple[int, ...], **how: object) -> StandIn:
+        asked.update(how, enc=enc, texts=texts, lengths=lengths)
+        return StandIn({"similarity": pl.DataFrame({"layer": [0]})})
+
+    monkeypatch.setitem(vars(longlens), "length_collapse", collapse)
+    more = ["--questions", "asked.jsonl", "--windows", "grouped, recurrent", "--max-length", "512"]
+    assert cli.main(["report", "--encoder", *more, "--out", "out"]) == 0
+    assert (asked["questions"], asked["windows"], asked["texts"]) == (Path("asked.jsonl"), ["grouped", "recurrent"], None)
+    assert (asked["lengths"], asked["enc"].max_length) == ((32, 64, 128, 256, 512), 512)
+    Path("story.txt").write_text("The boat left the harbour in the rain. " * 2000, encoding="utf-8")
+    assert cli.main(["report", "--encoder", "--text", "story.txt", "--context", "64", "--windows", "all", "--out", "again"]) == 0
+    assert asked["windows"] == "all" and min(len(asked["enc"]._tokenize([t])["input_ids"][0]) for t in asked["texts"]) >= 1024
+
+
 @pytest.mark.parametrize(("args", "said"), [
     (["--encoder", "./nowhere"], "there is no model folder ./nowhere"),
     (["--encoder", "--probes", "sinks"], "--encoder is measured by collapse: add it to --probes"),
     (["somewhere", "--encoder"], "somewhere would not be measured"),
-    (["--encoder", "--context", "3"], "--context 3: all-MiniLM-L6-v2 is measured at 8 to 256 tokens"),
+    (["--encoder", "--context", "3"], "--context 3: all-MiniLM-L6-v2 is measured at 8 to 256 tokens\n"),
+    (["--encoder", "--context", "600"], "8 to 256 tokens; --max-length 512 reads all of its positions, and --windows goes past them"),
+    (["--encoder", "--context", "600", "--max-length", "512"], "is measured at 8 to 512 tokens, and --windows goes past them"),
+    (["--encoder", "--max-length", "2"], "max_length=2, and 2 special tokens are added to every text"),
+    (["--encoder", "--windows", "ntk"], "'ntk' is no way to read past the length of all-MiniLM-L6-v2"),
+    (["--encoder", "--questions", "nowhere.jsonl"], "nowhere.jsonl"),
+    (["somewhere", "--questions", "nowhere.jsonl"], "--questions is for collapse: add --encoder, or collapse to --probes"),
     (["--encoder", "--text", "words.txt"], "--text has not the 8 documents of 256 tokens that are needed"),
     (["--encoder", "--engine", "ray"], "--engine and --allow-longer are for language models"),
 ])
