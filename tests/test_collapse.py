@@ -358,6 +358,17 @@ def test_geometry_past_the_end_is_compared_with_the_cut_text() -> None:
     assert {*r.frames["separability"]["condition"]} == {"none"}  # of these all lengths are the same
 
 
+def test_longer_windows_have_room_for_prompts() -> None:
+    from longlens.measure.windows import extended
+    enc = own_prompts(document="passage: ")
+    r = length_collapse(enc, **{**SMALL, "taus": ()}, windows="all", beyond=(192,), retrieval="passkey")
+    assert r.frames["retrieval"].filter(pl.col("condition") != "cut off")["n_truncated"].sum() == 0
+    texts = cut_texts(long_texts(8, enc, 192), enc, (16, 32, 64, 192))[192]
+    with extended(enc, "grouped", length=195): c = pair_cosines(enc.encode(texts, prompt="passage: "))
+    got = r.frames["similarity"].filter(condition="grouped")["mean_cosine"].item()
+    assert got == pytest.approx((c.sum() - 8) / 56, abs=1e-5)
+
+
 def test_the_last_task_is_asked_at_all_lengths_under_every_change() -> None:
     "So that its curve by temperature is drawn by default"
     enc = tiny()

@@ -187,7 +187,7 @@ class Run:
 def _run_one(self: Run, p: Part, key: str, tokens: int, bar: Any) -> None:
     """One part, timed and made into a row."""
     begun, done = time.perf_counter(), bar.n
-    with p.change.apply(self.enc, p.context_length): tables = p.run(self.enc, self.batch_size, bar.update)
+    with p.change.apply(self.enc, p.longest(self.enc)): tables = p.run(self.enc, self.batch_size, bar.update)
     bar.update(tokens - (bar.n - done))  # prompts count too
     cost = {"seconds": time.perf_counter() - begun, "tokens": tokens, "batch": self.batch_size, "worker": "local"}
     self.store.add([as_row(key, tables, cost)])

@@ -24,7 +24,7 @@ from ..measure.collapse import SpectralNorm, TokenSpread
 from ..measure.intervene import temperature
 from ..measure.positions import _set
 from ..measure.statistics import Entropy
-from .collapse_inputs import CollapseSettings, Inputs
+from .collapse_inputs import CollapseSettings, Inputs, room
 from .embeddings import pair_cosines
 from ..retrieval import RetrievalTask, evaluate_retrieval
 
@@ -139,6 +139,10 @@ class Part:
     def texts(self) -> Sequence[str]: raise NotImplementedError
     def run(self, enc: Encoder, batch_size: int, advance: Callable[[int], Any]) -> Tables: raise NotImplementedError
     def said(self) -> list[Any]: return []  # what else decides its tables
+
+    def longest(self, enc: Encoder) -> int | None:
+        """Tokens of a document with the prompt before it, at most; None: as they are."""
+        return None if self.context_length is None else self.context_length - (room(enc, self.s.document_prompt, 0) or 0)
 
     def key(self, encoder: str) -> str:  # 32 hexadecimal digits
         """The name under which its tables are kept."""
