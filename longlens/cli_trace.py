@@ -109,7 +109,9 @@ def methods_asked(
             own = "; ".join(f"{n} has {', '.join(sorted(h)) or 'none'}" for n, h in has.items())
             raise ValueError(f"--set {key}: there is no such setting: {own}")
     made = {n: {k: v for k, v in settings.items() if k in h} for n, h in has.items()}
-    for n, own_settings in made.items(): find_tracer(n, own_settings)    # raises if a value cannot be
+    try:
+        for n, own_settings in made.items(): find_tracer(n, own_settings)    # raises if a value cannot be
+    except TypeError as error: raise ValueError(f"--set: {error}") from error
     return made
 
 # %% ../nbs/05a_cli_trace.ipynb #b31b7a08
@@ -131,11 +133,13 @@ def traces(
     import longlens
     from longlens.cli import load_model
     from longlens.probes.trace_prompts import trace_prompt
+    from longlens.views.text import visible
     (context, question), methods = trace_inputs(asked), methods_asked(asked)    # what is wrong is said before a model is loaded
     heads = None if asked.heads is None else longlens.Report.load(asked.heads)
     lm = load_model(asked)
-    print(f"{lm.name} is asked: {question}", flush=True)
-    if len(asked.context or ()) > 1: print(f"documents: {', '.join(f'{i} {f}' for i, f in enumerate(asked.context))}", flush=True)
+    print(f"{visible(lm.name, 200)} is asked: {visible(question, 1000)}", flush=True)    # a terminal would obey what is hidden in them
+    named = [f"{i} {visible(str(f), 200)}" for i, f in enumerate(asked.context or ())]
+    if len(named) > 1: print(f"documents: {', '.join(named)}", flush=True)
     prompt = trace_prompt(lm, context, question, asked.answer, by=asked.by, size=asked.size, template=asked.template,
                           chat=asked.chat or None, system=asked.system, answer_span=asked.span)
     how: dict[str, Any] = dict(k=asked.top, budget=asked.budget, heads=heads, out=asked.results, dry_run=asked.dry_run, progress=True)

@@ -356,7 +356,8 @@ def test_a_detector_that_fails(lm: Any, tmp_path: Path) -> None:
     f = found.frames["scan"].sort("source")
     assert f["flagged"].to_list() == [True, None, False]
     assert f["error"][1].startswith("ConnectionError: offline")
-    assert found.flagged["text"].to_list() == ["The code for Ada is lamb.\n\n"]
+    assert found.flagged["excerpt"].to_list() == ["The code for Ada is lamb."]
+    assert found.frames["sources"]["text"][0] == "The code for Ada is lamb.\n\n"  # whole
     assert any("the detector failed on source 1 (rank 1), which may be anything" in line for line in found.findings())
     page = write_page(found, tmp_path / "x.html", "x").read_text(encoding="utf-8")
     for shown in (page, found._repr_html_()):

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..cells import Cell, Start, Tables, Task
 from ..measure.capture import capture
 from ..measure.statistics import SpanMass
-from ..prefix import _cut, _end_ids
+from ..prefix import _cut, _end_ids, _stops
 
 # %% auto #0
 __all__ = ['greedy', 'answer_rows', 'Ask']
@@ -39,10 +39,10 @@ def greedy(
     lm: Any,  # LongModel
     start: Start,  # prompts in a cache, all but their last tokens
     max_new_tokens: int,  # at most
-    stop: Sequence[str] = (),  # texts that end an answer
+    stop: str | Sequence[str] = (),  # texts that end an answer
 ) -> list[tuple[list[int], str]]:  # new token ids of each prompt, without the end token; how it ended: "end", "stop", "length", "positions"
     """The greedy continuation of several prompts of equal length."""
-    cache, token, end = start.fork(), start.last, _end_ids(lm)
+    cache, token, end, stop = start.fork(), start.last, _end_ids(lm), _stops(stop)
     room = max_new_tokens if lm.max_length is None or lm.allow_longer else lm.max_length + 1 - start.n
     new: list[list[int]] = [[] for _ in range(len(token))]
     ended = ["length" if room >= max_new_tokens else "positions"] * len(token)
@@ -85,7 +85,7 @@ class Ask(Task):
     """Ask what a prompt asks. Tables: `answers`, `attention` (each head to chosen spans), `spans` (all heads to all spans of a kind)"""
 
     max_new_tokens: int = 100  # of the written answer, at most; 0: none is written
-    stop: tuple[str, ...] = ("\n",)  # texts that end it; it is cut before them
+    stop: str | tuple[str, ...] = ("\n",)  # texts that end it; it is cut before them
     heads_on: str = "gold"  # names (a regular expression) of spans to which the attention of every head is kept
     mean_on: str = r"(document|pair)_\d+"  # names (a regular expression) of spans to which the mean over all heads is kept
 
@@ -107,7 +107,7 @@ class Ask(Task):
     def _said(self, lm: Any, start: Start) -> list[tuple[str, str]]:
         """What is written, up to a stop text, and how it ended."""
         made = greedy(lm, start, self.max_new_tokens, self.stop)
-        return [(_cut(t, self.stop), ended) for t, (_, ended) in zip(_texts(lm, [ids for ids, _ in made]), made, strict=True)]
+        return [(_cut(t, _stops(self.stop)), ended) for t, (_, ended) in zip(_texts(lm, [ids for ids, _ in made]), made, strict=True)]
 
 # %% ../../nbs/probes/03a_asking.ipynb #556bfef2
 def _answer(said: tuple[str | None, str | None], logits: Tensor | None, cell: Cell) -> pl.DataFrame:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from importlib import import_module
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,10 +22,10 @@ from .subset_scores import SubsetScorer
 from .subset_tree import ScoreCosts, ValueFunction
 
 # %% auto #0
-__all__ = ['TRACERS', 'SPARED', 'TraceJob', 'TraceScores', 'TraceCost', 'Tracer', 'find_tracer', 'check_budget', 'counted',
-           'planned_cost', 'out_masks', 'alone_masks', 'LeaveOneOut', 'SingleText', 'orders_of', 'chain_masks',
-           'marginals', 'Shapley', 'top_mean', 'DenoisedShapley', 'halved', 'informed_search', 'longest_groups',
-           'InformedSearch']
+__all__ = ['TRACE_FRAMES', 'TRACERS', 'SPARED', 'TraceJob', 'TraceScores', 'TraceCost', 'Tracer', 'find_tracer', 'check_budget',
+           'counted', 'planned_cost', 'out_masks', 'alone_masks', 'LeaveOneOut', 'SingleText', 'orders_of',
+           'chain_masks', 'marginals', 'Shapley', 'top_mean', 'DenoisedShapley', 'halved', 'informed_search',
+           'longest_groups', 'InformedSearch']
 
 # %% ../../nbs/probes/06b_perturbation.ipynb #d5c77b12
 @dataclass(eq=False)
@@ -66,15 +67,40 @@ class TraceJob:
         return np.random.default_rng([self.seed, salt])
 
 # %% ../../nbs/probes/06b_perturbation.ipynb #bbf91919
+TRACE_FRAMES = ("sources", "answer", "costs", "context", "scan")  # tables that a trace has of its own
+
+
 @dataclass(frozen=True, eq=False)
 class TraceScores:
     """What a method gives."""
 
-    values: np.ndarray  # a score for each source, (n,), higher is more; NaN: not scored
+    values: np.ndarray  # a score for each source, (n,), higher is more; NaN: not scored. Any sequence of numbers becomes an array
     errors: np.ndarray | None = None  # standard errors, where the method samples, (n,)
     frames: Mapping[str, pl.DataFrame] = field(default_factory=dict)  # the method's own tables
     notes: tuple[str, ...] = ()  # sentences for the findings
     costs: ScoreCosts | None = None  # of forwards that did not go through the scorer
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", _numbers("scores", self.values))
+        notes: Any = self.notes
+        object.__setattr__(self, "notes", (notes,) if isinstance(notes, str) else tuple(notes))
+        if taken := [name for name in self.frames if name in TRACE_FRAMES]:
+            raise ValueError(f"a method's table is called {taken[0]!r}, and a trace has one of that name: call it anything but "
+                             f"{', '.join(TRACE_FRAMES)}")
+        if self.errors is None: return
+        object.__setattr__(self, "errors", errors := _numbers("standard errors", self.errors))
+        if errors.shape != self.values.shape:
+            raise ValueError(f"a method gives {len(self.values)} scores and {len(errors)} standard errors: give one for each score, NaN "
+                             "where it is not known, or None")
+
+# %% ../../nbs/probes/06b_perturbation.ipynb #6d761aaf
+def _numbers(what: str, given: Any) -> np.ndarray:
+    """Numbers as an array, (n,)."""
+    try: out = np.asarray(given, dtype=float)
+    except (TypeError, ValueError) as e:
+        raise TypeError(f"the {what} of a method are numbers, one for each source, and these are {given!r:.80}") from e
+    if out.ndim != 1: raise ValueError(f"the {what} of a method are one number for each source, and these have the shape {out.shape}")
+    return out
 
 # %% ../../nbs/probes/06b_perturbation.ipynb #4e5083ec
 @dataclass(frozen=True)
@@ -120,10 +146,37 @@ def find_tracer(
         if method not in TRACERS: import_module("longlens.probes.traceback").load_methods()  # those of other modules
         if method not in TRACERS: raise ValueError(f"there is no method {method!r}: there are {', '.join(TRACERS)}")
         method = TRACERS[method]
+    _check_tracer(method)
     known = {f.name for f in fields(method)}  # type: ignore[arg-type]
     if odd := [k for k in settings or {} if k not in known]:
         raise TypeError(f"{type(method).__name__} has no setting {odd[0]!r}: it has {', '.join(sorted(known)) or 'none'}")
+    _check_settings(method, settings or {})
     return replace(method, **settings) if settings else method  # type: ignore[type-var]
+
+# %% ../../nbs/probes/06b_perturbation.ipynb #2ea2ebc2
+def _check_tracer(method: Any) -> None:
+    """Raise if this is no method, and say what is missing."""
+    name = getattr(method, "__name__", type(method).__name__)
+    if isinstance(method, type): raise TypeError(f"{name} is a class, and a method is one of its instances: give {name}()")
+    if not isinstance(method, Tracer):
+        raise TypeError(f"a method is a name in TRACERS or a Tracer, and this is a {type(method).__name__}: write a subclass of Tracer, "
+                        "with cost(job) and run(job)")
+    if not is_dataclass(method):
+        raise TypeError(f"the fields of a method are its settings, and {name} is no dataclass: put @dataclass(frozen=True) above the class")
+
+# %% ../../nbs/probes/06b_perturbation.ipynb #3c1778f1
+def _check_settings(method: Tracer, settings: Mapping[str, Any]) -> None:
+    """Raise if a setting is not of the kind that its field says: a number, or a list."""
+    for f in fields(method):  # type: ignore[arg-type]
+        if f.name not in settings: continue
+        kind, value = str(getattr(f.type, "__name__", f.type)), settings[f.name]
+        if value is None and "None" in kind: continue
+        said = f"{f.name} is {value!r}, and {type(method).__name__} wants a "
+        numbers = {"int": ("whole number", Integral), "float": ("number", Real)}
+        what, number = numbers.get(kind.removesuffix(" | None"), ("", object))
+        if not isinstance(value, number) or (what and isinstance(value, bool)): raise TypeError(f"{said}{what}")
+        listed = not isinstance(value, str) and hasattr(value, "__iter__")
+        if kind.startswith("Sequence[int]") and not listed: raise TypeError(f"{said}list of whole numbers, such as [0, 1]")
 
 # %% ../../nbs/probes/06b_perturbation.ipynb #8d7d554f
 def check_budget(
@@ -146,6 +199,10 @@ def counted(
     """What a method finds, and what that took."""
     before, begun = getattr(vars(job).get("scorer"), "costs", ScoreCosts()), time.perf_counter()
     found = tracer.run(job)
+    if not isinstance(found, TraceScores):
+        raise TypeError(f"{type(tracer).__name__}.run gives a {type(found).__name__}: give TraceScores(values)")
+    if len(found.values) != job.n:
+        raise ValueError(f"a method gives a score for each of the {job.n} sources, and {type(tracer).__name__} gives {len(found.values)}")
     spent = found.costs or getattr(vars(job).get("scorer"), "costs", ScoreCosts()) - before
     return found, replace(spent, seconds=time.perf_counter() - begun)
 
@@ -395,24 +452,28 @@ class InformedSearch(_Search):
         return total
 
     def run(self, job: TraceJob) -> TraceScores:
-        values, frames, doing = np.full(job.n, np.nan), [], job.doing
+        values, errors, frames, doing = np.full(job.n, np.nan), np.full(job.n, np.nan), [], job.doing
         for name in self.functions:
-            nodes, scores, seen = self._search(name, job, f"{doing}, {name}")
+            nodes, scores, spread, seen = self._search(name, job, f"{doing}, {name}")
             frames.append(seen.select(pl.lit(name).alias("function"), pl.all()))
-            found = [r.start for r in nodes]
-            values[found] = np.fmax(values[found], scores * (self.weight if name == "loo" else 1.0))
-        return TraceScores(values, frames={"search": pl.concat(frames)})
+            at, weight = np.array([r.start for r in nodes]), self.weight if name == "loo" else 1.0
+            wins = ~(values[at] >= weight * scores)  # where there is none yet, too
+            values[at[wins]], errors[at[wins]] = weight * scores[wins], weight * spread[wins]
+        return TraceScores(values, None if np.isnan(errors).all() else errors, {"search": pl.concat(frames)})
 
     def _search(self, name: str, job: TraceJob, doing: str) -> Any:
-        """One search, with one function."""
-        tracer, level = self._function(name), iter(range(10**6))
+        """One search, with one function: groups that are left, their scores, their errors, all groups."""
+        tracer, level, errors = self._function(name), iter(range(10**6)), dict[range, float]()
 
         def score(nodes: list[range]) -> np.ndarray:
             at = next(level)
             job.now(f"{doing}, level {at}")
-            return tracer.run(TraceJob(game=_Groups(job.scorer, nodes), seed=job.seed + 1000 * at)).values
+            found = tracer.run(TraceJob(game=_Groups(job.scorer, nodes), seed=job.seed + 1000 * at))
+            errors.update(zip(nodes, [np.nan] * len(nodes) if found.errors is None else found.errors, strict=True))
+            return found.values
 
-        return informed_search(score, job.n, self.keep)
+        nodes, values, seen = informed_search(score, job.n, self.keep)
+        return nodes, values, np.array([errors[r] for r in nodes]), seen
 
 # %% ../../nbs/probes/06b_perturbation.ipynb #8134523e
 TRACERS |= {

@@ -235,7 +235,7 @@ def evaluate_traceback(
     seed: int = 0,  # of whatever methods draw
     out: str | Path | None = None,  # a folder: finished runs are kept there, and a second call resumes
     max_new_tokens: int | None = None,  # of answers; None: 100 (32 for needle-lm)
-    stop: Sequence[str] | None = None,  # texts that end them
+    stop: str | Sequence[str] | None = None,  # texts that end them
     batch_size: int | None = None,  # subsets that run together, at most; None: 8
     max_memory: int | None = None,  # bytes on top of the weights; None: nine tenths of what is free
     allow_longer: bool | None = None,  # go past the model's `max_length`; None: as it was loaded

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from ..prefix import _cut
+from ..prefix import _cut, _stops
 from .answers import Interval, bootstrap_interval, wilson_interval
 from .sources import TracePrompt, subset_ids
 from .subset_scores import FLOOR
@@ -67,12 +67,14 @@ def says(
 def reply_limits(
     lm: Any,  # LongModel
     max_new_tokens: int | None = None,  # None: 100, as TracLLM (32 for needle-lm)
-    stop: Sequence[str] | None = None,  # None: none, and the end of the sentence for needle-lm
+    stop: str | Sequence[str] | None = None,  # None: none, and the end of the sentence for needle-lm
 ) -> tuple[int, tuple[str, ...]]:
     """How long an answer gets, and the texts that end it: as `trace_prompt` has it."""
     tiny = lm.name == "needle-lm"
-    ends = ((".", "\n") if tiny else ()) if stop is None else tuple(stop)
-    return max_new_tokens or (32 if tiny else 100), ends
+    ends = ((".", "\n") if tiny else ()) if stop is None else tuple(_stops(stop))
+    if max_new_tokens is None: return 32 if tiny else 100, ends
+    if max_new_tokens < 1: raise ValueError(f"max_new_tokens is {max_new_tokens}: an answer has 1 or more")
+    return max_new_tokens, ends
 
 
 def replied(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..forward import TokenIds, Tokens, _check_length
 from ..pieces import Context, Piece, _solid, compose
-from ..prefix import _cut
+from ..prefix import _cut, _stops
 from .sources import Sources, TracePrompt, _spans_of, cut_context, placed
 
 # %% auto #0
@@ -126,7 +126,7 @@ def trace_prompt(
     special: bool = False,  # may the context's text of special tokens, such as "<s>", become special tokens?
     answer_span: str | Sequence[int] | range | None = None,  # the part of the answer that is traced
     max_new_tokens: int | None = None,  # of an answer that the model writes; None: 100, as TracLLM (32 for needle-lm)
-    stop: Sequence[str] | None = None,  # texts that end it; None: none, and the end of the sentence for needle-lm
+    stop: str | Sequence[str] | None = None,  # texts that end it; None: none, and the end of the sentence for needle-lm
     allow_longer: bool | None = None,  # go past the model's `max_length`; None: as it was loaded
 ) -> TracePrompt:
     """A context and a question as a prompt, cut into sources, with the answer."""
@@ -140,12 +140,13 @@ def trace_prompt(
 
 # %% ../../nbs/probes/06_trace_prompts.ipynb #a465af1f
 def _finished(lm: Any, tokens: Tokens, at: int, sources: Sources, answer: Any, span: Any, max_new_tokens: int | None,
-              stop: Sequence[str] | None, allow_longer: bool | None, question: str, **meta: Any) -> TracePrompt:
+              stop: str | Sequence[str] | None, allow_longer: bool | None, question: str, **meta: Any) -> TracePrompt:
     """The prompt with its answer."""
     tiny, generated = lm.name == "needle-lm", answer is None
+    if max_new_tokens is not None and max_new_tokens < 1: raise ValueError(f"max_new_tokens is {max_new_tokens}: an answer has 1 or more")
     if generated:
-        stop = ((".", "\n") if tiny else ()) if stop is None else tuple(stop)
-        said = _written(lm, tokens, max_new_tokens or (32 if tiny else 100), stop, allow_longer)
+        stop = ((".", "\n") if tiny else ()) if stop is None else tuple(_stops(stop))
+        said = _written(lm, tokens, (32 if tiny else 100) if max_new_tokens is None else max_new_tokens, stop, allow_longer)
     else: said = _answered(lm, tokens, answer, bool(meta.get("chat")))
     _check_length(lm, len(tokens) + len(said), allow_longer)
     return placed(tokens, at, sources, said, span, question=question, meta={**meta, "generated": generated})
@@ -223,7 +224,7 @@ def ready_prompt(
     special: bool = False,  # may text of special tokens, such as "<s>", become special tokens? As it was made, for a Context
     answer_span: str | Sequence[int] | range | None = None,  # the part of the answer that is traced
     max_new_tokens: int | None = None,  # of an answer that the model writes
-    stop: Sequence[str] | None = None,  # texts that end it
+    stop: str | Sequence[str] | None = None,  # texts that end it
     allow_longer: bool | None = None,  # go past the model's `max_length`; None: as it was loaded
 ) -> TracePrompt:
     """A prompt of your own, of which a part is traced."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any, ClassVar
 
@@ -19,8 +20,8 @@ from .sources import TracePrompt, source_frame
 from ..report import Report, report_html
 
 # %% auto #0
-__all__ = ['TRACE_EXPLAINED', 'scored_frame', 'answer_frame', 'Trace', 'trace_sections', 'source_bars', 'excerpt',
-           'said_probability', 'make_trace']
+__all__ = ['OWN_TABLES', 'TRACE_EXPLAINED', 'scored_frame', 'answer_frame', 'Trace', 'trace_sections', 'finer_sources',
+           'source_bars', 'excerpt', 'said_probability', 'make_trace']
 
 # %% ../../nbs/probes/06h_trace_report.ipynb #9cd67dde
 def scored_frame(
@@ -46,12 +47,13 @@ def answer_frame(
     prompt: TracePrompt,
     logprobs: np.ndarray,  # of the traced tokens, with every source there, (t,)
 ) -> pl.DataFrame:  # one row a token of the answer
-    """The tokens of the answer: where each stands in it, is it traced, how probable it was."""
+    """The tokens of the answer: where each stands in it, is it traced, how probable it was, its number in the vocabulary."""
     a, t = prompt.answer, prompt.traced
     chars = a.offsets.tolist() if a.offsets is not None else [[None, None]] * len(a)
-    kinds = {"token": pl.Int64, "start": pl.Int64, "end": pl.Int64, "text": pl.String, "traced": pl.Boolean, "logprob": pl.Float64}
+    kinds = {"token": pl.Int64, "start": pl.Int64, "end": pl.Int64, "text": pl.String, "traced": pl.Boolean, "logprob": pl.Float64,
+             "id": pl.Int64}
     values = [float(logprobs[i - t.start]) if i in t else None for i in range(len(a))]
-    rows = zip(range(len(a)), *zip(*chars, strict=True), a.strings, [i in t for i in range(len(a))], values, strict=True)
+    rows = zip(range(len(a)), *zip(*chars, strict=True), a.strings, [i in t for i in range(len(a))], values, a.ids.tolist(), strict=True)
     return pl.DataFrame(list(rows), schema=kinds, orient="row")
 
 # %% ../../nbs/probes/06h_trace_report.ipynb #8468691a
@@ -72,6 +74,10 @@ class Trace(Report):
         f = self.frames["sources"].sort("rank", "source", nulls_last=True).head(k)
         return f.select("rank", "source", "document", "start", "end", "tokens", "score", "error", excerpt=_excerpts(f["text"]))
 
+    def finer(self, k: int | None = None) -> pl.DataFrame:
+        """Of `coarse_to_fine`: the k best of each level inside the best sources, with `start` and `end` in the context. None: as `top`."""
+        return finer_sources(self, int(self.meta["k"]) if k is None else k)
+
     def _repr_html_(self) -> str:
         """What a notebook shows: the best first, and of their texts what can be shown"""
         f = self.frames["sources"].sort("rank", "source", nulls_last=True)
@@ -79,7 +85,7 @@ class Trace(Report):
 
     def findings(self) -> list[str]:
         """What was found, a sentence each"""
-        return [s for s in (_said_answer(self), *_said_top(self), *self.meta["notes"], _said_costs(self)) if s]
+        return [s for s in (_said_answer(self), *_said_top(self), *self.meta["notes"], _said_finer(self), _said_costs(self)) if s]
 
     def sections(self) -> list[Any]:
         """The report as a page shows it"""
@@ -96,7 +102,7 @@ def trace_sections(r: Trace) -> list[Any]:
     text = TRACE_EXPLAINED.format(says=r.meta["says"], method=r.meta["method"], by=r.meta["by"])
     costs = "Tokens through the model, padding included, and what one whole forward for each subset would have taken."
     answer = "How probable each traced token is with the whole context, after the tokens before it (natural logarithm)."
-    return [_shaded(r, text), Section("The strongest passages", text, r.chart(), r.top()),
+    return [_shaded(r, text), Section("The strongest passages", text, r.chart(), r.top()), *_finest(r), *_own_tables(r),
             Section("The answer", answer, table=r.frames["answer"]), Section("What it cost", costs, table=r.frames["costs"])]
 
 
@@ -110,6 +116,47 @@ def _shaded(r: Trace, text: str) -> Any:
     question = r.meta["question"].removeprefix("Question:").strip()
     return trace_section(r.context, f.with_columns(text=_excerpts(f["text"])), question, words, text=f"{text}\n\n{READING}",
                          traced=part)
+
+# %% ../../nbs/probes/06h_trace_report.ipynb #cc233cec
+def _levels(r: Trace) -> pl.DataFrame:    # those after the first; empty where there are none
+    return r.frames["levels"].filter(pl.col("level") > 0) if "levels" in r.frames else pl.DataFrame()
+
+
+def finer_sources(
+    r: Trace,
+    k: int = 5,  # of each level
+) -> pl.DataFrame:  # level, by, rank, start, end, score, error, excerpt; parent: the source of the level above
+    """The best sources of the finer levels of `coarse_to_fine`, level by level."""
+    if k < 1: raise ValueError(f"k is {k}: one source of each level or more")
+    if (f := _levels(r)).is_empty():
+        raise ValueError(f"{r.meta['method']} has scored the sources of one level only: method='coarse_to_fine' goes on inside the best")
+    f = f.sort("level", "rank", nulls_last=True).filter(pl.int_range(pl.len()).over("level") < k)
+    return f.select("level", "by", "rank", "start", "end", "score", "error", excerpt=_excerpts(f["text"]), parent="parent")
+
+# %% ../../nbs/probes/06h_trace_report.ipynb #0f68a01c
+def _finest(r: Trace) -> list[Any]:
+    """The finest level in the context, and the best of each."""
+    from longlens.views.trace import trace_section
+    if (f := _levels(r)).is_empty(): return []
+    f = f.filter(level=f["level"].max())
+    text = (f"The best sources were cut again, and their parts scored while everything else was left out. Shaded: the {f['by'][0]} of the "
+            "last level; what has no shade was not in the race there. The table has the best of every level, with their characters.")
+    shown = f.drop("token_start", "token_end").with_columns(text=_excerpts(f["text"]))
+    return [replace(trace_section(r.context, shown, title="Inside the best", text=text), table=r.finer())]
+
+# %% ../../nbs/probes/06h_trace_report.ipynb #c473d14b
+OWN_TABLES = {  # name of a method's table -> heading, what it says
+    "fidelity": ("How well the surrogate foretells", "Rank correlation (lds, with its 95 % interval) of what the linear model foretells of "
+                 "ablations that it was not fitted to with what the model does; 1 is best."),
+    "search": ("The search", "Every group of neighbours that was scored, by function and level: the sources start to stop - 1."),
+    "citations": ("What the model cites", "The citations in the model's reply, and which of them can be used."),
+}
+
+
+def _own_tables(r: Trace) -> list[Any]:
+    """The tables of a method that a reader should see."""
+    from longlens.views.page import Section
+    return [Section(title, text, table=r.frames[name]) for name, (title, text) in OWN_TABLES.items() if name in r.frames]
 
 # %% ../../nbs/probes/06h_trace_report.ipynb #398fe0bb
 def source_bars(r: Trace) -> Any:
@@ -179,6 +226,12 @@ def _said_top(r: Trace) -> list[str]:
     behind = f"; next: source {rows[1]['source']}, {_number(rows[1])}" if len(rows) > 1 else ""
     says = _around(_text(r, best["source"]), r.meta["traced"].strip(), 100)
     return [f"{where} of {many} has the highest score, {_number(best)}{unit}{behind}. It says {says!r}"]
+
+# %% ../../nbs/probes/06h_trace_report.ipynb #03d12bfb
+def _said_finer(r: Trace) -> str:
+    if _levels(r).is_empty(): return ""
+    at = ", ".join(f"{x['start']:,} to {x['end']:,} (best of the {x['by']})" for x in r.finer(1).iter_rows(named=True))
+    return f"where that is, in characters of the context: {at}; finer() lists more"
 
 # %% ../../nbs/probes/06h_trace_report.ipynb #4ad5cb91
 def _said_costs(r: Trace) -> str:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import polars as pl
 
-from .trace_report import Trace, excerpt
+from .trace_report import Trace, _excerpts, excerpt
 from .traceback import trace_context
 from ..report import report_html
 
@@ -47,9 +47,9 @@ class ScanReport(Trace):
 
     @property
     def flagged(self) -> pl.DataFrame:
-        """The sources that the detector flagged, with their texts."""
-        f = self.frames["scan"].filter("flagged")
-        return f.join(self.frames["sources"].select("source", "start", "end", "text"), "source", how="left", maintain_order="left")
+        """The sources that the detector flagged, with what can be shown of their texts, which are whole in `frames["sources"]`."""
+        f = self.frames["scan"].filter("flagged").join(self.frames["sources"], "source", how="left", maintain_order="left", suffix="_trace")
+        return f.select(*SCAN_SCHEMA, "start", "end", excerpt=_excerpts(f["text"]))
 
     def _repr_html_(self) -> str: return report_html(self)
 

@@ -151,7 +151,7 @@ def trace_context(
     batch_size: int | None = None,  # subsets that run together, at most; None: 8
     max_memory: int | None = None,  # bytes on top of the weights; None: nine tenths of what is free
     max_new_tokens: int | None = None,  # of an answer that the model writes; None: 100 (32 for needle-lm)
-    stop: Sequence[str] | None = None,  # texts that end it
+    stop: str | Sequence[str] | None = None,  # texts that end it
     allow_longer: bool | None = None,  # go past the model's `max_length`; None: as it was loaded
     dry_run: bool = False,  # only say what it would cost
     progress: bool = False,  # show a bar

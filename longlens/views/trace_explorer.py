@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
+import torch
 import traitlets
 from fastcore.basics import patch
 from ipywidgets import Button, Checkbox, Dropdown, HBox, Layout, SelectionRangeSlider, VBox
 
+from ..forward import Tokens
 from ..probes.perturbation import TRACERS
 from ..probes.sources import TracePrompt, subset_ids
 from ..probes.trace_prompts import trace_prompt
@@ -79,8 +81,17 @@ def prompt_of(
     put = {k: m[k] for k in ("answer_prefix", "system", "special") if k in m}
     found = trace_prompt(lm, r.context, m["question"], m["answer"], by=spans, template=m["template"], chat=m.get("chat") or None,
                          allow_longer=True, **put)
-    if len(found) == m["prompt_tokens"]: return found
-    raise ValueError(f"the prompt cannot be made again ({len(found):,} tokens instead of {m['prompt_tokens']:,}): {hint}")
+    if (said := _answer_of(lm, r)) is not None: found = replace(found, answer=said, traced=range(len(said)))
+    for what, made, was in (("prompt", len(found), m["prompt_tokens"]), ("answer", len(found.answer), m["answer_tokens"])):
+        if made != was: raise ValueError(f"the {what} cannot be made again ({made:,} tokens instead of {was:,}): {hint}")
+    return found
+
+
+def _answer_of(lm: Any, r: Trace) -> Tokens | None:
+    "The answer of a trace as it was traced; None for a report of an older version, which has its text only"
+    f = r.frames["answer"]
+    if "id" not in f.columns: return None
+    return Tokens(torch.tensor(f["id"].to_list()), r.meta["answer"], torch.tensor(f.select("start", "end").rows()), lm.tokenizer)
 
 # %% ../../nbs/views/05d_trace_explorer.ipynb #bfdcd692
 def usable(
