@@ -54,7 +54,7 @@ from longlens.views.needle_explorer import said_html
 from longlens.views.page import page_html
 from longlens.views.question_bar import QuestionBar, asked_context, read_asked, text_asked
 from longlens.views.reading import Reading, revive
-from longlens.views.trace_explorer import prompt_of, without_html
+from longlens.views.trace_explorer import prompt_of, trace_span, without_html
 
 PEOPLE = {"Ada": "lamb", "Bob": "river", "Eve": "stone", "Tom": "table", "Una": "glass", "Max": "paper"}
 DOCUMENTS = [f"{filler(2, seed=i)} The code for {who} is {what}." for i, (who, what) in enumerate(PEOPLE.items())]
@@ -712,6 +712,47 @@ def test_coarse_to_fine_finds_the_word(lm: ll.LongModel) -> None:
     assert len(alone) == 6  # nothing finer was asked for
     other = ll.trace_context(lm, text, ASK, method="coarse_to_fine", inner="stc")
     assert CoarseToFine("stc").tracer == TRACERS["stc"] and other.meta["settings"]["inner"] == "stc"
+
+
+def test_what_coarse_to_fine_ends_at_is_shown(lm: ll.LongModel, tmp_path: Any) -> None:
+    t = ll.trace_context(lm, "\n\n".join(DOCUMENTS), ASK, method="coarse_to_fine", keep=2)
+    t.save(tmp_path / "trace")
+    back = ll.Trace.load(tmp_path / "trace")
+    f = back.finer(1)
+    assert f["by"].to_list() == ["sentences", "tokens"] and back.finer().equals(t.finer())
+    sentence, word = (t.context[a:b].strip() for a, b in f.select("start", "end").rows())
+    assert sentence == "The code for Eve is stone." and word in sentence
+    inside = next(s for s in back.sections() if s.title == "Inside the best")
+    tokens = t.frames["levels"].filter(level=2)
+    assert inside.table.equals(t.finer()) and len(tokens) == len(inside.view.context["starts"]) // 4
+    assert any(f"{f['start'][1]:,} to {f['end'][1]:,} (best of the tokens)" in line for line in back.findings())
+    flat = ll.trace_context(lm, DOCUMENTS, ASK)
+    assert all("finer" not in line for line in flat.findings())
+    with pytest.raises(ValueError, match="of one level only"): flat.finer()
+
+
+@pytest.mark.parametrize(("method", "title"), [("contextcite", "How well the surrogate foretells"), ("tracllm", "The search")])
+def test_tables_of_a_method_are_on_its_page(lm: ll.LongModel, method: str, title: str) -> None:
+    assert title in [s.title for s in ll.trace_context(lm, DOCUMENTS, ASK, method=method).sections()]
+
+
+def test_an_answer_that_reads_back_otherwise_keeps_its_tokens(lm: ll.LongModel, tmp_path: Any) -> None:
+    letters = [lm.tokens(c, add_special_tokens=False).ids[-1].item() for c in "stone"]
+    t = ll.trace_context(lm, DOCUMENTS, ASK, letters, method="attention")
+    t.save(tmp_path / "trace")
+    made = prompt_of(lm, ll.Report.load(tmp_path / "trace"))
+    assert made.answer.ids.tolist() == letters and made.answer.strings == t.frames["answer"]["text"].to_list()
+    for span in ((0, 1), (2, 5)):
+        assert trace_span(lm, made, span, "attention").meta["traced"] == "".join(made.answer.strings[slice(*span)])
+    t.frames["answer"] = t.frames["answer"].drop("id")  # of a report that is older
+    with pytest.raises(ValueError, match="the answer cannot be made again"): prompt_of(lm, t)
+
+
+@pytest.mark.parametrize("how", [{"question": "Who?"}, {"answer": " coat"}, {"by": "words"}, {"size": 2}, {"answer_span": "s"},
+                                 {"span": (0, 9)}, {"template": "raw"}, {"chat": True}, {"system": "Be brief."}, {"stop": ["."]},
+                                 {"max_new_tokens": 3}])
+def test_nothing_is_dropped_in_silence(lm: ll.LongModel, prompt: TracePrompt, how: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=f"{next(iter(how))} is .*leave {next(iter(how))} out"): ll.trace_context(lm, prompt, **how)
 
 
 HOSTILE = ["<script>alert(1)</script> The code for Eve is stone. </style><img src=x onerror=alert(2)>",

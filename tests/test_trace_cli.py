@@ -42,6 +42,8 @@ def run(*args: str) -> int: return cli.main(["trace", *args])
     (["--context", "a.txt", "--question", "Who?", "--heads", "nowhere"], "nowhere"),
     (["--context", "a.txt", "--question", "Who?", "--method", "retrieval_attention"], "needs heads"),
     (["--context", "a.txt", "--question", "Who?", "--template", "no places"], "a template has {context} once"),
+    (["--context", "a.txt", "--question", "Who?", "--template", "{context} So:"], "has no {question}"),
+    (["--context", "a.txt", "--question", "Who?", "--method", "shapley", "--set", "permutations=abc"], "wants a whole number"),
 ])
 def test_one_clear_line_and_nothing_written(capsys: pytest.CaptureFixture[str], args: list[str], said: str) -> None:
     before = sorted(Path().rglob("*"))
@@ -55,6 +57,14 @@ def test_one_clear_line_and_nothing_written(capsys: pytest.CaptureFixture[str], 
 def test_a_place_that_cannot_be_is_refused_before_the_model(capsys: pytest.CaptureFixture[str], args: list[str]) -> None:
     assert run("./nowhere", "--context", "a.txt", "--question", "Who?", *args) == 2
     assert f"{args[-1]} cannot be made" in capsys.readouterr().err
+
+
+def test_names_and_questions_do_nothing_to_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("red\x1b[31m.txt").write_text(NOTE)
+    assert run("--context", "red\x1b[31m.txt", "b.txt", "--question", "What \x1b[31mis?", "--answer", "stone", "--dry-run") == 0
+    said = capsys.readouterr()
+    assert "\x1b[31m" not in said.out + said.err
+    assert "is asked: What \\x1b[31mis?" in said.out and "0 red\\x1b[31m.txt, 1 b.txt" in said.out
 
 
 def test_a_folder_is_needed(capsys: pytest.CaptureFixture[str]) -> None:

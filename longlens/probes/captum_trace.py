@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .perturbation import TRACERS, TraceCost, TraceJob, Tracer, TraceScores, planned_cost
-from .surrogates import extra_module
+from .surrogates import LASSO_STEPS, extra_module, said_unsettled, unsettled_fits
 
 # %% auto #0
 __all__ = ['Values', 'MaskGame', 'ablation_values', 'sampled_shapley', 'surrogate_values', 'SubsetTracer', 'CaptumAblation',
@@ -92,6 +92,12 @@ def _fit_again(method: Any, masks: np.ndarray, worth: np.ndarray, draws: int, fi
         found.append(method.interpretable_model.representation().flatten().double().numpy())
     return np.std(found, axis=0, ddof=1)
 
+# %% ../../nbs/probes/06e_captum.ipynb #b10b47dd
+def _patient_lasso() -> Any:
+    """captum's model for Lime; scikit-learn alone would stop it after 1,000 steps."""
+    models = extra_module("captum._utils.models.linear_model", "lime")
+    return models.SkLearnLasso(alpha=0.01, max_iter=LASSO_STEPS)
+
 # %% ../../nbs/probes/06e_captum.ipynb #071091b7
 def surrogate_values(
     kind: str,  # "KernelShap" or "Lime"
@@ -108,7 +114,7 @@ def surrogate_values(
     if shap and samples < n + 2:
         raise ValueError(f"kernel_shap fits {n + 1} numbers for {n} sources, and samples is {samples}: it needs {n + 2} or more")
     game = MaskGame(values)
-    method = getattr(extra_module("captum.attr", kind), kind)(game)
+    method = getattr(extra_module("captum.attr", kind), kind)(game, **({} if shap else {"interpretable_model": _patient_lasso()}))
     with _seeded(seed):  # captum's loader of samples draws from it too
         found = _attribute(method, n, n_samples=samples, perturbations_per_eval=min(samples, at_once))
         if not draws: return found, None
@@ -141,7 +147,8 @@ class SubsetTracer(Tracer):
     def run(self, job: TraceJob) -> TraceScores:
         masks = self.masks(job)
         known = dict(zip((row.tobytes() for row in masks), job.scorer(masks), strict=True))
-        return TraceScores(*self.attribute(lambda kept: np.array([known[row.tobytes()] for row in kept]), job))
+        with unsettled_fits() as late: found = self.attribute(lambda kept: np.array([known[row.tobytes()] for row in kept]), job)
+        return TraceScores(*found, notes=said_unsettled(late, getattr(self, "draws", 0) + 1))
 
 # %% ../../nbs/probes/06e_captum.ipynb #a96d7a27
 @dataclass(frozen=True)

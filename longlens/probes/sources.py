@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
+from numbers import Integral
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -62,9 +64,15 @@ def _spans_of(text: str, by: str, size: int | None) -> list[tuple[int, int]]:
     """Spans of a text in one of the ways of SEGMENTERS."""
     if by not in SEGMENTERS:
         raise ValueError(f'a context is cut by {", ".join(map(repr, SEGMENTERS))}, "tokens", or spans of your own, not {by!r}')
-    size = UNITS.get(by, 1) if size is None else size
+    return _grouped(text, SEGMENTERS[by](text), _checked_size(UNITS.get(by, 1) if size is None else size, by))
+
+
+def _checked_size(size: Any, by: str) -> int:
+    """So many units, if one can have so many."""
+    if isinstance(size, bool) or not isinstance(size, Integral):
+        raise TypeError(f"size is {size!r}: how many {by} make one source is a whole number")
     if size < 1: raise ValueError(f"size is {size}: a source has one of the {by} or more")
-    return _grouped(text, SEGMENTERS[by](text), size)
+    return int(size)
 
 # %% ../../nbs/probes/06_sources.ipynb #c088bade
 @dataclass(frozen=True, eq=False, repr=False)
@@ -90,7 +98,9 @@ class Sources:
 # %% ../../nbs/probes/06_sources.ipynb #232d98f2
 def _own(text: str, spans: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
     """Spans that a user gives, checked."""
-    out = [(int(a), int(b)) for a, b in spans]
+    try: out = [(index(a), index(b)) for a, b in spans]
+    except (TypeError, ValueError) as e:
+        raise TypeError(f"spans of your own are pairs of characters (start, end), as in [(0, 40), (40, 95)], not {spans!r:.80}") from e
     for i, (a, b) in enumerate(out):
         if not 0 <= a < b <= len(text):
             raise ValueError(f"source {i} is ({a}, {b}), and the context has the characters 0 to {len(text):,}")
@@ -128,11 +138,19 @@ def cut_context(
     if not text.strip(): raise ValueError("the context is empty: there are no sources to trace an answer to")
     check_unicode(text, "the context")
     by = by if by is not None else "words" if isinstance(context, str) else "documents"
-    if isinstance(by, str): spans = [(a + x, a + y) for a, b in documents for x, y in _spans_of(text[a:b], by, size)]
+    if not isinstance(by, str) and size is not None:
+        raise TypeError(f"size is {size!r}, and by gives spans of your own, which are sources as they are: leave size out, or name a way")
+    if by == "documents": spans = _several(documents, _checked_size(1 if size is None else size, by))
+    elif isinstance(by, str): spans = [(a + x, a + y) for a, b in documents for x, y in _spans_of(text[a:b], by, size)]
     else: spans = _own(text, by)
     if not spans: raise ValueError("there are no sources: give at least one span of the context")
     of = tuple(bisect_right([a for a, _ in documents], a) - 1 for a, _ in spans)
     return Sources(text, tuple(spans), by if isinstance(by, str) else "own spans", of)
+
+
+def _several(documents: Sequence[tuple[int, int]], size: int) -> list[tuple[int, int]]:
+    """So many documents as one span; the last may have fewer."""
+    return [(documents[i][0], documents[i : i + size][-1][1]) for i in range(0, len(documents), size)]
 
 # %% ../../nbs/probes/06_sources.ipynb #46dfa98a
 def token_owners(

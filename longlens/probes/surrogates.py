@@ -6,6 +6,9 @@
 from __future__ import annotations
 
 import importlib
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,8 +19,8 @@ from .answers import Interval
 from .perturbation import TRACERS, TraceCost, TraceJob, Tracer, TraceScores, planned_cost
 
 # %% auto #0
-__all__ = ['ablation_masks', 'extra_module', 'Surrogate', 'fit_surrogate', 'linear_datamodelling_score', 'surrogate_errors',
-           'ContextCite']
+__all__ = ['LASSO_STEPS', 'ablation_masks', 'extra_module', 'Surrogate', 'unsettled_fits', 'said_unsettled', 'fit_surrogate',
+           'linear_datamodelling_score', 'surrogate_errors', 'ContextCite']
 
 # %% ../../nbs/probes/06d_surrogates.ipynb #ac7310ed
 def ablation_masks(
@@ -50,6 +53,31 @@ class Surrogate(NamedTuple):
     def predict(self, masks: np.ndarray) -> np.ndarray:  # (count, n) -> (count,)
         return masks @ self.weights + self.bias
 
+# %% ../../nbs/probes/06d_surrogates.ipynb #7ba9b939
+LASSO_STEPS = 10_000  # of a fit, at most
+
+
+@contextmanager
+def unsettled_fits() -> Iterator[list[str]]:
+    """Warnings of scikit-learn, which need not be there, that a fit has not settled, in a list afterwards; others are passed on."""
+    said: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield said
+    for w in caught:
+        if w.category.__name__ == "ConvergenceWarning": said.append(str(w.message))
+        else: warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+
+
+def said_unsettled(
+    fits: Sequence[str],  # what `unsettled_fits` gave
+    of: int,  # how many fits there were
+) -> tuple[str, ...]:
+    """What to say of them."""
+    if not fits: return ()
+    return (f"{len(fits):,} of {of:,} fits of the surrogate stopped after {LASSO_STEPS:,} steps, before they had settled: its scores or "
+            "their errors may be off; more subsets or larger sources (size=, by=) make it easier",)
+
 # %% ../../nbs/probes/06d_surrogates.ipynb #2a0de902
 def fit_surrogate(
     masks: np.ndarray,  # which sources each ablation keeps, (count, n), bool
@@ -62,7 +90,7 @@ def fit_surrogate(
     x, y = np.asarray(masks, float), np.asarray(values, float)
     if not np.isfinite(y).all(): raise ValueError(f"{(~np.isfinite(y)).sum()} of {len(y)} values are not finite: no line fits them")
     scaler = scaling.StandardScaler().fit(x)
-    lasso = linear.Lasso(alpha=alpha, random_state=0).fit(scaler.transform(x), y / tokens)
+    lasso = linear.Lasso(alpha=alpha, max_iter=LASSO_STEPS, random_state=0).fit(scaler.transform(x), y / tokens)
     weights = lasso.coef_ / scaler.scale_ + 0.0  # no -0
     return Surrogate(weights * tokens, float(lasso.intercept_ - scaler.mean_ @ weights) * tokens)
 
@@ -126,10 +154,11 @@ class ContextCite(Tracer):
         masks, k = self.masks(job), self.ablations
         tokens = len(job.prompt.traced) if job.prompt else 1
         true = getattr(job.scorer, "logit_sums", job.scorer)(masks)
-        fitted = fit_surrogate(masks[:k], true[:k], tokens, self.alpha)
-        errors = surrogate_errors(masks[:k], true[:k], tokens, self.alpha, self.draws, job.seed)
-        frames = _ablation_frames(masks, true, fitted, k, job.seed)
-        return TraceScores(fitted.weights, errors, frames, _said_fit(fitted, frames["fidelity"].row(0, named=True)))
+        with unsettled_fits() as late:
+            fitted = fit_surrogate(masks[:k], true[:k], tokens, self.alpha)
+            errors = surrogate_errors(masks[:k], true[:k], tokens, self.alpha, self.draws, job.seed)
+        frames, late_fits = _ablation_frames(masks, true, fitted, k, job.seed), said_unsettled(late, self.draws + 1)
+        return TraceScores(fitted.weights, errors, frames, (*_said_fit(fitted, frames["fidelity"].row(0, named=True)), *late_fits))
 
 
 TRACERS["contextcite"] = ContextCite()

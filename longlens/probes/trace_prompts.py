@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..forward import TokenIds, Tokens, _check_length
 from ..pieces import Context, Piece, _solid, compose
 from ..prefix import _cut, _stops
-from .sources import Sources, TracePrompt, _spans_of, cut_context, placed
+from .sources import Sources, TracePrompt, _checked_size, _spans_of, cut_context, placed
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'KINDS', 'trace_prompt', 'ready_prompt']
@@ -37,13 +37,18 @@ def _lead(question: str) -> str:
     return ""
 
 # %% ../../nbs/probes/06_trace_prompts.ipynb #05690818
-def _template(lm: Any, template: str | None) -> str:
+def _template(lm: Any, template: str | None, question: str) -> str:
     """The template that is meant."""
     name = template or ("needle" if lm.name == "needle-lm" else "raw")
     found = TEMPLATES.get(name, name)
     if found.count("{context}") != 1:
         raise ValueError(f"a template has {{context}} once, and {found[:60]!r} has it {found.count('{context}')} times: write your own, or "
                          f"take one of {', '.join(TEMPLATES)}")
+    if not isinstance(question, str):
+        raise TypeError(f"the question is a text, and this is a {type(question).__name__}: '' where nothing is asked")
+    if question.strip() and "{question}" not in found:
+        raise ValueError(f"the template {found[:60]!r} has no {{question}}, so {question[:60]!r} would not be asked: put it in, or "
+                         "leave the question out")
     return found
 
 # %% ../../nbs/probes/06_trace_prompts.ipynb #04537bb6
@@ -91,6 +96,8 @@ def _answered(lm: Any, prompt: Tokens, answer: str | Tokens | TokenIds, chat: bo
     """An answer that is given, as it goes on from the prompt."""
     if isinstance(answer, (list, tuple)) and any(isinstance(t, str) for t in answer):
         raise TypeError(f"an answer is a text or token ids, and this is a list of texts, {answer!r:.60}: join them, or trace each alone")
+    if isinstance(answer, (bytes, Mapping)) or not hasattr(answer, "__len__"):
+        raise TypeError(f"an answer is a text or token ids, and this is a {type(answer).__name__}, {answer!r:.40}")
     if not isinstance(answer, str): return _spoken(lm, lm.tokens(answer, add_special_tokens=False, allow_longer=True).ids)
     if not answer.strip(): raise ValueError("the answer is empty: give a text that the model said, or None to let it answer")
     glued = prompt.text and not prompt.text[-1].isspace() and not answer[0].isspace()
@@ -107,7 +114,13 @@ def _spaced(char: str) -> bool:
 def _plain_sources(context: Any, by: Any, size: int | None, sep: str = "") -> Sources:
     """The sources of a context in one of the ways of `cut_context`, or marked to become tokens."""
     if not (isinstance(by, str) and by == "tokens"): return cut_context(context, by, size, sep)
-    return replace(cut_context(context, "documents", size, sep), by="tokens")
+    _one_token(size)
+    return replace(cut_context(context, "documents", None, sep), by="tokens")
+
+
+def _one_token(size: int | None) -> None:
+    if size in (None, 1): return
+    raise ValueError(f"size is {size!r}, and by='tokens' makes a source of each token: leave size out, or cut by words")
 
 # %% ../../nbs/probes/06_trace_prompts.ipynb #4247bbae
 def trace_prompt(
@@ -132,7 +145,7 @@ def trace_prompt(
     """A context and a question as a prompt, cut into sources, with the answer."""
     tiny = lm.name == "needle-lm"
     sources = _plain_sources(context, by, size, sep)
-    found = _template(lm, template)
+    found = _template(lm, template, question)
     prefix = (_lead(question) if tiny and template is None else "") if answer_prefix is None else answer_prefix
     tokens, at = _composed(lm, sources, question, found, prefix, special, chat=chat, system=system, allow_longer=allow_longer)
     return _finished(lm, tokens, at, sources, answer, answer_span, max_new_tokens, stop, allow_longer, question=question, chat=bool(chat),
@@ -189,9 +202,10 @@ def _known_parts(ctx: Context, by: Any, span: Sequence[int] | None) -> tuple[str
 def _of_parts(text: str, parts: Sequence[tuple[int, int]], kind: str, by: str, size: int | None) -> Sources:
     """The parts of a context as its sources, `size` at a time, or what each of them is cut into."""
     if by == kind:
-        if size is not None and size < 1: raise ValueError(f"size is {size}: a source has one of the {kind} or more")
-        first = range(0, len(parts), size or 1)
-        return Sources(text, tuple((parts[i][0], parts[i : i + (size or 1)][-1][1]) for i in first), by, tuple(first))
+        size = _checked_size(1 if size is None else size, kind)
+        first = range(0, len(parts), size)
+        return Sources(text, tuple((parts[i][0], parts[i : i + size][-1][1]) for i in first), by, tuple(first))
+    if by == "tokens": _one_token(size)
     cut = [(i, (a + x, a + y)) for i, (a, b) in enumerate(parts)
            for x, y in ([(0, b - a)] if by == "tokens" else _spans_of(text[a:b], by, size))]
     return Sources(text, tuple(s for _, s in cut), by, tuple(i for i, _ in cut))

@@ -28,7 +28,7 @@ from .trace_prompts import ready_prompt, trace_prompt
 from .trace_report import Trace, make_trace
 
 # %% auto #0
-__all__ = ['METHOD_MODULES', 'LARGE_COST', 'load_methods', 'check_needs', 'LargeTrace', 'say_large', 'run_tracer',
+__all__ = ['METHOD_MODULES', 'LARGE_COST', 'PUT', 'load_methods', 'check_needs', 'LargeTrace', 'say_large', 'run_tracer',
            'trace_context']
 
 # %% ../../nbs/probes/06i_traceback.ipynb #cfd46d3a
@@ -125,6 +125,25 @@ def _traced_prompt(lm: Any, context: Any, question: str, answer: Any, span: Any,
     if isinstance(context, Context) or span is not None: return ready_prompt(lm, context, span, answer, **said)
     return trace_prompt(lm, context, question, answer, **said, **put)
 
+# %% ../../nbs/probes/06i_traceback.ipynb #dd6e9eb6
+PUT = ("question", "sep", "template", "answer_prefix", "chat", "system")  # how a context becomes a prompt
+
+
+def _check_given(
+    context: Any,
+    given: dict[str, Any],  # what was asked for, by name
+) -> None:
+    """Raise if something is asked for that a prompt which is ready cannot be given any more."""
+    whole, ctx = isinstance(context, TracePrompt), isinstance(context, Context)
+    if not (whole or ctx or given["span"] is not None): return
+    fixed = [name for name in given if name != "allow_longer"] if whole else [*PUT, *["special"] * ctx]
+    same = {"sep": "\n\n", "question": getattr(context, "question", "")}  # what changes nothing
+    why = "this prompt has its question, its sources and its answer" if whole else "the whole prompt is given, with its question in it"
+    for name in fixed:
+        value = given[name]
+        if value is None or value is False or (isinstance(value, str) and value in ("", same.get(name, ""))): continue
+        raise TypeError(f"{name} is {value!r:.60}, and {why}: leave {name} out, or give the context as a text or documents")
+
 # %% ../../nbs/probes/06i_traceback.ipynb #9771bfcb
 def trace_context(
     model: Any,  # a LongModel, or whatever `load` takes
@@ -167,6 +186,7 @@ def trace_context(
     said: dict[str, Any] = dict(by=by, size=size, answer_span=answer_span, allow_longer=allow_longer)
     said |= dict(special=special, max_new_tokens=max_new_tokens, stop=stop)
     put: dict[str, Any] = dict(sep=sep, template=template, answer_prefix=answer_prefix, chat=chat, system=system)
+    _check_given(context, {"question": question, "answer": answer, "span": span, **said, **put})
     with longer(lm, allow_longer):
         prompt = _traced_prompt(lm, context, question, answer, span, said, put)
         job = TraceJob(lm, prompt, seed=seed, heads=heads, batch_size=batch_size, max_memory=max_memory, out=out, progress=progress)

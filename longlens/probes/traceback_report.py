@@ -57,7 +57,7 @@ class TracebackReport(Report):
 
     def findings(self) -> list[str]:
         """What was found, a sentence each"""
-        return [s for s in (_said_kept(self), *_said_best(self), *_said_failed(self)) if s]
+        return [s for s in (_said_kept(self), _said_before(self), *_said_best(self), *_said_failed(self)) if s]
 
     def sections(self) -> list[Any]:
         """The report as a page shows it"""
@@ -89,7 +89,7 @@ def _ceiling(best: float) -> str: return "" if best > 0.995 else f", and no meth
 
 
 AFTER_EXPLAINED = ("The model is asked again without the sources that a method took. If they were the cause, it no longer says what it was "
-                   "made to say: the lower, the better. Before, it said so in every case.")
+                   "made to say: the lower, the better. Before, it said so in each of these cases; of all cases, the first findings tell.")
 
 
 def _after_section(r: TracebackReport) -> Any:
@@ -131,6 +131,14 @@ def _said_best(r: TracebackReport) -> list[str]:
                              f"{x['forward_tokens']:,.0f} tokens")
     if worst["f1"] < best["f1"]: out.append(f"{_they_find(last)} least: F1 {_range(worst)}")
     return [*out, _said_after(best)]
+
+# %% ../../nbs/probes/06m_traceback_report.ipynb #26e1a34e
+def _said_before(r: TracebackReport) -> str:
+    f = r.frames["cases"]
+    if "says_target" not in f.columns: return ""
+    mean, low, high = (100 * x for x in case_interval(f["says_target"].cast(pl.Float64)))
+    return (f"with everything there the model says the target in {f['says_target'].sum()} of all {len(f)} cases, {mean:.0f} % "
+            f"({low:.0f} to {high:.0f} %)")
 
 # %% ../../nbs/probes/06m_traceback_report.ipynb #ea6659ab
 def _said_after(best: dict[str, Any]) -> str:

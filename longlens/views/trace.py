@@ -15,7 +15,7 @@ import altair as alt
 import numpy as np
 import polars as pl
 
-from ..probes.trace_report import said_probability
+from ..probes.trace_report import Trace, said_probability
 from ..report import Report
 from .charts import COLOURS, FONT, PAD, WIDTH, ChartError, _axis, _data, _powers, _shown, _tips, _titled, drawable, label
 from .page import Section, write_page
@@ -23,7 +23,8 @@ from .text import visible
 from .tokens import Shade, TextData, TokenView, _quantity, _u32, utf16_at
 
 # %% auto #0
-__all__ = ['Spans', 'READING', 'Box', 'trace_data', 'trace_view', 'trace_section', 'TracePage', 'trace_page', 'cost_chart']
+__all__ = ['Spans', 'READING', 'Box', 'trace_data', 'trace_view', 'trace_section', 'TracePage', 'trace_page', 'spans_page',
+           'cost_chart']
 
 # %% ../../nbs/views/04_trace_view.ipynb #c95a44d8
 def _source_table(context: str, sources: pl.DataFrame) -> pl.DataFrame:    # in the order of the text
@@ -179,6 +180,31 @@ def trace_page(
     page = TracePage({"sources": table}, {**(meta or {})})
     page.section = trace_section(context, sources, question, answer, **more)
     return write_page(page, path, question or None, overwrite)
+
+# %% ../../nbs/views/04_trace_view.ipynb #9ca6f6ca
+def spans_page(
+    path: str | Path,             # the file; its folder exists
+    traces: Sequence[Trace],      # of one prompt and answer, by one method, each of a part of the answer
+    overwrite: bool = False,      # may a file be replaced?
+    **more: Any,                  # title, text, height, top: see `trace_section`
+) -> Path:                        # the file
+    "Write the sources of several parts of an answer as one HTML file"
+    if not traces: raise ValueError("there are no traces: give one or more, each of a part of the answer (answer_span=)")
+    first, answers = traces[0], [t.frames["answer"] for t in traces]
+    for i, t in enumerate(traces):
+        same = t.context == first.context and answers[i].select("start", "end", "text").equals(answers[0].select("start", "end", "text"))
+        if not same or t.meta["method"] != first.meta["method"]:
+            raise ValueError(f"trace {i} has another context, answer or method than trace 0: trace parts of one answer, in one way")
+    tables = {_part_of(a): t.frames["sources"] for a, t in zip(answers, traces, strict=True)}
+    if len(tables) < len(traces): raise ValueError(f"{len(traces) - len(tables)} of the traces is of a part that another one has")
+    words = answers[0].select(token="text", logprob=pl.coalesce(*(a["logprob"] for a in answers)))
+    return trace_page(path, first.context, tables, first.meta["question"], words, first.meta, overwrite, **more)
+
+
+def _part_of(answer: pl.DataFrame) -> tuple[int, int]:    # tokens of the answer
+    "The part that was traced"
+    at = answer.with_row_index("i").filter("traced")["i"]
+    return int(at[0]), int(at[-1]) + 1
 
 # %% ../../nbs/views/04_trace_view.ipynb #c7305665
 Box = tuple[float, float, float, float]    # left, right, top, bottom, in pixels
