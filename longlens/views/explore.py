@@ -284,7 +284,9 @@ def _work(self: App, progress: Progress, job: Callable[[Progress], Any], then: C
         then(result)
         self.error.value = ""
         self.tell(f"{self.what}: done in {time.perf_counter() - start:.1f} s")
-    except Cancelled: self.tell(f"{self.what}: cancelled, and nothing was changed")
+    except Cancelled:
+        self.error.value = ""    # of what was asked meanwhile, and had to wait
+        self.tell(f"{self.what}: cancelled, and nothing was changed")
     except Exception as e: self.fail(e)
     finally:
         self.thread = None

@@ -35,7 +35,9 @@ QUANTITIES: dict[str, tuple[str, str, str]] = {    # column -> name, unit, what 
     "copy_score": ("copy score", "share", "How many of the needle's tokens it copies at least once."),
     "induction": ("induction", "share", "Attention on the token after the last occurrence, in repeated random tokens."),
     "previous_token": ("previous token", "share", "Attention on the token before, in random tokens."),
-    "entropy_norm": ("entropy", "share of uniform", "0: every query looks at one token. 1: at all of them alike."),
+    "entropy_norm": ("entropy, as a share", "share of uniform", "0: every query looks at one token. 1: at all of them alike."),
+    "entropy": ("entropy", "nats", "Of a query's attention, averaged over all queries: 0 where each looks at one token."),
+    "learned_sink": ("learned sink", "share", "What goes to the sink that the model has learned beside its tokens, and so to no token."),
     "support": ("effective support", "tokens", "How many tokens a query would attend to, if it shared its attention equally among them."),
     "mean_distance": ("mean distance", "tokens", "How far back it looks, on average."),
     "qr_score": ("QR score", "", "Attention that the query's tokens give to the right document, calibrated (QRHead)."),
@@ -54,6 +56,7 @@ def quantities(
     "The columns that a map can show, those that are known first"
     able = [c for c, t in heads.schema.items() if (t.is_numeric() or t == pl.Boolean) and c not in HIDDEN_COLUMNS]
     able = [c for c in able if heads[c].cast(pl.Float64).is_finite().any()]
+    able = [c for c in able if c != "learned_sink" or heads[c].max() > 0]    # few models have one
     known = [c for c in QUANTITIES if c in able]
     others = [c for c in able if c not in QUANTITIES]
     return {QUANTITIES[c][0] if c in QUANTITIES else c.replace("_", " "): c for c in [*known, *others]}
@@ -88,7 +91,7 @@ def position_chart(
         some = rows.transform_filter(f"datum.{c} > 0").transform_calculate(series=f"'{name}'")
         some = some.mark_line(strokeWidth=width, tooltip=None, aria=False)
         return some.encode(x=x("at" if c == "top" else "first"), y=y(c), color=colour)
-    spans = alt.Chart(alt.NamedData("spans")).mark_rect(opacity=.22, color=COLOURS[4]).encode(
+    spans = alt.Chart(alt.NamedData("spans")).mark_rect(opacity=.22, color=COLOURS[4], clip=True).encode(
         x=x("start"), x2="stop:Q", tooltip=_tips(("span", "nominal", "span"), ("where", "nominal", "positions")))
     tips = _tips(("where", "nominal", "positions"), ("token", "nominal", "strongest token"), ("at", "quantitative", "at"),
                  ("top", "quantitative", "its share"), ("mean", "quantitative", "mean share"))

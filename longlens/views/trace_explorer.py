@@ -34,7 +34,7 @@ from .text import visible
 from .trace import trace_view
 
 # %% auto #0
-__all__ = ['Span', 'TRACED', 'trace_span', 'asked_without', 'prompt_of', 'usable', 'TraceExplorer', 'token_scores',
+__all__ = ['Span', 'TRACED', 'trace_span', 'asked_without', 'prompt_of', 'usable', 'TraceExplorer', 'how_to_read', 'token_scores',
            'without_html', 'explore_trace']
 
 # %% ../../nbs/views/05d_trace_explorer.ipynb #bfd0e92e
@@ -142,11 +142,20 @@ class TraceExplorer(Explorer):
 
 # %% ../../nbs/views/05d_trace_explorer.ipynb #e8847775
 TRACED = {    # how to read it
-    "view": "The context, each source shaded by how much the answer owes to it. A click on a row below the text shows that source; a "
+    "view": "The context, each source shaded by its score{unit}{says}. A click on a row below the text shows that source; a "
             "span of the answer that was traced can be clicked above it.",
     "list": "The sources with the highest scores: number, from 0, score, and beginning. Take some away and ask again: an answer that "
-            "stands without them was not made by them.",
+            "falls without them came from them. One that stands did not need them, or others say the same: take those away too.",
+    "alone": "Taking some away and asking again needs the model: trace.widget(model=...).",
 }
+
+
+def how_to_read(
+    r: Trace,                # whose method says what its scores are
+) -> str:
+    "What the shades of a trace mean"
+    unit, says = r.meta["unit"], r.meta.get("says", "")
+    return TRACED["view"].format(unit=f" in {unit}" if unit.startswith("nats") else "", says=f": {says}" if says else "")
 
 
 @patch
@@ -155,8 +164,10 @@ def _laid_out(self: TraceExplorer) -> list[Any]:
     more = [self.method, self.go] if self.model is not None else []
     ask = [classed(HBox([self.ask, self.back]), "lx-bar")] if self.model is not None else []
     pick = [classed(HBox([self.span, *more]), "lx-bar", "lx-sliders"), self.quote]
-    left = picture("Where the answer comes from", self.found, TRACED["view"], classes=["lx-main"])
-    right = picture("What if they were not there", VBox([self.list, *ask, self.result]), TRACED["list"], classes=["lx-side"])
+    left = picture("Where the answer comes from", self.found, how_to_read(self.report), classes=["lx-main"])
+    self.reads = left.children[-1]    # follows the method
+    alone = [] if self.model is not None else [told(f'<p class="lx-says">{say(TRACED["alone"])}</p>')]
+    right = picture("What if they were not there", VBox([self.list, *ask, *alone, self.result]), TRACED["list"], classes=["lx-side"])
     return [*pick, classed(HBox([left, right]), "lx-row")]
 
 # %% ../../nbs/views/05d_trace_explorer.ipynb #32088565
@@ -202,7 +213,7 @@ def _show(self: TraceExplorer, span: Span) -> None:
     question = self.report.meta["question"].removeprefix("Question:").strip()
     height = min(360, 90 + len(self.report.context) // 5)    # pixels
     self.view = trace_view(self.report.context, tables, question, answer, height=height, top=6)
-    self.found.children = [self.view]
+    self.found.children, self.reads.value = [self.view], f'<p class="lx-says">{say(how_to_read(self.report))}</p>'
     if self._now() != span: self.span.value = (span[0], span[1] - 1)
     self._listed()
     if self.prompt is not None: self.scores = token_scores(self.prompt, self.report.frames["sources"])

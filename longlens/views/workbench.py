@@ -14,6 +14,7 @@ import polars as pl
 from fastcore.basics import patch
 from ipywidgets import Dropdown, Layout
 
+from ..probes.trace_metrics import reply_limits
 from ..probes.trace_prompts import ready_prompt
 from ..probes.trace_report import Trace
 from ..report import Report, load_report
@@ -141,7 +142,10 @@ def _asked(live: Any, by: str) -> Any:
     "The text as a prompt with the answer that was asked about; else the model's, or the right one, where the model says nothing"
     ctx = live.context
     answer = ctx.completion if ctx and (ctx.kind == "asked" or not live.silenced[()]["said"]) else None
-    return ready_prompt(live.lm, live.context or live.tokens.text, answer=answer or None, by=by)
+    lm = live.lm
+    room = None if lm.max_length is None else max(1, lm.max_length - len(ctx.tokens if ctx else live.tokens))
+    most = room if room is not None and room < reply_limits(lm)[0] else None    # near the model's length an answer may be cut
+    return ready_prompt(lm, ctx or live.tokens.text, answer=answer or None, by=by, max_new_tokens=most)
 
 
 def _again(r: Reading, found: Trace) -> Any:
@@ -275,10 +279,10 @@ def explore(
     "Open the whole workbench on one input"
     from longlens.encoders import load_encoder
     from longlens.models import load
-    enc = None if encoder is None else load_encoder(encoder)
+    lm, enc = load(model), None if encoder is None else load_encoder(encoder)
     if question or answer:
         if not isinstance(text, str): raise TypeError(f"a question is asked about a text, and this is a {type(text).__name__}")
-        return explore_reading(read_asked(load(model), text, question, answer), None, enc)
-    if not isinstance(text, Path): return explore_reading(read_text(model, text), None, enc)
+        return explore_reading(read_asked(lm, text, question, answer), lm, enc)
+    if not isinstance(text, Path): return explore_reading(read_text(lm, text), lm, enc)
     report = load_report(text, Reading)
-    return explore_reading(report, load(model), enc, read_parts(text, report))
+    return explore_reading(report, lm, enc, read_parts(text, report))
