@@ -294,10 +294,28 @@ def test_views_are_kept_and_errors_are_shown(page: Any, app: Any) -> None:
     work.get_by_role("button", name="Load").click()
     says(work, "read from")
     expect(work.locator(".lx-head h4")).to_have_text("Layer 4, head 5")
+    tabs = work.locator(".lx-tabs").get_by_role("button").all_inner_texts()
+    assert tabs == ["Heads", "Text", "Trace", "Needle"]    # all that need the model are still there
+    expect(work.get_by_role("button", name="Silence this head")).to_be_enabled()
+    expect(work.locator(".lx-asking")).to_be_visible()
     folder.fill("<i>nothing</i>")
     folder.press("Enter")
     work.get_by_role("button", name="Load").click()
     expect(work.get_by_role("alert")).to_contain_text("<i>nothing</i> is not a report")
+
+
+def test_a_narrower_window_cuts_nothing_off(page: Any, app: Any) -> None:
+    work, wide = app("work"), "(app) => [app.scrollWidth - app.clientWidth, app.clientWidth]"
+    tab(work, "Heads")
+    for width in (1400, 1000, 800, 1400, 900):
+        page.set_viewport_size({"width": width, "height": 1100})
+        page.wait_for_timeout(800)
+        more, has = page.evaluate(wide, work.element_handle())
+        assert more <= 1, f"{more} pixels of {has} are cut off in a window of {width}"
+        charts = work.locator(".lx-chart svg.marks")
+        assert all(b["width"] <= has for b in (charts.nth(i).bounding_box() for i in range(charts.count())) if b)
+        if width != 1400: keep_picture(page, work, f"heads-{width}")
+    page.set_viewport_size({"width": 1400, "height": 1100})
 
 
 def test_dark_is_dark(page: Any, app: Any) -> None:
