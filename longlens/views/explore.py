@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from threading import RLock, Thread, get_ident
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -384,4 +385,9 @@ def open_explorer(
         if type(report).chart is Report.chart and not hasattr(report, "sections"): return report.chart()    # an error that says what to do
         found = "longlens.views.sections.explore_sections"
     module, name = found.rsplit(".", 1)
-    return getattr(import_module(module), name)(report, **how)
+    make = getattr(import_module(module), name)
+    if odd := [k for k in how if k not in list(signature(make).parameters)[1:]]:
+        takes = ", ".join(f"{k}=" for k in list(signature(make).parameters)[1:]) or "nothing"
+        raise TypeError(f"the explorer of a {type(report).__name__} takes {takes}, and not {odd[0]}=. To ask a model more about a text, "
+                        "and to silence heads, open it: longlens.explore(model, text)")
+    return make(report, **how)

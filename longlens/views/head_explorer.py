@@ -23,7 +23,7 @@ from .reading import RULES, Rule
 from .sections import SectionsExplorer
 
 # %% auto #0
-__all__ = ['NO_KIND', 'Choice', 'HeadExplorer', 'head_html', 'explore_sinks', 'explore_heads']
+__all__ = ['NO_KIND', 'Choice', 'highest', 'HeadExplorer', 'head_html', 'explore_sinks', 'explore_heads']
 
 # %% ../../nbs/views/05a_head_explorer.ipynb #55596b62
 class Choice(traitlets.HasTraits):
@@ -31,6 +31,15 @@ class Choice(traitlets.HasTraits):
     head = traitlets.Tuple((0, 0))             # (layer, head)
     token = traitlets.Int(0)                   # position
     silenced = traitlets.Tuple(())             # (layer, head) that are silenced
+
+# %% ../../nbs/views/05a_head_explorer.ipynb #7c940ca1
+def highest(
+    heads: pl.DataFrame,    # one row a head: layer, head, and numbers
+    column: str,            # one of them
+) -> tuple[int, int]:       # layer, head
+    "The head that is shown first"
+    if column not in heads.columns: return (0, 0)
+    return heads.sort(pl.col(column).fill_nan(None), descending=True, nulls_last=True).select("layer", "head").row(0)
 
 # %% ../../nbs/views/05a_head_explorer.ipynb #518b49a3
 class HeadExplorer(Explorer):
@@ -46,7 +55,8 @@ class HeadExplorer(Explorer):
         first: str = "",                    # the column that is shown first
         choice: Choice | None = None,       # shared with other tabs
     ):
-        self.report, self.heads, self.panels, self.choice = report, heads.sort("layer", "head"), panels, choice or Choice()
+        self.report, self.heads, self.panels = report, heads.sort("layer", "head"), panels
+        self.choice = choice or Choice(head=highest(heads, first))
         self.rules = [r for r in rules if r.column in heads.columns]
         menu = quantities(self.heads)
         self.quantity = Dropdown(options=menu, value=first if first in menu.values() else next(iter(menu.values())),

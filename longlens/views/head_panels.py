@@ -82,7 +82,7 @@ def position_chart(
     "Attention along the text: over the data profile (first, end, mean, top, at, where) and spans (span, start, stop)"
     axis = _axis(title="position (tokens)", format=",d", tickMinStep=1, tickCount=8)
     x = lambda c: alt.X(c, type="quantitative", scale=alt.Scale(domain=[0, max(1, n - 1)], nice=False, padding=PAD), axis=axis)
-    y = lambda c: alt.Y(c, type="quantitative", axis=_axis(title="share of attention", tickCount=4, format="~g"),
+    y = lambda c: alt.Y(c, type="quantitative", axis=_axis(title="share of attention", tickCount=4, format=".3~g"),
                         scale=alt.Scale(type="log", clamp=True, nice=False))
     named = alt.Scale(domain=["highest of a stretch", "mean"], range=[COLOURS[1], COLOURS[0]])
     colour = alt.Color("series:N", scale=named, legend=_legend(title=None, orient="top", direction="horizontal", offset=2))
@@ -104,13 +104,13 @@ def band_chart() -> alt.Chart:
     tips = _tips(("band", "nominal", "tokens back"), ("mass", "quantitative", "share of attention"))
     return _filling(alt.Chart(alt.NamedData("bands")).mark_bar(color=COLOURS[0]).encode(
         x=alt.X("band:N", sort=None, axis=_axis(title="tokens back", labelAngle=-40, labelOverlap=False)),
-        y=alt.Y("mass:Q", axis=_axis(title="share of attention", tickCount=4, format="~g")), tooltip=tips), 170)
+        y=alt.Y("mass:Q", axis=_axis(title="share of attention", tickCount=4, format=".3~g")), tooltip=tips), 170)
 
 
 def row_chart() -> alt.Chart:
     "What one token attends to most: over the data row (label, weight, position, token)"
     tips = _tips(("token", "nominal", "token"), ("position", "quantitative", "position"), ("weight", "quantitative", "weight"))
-    x = alt.X("weight:Q", axis=_axis(title="share of attention", tickCount=4, format="~g"), scale=alt.Scale(domainMin=0))
+    x = alt.X("weight:Q", axis=_axis(title="share of attention", tickCount=4, format=".3~g"), scale=alt.Scale(domainMin=0))
     return _filling(alt.Chart(alt.NamedData("row")).mark_bar(color=COLOURS[2]).encode(
         y=alt.Y("label:N", sort=None, axis=_axis(title=None, labelLimit=190, ticks=False, domain=False)),
         x=x, tooltip=tips), 220)
@@ -194,7 +194,7 @@ def depth_chart(
                  ("score", "quantitative", "retrieval score"))
     axis = _axis(title="context length (tokens)", labelAngle=0, format=",d")
     x = alt.X("context_length:O", scale=alt.Scale(domain=list(lengths)), axis=axis)
-    y = alt.Y("depth_percent:O", scale=alt.Scale(domain=list(depths)), axis=_axis(title="depth (%)", format="~g"))
+    y = alt.Y("depth_percent:O", scale=alt.Scale(domain=list(depths)), axis=_axis(title="depth (%)", format=".3~g"))
     colour = alt.Color("score:Q", scale=alt.Scale(scheme="viridis", domainMin=0), legend=_legend(title="retrieval score"))
     cells = alt.Chart(alt.NamedData("cells")).mark_rect(tooltip=True)
     return _filling(cells.encode(x=x, y=y, color=colour, tooltip=tips), max(120, 20 * len(depths)))
@@ -208,7 +208,7 @@ def curve_chart(
     axis = _axis(title="context length (tokens)", format=",~g", tickCount=6)
     return _filling(alt.Chart(alt.NamedData("curve")).mark_line(point=True, color=COLOURS[0]).encode(
         x=alt.X("context_length:Q", scale=alt.Scale(type="log", nice=False), axis=axis),
-        y=alt.Y("value:Q", scale=alt.Scale(domainMin=0), axis=_axis(title=title, tickCount=5, format="~g")), tooltip=tips), 150)
+        y=alt.Y("value:Q", scale=alt.Scale(domainMin=0), axis=_axis(title=title, tickCount=5, format=".3~g")), tooltip=tips), 150)
 
 # %% ../../nbs/views/04b_head_panels.ipynb #296b1be9
 def retrieval_panels(r: Any) -> list[Panel]:    # of a HeadReport

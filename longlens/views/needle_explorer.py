@@ -114,7 +114,7 @@ def place_chart(
     for i, c in enumerate(columns):
         last = i == len(columns) - 1
         y = alt.Y(f"{c}:Q", scale=alt.Scale(domain=[0, 1]) if c != "attention" else alt.Scale(domainMin=0),
-                  axis=_axis(title=c, tickCount=3, format="~g"))
+                  axis=_axis(title=c, tickCount=3, format=".3~g"))
         line = rows.transform_filter("!datum.asked").mark_line(color=COLOURS[i], strokeWidth=2, tooltip=None).encode(x=x(last), y=y)
         dots = rows.mark_point(filled=True, size=60, opacity=1, color=COLOURS[i]).encode(
             x=x(last), y=y, tooltip=tips, shape=alt.condition("datum.asked", alt.value("diamond"), alt.value("circle")))
@@ -143,7 +143,7 @@ def documents_chart(
     tips = _tips(("document", "quantitative", what), ("mass", "quantitative", "attention, mean of all heads"))
     colour = alt.condition("datum.right", alt.value(COLOURS[1]), alt.value(COLOURS[0]))
     x = alt.X("document:O", axis=_axis(title=f"{what}, from 0", labelAngle=0))
-    y = alt.Y("mass:Q", axis=_axis(title="attention", tickCount=4, format="~g"))
+    y = alt.Y("mass:Q", axis=_axis(title="attention", tickCount=4, format=".3~g"))
     bars = alt.Chart(alt.NamedData("documents")).mark_bar().encode(x=x, y=y, color=colour, tooltip=tips)
     return bars.properties(width="container", height=140)
 
