@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import copy
 import json
-import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,7 +35,6 @@ from longlens.probes.perturbation import (
     Tracer,
     TraceScores,
     chain_masks,
-    counted,
     find_tracer,
     informed_search,
     marginals,
@@ -663,35 +661,6 @@ def test_a_method_of_ones_own(lm: ll.LongModel) -> None:
     f = t.frames["sources"]
     assert f["score"].to_list() == [float(n) ** 2 for n in f["tokens"]] and t.meta["settings"] == {"power": 2.0}
     assert ll.trace_context(lm, DOCUMENTS, ASK, method=Longest()).meta["method"] == "Longest"
-
-
-def uneven_text(seed: int) -> str:
-    "Paragraphs of one long sentence, of many that are short and alike, and of some that differ"
-    r = random.Random(seed)
-    words = lambda n: " ".join(r.choice("a river stone glass is the word".split()) for _ in range(n)).capitalize() + "."
-    kinds = lambda: [[words(r.randint(40, 120))], ["So it."] * r.randint(5, 40), [words(r.randint(2, 12)) for _ in range(r.randint(1, 12))]]
-    paragraphs = [" ".join(r.choice(kinds())) for _ in range(r.randint(2, 6))]
-    return "\n\n".join([*paragraphs[:1], "The code for Eve is stone.", *paragraphs[1:]])
-
-
-@pytest.mark.parametrize("inner", ["loo", "shapley", "attntrace", "contextcite", "tracllm"])
-@pytest.mark.parametrize("seed", range(4))
-def test_coarse_to_fine_takes_no_more_than_it_says(lm: ll.LongModel, inner: str, seed: int) -> None:
-    "Whichever sources win, with parts of very different sizes"
-    p = trace_prompt(lm, uneven_text(seed), "What is the code for Eve?", " stone", by="paragraphs")
-    job = TraceJob(lm, p, seed=seed)
-    tracer = CoarseToFine(inner, levels=[("sentences", "tokens"), ("sentences",), ("tokens",), ("words",)][seed], keep=1 + seed % 3)
-    most, spent = tracer.cost(job), counted(tracer, job)[1]
-    assert most.evaluations >= spent.evaluations > 0 and most.tokens >= spent.tokens
-
-
-def test_a_level_on_which_nothing_stands_out_says_so(lm: ll.LongModel) -> None:
-    "Two sentences say the same, so none is missed when it is left out"
-    text = "The code for Eve is stone. The river is long. The code for Eve is stone. Glass was here.\n\nNothing was said of it."
-    t = ll.trace_context(lm, text, "What is the code for Eve?", " stone", method="coarse_to_fine", levels="sentences")
-    last = t.findings()
-    assert any("sentences in the best of those, none stands out: without any one of the sources" in x for x in last), last
-    assert not any(x.startswith(("the best of", "where that is")) for x in last)
 
 
 def test_coarse_to_fine_finds_the_word(lm: ll.LongModel) -> None:

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import ceil
 from typing import ClassVar
 
 import numpy as np
 import polars as pl
-import torch
 
-from .perturbation import SPARED, TRACERS, TraceCost, TraceJob, Tracer, TraceScores, counted, find_tracer
+from .perturbation import TRACERS, TraceCost, TraceJob, Tracer, TraceScores, counted, find_tracer
 from .sources import TracePrompt, narrowed, source_frame
 
 # %% auto #0
-__all__ = ['most_of_level', 'CoarseToFine']
+__all__ = ['CoarseToFine']
 
 # %% ../../nbs/probes/06j_coarse_to_fine.ipynb #24590753
 def _finer(prompt: TracePrompt, winners: Sequence[int], by: str) -> tuple[TracePrompt, list[int]] | None:
@@ -78,62 +76,36 @@ class _Levels(Tracer):
         """Does a score below 0 speak against the answer?"""
         return self.tracer.signed
 
-# %% ../../nbs/probes/06j_coarse_to_fine.ipynb #645d165d
-def _distinct(prompt: TracePrompt, vocabulary: int) -> TracePrompt:
-    """The same prompt with other tokens: none of its parts are alike, so none is scored for another."""
-    ids = torch.arange(len(prompt)) % vocabulary
-    return replace(prompt, tokens=replace(prompt.tokens, ids=ids))
-
-
-def most_of_level(
-    tracer: Tracer,  # the method of the level
-    job: TraceJob,
-    pool: TracePrompt,  # all sources among which the winners can be
-    by: str,  # how winners are cut
-    keep: int,  # winners
-) -> tuple[TraceCost, TracePrompt]:  # the most that the level can take, and all that can be the winners of the next one
-    """What a finer level costs, whichever sources win."""
-    sizes = np.array([len(r) for r in pool.ranges])
-    if by == "tokens": finer, parts = pool, sizes
-    else:
-        finer, parents = narrowed(pool, range(pool.n), by)
-        parts = np.bincount(parents, minlength=pool.n)
-    many = np.argsort(-parts, kind="stable")[:keep]
-    if parts[many].sum() == len(many): return TraceCost(0, 0), finer
-    made = narrowed(pool, many, by)[0]
-    cost = tracer.cost(_inside(job, _distinct(made, job.lm.vocab_size)))
-    answer = pool.traced.stop
-    longest = int((pool.owner < 0).sum() + np.sort(sizes)[::-1][:keep].sum()) + answer
-    tokens = max(1.1 * cost.evaluations * longest, cost.tokens * longest / (len(made) + answer))
-    return TraceCost(cost.evaluations, ceil(tokens)), finer
-
 # %% ../../nbs/probes/06j_coarse_to_fine.ipynb #d4a04aee
 class CoarseToFine(_Levels):
     """Any method on coarse sources, then on finer ones inside the best."""
 
     def cost(self, job: TraceJob) -> TraceCost:
-        """The first level, and the most that the others can take, whichever sources win."""
-        total, pool = self.tracer.cost(job), job.prompt
+        """The first level, and the others as if the longest sources won."""
+        first, prompt = self.tracer.cost(job), job.prompt
+        total, tokens = first.evaluations, first.tokens
         for by in self.levels:
-            more, pool = most_of_level(self.tracer, job, pool, by, self.keep)  # type: ignore[arg-type]
-            total = TraceCost(total.evaluations + more.evaluations, total.tokens + more.tokens)
-        return total
+            longest = _best(np.array([len(r) for r in prompt.ranges], dtype=float), self.keep)  # type: ignore[union-attr]
+            if (finer := _finer(prompt, longest, by)) is None: continue  # type: ignore[arg-type]
+            prompt = finer[0]
+            more = self.tracer.cost(_inside(job, prompt))
+            total, tokens = total + more.evaluations, tokens + more.tokens
+        return TraceCost(total, tokens)
 
     def run(self, job: TraceJob) -> TraceScores:
         doing = job.doing
         job.now(f"{doing}, {job.prompt.sources.by}")  # type: ignore[union-attr]
         first, costs = counted(self.tracer, job)
-        found, prompt, frames, notes = first, job.prompt, [_level_frame(0, job.prompt, first, [None] * job.n)], []  # type: ignore
+        found, prompt, frames = first, job.prompt, [_level_frame(0, job.prompt, first, [None] * job.n)]  # type: ignore
         for by in self.levels:
             if (finer := _finer(prompt, _best(found.values, self.keep), by)) is None: continue  # type: ignore[arg-type]
             prompt, parents = finer
             found, more = counted(self.tracer, inside := _inside(job, prompt, f"{doing}, {by}"))
             if "scorer" in vars(inside): inside.scorer.close()  # type: ignore[attr-defined]
             frames.append(_level_frame(len(frames), prompt, found, parents))
-            notes += _said_level(frames[-1], found.notes)
             costs += more
         tables = {**first.frames, "levels": pl.concat(frames)}
-        return replace(first, frames=tables, notes=(*first.notes, *notes), costs=costs)
+        return replace(first, frames=tables, notes=(*first.notes, *_said_levels(frames)), costs=costs)
 
 # %% ../../nbs/probes/06j_coarse_to_fine.ipynb #c0ae0c4f
 def _inside(job: TraceJob, prompt: TracePrompt, doing: str = "subsets") -> TraceJob:
@@ -141,13 +113,12 @@ def _inside(job: TraceJob, prompt: TracePrompt, doing: str = "subsets") -> Trace
     return replace(job, prompt=prompt, doing=doing)
 
 
-def _said_level(frame: pl.DataFrame, notes: Sequence[str]) -> list[str]:
-    """The best source of a finer level, if one stands out, and what the method says of the level."""
+def _said_levels(frames: Sequence[pl.DataFrame]) -> list[str]:
+    """The best source of each finer level."""
     from longlens.views.text import visible
-    best, where = frame.sort("rank", nulls_last=True).row(0, named=True), f"{len(frame):,} {frame['by'][0]} in the best of those"
-    if SPARED in notes: return [f"of {where}, none stands out: {note}" for note in notes]
-    said = f"the best of {where}: {visible(' '.join(best['text'].split()), 100)!r} ({best['score']:.3g})"
-    return [said, *(f"of {where}: {note}" for note in notes)]
+    tops = [f.sort("rank", nulls_last=True).row(0, named=True) for f in frames[1:]]
+    return [f"the best of {len(f):,} {t['by']} in the best of those: {visible(' '.join(t['text'].split()), 100)!r} ({t['score']:.3g})"
+            for f, t in zip(frames[1:], tops, strict=True)]
 
 
 TRACERS["coarse_to_fine"] = CoarseToFine()
