@@ -219,12 +219,12 @@ def planned_cost(
 # %% ../../nbs/probes/06b_perturbation.ipynb #24dd93f5
 def out_masks(n: int) -> np.ndarray:
     """Everything, and everything but one, (n + 1, n)."""
-    return np.arange(-1, n)[:, None] != np.arange(n)
+    return np.vstack([np.ones(n, bool), ~np.eye(n, dtype=bool)])
 
 
 def alone_masks(n: int) -> np.ndarray:
     """Nothing, and one alone, (n + 1, n)."""
-    return ~out_masks(n)
+    return np.vstack([np.zeros(n, bool), np.eye(n, dtype=bool)])
 
 # %% ../../nbs/probes/06b_perturbation.ipynb #9d4475fa
 @dataclass(frozen=True)

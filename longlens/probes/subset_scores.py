@@ -9,7 +9,7 @@ import hashlib
 import json
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,15 +165,8 @@ class ScorePlan:
 # %% ../../nbs/probes/06a_subsets.ipynb #5a14f760
 def _subset_key(prompt: TracePrompt, mask: np.ndarray) -> bytes:
     """A name for a subset: the tokens of its prompt."""
-    ids = prompt.ids.numpy()[np.append(mask, True)[prompt.owner]]
-    return hashlib.blake2b(ids, digest_size=16).digest()
-
-
-def _subset_sizes(prompt: TracePrompt, masks: Iterable[np.ndarray]) -> list[int]:
-    """How many tokens prompts have with some of the sources."""
-    each = np.bincount(prompt.owner[prompt.owner >= 0], minlength=prompt.n)
-    always = int((prompt.owner < 0).sum())
-    return [always + int(each[m].sum()) for m in masks]
+    ids = prompt.ids[torch.from_numpy(subset_tokens(prompt, mask))].numpy()
+    return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
 
 
 def _masks(prompt: TracePrompt, kept: Any) -> list[np.ndarray]:
@@ -211,29 +204,29 @@ def plan_subsets(
     keys = [_subset_key(prompt, m) for m in masks]
     _recall(s, keys)
     new = {k: m for k, m in zip(keys, masks, strict=True) if k not in s.known}
-    sizes = _subset_sizes(prompt, new.values())
+    sizes = [len(subset_tokens(prompt, m)) for m in new.values()]
     batch, chunk = _fitting(s, max(sizes) + t) if sizes else (1, 1)
     steps = make_steps(prompt, list(new.values()), s.lm.config, s.reuse, batch) if sizes else []
     tokens = step_costs(steps, sizes, t, s.walker.at)
-    plain, asked = (sum(these) + len(these) * (t - 1) for these in (sizes, _subset_sizes(prompt, masks)))
+    plain, asked = (sum(len(subset_tokens(prompt, m)) + t - 1 for m in these) for these in (new.values(), masks))
     return ScorePlan(keys, new, steps, tokens, chunk, ScoreCosts(len(masks), len(new), sum(tokens), plain, asked))
 
 # %% ../../nbs/probes/06a_subsets.ipynb #df12e5d7
-def _run_step(s: SubsetScorer, step: Step, masks: Sequence[np.ndarray], chunk: int) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+def _run_step(s: SubsetScorer, step: Step, ats: Sequence[np.ndarray], chunk: int) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
     """The leaves of a branch, batch by batch: their numbers, and what came of them."""
     todo = list(step.batches)
     while todo:
         start, batch = todo.pop(0)
-        size, ats = chunk, [subset_tokens(s.prompt, masks[i]) for i in batch]
-        if _turned(s.lm, ats[0], s.walker.answer):
-            size = len(ats[0]) + len(s.walker.answer)
+        size = chunk
+        if _turned(s.lm, ats[batch[0]], s.walker.answer):
+            size = len(ats[batch[0]]) + len(s.walker.answer)
             _as_short(s.lm)
         try:
             s.walker.grow(step.at, chunk)
-            yield batch, s.walker.leaves(ats, start, size)
+            yield batch, s.walker.leaves([ats[i] for i in batch], start, size)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error): raise
-            chunk = _shrink(s, error, chunk, len(batch), len(ats[0]))
+            chunk = _shrink(s, error, chunk, len(batch), len(ats[batch[0]]))
             half = len(batch) // 2
             todo = [(start, b) for b in (batch[:half], batch[half:]) if b] + todo if half else [(start, batch), *todo]
 
@@ -312,13 +305,13 @@ def measure_subsets(
 ) -> np.ndarray:  # (m, 2, t)
     """Run what is not known yet, and give everything that was asked for."""
     plan, begun = plan_subsets(s, kept), time.perf_counter()
-    keys, masks = list(plan.masks), list(plan.masks.values())
+    keys, ats = list(plan.masks), [subset_tokens(s.prompt, m) for m in plan.masks.values()]
     bar = tqdm(total=plan.costs.tokens, unit="tok", unit_scale=True, desc=s.doing, disable=not s.progress or not keys)
     try:
         with bar, torch.no_grad(), _routed(s.lm):
             _as_short(s.lm)
             for step, tokens in zip(plan.steps, plan.tokens, strict=True):
-                for batch, values in _run_step(s, step, masks, plan.chunk): _keep(s, [keys[i] for i in batch], values)
+                for batch, values in _run_step(s, step, ats, plan.chunk): _keep(s, [keys[i] for i in batch], values)
                 bar.update(tokens)
     finally:
         if s.store is not None: s.store.write()

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Protocol
 
 import numpy as np
@@ -49,59 +49,19 @@ def _alike(a: np.ndarray, b: np.ndarray) -> int:
     return int(differ[0]) if len(differ) else n
 
 # %% ../../nbs/probes/06a_subset_tree.ipynb #86baa07d
-@dataclass(eq=False)
-class _Node:
-    """Neighbours in the sorted order that begin alike."""
-
-    depth: int  # segments of the beginning
-    parts: list[_Node | int] = field(default_factory=list)  # groups within, and subsets that go on alone
-
-    @property
-    def one(self) -> int:
-        """A subset that begins so."""
-        at: _Node | int = self
-        while isinstance(at, _Node): at = at.parts[0]
-        return at
-
-
-def _shared_segments(a: np.ndarray, b: np.ndarray) -> int:
-    """How many segments two subsets begin with in common; each is packed bits."""
-    byte = int(np.flatnonzero(a != b)[0])
-    here, there = np.unpackbits(a[: byte + 1]), np.unpackbits(b[byte : byte + 1])
-    return int(here[: 8 * byte + int(np.flatnonzero(here[8 * byte :] != there)[0])].sum())
-
-# %% ../../nbs/probes/06a_subset_tree.ipynb #41874e9d
-def _grown(order: Sequence[int], shared: Sequence[int], size: int) -> _Node:
-    """The tree above subsets in order, from how many segments each shares with the one before it."""
-    last: _Node | int = order[0]
-    path: list[_Node] = []
-    for i, d in zip(order[1:], shared, strict=True):
-        while path and path[-1].depth > d:
-            path[-1].parts.append(last)
-            last = path.pop()
-        if not path or path[-1].depth < d: path.append(_Node(d))
-        path[-1].parts.append(last)
-        last = i
-    while path:
-        path[-1].parts.append(last)
-        last = path.pop()
-    return last if isinstance(last, _Node) else _Node(size, [last])
-
-# %% ../../nbs/probes/06a_subset_tree.ipynb #283fbb40
 def branches(
-    kept: np.ndarray,  # the segments of each subset, as np.packbits gives them, (m, bytes); all different
+    rows: Sequence[np.ndarray],  # segments of each subset, ascending; all different
 ) -> Iterator[Branch]:
     """Every place where subsets part, each before what comes after it."""
-    sizes = [int(np.unpackbits(row).sum()) for row in kept]
-    order = sorted(range(len(kept)), key=lambda i: (~kept[i]).tobytes())  # what has a segment comes before what does not
-    shared = [_shared_segments(kept[i], kept[j]) for i, j in pairwise(order)]
-    todo = [_grown(order, shared, sizes[order[0]])]
+    order = sorted(range(len(rows)), key=lambda i: rows[i].astype(">u4").tobytes())
+    todo = [(0, len(order))]
     while todo:
-        node = todo.pop()
-        leaves = [x for x in node.parts if not isinstance(x, _Node)]
-        leaves.sort(key=lambda i: sizes[i] != node.depth)  # one that ends here is the first
-        yield Branch(node.depth, tuple(leaves), node.one)
-        todo += [x for x in reversed(node.parts) if isinstance(x, _Node)]
+        lo, hi = todo.pop()
+        depth = _alike(rows[order[lo]], rows[order[hi - 1]])
+        nexts = [-1 if len(rows[i]) == depth else int(rows[i][depth]) for i in order[lo:hi]]
+        groups = [(lo + g[0], lo + g[-1] + 1) for g in (list(g) for _, g in groupby(range(hi - lo), key=nexts.__getitem__))]
+        yield Branch(depth, tuple(order[a] for a, b in groups if b - a == 1), order[lo])
+        todo += [g for g in reversed(groups) if g[1] - g[0] > 1]
 
 # %% ../../nbs/probes/06a_subset_tree.ipynb #60c73245
 @dataclass
@@ -149,15 +109,8 @@ def _filled_batches(lengths: Sequence[int], most: int) -> list[list[int]]:
 class Step:
     """One branch, ready to run."""
 
-    prompt: TracePrompt
-    mask: np.ndarray  # a subset that begins so, bool for each source
-    size: int  # tokens of the beginning that is computed
+    at: np.ndarray  # the beginning that is computed: positions in the prompt, (p,)
     batches: tuple[tuple[int, tuple[int, ...]], ...]  # how many tokens of it the leaves go on from, and their numbers
-
-    @property
-    def at(self) -> np.ndarray:
-        """The beginning that is computed: positions in the prompt, (size,); not kept, there may be thousands."""
-        return subset_tokens(self.prompt, self.mask)[: self.size] if self.size else np.empty(0, np.int64)
 
 # %% ../../nbs/probes/06a_subset_tree.ipynb #f6ace0d7
 def _segments(prompt: TracePrompt) -> tuple[np.ndarray, np.ndarray]:
@@ -175,18 +128,17 @@ def make_steps(
 ) -> list[Step]:
     """What is run for some subsets, in order."""
     whose, size = _segments(prompt)
-    there = [np.append(m, True)[whose] for m in masks]
-    n = [int(size[x].sum()) for x in there]
+    rows = [np.flatnonzero(np.append(m, True)[whose]) for m in masks]
+    n = [int(size[r].sum()) for r in rows]
     if 0 in n: raise ValueError("without any source the prompt has no token: put something before or after the context in the template")
     t = prompt.traced.stop
     like = [reuse and _rope_regime(config, k + t - 1) == _rope_regime(config, 1) for k in n]  # positions are turned as in a short text
-    steps = [Step(prompt, masks[i], 0, ((0, (i,)),)) for i in range(len(n)) if not like[i]]
+    steps = [Step(np.empty(0, np.int64), ((0, (i,)),)) for i in range(len(n)) if not like[i]]
     mine = [i for i in range(len(n)) if like[i]]
-    for b in branches(np.stack([np.packbits(there[i]) for i in mine])) if mine else ():
-        leaves, one = [mine[i] for i in b.leaves], mine[b.one]
-        p = int(size[np.flatnonzero(there[one])[: b.depth]].sum())
-        if len(mine) == 1: p = min(p, n[one] - 1)
-        steps.append(Step(prompt, masks[one], p, tuple(_batches(leaves, p, n, batch_size))))
+    for b in branches([rows[i] for i in mine]) if mine else ():
+        leaves = [mine[i] for i in b.leaves]
+        p = min(int(size[rows[mine[b.one]][: b.depth]].sum()), n[leaves[0]] - 1 if len(mine) == 1 else len(prompt))
+        steps.append(Step(subset_tokens(prompt, masks[mine[b.one]])[:p], tuple(_batches(leaves, p, n, batch_size))))
     return steps
 
 # %% ../../nbs/probes/06a_subset_tree.ipynb #6fe2a720
@@ -206,8 +158,7 @@ def step_costs(
     """Tokens through the model, padding included."""
     out = []
     for s in steps:
-        at = s.at
-        new = len(at) - _alike(held, at)
-        if new: held = at
+        new = len(s.at) - _alike(held, s.at)
+        if new: held = s.at
         out.append(new + sum(len(b) * (max(sizes[i] for i in b) - start + t - 1) for start, b in s.batches))
     return out
