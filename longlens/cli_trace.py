@@ -140,9 +140,14 @@ def traces(
     print(f"{visible(lm.name, 200)} is asked: {visible(question, 1000)}", flush=True)    # a terminal would obey what is hidden in them
     named = [f"{i} {visible(str(f), 200)}" for i, f in enumerate(asked.context or ())]
     if len(named) > 1: print(f"documents: {', '.join(named)}", flush=True)
-    prompt = trace_prompt(lm, context, question, asked.answer, by=asked.by, size=asked.size, template=asked.template,
-                          chat=asked.chat or None, system=asked.system, answer_span=asked.span)
-    how: dict[str, Any] = dict(k=asked.top, budget=asked.budget, heads=heads, out=asked.results, dry_run=asked.dry_run, progress=True)
+    put: dict[str, Any] = dict(by=asked.by, size=asked.size, template=asked.template, chat=asked.chat or None, system=asked.system)
+    how: dict[str, Any] = dict(k=asked.top, budget=asked.budget, heads=heads, out=asked.results, progress=True)
+    if asked.answer is None or asked.dry_run:    # what it costs is said before the model is asked
+        draft = dict(put, answer=asked.answer, answer_span=asked.span, dry_run=True)
+        draft["by"] = asked.by or ("words" if isinstance(context, str) else "documents")    # as the prompt below has it
+        costs = {n: longlens.trace_context(lm, context, question, method=n, **draft, **how, **own) for n, own in methods.items()}
+        if asked.dry_run: return costs
+    prompt = trace_prompt(lm, context, question, asked.answer, answer_span=asked.span, **put)
     with plain_warnings(): return {n: longlens.trace_context(lm, prompt, method=n, **how, **own) for n, own in methods.items()}
 
 # %% ../nbs/05a_cli_trace.ipynb #d9322a5d

@@ -134,11 +134,18 @@ class MemoryModel(LogitsModel):
         batch: int = 1,  # rows
         cached: int = 0,  # tokens that are in the cache already
         largest: int = 4096,  # a larger chunk is not faster
+        most: int | None = None,  # bytes on top of the weights; None: nine tenths of what is free
+        copies: int = 1,  # caches that are there at the same time
     ) -> int:
-        """The largest chunk that fits in the memory that is free now."""
+        """The largest chunk that fits in the memory that is free now, or in so much of it."""
         new = n - cached
         sizes = [min(new, largest)] + [1 << k for k in range(11, 4, -1) if 1 << k < min(new, largest)]
         for size in sizes:
-            if (need := self.memory(n, size, batch, cached=cached)).fits:
+            need = self.memory(n, size, batch, cached=cached)
+            if need.fits if most is None else need.needed + (copies - 1) * need.cache <= most:
                 return size
+        if most is not None:
+            raise MemoryError(f"{self.name} cannot run {n:,} tokens in chunks of {size}: it takes "
+                              f"{_bytes(need.needed + (copies - 1) * need.cache)} on top of the weights, and max_memory is {_bytes(most)}: "
+                              "take a shorter context, or more max_memory")
         raise MemoryError(f"{self.name} cannot run {n:,} tokens here, not even in small chunks: {need!r}")

@@ -329,8 +329,9 @@ def test_contexts_at_the_very_end_and_nothing_around(lm: ll.LongModel) -> None:
 @given(st.sets(st.frozensets(st.integers(0, 6)), min_size=1, max_size=30))
 def test_every_subset_is_a_leaf_once(sets: set[frozenset[int]]) -> None:
     rows = [np.array(sorted(s), dtype=np.int64) for s in sets]
+    bits = np.packbits(np.array([np.isin(np.arange(7), r) for r in rows]), axis=1)
     seen, held, tokens = [], np.empty(0, np.int64), 0
-    for b in branches(rows):
+    for b in branches(bits, np.ones(7, int)):
         at = rows[b.one][: b.depth]
         tokens, held = tokens + len(at) - _alike(held, at), at if _alike(held, at) < len(at) else held
         assert all(_alike(rows[i], at) == len(at) for i in b.leaves)
@@ -594,7 +595,7 @@ def test_what_is_refused(lm: ll.LongModel) -> None:
     refused("k is 0", DOCUMENTS, ASK, k=0)
     refused("chat template", DOCUMENTS, ASK, chat=True)
     refused("size is 0", DOCUMENTS[0], ASK, size=0)
-    cost = ll.trace_context(lm, DOCUMENTS, ASK, method="shapley", dry_run=True)
+    cost = ll.trace_context(lm, DOCUMENTS, ASK, "stone", method="shapley", dry_run=True)
     assert isinstance(cost, TraceCost) and cost.exact
 
 
@@ -645,6 +646,16 @@ def test_a_method_of_ones_own(lm: ll.LongModel) -> None:
     f = t.frames["sources"]
     assert f["score"].to_list() == [float(n) ** 2 for n in f["tokens"]] and t.meta["settings"] == {"power": 2.0}
     assert ll.trace_context(lm, DOCUMENTS, ASK, method=Longest()).meta["method"] == "Longest"
+
+
+def test_a_level_on_which_nothing_stands_out_says_so(lm: ll.LongModel) -> None:
+    "Two sentences say the same, so none is missed when it is left out"
+    text = "The code for Eve is stone. The river is long. The code for Eve is stone. Glass was here.\n\nNothing was said of it."
+    t = ll.trace_context(lm, text, "What is the code for Eve?", " stone", method="coarse_to_fine", levels="sentences")
+    said = t.findings()
+    assert any(x.startswith("none of the 5 sentences in the best of those stands out") for x in said), said
+    assert any("without any one of the sources" in x for x in said)
+    assert not any(x.startswith(("the best of", "where that is")) for x in said)
 
 
 def test_coarse_to_fine_finds_the_word(lm: ll.LongModel) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from longlens import cli
+from longlens.models import LongModel
 from longlens.report import Report
 
 COMMAND = Path(sys.executable).with_name("longlens")
@@ -96,11 +97,17 @@ def test_settings_and_a_part_of_the_answer() -> None:
     assert t.meta["settings"] == {"permutations": 3} and t.meta["traced"].strip() == "stone" and len(t.top()) == 1
 
 
-def test_what_it_would_cost(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_it_would_cost(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    "The model is not asked: its answer has as many tokens as it may have; a refusal comes before it, too"
+    def never(*a: object, **k: object) -> None: raise AssertionError("the model ran")
+    monkeypatch.setattr(LongModel, "_logits_at", never)
     before = sorted(Path().rglob("*"))
+    assert run("--context", "a.txt", "--question", "Who?", "--budget", "1", "--out", "o") == 2
+    assert run("--context", "a.txt", "--question", "Who?", "--answer", "Eve", "--dry-run") == 0
+    assert "loo: 2 evaluations" in capsys.readouterr().out
     assert run("--context", "a.txt", "b.txt", "--question", "What is the code for Eve?", "--method", "loo,stc", "--dry-run") == 0
     said = capsys.readouterr().out
-    assert "loo: 3 evaluations" in said and "stc: 3 evaluations" in said
+    assert "loo: up to 3 evaluations" in said and "stc: up to 3 evaluations" in said and "for the answer itself" in said
     assert sorted(Path().rglob("*")) == before
 
 

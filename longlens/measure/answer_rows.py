@@ -147,12 +147,13 @@ def attention_of(
     weights: Mapping[tuple[int, int], float] | None = None,  # of heads (layer, head) in the mean; None: all alike
     like: Any = None,  # a Prefix that may begin alike: what both share is not run again
     allow_longer: bool | None = None,  # go past the model's `max_length`; None: as it was loaded
+    chunk: int | None = None,  # tokens a step; None: what fits in memory
 ) -> tuple[Tensor, Any]:  # attention to every token up to the last row, (rows.stop,); the Prefix in front of the rows, or None
     "Mean attention over chosen rows, and over heads and layers; what comes after the last row is not run"
     if not (len(rows) and rows.step == 1 and 0 <= rows.start and rows.stop <= len(ids)):
         raise ValueError(f"rows are {rows}, but they are consecutive positions of a text of {len(ids):,} tokens")
-    before = lm.prefill(ids[:rows.start], like=like, allow_longer=allow_longer) if rows.start else None
+    before = lm.prefill(ids[:rows.start], chunk, like=like, allow_longer=allow_longer) if rows.start else None
     with capture(lm, MeanRows(rows, by="layer", weights=weights)) as seen:
-        if before is None: lm.prefill(ids[:rows.stop], allow_longer=allow_longer)
-        else: before.extend(ids[rows.start:rows.stop])
+        if before is None: lm.prefill(ids[:rows.stop], chunk, allow_longer=allow_longer)
+        else: before.extend(ids[rows.start:rows.stop], chunk)
     return mean_over_layers(seen)[0], before

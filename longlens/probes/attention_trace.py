@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -20,14 +20,14 @@ from ..measure.attach import attach
 from ..measure.capture import capture
 from ..measure.rollout import Rollout
 from ..prefix import _bytes, _new_cache, _shared
-from .perturbation import TRACERS, TraceCost, TraceJob, Tracer, TraceScores
+from .perturbation import TRACERS, Meter, Room, TraceCost, TraceJob, Tracer, TraceScores
 from .sources import TracePrompt, subset_tokens
 from .subset_tree import ScoreCosts
 
 # %% auto #0
-__all__ = ['HOW_TO_FIND', 'Glance', 'glance', 'pool_sources', 'glances', 'glance_costs', 'draw_sources', 'mean_of_draws',
-           'layer_weights', 'retrieval_weights', 'AttentionTracer', 'AttnTrace', 'MeanAttention', 'RetrievalAttention',
-           'roll_out', 'AttentionRollout']
+__all__ = ['GLANCE_COPIES', 'HOW_TO_FIND', 'Glance', 'glance', 'pool_sources', 'glances', 'glance_costs', 'draw_sources',
+           'mean_of_draws', 'layer_weights', 'retrieval_weights', 'AttentionTracer', 'AttnTrace', 'MeanAttention',
+           'RetrievalAttention', 'roll_out', 'AttentionRollout']
 
 # %% ../../nbs/probes/06c_attention_trace.ipynb #d7c16a07
 class Glance(NamedTuple):
@@ -45,14 +45,19 @@ def glance(
     kept: Any = None,  # numbers of the sources that are there; None: all
     weights: Mapping[tuple[int, int], float] | None = None,  # of heads (layer, head) in the mean; None: all alike
     like: Any = None,  # the Prefix of a prompt that may begin alike
+    max_memory: int | None = None,  # bytes on top of the weights; None: nine tenths of what is free
 ) -> Glance:
     "Mean attention of the answer's rows to the tokens of the prompt, over rows, heads and layers"
     at = np.arange(len(prompt)) if kept is None else subset_tokens(prompt, kept)
     ids, k = torch.cat([prompt.ids[torch.from_numpy(at)], prompt.answer.ids]), len(at)
     rows = range(k + prompt.traced.start - 1, k + prompt.traced.stop)
     shared = 0 if like is None or not like.cache.is_croppable else max(0, min(_shared(like.ids, ids[:rows.start]), rows.start - 1))
-    with attach(lm): seen, before = attention_of(lm, ids, rows, weights, like, allow_longer=True)  # its length has been checked
+    chunk = None if max_memory is None else lm.best_chunk(rows.stop, most=max_memory, copies=GLANCE_COPIES)
+    with attach(lm): seen, before = attention_of(lm, ids, rows, weights, like, True, chunk)  # its length has been checked
     return Glance(seen[:k].cpu().numpy().astype(float), prompt.owner[at], rows.stop - shared, before)
+
+
+GLANCE_COPIES = 3  # caches: of the prompt before, of the prompt up to the rows, and of what the rows make of it
 
 # %% ../../nbs/probes/06c_attention_trace.ipynb #896fff04
 def pool_sources(
@@ -85,11 +90,13 @@ def glances(
     weights: Mapping[tuple[int, int], float] | None = None,  # of heads (layer, head) in the mean; None: all alike
     progress: bool = False,  # show a bar
     doing: str = "prompts",  # what it says
+    like: Any = None,  # the Prefix of a prompt that may begin as the first of them
+    max_memory: int | None = None,  # bytes on top of the weights; None: nine tenths of what is free
 ) -> Iterator[tuple[list[int], Glance]]:  # numbers of the subsets, and where the answer looked
     "`glance` at every subset"
-    before = None
+    before = like
     for kept, numbers in tqdm(_in_order(subsets).items(), desc=doing, disable=not progress):
-        g = glance(lm, prompt, np.array(kept, int), weights, before)
+        g = glance(lm, prompt, np.array(kept, int), weights, before, max_memory)
         before = g.prefix
         yield numbers, g
 
@@ -98,9 +105,10 @@ def glance_costs(
     lm: Any,  # LongModel
     prompt: TracePrompt,
     subsets: Sequence[np.ndarray],  # numbers of the sources of each, ascending
+    held: np.ndarray | None = None,  # the beginning that is in memory: positions in the prompt
 ) -> ScoreCosts:
     "What `glances` is going to run, exactly"
-    reuse, before = _new_cache(lm.config, "all").is_croppable, torch.empty(0, dtype=torch.long)
+    reuse, before = _new_cache(lm.config, "all").is_croppable, prompt.ids[torch.from_numpy(np.empty(0, int) if held is None else held)]
     costs, found = ScoreCosts(asked=len(subsets)), _in_order(subsets)
     for kept, numbers in found.items():
         ids = prompt.ids[torch.from_numpy(subset_tokens(prompt, np.array(kept, int)))]
@@ -185,8 +193,13 @@ class AttentionTracer(Tracer):
         "The prompts that are run, by numbers of their sources"
         return [np.arange(job.n)]
 
+    def most(self, job: TraceJob, room: Room) -> TraceCost:
+        """A whole forward of each."""
+        some = self.subsets(replace(job, game=Meter(room)))  # a game of so many sources
+        return TraceCost(len(some), sum(room.prompt(len(s)) + 1 for s in some))
+
     def cost(self, job: TraceJob) -> TraceCost:
-        costs = glance_costs(job.lm, self.prompt(job), self.subsets(job))
+        costs = glance_costs(job.lm, self.prompt(job), self.subsets(job), job.held()[0])
         return TraceCost(costs.evaluations, costs.tokens, True)
 
     def prompt(self, job: TraceJob) -> TracePrompt:
@@ -213,10 +226,11 @@ class AttnTrace(AttentionTracer):
 
     def run(self, job: TraceJob) -> TraceScores:
         prompt, subsets, begun = self.prompt(job), self.subsets(job), time.perf_counter()
-        values = np.full((self.draws, job.n), np.nan)
-        for numbers, g in glances(job.lm, prompt, subsets, layer_weights(job.lm, self.layers), job.progress, job.doing):
+        values, (held, like) = np.full((self.draws, job.n), np.nan), job.held()
+        weights = layer_weights(job.lm, self.layers)
+        for numbers, g in glances(job.lm, prompt, subsets, weights, job.progress, job.doing, like, job.max_memory):
             values[numbers] = pool_sources(g.attention, g.owner, job.n, self.top_tokens)
-        costs = glance_costs(job.lm, prompt, subsets)
+        costs = glance_costs(job.lm, prompt, subsets, held)
         costs.seconds = time.perf_counter() - begun
         return _of_draws(values, costs)
 
@@ -247,9 +261,9 @@ class MeanAttention(AttentionTracer):
         return layer_weights(job.lm, self.layers)
 
     def run(self, job: TraceJob) -> TraceScores:
-        prompt, begun = self.prompt(job), time.perf_counter()
-        g = glance(job.lm, prompt, weights=self.weights(job))
-        costs = glance_costs(job.lm, prompt, self.subsets(job))
+        prompt, begun, (held, like) = self.prompt(job), time.perf_counter(), job.held()
+        g = glance(job.lm, prompt, weights=self.weights(job), like=like, max_memory=job.max_memory)
+        costs = glance_costs(job.lm, prompt, self.subsets(job), held)
         costs.seconds = time.perf_counter() - begun
         tokens = pl.DataFrame({"position": range(len(g.owner)), "source": g.owner, "attention": g.attention})
         return TraceScores(pool_sources(g.attention, g.owner, job.n, self.top_tokens, self.total), frames={"tokens": tokens}, costs=costs)
@@ -272,16 +286,19 @@ class RetrievalAttention(MeanAttention):
         return some
 
 # %% ../../nbs/probes/06c_attention_trace.ipynb #6c37a207
-def _rollout_room(lm: Any, n_tokens: int, n_sources: int) -> tuple[int, int]:
+def _rollout_room(lm: Any, n_tokens: int, n_sources: int, max_memory: int | None = None) -> tuple[int, int]:
     "How many tokens go at a time, and bytes for the columns; raises where they do not fit"
     columns = 4 * n_tokens * n_sources
     whole = lm.memory(n_tokens)
-    if whole.available is None or whole.needed + 4 * columns <= 0.9 * whole.available: return n_tokens, 4 * columns
-    need, chunk = (lm.n_layers + 3) * columns, lm.best_chunk(n_tokens)
-    part = lm.memory(n_tokens, chunk)
-    if part.needed + need <= 0.9 * (part.available or 0): return chunk, need
+    if max_memory is None and whole.available is None: return n_tokens, 4 * columns
+    limit = 0.9 * whole.available if max_memory is None else max_memory
+    if whole.needed + 4 * columns <= limit: return n_tokens, 4 * columns
+    need = (lm.n_layers + 3) * columns
+    for chunk in (c for c in (4096, 2048, 1024, 512, 256, 128, 64, 32) if c < n_tokens):
+        if lm.memory(n_tokens, chunk).needed + need <= limit: return chunk, need
+    have = f"{_bytes(whole.available or 0)} are free" if max_memory is None else f"max_memory is {_bytes(max_memory)}"
     raise MemoryError(f"rollout keeps a number for each of {n_tokens:,} tokens and {n_sources:,} sources in {lm.n_layers} layers, "
-                      f"{_bytes(need)}, and {_bytes(part.available or 0)} are free: take fewer sources (a larger size=), or coarse_to_fine")
+                      f"{_bytes(need)}, and {have}: take fewer sources (a larger size=), or coarse_to_fine")
 
 # %% ../../nbs/probes/06c_attention_trace.ipynb #2da9e638
 def roll_out(
@@ -289,11 +306,12 @@ def roll_out(
     prompt: TracePrompt,
     skip: float = 0.5,  # share of each state that the residual connection passes on
     total: bool = True,  # share of each source; False: for each of its tokens
+    max_memory: int | None = None,  # bytes on top of the weights; None: nine tenths of what is free
 ) -> np.ndarray:  # (n,)
     "Attention rollout of the answer's rows to every source (Abnar and Zuidema 2020, arXiv 2005.00928)"
     k = len(prompt)
     rows, ids = range(k + prompt.traced.start - 1, k + prompt.traced.stop), prompt.whole[:k + prompt.traced.stop]
-    chunk, _ = _rollout_room(lm, len(ids), prompt.n)
+    chunk, _ = _rollout_room(lm, len(ids), prompt.n, max_memory)
     spans = {i: (r.start, r.stop) for i, r in enumerate(prompt.ranges)}
     with capture(lm, Rollout(spans, rows, skip, in_chunks=chunk < len(ids))) as seen: lm.prefill(ids, chunk, allow_longer=True)
     frame = seen.frame("rollout")
@@ -312,12 +330,13 @@ class AttentionRollout(AttentionTracer):
 
     def cost(self, job: TraceJob) -> TraceCost:
         size = len(self.prompt(job)) + job.prompt.traced.stop  # type: ignore[union-attr]
-        _rollout_room(job.lm, size, job.n)
+        _rollout_room(job.lm, size, job.n, job.max_memory)
         return TraceCost(1, size, True)
 
     def run(self, job: TraceJob) -> TraceScores:
         prompt, cost, begun = self.prompt(job), self.cost(job), time.perf_counter()
-        values = roll_out(job.lm, prompt, self.skip, self.total)
+        job.release()
+        values = roll_out(job.lm, prompt, self.skip, self.total, job.max_memory)
         costs = ScoreCosts(1, 1, cost.tokens, cost.tokens, cost.tokens, time.perf_counter() - begun)
         return TraceScores(values, costs=costs)
 

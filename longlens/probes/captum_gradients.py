@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..prefix import _bytes
-from .perturbation import TRACERS, TraceCost, TraceJob, Tracer, TraceScores
+from .perturbation import TRACERS, Room, TraceCost, TraceJob, Tracer, TraceScores
 from .sources import TracePrompt
 from .subset_tree import ScoreCosts
 from .surrogates import extra_module
@@ -110,12 +110,15 @@ def steps_at_once(
     rows: int,  # tokens of the answer
     what: str,  # the method, for the error
     most: int = 8,  # more are not faster
+    max_memory: int | None = None,  # bytes on top of the weights; None: nine tenths of what is free
 ) -> int:
     """How many backward passes fit beside each other; if none does, an error with the numbers."""
     need, free = backward_bytes(lm, ids, rows), lm.memory(len(ids)).available
-    fit = most if free is None else int(0.9 * free // need)
+    limit = max_memory if max_memory is not None else None if free is None else 0.9 * free
+    fit = most if limit is None else int(limit // need)
     if fit < 1:
-        raise MemoryError(f"{what} needs about {_bytes(need)} for a backward pass over {len(ids):,} tokens, and {_bytes(free)} are free: "
+        have = f"max_memory is {_bytes(max_memory)}" if max_memory is not None else f"{_bytes(free)} are free"
+        raise MemoryError(f"{what} needs about {_bytes(need)} for a backward pass over {len(ids):,} tokens, and {have}: "
                           "narrow the context down first (coarse_to_fine), or take a method without gradients, such as loo or attntrace")
     return min(fit, most)
 
@@ -133,10 +136,11 @@ def integrated_tokens(
     prompt: TracePrompt,
     steps: int = 50,  # points on the way from the baseline to the input
     baseline: str | int = ".",  # a neutral token, or its id
+    max_memory: int | None = None,  # bytes on top of the weights; None: nine tenths of what is free
 ) -> TokenScores:
     """Integrated gradients at the embeddings (arXiv 1703.01365): captum's LayerIntegratedGradients."""
     ids, empty = _inputs(lm, prompt, baseline)
-    fit = steps_at_once(lm, ids[0], len(prompt.traced), "integrated_gradients")
+    fit = steps_at_once(lm, ids[0], len(prompt.traced), "integrated_gradients", max_memory=max_memory)
     with _frozen(lm.hf), torch.enable_grad():
         captum = extra_module("captum.attr", "integrated_gradients")
         method = captum.LayerIntegratedGradients(answer_target(lm, prompt), lm.hf.get_input_embeddings())
@@ -148,10 +152,11 @@ def integrated_tokens(
 def gradient_tokens(
     lm: Any,  # LongModel
     prompt: TracePrompt,
+    max_memory: int | None = None,  # bytes on top of the weights; None: nine tenths of what is free
 ) -> TokenScores:
     """Gradient times embedding: captum's LayerGradientXActivation. The first step of a way from embeddings of zeros."""
     ids = _inputs(lm, prompt, 0)[0]
-    steps_at_once(lm, ids[0], len(prompt.traced), "gradient_x_input", 1)
+    steps_at_once(lm, ids[0], len(prompt.traced), "gradient_x_input", 1, max_memory)
     with _frozen(lm.hf), torch.enable_grad():
         captum = extra_module("captum.attr", "gradient_x_input")
         method = captum.LayerGradientXActivation(answer_target(lm, prompt), lm.hf.get_input_embeddings())
@@ -201,6 +206,7 @@ class GradientTracer(Tracer):
 
     def run(self, job: TraceJob) -> TraceScores:
         prompt, begun = _with_model(self, job), time.perf_counter()
+        job.release()
         with _counted(job.lm.hf) as seen: s = self.found(job)
         costs = ScoreCosts(1, seen[0], seen[1], seen[1], seen[1], time.perf_counter() - begun)
         return TraceScores(source_sums(prompt, s.tokens), frames=self.frames(prompt, s), notes=self.notes(s), costs=costs)
@@ -235,6 +241,12 @@ def _forwards(prompt: TracePrompt, passes: int) -> TraceCost:
     probes = PROBES if n > PROBES[-1] else (n,)
     return TraceCost(passes + len(probes), passes * n + sum(probes), True)
 
+
+def _forwards_within(room: Room, passes: int) -> TraceCost:
+    """The same for any prompt that fits in there."""
+    n = room.prompt(room.n)
+    return TraceCost(passes + len(PROBES), passes * n + max(n, sum(PROBES)))
+
 # %% ../../nbs/probes/06e_captum_gradients.ipynb #a77b1fb1
 @dataclass(frozen=True)
 class CaptumIntegratedGradients(GradientTracer):
@@ -248,7 +260,10 @@ class CaptumIntegratedGradients(GradientTracer):
         if self.steps < 1: raise ValueError(f"steps is {self.steps}: 1 or more")
 
     def cost(self, job: TraceJob) -> TraceCost: return _forwards(_with_model(self, job), self.steps + 4)
-    def found(self, job: TraceJob) -> TokenScores: return integrated_tokens(job.lm, _with_model(self, job), self.steps, self.baseline)
+    def most(self, job: TraceJob, room: Room) -> TraceCost: return _forwards_within(room, self.steps + 4)
+
+    def found(self, job: TraceJob) -> TokenScores:
+        return integrated_tokens(job.lm, _with_model(self, job), self.steps, self.baseline, job.max_memory)
 
     def frames(self, prompt: TracePrompt, s: TokenScores) -> dict[str, pl.DataFrame]:
         row = {"difference": s.difference, "sum": s.difference + s.gap, "gap": s.gap, "allowed": check_complete(s, self.steps)}
@@ -266,7 +281,8 @@ class CaptumGradient(GradientTracer):
     says: ClassVar[str] = "gradient of the answer's log-probability times the embedding (captum's LayerGradientXActivation)"
 
     def cost(self, job: TraceJob) -> TraceCost: return _forwards(_with_model(self, job), 1)
-    def found(self, job: TraceJob) -> TokenScores: return gradient_tokens(job.lm, _with_model(self, job))
+    def most(self, job: TraceJob, room: Room) -> TraceCost: return _forwards_within(room, 1)
+    def found(self, job: TraceJob) -> TokenScores: return gradient_tokens(job.lm, _with_model(self, job), job.max_memory)
 
 
 TRACERS.update({"integrated_gradients": CaptumIntegratedGradients(), "gradient_x_input": CaptumGradient()})

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .perturbation import TRACERS, TraceCost, TraceJob, Tracer, TraceScores, planned_cost
+from .perturbation import TRACERS, Meter, Room, Shapley, TraceCost, TraceJob, Tracer, TraceScores, subset_cost
 from .surrogates import LASSO_STEPS, extra_module, said_unsettled, unsettled_fits
 
 # %% auto #0
@@ -142,7 +142,12 @@ class SubsetTracer(Tracer):
         self.attribute(nothing, job, errors=False)
         return np.unique(np.concatenate(asked), axis=0)
 
-    def cost(self, job: TraceJob) -> TraceCost: return planned_cost(job, self.masks(job))
+    def many(self, n: int) -> int:
+        """How many subsets it asks for at most, where there are so many sources."""
+        raise NotImplementedError(f"{type(self).__name__} must define many(n)")
+
+    def most(self, job: TraceJob, room: Room) -> TraceCost: return Meter(room).sets(room.n, self.many(room.n)).cost
+    def cost(self, job: TraceJob) -> TraceCost: return subset_cost(self, job, self.many(job.n), lambda: self.masks(job))
 
     def run(self, job: TraceJob) -> TraceScores:
         masks = self.masks(job)
@@ -160,6 +165,8 @@ class CaptumAblation(SubsetTracer):
     def attribute(self, values: Values, job: TraceJob, errors: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
         return ablation_values(values, job.n), None
 
+    def many(self, n: int) -> int: return n + 1
+
 # %% ../../nbs/probes/06e_captum.ipynb #22fd16db
 @dataclass(frozen=True)
 class CaptumShapley(SubsetTracer):
@@ -169,6 +176,8 @@ class CaptumShapley(SubsetTracer):
     says: ClassVar[str] = "what the source adds to those before it, mean over random orders (captum's ShapleyValueSampling)"
 
     def __post_init__(self) -> None: _at_least(self.samples, 1)
+    def many(self, n: int) -> int: return self.samples * (n - 1) + 2
+    def most(self, job: TraceJob, room: Room) -> TraceCost: return Shapley(self.samples).most(job, room)
 
     def attribute(self, values: Values, job: TraceJob, errors: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
         mean, error = sampled_shapley(values, job.n, self.samples, job.seed)
@@ -190,8 +199,10 @@ class CaptumKernelShap(SubsetTracer):
     def __post_init__(self) -> None: _at_least(self.samples, 1)
 
     def attribute(self, values: Values, job: TraceJob, errors: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
-        samples = max(25, 4 * job.n) if self.samples is None else self.samples
+        samples = self.many(job.n) - 2
         return surrogate_values("KernelShap", values, job.n, samples, job.seed, self.draws * errors)
+
+    def many(self, n: int) -> int: return 2 + (max(25, 4 * n) if self.samples is None else self.samples)
 
 # %% ../../nbs/probes/06e_captum.ipynb #a906825f
 @dataclass(frozen=True)
@@ -203,6 +214,7 @@ class CaptumLime(SubsetTracer):
     says: ClassVar[str] = "weight in a sparse linear model of random subsets, those nearer to the whole counting more (captum's Lime)"
 
     def __post_init__(self) -> None: _at_least(self.samples, 2)
+    def many(self, n: int) -> int: return self.samples + 1
 
     def attribute(self, values: Values, job: TraceJob, errors: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
         return surrogate_values("Lime", values, job.n, self.samples, job.seed, self.draws * errors)

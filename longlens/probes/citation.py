@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,7 +15,7 @@ import polars as pl
 
 from ..pieces import Context, compose
 from .sources import TracePrompt
-from .perturbation import TRACERS, TraceCost, TraceJob, Tracer, TraceScores
+from .perturbation import TRACERS, Room, TraceCost, TraceJob, Tracer, TraceScores
 from .subset_tree import ScoreCosts
 
 # %% auto #0
@@ -107,10 +107,21 @@ class SelfCitation(Tracer):
     def cost(self, job: TraceJob) -> TraceCost:
         return TraceCost(1, len(citation_prompt(job.lm, _asked(job), self.k)) + self.max_new_tokens - 1)
 
+    def most(self, job: TraceJob, room: Room) -> TraceCost:
+        """A token is a byte or more, of the texts and of their numbers."""
+        p = _asked(job)
+        empty = replace(p, sources=replace(p.sources, spans=(), documents=()))
+        bare = len(citation_prompt(job.lm, empty, self.k)) + len(str(room.n)) + len(str(self.k))
+        return TraceCost(1, bare + room.letters + room.n * len(f"[{room.n}]: \n") + self.max_new_tokens - 1)
+
     def run(self, job: TraceJob) -> TraceScores:
         prompt, lm, begun = _asked(job), job.lm, time.perf_counter()
+        job.release()
         question = citation_prompt(lm, prompt, self.k).tokens
-        ids = lm.generate_ids(question, self.max_new_tokens, allow_longer=True if lm.max_length and len(question) > lm.max_length else None)
+        size, most = len(question) + self.max_new_tokens, job.max_memory
+        chunk = None if most is None else lm.best_chunk(size, most=most, copies=2)
+        past = True if lm.max_length and len(question) > lm.max_length else None
+        ids = lm.generate_ids(question, self.max_new_tokens, chunk=chunk, allow_longer=past)
         said, tokens = lm.decode(ids), len(question) + min(len(ids), self.max_new_tokens - 1)
         found = _used(said, prompt.n, min(self.k, prompt.n), lm.name)
         costs = ScoreCosts(1, 1, tokens, tokens, tokens, time.perf_counter() - begun)

@@ -5,18 +5,18 @@
 # %% ../../nbs/probes/06j_coarse_to_fine.ipynb #2c6cd01b
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 import polars as pl
 
-from .perturbation import TRACERS, TraceCost, TraceJob, Tracer, TraceScores, counted, find_tracer
+from .perturbation import LITTLE, TRACERS, Room, TraceCost, TraceJob, Tracer, TraceScores, counted, find_tracer, room_of
 from .sources import TracePrompt, narrowed, source_frame
 
 # %% auto #0
-__all__ = ['CoarseToFine']
+__all__ = ['level_rooms', 'CoarseToFine']
 
 # %% ../../nbs/probes/06j_coarse_to_fine.ipynb #24590753
 def _finer(prompt: TracePrompt, winners: Sequence[int], by: str) -> tuple[TracePrompt, list[int]] | None:
@@ -76,36 +76,54 @@ class _Levels(Tracer):
         """Does a score below 0 speak against the answer?"""
         return self.tracer.signed
 
+# %% ../../nbs/probes/06j_coarse_to_fine.ipynb #fa954a3e
+def level_rooms(
+    prompt: TracePrompt,
+    levels: Sequence[str],  # how winners are cut, one way after the other
+    keep: int,  # winners of a level
+    always: int,  # tokens that are always there, the answer included
+) -> Iterator[Room]:
+    """What the prompt of each finer level has at most, whatever wins."""
+    for by in levels:
+        fine, parents = narrowed(prompt, np.ones(prompt.n, bool), by)
+        letters = [len(t.encode()) for t in prompt.sources.texts]
+        parts, tokens, letters = (sum(sorted(x)[-keep:]) for x in (np.bincount(parents).tolist(), map(len, prompt.ranges), letters))
+        sizes = np.sort([len(r) for r in fine.ranges])[::-1]
+        if fine.n > prompt.n: yield Room(parts, sizes[:parts], tokens, always, letters)
+        prompt = fine
+
 # %% ../../nbs/probes/06j_coarse_to_fine.ipynb #d4a04aee
 class CoarseToFine(_Levels):
     """Any method on coarse sources, then on finer ones inside the best."""
 
     def cost(self, job: TraceJob) -> TraceCost:
-        """The first level, and the others as if the longest sources won."""
-        first, prompt = self.tracer.cost(job), job.prompt
-        total, tokens = first.evaluations, first.tokens
-        for by in self.levels:
-            longest = _best(np.array([len(r) for r in prompt.ranges], dtype=float), self.keep)  # type: ignore[union-attr]
-            if (finer := _finer(prompt, longest, by)) is None: continue  # type: ignore[arg-type]
-            prompt = finer[0]
-            more = self.tracer.cost(_inside(job, prompt))
-            total, tokens = total + more.evaluations, tokens + more.tokens
-        return TraceCost(total, tokens)
+        """The first level, and the others as if the worst sources won."""
+        total, always = self.tracer.cost(job), room_of(job).always
+        for room in level_rooms(job.prompt, self.levels, self.keep, always):  # type: ignore[arg-type]
+            total = _plus(total, self.tracer.most(job, room) or _as_if(self.tracer, job, room))
+        return total
 
     def run(self, job: TraceJob) -> TraceScores:
         doing = job.doing
         job.now(f"{doing}, {job.prompt.sources.by}")  # type: ignore[union-attr]
         first, costs = counted(self.tracer, job)
         found, prompt, frames = first, job.prompt, [_level_frame(0, job.prompt, first, [None] * job.n)]  # type: ignore
+        notes, tables = [*first.notes], {**first.frames}
+        job.release()
         for by in self.levels:
             if (finer := _finer(prompt, _best(found.values, self.keep), by)) is None: continue  # type: ignore[arg-type]
+            inside = _inside(job, finer[0], f"{doing}, {by}")
+            if said := _over(self.tracer, inside, costs.tokens):
+                notes.append(said)
+                break
             prompt, parents = finer
-            found, more = counted(self.tracer, inside := _inside(job, prompt, f"{doing}, {by}"))
-            if "scorer" in vars(inside): inside.scorer.close()  # type: ignore[attr-defined]
+            found, more = counted(self.tracer, inside)
+            inside.release()
             frames.append(_level_frame(len(frames), prompt, found, parents))
             costs += more
-        tables = {**first.frames, "levels": pl.concat(frames)}
-        return replace(first, frames=tables, notes=(*first.notes, *_said_levels(frames)), costs=costs)
+            notes += [_said_level(frames[-1], self.unit, self.signed), *(f"{by}: {note}" for note in found.notes)]
+            tables |= {f"{name}_{by}": f for name, f in found.frames.items()}
+        return replace(first, frames={**tables, "levels": pl.concat(frames)}, notes=tuple(notes), costs=costs)
 
 # %% ../../nbs/probes/06j_coarse_to_fine.ipynb #c0ae0c4f
 def _inside(job: TraceJob, prompt: TracePrompt, doing: str = "subsets") -> TraceJob:
@@ -113,12 +131,36 @@ def _inside(job: TraceJob, prompt: TracePrompt, doing: str = "subsets") -> Trace
     return replace(job, prompt=prompt, doing=doing)
 
 
-def _said_levels(frames: Sequence[pl.DataFrame]) -> list[str]:
-    """The best source of each finer level."""
+def _plus(a: TraceCost, b: TraceCost) -> TraceCost: return TraceCost(a.evaluations + b.evaluations, a.tokens + b.tokens)
+
+
+def _over(tracer: Tracer, job: TraceJob, spent: int) -> str | None:
+    """What to say where a level is not scored, because it takes more than is left of the budget."""
+    if job.budget is None or (cost := tracer.cost(job)).tokens <= (left := job.budget - spent): return None
+    return (f"the {job.n:,} {job.prompt.sources.by} in the best of those are not scored: that takes {cost}, and of the budget {left:,} "  # type: ignore
+            "are left")
+
+# %% ../../nbs/probes/06j_coarse_to_fine.ipynb #1883bde6
+def _as_if(tracer: Tracer, job: TraceJob, room: Room) -> TraceCost:
+    """What a method takes on a prompt that is as large as a finer level may be."""
+    from longlens.probes.sources import token_prompt
+    p, n = job.prompt, min(room.n, room.tokens)
+    ends = np.linspace(0, room.tokens, n + 1).astype(int) + 1
+    ids, answer = np.resize(p.ids.numpy(), room.always + room.tokens + 1).tolist(), p.answer.ids  # type: ignore[union-attr]
+    large = token_prompt(ids, [*zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)], answer, p.traced)  # type: ignore[union-attr]
+    return tracer.cost(replace(job, prompt=large))
+
+# %% ../../nbs/probes/06j_coarse_to_fine.ipynb #5df0d3ee
+def _said_level(f: pl.DataFrame, unit: str, signed: bool) -> str:
+    """The best source of a finer level, if one stands out."""
     from longlens.views.text import visible
-    tops = [f.sort("rank", nulls_last=True).row(0, named=True) for f in frames[1:]]
-    return [f"the best of {len(f):,} {t['by']} in the best of those: {visible(' '.join(t['text'].split()), 100)!r} ({t['score']:.3g})"
-            for f, t in zip(frames[1:], tops, strict=True)]
+    best, by = f.sort("rank", nulls_last=True).row(0, named=True), f["by"][0]
+    said, error = f"{best['score']:.3g}", best["error"] or 0.0
+    if error: said += f" ± {error:.2g}"
+    little = best["score"] <= error if signed else best["score"] <= 0
+    if len(f) > 1 and (little or (unit.startswith("nats") and best["score"] < LITTLE)):
+        return f"none of the {len(f):,} {by} in the best of those stands out: the highest score is {said}{f' {unit}' * (unit != 'score')}"
+    return f"the best of {len(f):,} {by} in the best of those: {visible(' '.join(best['text'].split()), 100)!r} ({said})"
 
-
+# %% ../../nbs/probes/06j_coarse_to_fine.ipynb #176d817e
 TRACERS["coarse_to_fine"] = CoarseToFine()

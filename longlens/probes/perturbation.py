@@ -5,6 +5,7 @@
 # %% ../../nbs/probes/06b_perturbation.ipynb #09b6ff7a
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -18,14 +19,14 @@ import numpy as np
 import polars as pl
 
 from .sources import TracePrompt
-from .subset_scores import SubsetScorer
-from .subset_tree import ScoreCosts, ValueFunction
+from .subset_scores import SubsetScorer, _follow, shares
+from .subset_tree import PADDING, ScoreCosts, ValueFunction
 
 # %% auto #0
-__all__ = ['TRACE_FRAMES', 'TRACERS', 'SPARED', 'TraceJob', 'TraceScores', 'TraceCost', 'Tracer', 'find_tracer', 'check_budget',
-           'counted', 'planned_cost', 'out_masks', 'alone_masks', 'LeaveOneOut', 'SingleText', 'orders_of',
-           'chain_masks', 'marginals', 'Shapley', 'top_mean', 'DenoisedShapley', 'halved', 'informed_search',
-           'longest_groups', 'InformedSearch']
+__all__ = ['TRACE_FRAMES', 'TRACERS', 'MOST_BITS', 'LITTLE', 'SPARED', 'TraceJob', 'TraceScores', 'TraceCost', 'Room', 'room_of',
+           'Meter', 'Tracer', 'find_tracer', 'check_budget', 'counted', 'planned_cost', 'subset_cost', 'out_masks',
+           'alone_masks', 'LeaveOneOut', 'SingleText', 'orders_of', 'chain_masks', 'marginals', 'Shapley', 'top_mean',
+           'DenoisedShapley', 'halved', 'informed_search', 'longest_groups', 'InformedSearch']
 
 # %% ../../nbs/probes/06b_perturbation.ipynb #d5c77b12
 @dataclass(eq=False)
@@ -39,6 +40,7 @@ class TraceJob:
     heads: Any = None  # a HeadReport, or [(layer, head)], for the methods that want heads
     batch_size: int | None = None  # subsets that run together, at most
     max_memory: int | None = None  # bytes on top of the weights
+    budget: int | None = None  # tokens through the model that are left, for methods that go on in steps; None: no limit
     out: str | Path | None = None  # a folder for what was scored
     progress: bool = False
     doing: str = "subsets"  # what the bar says
@@ -61,6 +63,16 @@ class TraceJob:
     def n(self) -> int:
         """How many sources."""
         return self.game.n if self.game is not None else self.prompt.n  # type: ignore[union-attr]
+
+    def held(self) -> tuple[np.ndarray, Any]:
+        """The beginning of the prompt that is in memory, or will be when the method runs: positions, and the Prefix if it is there."""
+        if not isinstance(made := vars(self).get("scorer"), SubsetScorer): return np.empty(0, np.int64), None
+        _follow(made)
+        return made.held(), made.walker.chain
+
+    def release(self) -> None:
+        """Give back what is in memory, for a method that does not go on from it."""
+        if isinstance(made := vars(self).get("scorer"), SubsetScorer): made.close()
 
     def rng(self, salt: int = 0) -> np.random.Generator:
         """Random numbers; the same for the same seed."""
@@ -110,9 +122,57 @@ class TraceCost:
     evaluations: int  # subsets scored, or forward passes
     tokens: int  # through the model
     exact: bool = False  # is it that, or less?
+    answer: int = 0  # tokens, of those, for the answer itself: to write it, and to see how probable it is
 
     def __repr__(self) -> str:
-        return f"{'' if self.exact else 'up to '}{self.evaluations:,} evaluations, {self.tokens:,} tokens through the model"
+        said = f"{'' if self.exact else 'up to '}{self.evaluations:,} evaluations, {self.tokens:,} tokens through the model"
+        return said + f", {self.answer:,} of them for the answer itself" * bool(self.answer)
+
+# %% ../../nbs/probes/06b_perturbation.ipynb #81ebb831
+@dataclass(frozen=True, eq=False)
+class Room:
+    """What a prompt has at most."""
+
+    n: int  # sources
+    sizes: np.ndarray  # tokens of the longest of them, the longest first
+    tokens: int  # of all of them together
+    always: int = 0  # tokens that are always there, the answer included
+    letters: int = 0  # bytes of the texts of all sources together
+
+    def prompt(self, k: int) -> int:
+        """Tokens of a prompt with k of the sources, at most."""
+        return self.always + min(self.tokens, int(self.sizes[:k].sum()))
+
+
+def room_of(job: TraceJob) -> Room:
+    """What the prompt of a job has."""
+    if job.prompt is None: return Room(job.n, np.zeros(job.n, int), 0)
+    sizes, p = np.sort([len(r) for r in job.prompt.ranges])[::-1], job.prompt
+    total = int(sizes.sum())
+    return Room(p.n, sizes, total, len(p) - total + p.traced.stop - 1, sum(len(t.encode()) for t in p.sources.texts))
+
+# %% ../../nbs/probes/06b_perturbation.ipynb #523dbb43
+class Meter:
+    """A game that counts the sets it is asked about, and what they can cost at most: as whole forwards, of the longest sources."""
+
+    def __init__(self, room: Room): self.room, self.n, self.ends, self.evaluations, self.tokens = room, room.n, set[int](), 0, 0
+
+    def sets(self, k: int, times: int = 1) -> Meter:
+        """So many sets of k players."""
+        self.evaluations, self.tokens = self.evaluations + times, self.tokens + times * self.room.prompt(k)
+        return self
+
+    def __call__(self, kept: np.ndarray) -> np.ndarray:
+        for k in np.asarray(kept).sum(1).tolist():
+            if k in self.ends: continue
+            if k in (0, self.n): self.ends.add(k)  # nobody and everybody are scored once
+            self.sets(k)
+        return np.zeros(len(kept))
+
+    @property
+    def cost(self) -> TraceCost:
+        """Of all of them, with what is filled up in batches."""
+        return TraceCost(self.evaluations, math.ceil(PADDING * self.tokens))
 
 # %% ../../nbs/probes/06b_perturbation.ipynb #429f44a0
 class Tracer:
@@ -128,6 +188,12 @@ class Tracer:
     def cost(self, job: TraceJob) -> TraceCost:
         """What `run` is going to cost; nothing is run."""
         raise NotImplementedError(f"{type(self).__name__} must define cost(job)")
+
+    def most(self, job: TraceJob, room: Room) -> TraceCost | None:
+        """What `run` can cost at most, on any prompt that fits in `room`; None: not known. Of a game: the sets it asks for."""
+        if not self.plays: return None
+        self.run(TraceJob(game=(meter := Meter(room)), seed=job.seed))
+        return meter.cost
 
     def run(self, job: TraceJob) -> TraceScores:
         """The scores."""
@@ -183,9 +249,11 @@ def check_budget(
     tracer: Tracer,
     job: TraceJob,
     budget: int | None = None,  # tokens through the model, at most; None: without limit
+    answer: int = 0,  # tokens that the answer takes before the method runs
 ) -> TraceCost:
     """What a method is going to cost, if that is not more than is allowed."""
     cost = tracer.cost(job)
+    cost = replace(cost, tokens=cost.tokens + answer, answer=answer)
     if budget is not None and cost.tokens > budget:
         raise ValueError(f"{type(tracer).__name__} on {job.n:,} sources takes {cost}, and budget is {budget:,}: take larger sources, fewer "
                          "of them, a cheaper method, or a larger budget")
@@ -214,17 +282,34 @@ def planned_cost(
     """What it costs to score these subsets."""
     if not isinstance(job.scorer, SubsetScorer): return TraceCost(len(np.unique(kept, axis=0)), 0, True)
     costs = job.scorer.plan(kept)
-    return TraceCost(costs.evaluations, costs.tokens, True)
+    first = job.scorer.ahead is not None and bool(np.asarray(kept).all(1).any())  # it runs with the answer
+    return TraceCost(costs.evaluations + first, costs.tokens, True)
+
+# %% ../../nbs/probes/06b_perturbation.ipynb #fccef457
+MOST_BITS = 2**28  # of a plan: ten orders of 5,000 sources, or each of 16,000 left out
+
+
+def subset_cost(
+    tracer: Tracer,
+    job: TraceJob,
+    many: int,  # subsets
+    masks: Callable[[], np.ndarray],  # what they are, (m, n), bool
+) -> TraceCost:
+    """What subsets cost: exactly, if they can be planned one by one; at most, if they are too many."""
+    most = tracer.most(job, room_of(job)) if many * job.n > MOST_BITS else None
+    return most or planned_cost(job, masks())
 
 # %% ../../nbs/probes/06b_perturbation.ipynb #24dd93f5
 def out_masks(n: int) -> np.ndarray:
     """Everything, and everything but one, (n + 1, n)."""
-    return np.vstack([np.ones(n, bool), ~np.eye(n, dtype=bool)])
+    out = np.ones((n + 1, n), bool)
+    out[np.arange(1, n + 1), np.arange(n)] = False
+    return out
 
 
 def alone_masks(n: int) -> np.ndarray:
     """Nothing, and one alone, (n + 1, n)."""
-    return np.vstack([np.zeros(n, bool), np.eye(n, dtype=bool)])
+    return ~out_masks(n)
 
 # %% ../../nbs/probes/06b_perturbation.ipynb #9d4475fa
 @dataclass(frozen=True)
@@ -235,14 +320,22 @@ class LeaveOneOut(Tracer):
     plays: ClassVar[bool] = True
     says: ClassVar[str] = "what the log-probability of the answer loses when the source is left out"
 
-    def cost(self, job: TraceJob) -> TraceCost: return planned_cost(job, out_masks(job.n))
+    def cost(self, job: TraceJob) -> TraceCost: return subset_cost(self, job, job.n + 1, lambda: out_masks(job.n))
+    def most(self, job: TraceJob, room: Room) -> TraceCost:
+        """All, and without each; where beginnings are shared, only what comes after it, and the longest come last."""
+        if job.lm is None or not shares(job.lm, room.prompt(room.n) + 1): return Meter(room).sets(room.n).sets(room.n - 1, room.n).cost
+        each = np.diff(np.minimum(np.cumsum(room.sizes), room.tokens), prepend=0)
+        after = int((each * np.arange(room.n - 1, room.n - 1 - len(each), -1)).sum())
+        (meter := Meter(room).sets(room.n)).tokens += after + room.n * room.always
+        return replace(meter.cost, evaluations=room.n + 1)
 
     def run(self, job: TraceJob) -> TraceScores:
         v = job.scorer(out_masks(job.n))
         lost = v[0] - v[1:]
-        return TraceScores(lost, notes=(SPARED,) * (job.n > 1 and float(lost.max()) < 0.01))
+        return TraceScores(lost, notes=(SPARED,) * (job.n > 1 and float(lost.max()) < LITTLE))
 
 
+LITTLE = 0.01  # nats: less is not worth a finding
 SPARED = ("without any one of the sources the answer loses less than 0.01 nats: several say the same, the model knows it without them, "
           "or nothing here supports it; stc and shapley tell")
 
@@ -255,7 +348,8 @@ class SingleText(Tracer):
     plays: ClassVar[bool] = True
     says: ClassVar[str] = "what the log-probability of the answer gains when the source is all there is"
 
-    def cost(self, job: TraceJob) -> TraceCost: return planned_cost(job, alone_masks(job.n))
+    def cost(self, job: TraceJob) -> TraceCost: return subset_cost(self, job, job.n + 1, lambda: alone_masks(job.n))
+    def most(self, job: TraceJob, room: Room) -> TraceCost: return Meter(room).sets(0).sets(1, room.n).cost
 
     def run(self, job: TraceJob) -> TraceScores:
         v = job.scorer(alone_masks(job.n))
@@ -299,7 +393,13 @@ class Shapley(Tracer):
 
     def orders(self, job: TraceJob) -> np.ndarray: return orders_of(job.n, self.permutations, job.rng())
 
-    def cost(self, job: TraceJob) -> TraceCost: return planned_cost(job, chain_masks(self.orders(job)).reshape(-1, job.n))
+    def cost(self, job: TraceJob) -> TraceCost:
+        return subset_cost(self, job, self.permutations * (job.n + 1), lambda: chain_masks(self.orders(job)).reshape(-1, job.n))
+
+    def most(self, job: TraceJob, room: Room) -> TraceCost:
+        meter = Meter(room).sets(0).sets(room.n)
+        for k in range(1, room.n): meter.sets(k, self.permutations)
+        return meter.cost
 
     def run(self, job: TraceJob) -> TraceScores:
         return self.reduced(marginals(job.scorer, self.orders(job)), job)
@@ -391,22 +491,6 @@ def longest_groups(
         levels.append(sorted((int(ends[r.stop] - ends[r.start]) for r in nodes), reverse=True)[: 2 * keep])
     return levels
 
-# %% ../../nbs/probes/06b_perturbation.ipynb #3d31dbef
-class _Meter:
-    """A game that counts the sets it is asked about, and what they can cost at most: as whole forwards, of the longest players."""
-
-    def __init__(self, sizes: Sequence[int], always: int):
-        self.n, self.always, self.ends, self.evaluations, self.tokens = len(sizes), always, set[int](), 0, 0
-        self.longest = np.cumsum([0, *sorted(sizes, reverse=True)])  # tokens of so many players, at most
-
-    def __call__(self, kept: np.ndarray) -> np.ndarray:
-        for k in np.asarray(kept).sum(1).tolist():
-            if k in self.ends: continue
-            if k in (0, self.n): self.ends.add(k)  # nobody and everybody are scored once
-            self.evaluations += 1
-            self.tokens += self.always + int(self.longest[k])
-        return np.zeros(len(kept))
-
 # %% ../../nbs/probes/06b_perturbation.ipynb #9f04b003
 @dataclass(frozen=True)
 class _Search(Tracer):
@@ -441,14 +525,22 @@ class InformedSearch(_Search):
     """TracLLM (arXiv 2506.04202): informed search with several score functions."""
 
     def cost(self, job: TraceJob) -> TraceCost:
-        sizes = [len(r) for r in job.prompt.ranges] if job.prompt else [0] * job.n
-        always = len(job.prompt.whole) - 1 - sum(sizes) if job.prompt else 0
+        sizes, room = [len(r) for r in job.prompt.ranges] if job.prompt else [0] * job.n, room_of(job)
+        return self._levels(job, room, longest_groups(sizes, self.keep))
+
+    def most(self, job: TraceJob, room: Room) -> TraceCost:
+        """Every level has twice as many groups as are kept, at most, of sources that are the longest."""
+        halves = [-(-room.n >> h) for h in range(1, max(2, (room.n - 1).bit_length() + 1))]  # sources in a group
+        return self._levels(job, room, [[int(room.sizes[: max(1, g)].sum())] * min(room.n, 2 * self.keep) for g in halves])
+
+    def _levels(self, job: TraceJob, room: Room, levels: Sequence[Sequence[int]]) -> TraceCost:
+        """All functions on groups of so many tokens."""
         total = TraceCost(0, 0)
-        for level, longest in enumerate(longest_groups(sizes, self.keep)):
+        for level, longest in enumerate(levels):
+            groups, part = Room(len(longest), np.array(longest), room.tokens, room.always), replace(job, seed=job.seed + 1000 * level)
             for name in self.functions:
-                meter = _Meter(longest, always)
-                self._function(name).run(TraceJob(game=meter, seed=job.seed + 1000 * level))
-                total = TraceCost(total.evaluations + meter.evaluations, total.tokens + meter.tokens)
+                more: Any = self._function(name).most(part, groups)
+                total = TraceCost(total.evaluations + more.evaluations, total.tokens + more.tokens)
         return total
 
     def run(self, job: TraceJob) -> TraceScores:

@@ -303,17 +303,23 @@ def placed(
     offsets = tokens.offsets.numpy()  # type: ignore[union-attr]
     spans, end = np.array(sources.spans) + at, at + len(sources.text)
     if sources.by == "tokens":
-        parts = [(s, d) for (a, b), d in zip(sources.spans, sources.documents, strict=True) for s in _token_sources(tokens, at, a, b)]
+        starts = _token_starts(tokens, at)
+        owned = zip(sources.spans, sources.documents, strict=True)
+        parts = [(s, d) for (a, b), d in owned for s in _token_sources(tokens, starts, at, a, b)]
         sources = replace(sources, spans=tuple(s for s, _ in parts), documents=tuple(d for _, d in parts))
         spans = np.array(sources.spans) + at
     sources, owner = _with_tokens(sources, token_owners(tokens.text or "", offsets, spans, end))
     return TracePrompt(tokens, owner, sources, answer, answer_tokens(answer, span), at=at, **more)
 
 # %% ../../nbs/probes/06_sources.ipynb #38939d91
-def _token_sources(tokens: Tokens, at: int, a: int, b: int) -> list[tuple[int, int]]:
+def _token_starts(tokens: Tokens, at: int) -> np.ndarray:
+    """Characters of the context, which begins at `at`, where a token begins that is more than white space."""
+    return np.unique(_solid(tokens.text or "", tokens.offsets.numpy())[1] - at)  # type: ignore[union-attr]
+
+
+def _token_sources(tokens: Tokens, known: np.ndarray, at: int, a: int, b: int) -> list[tuple[int, int]]:
     """Characters a to b of the context, a source for each token that is more than white space."""
-    _, first, _ = _solid(tokens.text or "", tokens.offsets.numpy())  # type: ignore[union-attr]
-    starts = [a, *(int(x) for x in np.unique(first - at) if a < x < b)]
+    starts = [a, *known[np.searchsorted(known, a, "right") : np.searchsorted(known, b, "left")].tolist()]
     if len(starts) > 1 and not (tokens.text or "")[at + a : at + starts[1]].strip(): del starts[1]
     return list(pairwise([*starts, b]))
 
@@ -348,7 +354,8 @@ def narrowed(
     at = subset_tokens(prompt, mask)
     tokens = Tokens(prompt.ids[at], prompt.tokens.text, prompt.tokens.offsets[at], prompt.tokens.tokenizer)  # type: ignore[index]
     old = prompt.sources
-    parts = [(i, s) for i in np.flatnonzero(mask).tolist() for s in _parts(old, tokens, prompt.at, old.spans[i], by, size)]
+    starts = _token_starts(tokens, prompt.at) if by == "tokens" else np.empty(0, int)
+    parts = [(i, s) for i in np.flatnonzero(mask).tolist() for s in _parts(old, tokens, starts, prompt.at, old.spans[i], by, size)]
     cut = Sources(old.text, tuple(s for _, s in parts), by or old.by, tuple(old.documents[i] for i, _ in parts))
     spans = np.array(cut.spans) + prompt.at
     owner = token_owners(tokens.text or "", tokens.offsets.numpy(), spans, prompt.at + len(old.text))  # type: ignore[union-attr]
@@ -358,11 +365,12 @@ def narrowed(
     return replace(prompt, tokens=tokens, owner=owner, sources=cut), [parts[i][0] for i in has]
 
 # %% ../../nbs/probes/06_sources.ipynb #6bf25d32
-def _parts(old: Sources, tokens: Tokens, at: int, span: tuple[int, int], by: str | None, size: int | None) -> list[tuple[int, int]]:
+def _parts(old: Sources, tokens: Tokens, starts: np.ndarray, at: int, span: tuple[int, int], by: str | None,
+           size: int | None) -> list[tuple[int, int]]:
     """The parts of one source, in characters of the context."""
     a, b = span
     if by is None: return [span]
-    if by == "tokens": return _token_sources(tokens, at, a, b)
+    if by == "tokens": return _token_sources(tokens, starts, at, a, b)
     return [(a + x, a + y) for x, y in _spans_of(old.text[a:b], by, size)]
 
 # %% ../../nbs/probes/06_sources.ipynb #abae7120

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,13 @@ from ..measure.attach import UnsupportedModel, attach
 from ..measure.intervene import _ACTIVE
 from ..prefix import Prefix, _bytes, _fork, _new_cache, _rope_regime
 from .sources import TracePrompt, subset_tokens
-from .subset_tree import ScoreCosts, Step, _alike, make_steps, step_costs
+from .subset_tree import ScoreCosts, SegmentBits, Step, _alike, first_alike, make_steps, step_costs
 from ..store import Store, as_row
 from ..sweeps import SweepWarning, out_of_memory
 
 # %% auto #0
-__all__ = ['FLOOR', 'answer_measures', 'Walker', 'SubsetScorer', 'ScorePlan', 'plan_subsets', 'measure_subsets', 'plain_scores']
+__all__ = ['FLOOR', 'answer_measures', 'Walker', 'SubsetScorer', 'ScorePlan', 'plan_subsets', 'expect_whole', 'shares',
+           'reusable', 'measure_subsets', 'plain_scores']
 
 # %% ../../nbs/probes/06a_subsets.ipynb #ace6cbd6
 def _said_logits(lm: Any, cache: Any, ids: Tensor, rows: Tensor, chunk: int) -> Tensor:  # (b, t, vocab), float32
@@ -122,6 +123,7 @@ class _Scorer:
         self.floored: set[bytes] = set()  # subsets with which the answer has no probability at all
         self.state, self.run_key, self.written = "", "", time.monotonic()
         self.doing = "subsets"  # what the bar says
+        self.ahead: np.ndarray | None = None  # if the whole prompt is going to run first: what is in memory then, positions in it
 
 # %% ../../nbs/probes/06a_subsets.ipynb #72c88d29
 class SubsetScorer(_Scorer):
@@ -143,6 +145,14 @@ class SubsetScorer(_Scorer):
         """What it would cost to score these subsets now."""
         return plan_subsets(self, kept).costs
 
+    def expect(self, written: bool = False) -> ScoreCosts:
+        """Plan from here on as if the whole prompt ran first."""
+        return expect_whole(self, written)
+
+    def held(self) -> np.ndarray:  # positions in the prompt
+        """The beginning that is in memory, or is going to be."""
+        return self.walker.at if len(self.walker.at) or self.ahead is None else self.ahead
+
     def close(self) -> None:
         """Give the cache back; results stay."""
         self.walker.forget()
@@ -155,8 +165,7 @@ def _floor(values: np.ndarray) -> np.ndarray: return np.where(np.isneginf(values
 class ScorePlan:
     """What is left to do for some subsets."""
 
-    keys: list[bytes]  # of all that are asked for
-    masks: dict[bytes, np.ndarray]  # of those that have to run
+    masks: np.ndarray  # of those that have to run, (m, n)
     steps: list[Step]
     tokens: list[int]  # through the model, for each step
     chunk: int  # tokens a step of the forward
@@ -165,16 +174,15 @@ class ScorePlan:
 # %% ../../nbs/probes/06a_subsets.ipynb #5a14f760
 def _subset_key(prompt: TracePrompt, mask: np.ndarray) -> bytes:
     """A name for a subset: the tokens of its prompt."""
-    ids = prompt.ids[torch.from_numpy(subset_tokens(prompt, mask))].numpy()
-    return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
+    return hashlib.blake2b(prompt.ids.numpy()[np.append(mask, True)[prompt.owner]].tobytes(), digest_size=16).digest()
 
 
-def _masks(prompt: TracePrompt, kept: Any) -> list[np.ndarray]:
+def _masks(prompt: TracePrompt, kept: Any) -> np.ndarray:
     """Subsets, one bool for each source."""
     kept = np.asarray(kept)
     if kept.dtype != bool or kept.ndim != 2 or kept.shape[1] != prompt.n or not len(kept):
         raise ValueError(f"subsets are bools of shape (one or more, {prompt.n} sources), not {kept.dtype} of shape {kept.shape}")
-    return list(kept)
+    return kept
 
 # %% ../../nbs/probes/06a_subsets.ipynb #4d02b851
 def _fitting(s: SubsetScorer, n: int) -> tuple[int, int]:
@@ -194,39 +202,73 @@ def _fitting(s: SubsetScorer, n: int) -> tuple[int, int]:
 def _halves(n: int) -> list[int]: return [n >> k for k in range(n.bit_length())]
 
 # %% ../../nbs/probes/06a_subsets.ipynb #b7b5228f
+def _unknown(s: SubsetScorer, masks: np.ndarray) -> np.ndarray:  # numbers of subsets
+    """Those that have to run, each prompt once."""
+    first, last = first_alike(s.prompt, masks), np.zeros(len(masks), int)
+    last[first] = np.arange(len(masks))
+    new = last[first == np.arange(len(masks))]
+    if s.ahead is not None: new = new[~masks[new].all(axis=1)]
+    if not (s.known or s.store is not None): return new
+    keys = [_subset_key(s.prompt, masks[i]) for i in new]
+    _recall(s, keys)
+    return new[[k not in s.known for k in keys]]
+
+# %% ../../nbs/probes/06a_subsets.ipynb #3f9f5f7d
 def plan_subsets(
     s: SubsetScorer,
     kept: Any,  # (m, n), bool
 ) -> ScorePlan:
     """What has to run for some subsets, and what that costs."""
     _follow(s)
-    masks, prompt, t = _masks(s.prompt, kept), s.prompt, s.prompt.traced.stop
-    keys = [_subset_key(prompt, m) for m in masks]
-    _recall(s, keys)
-    new = {k: m for k, m in zip(keys, masks, strict=True) if k not in s.known}
-    sizes = [len(subset_tokens(prompt, m)) for m in new.values()]
-    batch, chunk = _fitting(s, max(sizes) + t) if sizes else (1, 1)
-    steps = make_steps(prompt, list(new.values()), s.lm.config, s.reuse, batch) if sizes else []
-    tokens = step_costs(steps, sizes, t, s.walker.at)
-    plain, asked = (sum(len(subset_tokens(prompt, m)) + t - 1 for m in these) for these in (new.values(), masks))
-    return ScorePlan(keys, new, steps, tokens, chunk, ScoreCosts(len(masks), len(new), sum(tokens), plain, asked))
+    asked, t = _masks(s.prompt, kept), s.prompt.traced.stop
+    masks = asked[_unknown(s, asked)]
+    rows = SegmentBits(s.prompt, masks)
+    batch, chunk = _fitting(s, int(rows.tokens.max()) + t) if len(masks) else (1, 1)
+    steps = make_steps(s.prompt, rows, s.lm.config, s.reuse, batch) if len(masks) else []
+    tokens = step_costs(steps, rows, t, s.held())
+    plain, every = (int(x.sum()) + len(x) * (t - 1) for x in (rows.tokens, SegmentBits(s.prompt, asked).tokens))
+    return ScorePlan(masks, steps, tokens, chunk, ScoreCosts(len(asked), len(masks), sum(tokens), plain, every))
+
+# %% ../../nbs/probes/06a_subsets.ipynb #8b07367a
+def expect_whole(
+    s: SubsetScorer,
+    written: bool = False,  # is the whole prompt in memory then, because an answer was written to it?
+) -> ScoreCosts:
+    """What the whole prompt costs; plans are as if it had run."""
+    s.ahead, every = None, np.ones((1, s.n), bool)
+    first, held = plan_subsets(s, every), np.arange(len(s.prompt)) if written and reusable(s) else s.walker.at
+    if not first.steps: return first.costs
+    tokens = step_costs(first.steps, SegmentBits(s.prompt, every), s.prompt.traced.stop, held)
+    at = np.arange(first.steps[0].size)
+    s.ahead = held if _alike(held, at) == len(at) else at
+    return replace(first.costs, tokens=sum(tokens))
+
+
+def shares(lm: Any, n: int) -> bool:  # LongModel
+    """Can prompts of up to n tokens go on from a beginning that they share?"""
+    return bool(_new_cache(lm.config, "all").is_croppable) and _rope_regime(lm.config, n) == _rope_regime(lm.config, 1)
+
+
+def reusable(s: SubsetScorer) -> bool:
+    """Can the cache that an answer was written with be gone on from?"""
+    return s.reuse and shares(s.lm, len(s.prompt.whole))
 
 # %% ../../nbs/probes/06a_subsets.ipynb #df12e5d7
-def _run_step(s: SubsetScorer, step: Step, ats: Sequence[np.ndarray], chunk: int) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+def _run_step(s: SubsetScorer, step: Step, masks: np.ndarray, chunk: int) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
     """The leaves of a branch, batch by batch: their numbers, and what came of them."""
-    todo = list(step.batches)
+    todo, shared = list(step.batches), subset_tokens(s.prompt, masks[step.one])[: step.size]
     while todo:
         start, batch = todo.pop(0)
-        size = chunk
-        if _turned(s.lm, ats[batch[0]], s.walker.answer):
-            size = len(ats[batch[0]]) + len(s.walker.answer)
+        ats, size = [subset_tokens(s.prompt, masks[i]) for i in batch], chunk
+        if _turned(s.lm, ats[0], s.walker.answer):
+            size = len(ats[0]) + len(s.walker.answer)
             _as_short(s.lm)
         try:
-            s.walker.grow(step.at, chunk)
-            yield batch, s.walker.leaves([ats[i] for i in batch], start, size)
+            s.walker.grow(shared, chunk)
+            yield batch, s.walker.leaves(ats, start, size)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error): raise
-            chunk = _shrink(s, error, chunk, len(batch), len(ats[batch[0]]))
+            chunk = _shrink(s, error, chunk, len(batch), len(ats[0]))
             half = len(batch) // 2
             todo = [(start, b) for b in (batch[:half], batch[half:]) if b] + todo if half else [(start, batch), *todo]
 
@@ -304,20 +346,21 @@ def measure_subsets(
     kept: Any,  # (m, n), bool
 ) -> np.ndarray:  # (m, 2, t)
     """Run what is not known yet, and give everything that was asked for."""
+    s.ahead = None
     plan, begun = plan_subsets(s, kept), time.perf_counter()
-    keys, ats = list(plan.masks), [subset_tokens(s.prompt, m) for m in plan.masks.values()]
+    keys = [_subset_key(s.prompt, m) for m in plan.masks]
     bar = tqdm(total=plan.costs.tokens, unit="tok", unit_scale=True, desc=s.doing, disable=not s.progress or not keys)
     try:
         with bar, torch.no_grad(), _routed(s.lm):
             _as_short(s.lm)
             for step, tokens in zip(plan.steps, plan.tokens, strict=True):
-                for batch, values in _run_step(s, step, ats, plan.chunk): _keep(s, [keys[i] for i in batch], values)
+                for batch, values in _run_step(s, step, plan.masks, plan.chunk): _keep(s, [keys[i] for i in batch], values)
                 bar.update(tokens)
     finally:
         if s.store is not None: s.store.write()
     plan.costs.seconds = time.perf_counter() - begun
     s.costs += plan.costs
-    return np.stack([s.known[k] for k in plan.keys])
+    return np.stack([s.known[_subset_key(s.prompt, m)] for m in _masks(s.prompt, kept)])
 
 # %% ../../nbs/probes/06a_subsets.ipynb #01c26e63
 def plain_scores(

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
 
 from ..prefix import _rope_regime
-from .sources import TracePrompt, subset_tokens
+from .sources import TracePrompt
 
 # %% auto #0
-__all__ = ['MOST_TOKENS', 'ValueFunction', 'Branch', 'branches', 'ScoreCosts', 'Step', 'make_steps', 'step_costs']
+__all__ = ['ROWS', 'MOST_TOKENS', 'PADDING', 'MIX', 'ValueFunction', 'Branch', 'branches', 'ScoreCosts', 'Step', 'SegmentBits',
+           'first_alike', 'make_steps', 'step_costs']
 
 # %% ../../nbs/probes/06a_subset_tree.ipynb #6c082e12
 class ValueFunction(Protocol):
@@ -37,7 +38,7 @@ class ValueFunction(Protocol):
 class Branch:
     """A shared beginning, and the subsets that go on from it alone."""
 
-    depth: int  # segments of the shared beginning
+    depth: int  # tokens of the shared beginning
     leaves: tuple[int, ...]  # numbers of subsets
     one: int  # a subset that begins so
 
@@ -49,18 +50,43 @@ def _alike(a: np.ndarray, b: np.ndarray) -> int:
     return int(differ[0]) if len(differ) else n
 
 # %% ../../nbs/probes/06a_subset_tree.ipynb #86baa07d
+def _prefix_tokens(bits: np.ndarray, ends: np.ndarray, size: np.ndarray) -> np.ndarray:  # (m,)
+    """Tokens of the segments of rows of bits (m, bytes), each up to a segment of its own (m,)."""
+    out, n = np.empty(len(bits), np.int64), len(size)
+    for i in range(0, len(bits), rows := max(1, ROWS // n)):
+        kept = np.unpackbits(bits[i : i + rows], axis=1, count=n).astype(bool)
+        out[i : i + rows] = (kept & (np.arange(n) < ends[i : i + rows, None])) @ size.astype(float)
+    return out
+
+
+ROWS = 2**21  # bits that are unpacked at a time
+
+# %% ../../nbs/probes/06a_subset_tree.ipynb #2c90ba6a
+def _parting(a: np.ndarray, b: np.ndarray, n: int) -> np.ndarray:  # (m,)
+    """The first of n segments in which rows of bits differ, (m, bytes) each; n where they are equal."""
+    differ = a ^ b
+    byte = (differ != 0).argmax(1)
+    first = np.unpackbits(np.take_along_axis(differ, byte[:, None], 1), axis=1)
+    return np.where(first.any(1), 8 * byte + first.argmax(1), n)
+
+# %% ../../nbs/probes/06a_subset_tree.ipynb #b27a05bb
 def branches(
-    rows: Sequence[np.ndarray],  # segments of each subset, ascending; all different
+    bits: np.ndarray,  # subsets as bits, one for each segment, packed, (m, bytes); all different
+    size: np.ndarray,  # tokens of each segment
 ) -> Iterator[Branch]:
     """Every place where subsets part, each before what comes after it."""
-    order = sorted(range(len(rows)), key=lambda i: rows[i].astype(">u4").tobytes())
+    absent = ~bits
+    order = sorted(range(len(bits)), key=[row.tobytes() for row in absent].__getitem__)
+    rows, whole = bits[order], np.full(len(bits), len(size))
+    depths, tokens = _prefix_tokens(rows[:-1], _parting(rows[:-1], rows[1:], len(size)), size), _prefix_tokens(rows, whole, size)
     todo = [(0, len(order))]
     while todo:
         lo, hi = todo.pop()
-        depth = _alike(rows[order[lo]], rows[order[hi - 1]])
-        nexts = [-1 if len(rows[i]) == depth else int(rows[i][depth]) for i in order[lo:hi]]
-        groups = [(lo + g[0], lo + g[-1] + 1) for g in (list(g) for _, g in groupby(range(hi - lo), key=nexts.__getitem__))]
-        yield Branch(depth, tuple(order[a] for a, b in groups if b - a == 1), order[lo])
+        between = depths[lo : hi - 1]
+        depth = int(between.min()) if len(between) else int(tokens[lo])
+        groups = [*pairwise([lo, *(lo + 1 + np.flatnonzero(between == depth)).tolist(), hi])]
+        alone = sorted((a for a, b in groups if b - a == 1), key=lambda a: tokens[a] > depth)  # one that ends here is the first
+        yield Branch(depth, tuple(order[a] for a in alone), order[lo])
         todo += [g for g in reversed(groups) if g[1] - g[0] > 1]
 
 # %% ../../nbs/probes/06a_subset_tree.ipynb #60c73245
@@ -92,6 +118,7 @@ class ScoreCosts:
 
 # %% ../../nbs/probes/06a_subset_tree.ipynb #13b1da55
 MOST_TOKENS = 4096  # of a batch, filled up
+PADDING = 1.1  # most that filling up may make of a batch
 
 
 def _filled_batches(lengths: Sequence[int], most: int) -> list[list[int]]:
@@ -100,7 +127,7 @@ def _filled_batches(lengths: Sequence[int], most: int) -> list[list[int]]:
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         now = [*out[-1], i] if out else [i]
         size = len(now) * lengths[now[0]]
-        if out and len(now) <= most and size <= MOST_TOKENS and size <= 1.1 * sum(lengths[k] for k in now): out[-1] = now
+        if out and len(now) <= most and size <= MOST_TOKENS and size <= PADDING * sum(lengths[k] for k in now): out[-1] = now
         else: out.append([i])
     return out
 
@@ -109,7 +136,8 @@ def _filled_batches(lengths: Sequence[int], most: int) -> list[list[int]]:
 class Step:
     """One branch, ready to run."""
 
-    at: np.ndarray  # the beginning that is computed: positions in the prompt, (p,)
+    one: int  # a subset that begins with what is computed
+    size: int  # tokens of the beginning that is computed
     batches: tuple[tuple[int, tuple[int, ...]], ...]  # how many tokens of it the leaves go on from, and their numbers
 
 # %% ../../nbs/probes/06a_subset_tree.ipynb #f6ace0d7
@@ -118,27 +146,84 @@ def _segments(prompt: TracePrompt) -> tuple[np.ndarray, np.ndarray]:
     starts = np.flatnonzero(np.append(True, prompt.owner[1:] != prompt.owner[:-1]))
     return prompt.owner[starts], np.diff(np.append(starts, len(prompt.owner)))
 
+# %% ../../nbs/probes/06a_subset_tree.ipynb #9da183dd
+class SegmentBits:
+    """Subsets as bits, one for each segment of a prompt, and the tokens of each subset."""
+
+    def __init__(self, prompt: TracePrompt, masks: np.ndarray):  # (m, sources), bool
+        whose, self.size = _segments(prompt)
+        self.whose, self.bits = whose, np.empty((len(masks), -(-len(whose) // 8)), np.uint8)
+        for i in range(0, len(masks), rows := max(1, ROWS // len(whose))):
+            self.bits[i : i + rows] = np.packbits(_owned(masks[i : i + rows], whose), axis=1)
+        self.tokens = _prefix_tokens(self.bits, np.full(len(masks), len(whose)), self.size)
+
+    def of_tokens(self, at: np.ndarray) -> np.ndarray:  # positions in the prompt -> (1, bytes)
+        """The segments of some tokens."""
+        kept = np.zeros(len(self.size), bool)
+        kept[np.repeat(np.arange(len(self.size)), self.size)[at]] = True
+        return np.packbits(kept)[None]
+
+
+def _owned(masks: np.ndarray, whose: np.ndarray) -> np.ndarray:
+    """Which segments are there when some sources are: those of no source (-1) always."""
+    return masks[:, whose] | (whose < 0)
+
+# %% ../../nbs/probes/06a_subset_tree.ipynb #9d531c31
+def _fingerprints(prompt: TracePrompt, masks: np.ndarray) -> np.ndarray:  # (m,), uint64: equal where the tokens are equal
+    whose, size = _segments(prompt)
+    powers = np.cumprod(np.append(np.uint64(1), np.full(len(prompt), MIX)), dtype=np.uint64)
+    at, ends = np.arange(len(prompt)), np.repeat(np.cumsum(size), size)
+    own = np.add.reduceat((prompt.ids.numpy() + 1).astype(np.uint64) * powers[ends - 1 - at], np.cumsum(size) - size)
+    out = np.empty(len(masks), np.uint64)
+    for i in range(0, len(masks), rows := max(1, ROWS // 8 // len(whose))):
+        tokens = np.where(_owned(masks[i : i + rows], whose), size, 0)
+        after = tokens[:, ::-1].cumsum(1)[:, ::-1] - tokens  # tokens that come after each segment
+        out[i : i + rows] = np.where(tokens, own * powers[after], np.uint64(0)).sum(1, dtype=np.uint64)
+    return out
+
+
+MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, and otherwise any
+
+# %% ../../nbs/probes/06a_subset_tree.ipynb #9ffcdec6
+def first_alike(
+    prompt: TracePrompt,
+    masks: np.ndarray,  # subsets, (m, sources), bool
+) -> np.ndarray:  # (m,): the number of the first subset that is the same prompt
+    """Which subsets are one prompt."""
+    _, first, group, many = np.unique(_fingerprints(prompt, masks), return_index=True, return_inverse=True, return_counts=True)
+    out, ids = first[group], prompt.ids.numpy()
+    prompts: dict[int, list[int]] = {}  # of those that may be equal, the different ones
+    for i in np.flatnonzero(many[group] > 1).tolist():
+        known = prompts.setdefault(int(group[i]), [])
+        same = (k for k in known if _same(prompt, ids, masks[k], masks[i]))
+        out[i] = next(same, i)
+        if out[i] == i: known.append(i)
+    return out
+
+
+def _same(prompt: TracePrompt, ids: np.ndarray, a: np.ndarray, b: np.ndarray) -> bool:
+    if np.array_equal(a, b): return True
+    return np.array_equal(*(ids[np.append(m, True)[prompt.owner]] for m in (a, b)))
+
 # %% ../../nbs/probes/06a_subset_tree.ipynb #34b7cffc
 def make_steps(
     prompt: TracePrompt,
-    masks: Sequence[np.ndarray],  # subsets, bool for each source; all different
+    rows: SegmentBits,  # subsets, all different
     config: Any,  # the model's text config
     reuse: bool = True,  # compute shared beginnings once
     batch_size: int = 8,  # leaves that run together, at most
 ) -> list[Step]:
     """What is run for some subsets, in order."""
-    whose, size = _segments(prompt)
-    rows = [np.flatnonzero(np.append(m, True)[whose]) for m in masks]
-    n = [int(size[r].sum()) for r in rows]
+    n, t = rows.tokens.tolist(), prompt.traced.stop
     if 0 in n: raise ValueError("without any source the prompt has no token: put something before or after the context in the template")
-    t = prompt.traced.stop
-    like = [reuse and _rope_regime(config, k + t - 1) == _rope_regime(config, 1) for k in n]  # positions are turned as in a short text
-    steps = [Step(np.empty(0, np.int64), ((0, (i,)),)) for i in range(len(n)) if not like[i]]
-    mine = [i for i in range(len(n)) if like[i]]
-    for b in branches([rows[i] for i in mine]) if mine else ():
+    short = _rope_regime(config, 1)
+    like = {k: reuse and _rope_regime(config, k + t - 1) == short for k in set(n)}  # positions are turned as in a short text
+    steps = [Step(i, 0, ((0, (i,)),)) for i in range(len(n)) if not like[n[i]]]
+    mine = [i for i in range(len(n)) if like[n[i]]]
+    for b in branches(rows.bits[mine], rows.size) if mine else ():
         leaves = [mine[i] for i in b.leaves]
-        p = min(int(size[rows[mine[b.one]][: b.depth]].sum()), n[leaves[0]] - 1 if len(mine) == 1 else len(prompt))
-        steps.append(Step(subset_tokens(prompt, masks[mine[b.one]])[:p], tuple(_batches(leaves, p, n, batch_size))))
+        p = min(b.depth, n[leaves[0]] - 1) if len(mine) == 1 else b.depth
+        steps.append(Step(mine[b.one], p, tuple(_batches(leaves, p, n, batch_size))))
     return steps
 
 # %% ../../nbs/probes/06a_subset_tree.ipynb #6fe2a720
@@ -151,14 +236,15 @@ def _batches(leaves: Sequence[int], p: int, n: Sequence[int], most: int) -> Iter
 # %% ../../nbs/probes/06a_subset_tree.ipynb #24374811
 def step_costs(
     steps: Sequence[Step],
-    sizes: Sequence[int],  # tokens of each subset's prompt
+    rows: SegmentBits,  # the subsets
     t: int,  # tokens of the answer
     held: np.ndarray,  # the beginning that is in memory: positions in the prompt
 ) -> list[int]:  # for each step
     """Tokens through the model, padding included."""
-    out = []
+    out, sizes, now, size = [], rows.tokens.tolist(), rows.of_tokens(held), len(held)
     for s in steps:
-        new = len(s.at) - _alike(held, s.at)
-        if new: held = s.at
-        out.append(new + sum(len(b) * (max(sizes[i] for i in b) - start + t - 1) for start, b in s.batches))
+        bits = rows.bits[s.one][None]
+        alike = min(size, s.size, int(_prefix_tokens(now, _parting(now, bits, len(rows.size)), rows.size)[0]))
+        if s.size > alike: now, size = bits, s.size
+        out.append(s.size - alike + sum(len(b) * (max(sizes[i] for i in b) - start + t - 1) for start, b in s.batches))
     return out

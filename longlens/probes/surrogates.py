@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 
 from .answers import Interval
-from .perturbation import TRACERS, TraceCost, TraceJob, Tracer, TraceScores, planned_cost
+from .perturbation import TRACERS, Meter, Room, TraceCost, TraceJob, Tracer, TraceScores, planned_cost
 
 # %% auto #0
 __all__ = ['LASSO_STEPS', 'ablation_masks', 'extra_module', 'Surrogate', 'unsettled_fits', 'said_unsettled', 'fit_surrogate',
@@ -149,6 +149,11 @@ class ContextCite(Tracer):
 
     def masks(self, job: TraceJob) -> np.ndarray: return ablation_masks(job.n, self.ablations + self.held_out, self.keep, job.seed)
     def cost(self, job: TraceJob) -> TraceCost: return planned_cost(job, self.masks(job))
+
+    def most(self, job: TraceJob, room: Room) -> TraceCost:
+        """Ablations of fewer sources are the beginnings of those of more, so they are no larger."""
+        (meter := Meter(room))(ablation_masks(room.n, self.ablations + self.held_out, self.keep, job.seed))
+        return meter.cost
 
     def run(self, job: TraceJob) -> TraceScores:
         masks, k = self.masks(job), self.ablations

@@ -189,7 +189,9 @@ def _planned(lm: Any, run: Run, job: Mapping[str, Any]) -> dict[str, Any]:
         check_needs(tracer, made)
         cost = tracer.cost(made)
         return {"case": case, "method": method, "evaluations": cost.evaluations, "tokens": cost.tokens}
-    except Exception: return {"case": case, "method": method}  # to be said when it runs, as any other reason is
+    except Exception as error:
+        if isinstance(error, MemoryError) and not (type(error) is MemoryError and error.args): raise  # planning itself did not fit
+        return {"case": case, "method": method}  # to be said when it runs, as any other reason is
     finally:
         if "scorer" in vars(made): made.scorer.close()  # type: ignore[attr-defined]
 

@@ -20,7 +20,7 @@ from ..prefix import _cut, _stops
 from .sources import Sources, TracePrompt, _checked_size, _spans_of, cut_context, placed
 
 # %% auto #0
-__all__ = ['TEMPLATES', 'KINDS', 'trace_prompt', 'ready_prompt']
+__all__ = ['TEMPLATES', 'KINDS', 'answer_limits', 'unwritten', 'trace_prompt', 'ready_prompt']
 
 # %% ../../nbs/probes/06_trace_prompts.ipynb #5ff0cfbb
 TEMPLATES: dict[str, str] = {  # name -> a text with {context} and {question}
@@ -69,10 +69,26 @@ def _spoken(lm: Any, ids: Tensor) -> Tokens:
     ends = [*accumulate((len(lm.decode(ids[: k + 1])) for k in range(len(ids))), max)]
     return Tokens(ids, lm.decode(ids), torch.tensor([*pairwise([0, *ends])]), lm.tokenizer)
 
+# %% ../../nbs/probes/06_trace_prompts.ipynb #64344129
+def answer_limits(lm: Any, max_new_tokens: int | None, stop: str | Sequence[str] | None) -> tuple[int, tuple[str, ...]]:
+    """How many tokens an answer gets, and the texts that end it."""
+    if max_new_tokens is not None and max_new_tokens < 1: raise ValueError(f"max_new_tokens is {max_new_tokens}: an answer has 1 or more")
+    tiny = lm.name == "needle-lm"
+    return max_new_tokens or (32 if tiny else 100), ((".", "\n") if tiny else ()) if stop is None else tuple(_stops(stop))
+
+
+def unwritten(
+    lm: Any,  # LongModel
+    max_new_tokens: int | None = None,  # that the answer may have
+) -> list[int]:
+    """Stands for an answer while it is planned what writing and tracing it costs: so many tokens, of a word."""
+    word = 0 if lm.tokenizer is None else int(lm.tokens(" a", add_special_tokens=False).ids[-1])
+    return [word] * answer_limits(lm, max_new_tokens, None)[0]
+
 # %% ../../nbs/probes/06_trace_prompts.ipynb #0eb8f0a3
-def _written(lm: Any, tokens: Tokens, max_new_tokens: int, stop: Sequence[str], allow_longer: bool | None) -> Tokens:
-    """The model's own answer, up to a stop text."""
-    ids = lm.generate_ids(tokens, max_new_tokens, list(stop), allow_longer=allow_longer)
+def _written(lm: Any, prompt: Any, max_new_tokens: int, stop: Sequence[str], allow_longer: bool | None) -> Tokens:
+    """The model's own answer to Tokens or a Prefix, up to a stop text."""
+    ids = lm.generate_ids(prompt, max_new_tokens, list(stop), allow_longer=allow_longer)
     if lm.tokenizer is not None:
         size = len(_cut(lm.decode(ids), stop))
         while len(ids) and len(lm.decode(ids[:-1])) >= size: ids = ids[:-1]
@@ -155,11 +171,8 @@ def trace_prompt(
 def _finished(lm: Any, tokens: Tokens, at: int, sources: Sources, answer: Any, span: Any, max_new_tokens: int | None,
               stop: str | Sequence[str] | None, allow_longer: bool | None, question: str, **meta: Any) -> TracePrompt:
     """The prompt with its answer."""
-    tiny, generated = lm.name == "needle-lm", answer is None
-    if max_new_tokens is not None and max_new_tokens < 1: raise ValueError(f"max_new_tokens is {max_new_tokens}: an answer has 1 or more")
-    if generated:
-        stop = ((".", "\n") if tiny else ()) if stop is None else tuple(_stops(stop))
-        said = _written(lm, tokens, (32 if tiny else 100) if max_new_tokens is None else max_new_tokens, stop, allow_longer)
+    generated = answer is None
+    if generated: said = _written(lm, tokens, *answer_limits(lm, max_new_tokens, stop), allow_longer)
     else: said = _answered(lm, tokens, answer, bool(meta.get("chat")))
     _check_length(lm, len(tokens) + len(said), allow_longer)
     return placed(tokens, at, sources, said, span, question=question, meta={**meta, "generated": generated})

@@ -229,8 +229,12 @@ def _said_top(r: Trace) -> list[str]:
 
 # %% ../../nbs/probes/06h_trace_report.ipynb #03d12bfb
 def _said_finer(r: Trace) -> str:
+    """Where the best of finer levels are, if one stands out there."""
     if _levels(r).is_empty(): return ""
-    at = ", ".join(f"{x['start']:,} to {x['end']:,} (best of the {x['by']})" for x in r.finer(1).iter_rows(named=True))
+    flat = lambda by: any(f"{by} in the best of those stands out" in note for note in r.meta["notes"])
+    told = [x for x in r.finer(1).iter_rows(named=True) if not flat(x["by"])]
+    if not told: return ""
+    at = ", ".join(f"{x['start']:,} to {x['end']:,} (best of the {x['by']})" for x in told)
     return f"where that is, in characters of the context: {at}; finer() lists more"
 
 # %% ../../nbs/probes/06h_trace_report.ipynb #4ad5cb91

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,15 @@ from ..measure.intervene import interventions
 from ..pieces import Context
 from .middle import longer
 from .perturbation import TRACERS, TraceCost, Tracer, TraceJob, TraceScores, check_budget, counted, find_tracer
-from .sources import TracePrompt, cut_context
-from .subset_scores import FLOOR
+from .sources import TracePrompt, answer_tokens, cut_context
+from .subset_scores import FLOOR, _follow, _routed, reusable
 from .subset_tree import ScoreCosts
-from .trace_prompts import ready_prompt, trace_prompt
+from .trace_prompts import _written, answer_limits, ready_prompt, trace_prompt, unwritten
 from .trace_report import Trace, make_trace
 
 # %% auto #0
-__all__ = ['METHOD_MODULES', 'LARGE_COST', 'PUT', 'load_methods', 'check_needs', 'LargeTrace', 'say_large', 'run_tracer',
-           'trace_context']
+__all__ = ['METHOD_MODULES', 'LARGE_COST', 'PUT', 'load_methods', 'check_needs', 'LargeTrace', 'say_large', 'planned_trace',
+           'write_answer', 'run_tracer', 'trace_context']
 
 # %% ../../nbs/probes/06i_traceback.ipynb #cfd46d3a
 METHOD_MODULES = ("perturbation", "coarse_to_fine", "attention_trace", "surrogates", "captum_trace", "captum_gradients", "citation")
@@ -74,6 +75,39 @@ def say_large(
                   f"forwards of the whole prompt. Give budget= and so much is refused; larger sources (size=, by=) take less{other}",
                   LargeTrace, stacklevel=3)
 
+# %% ../../nbs/probes/06i_traceback.ipynb #9353c071
+def planned_trace(
+    tracer: Tracer,
+    job: TraceJob,  # with a model and a prompt
+    budget: int | None = None,  # tokens through the model, at most
+    unwritten: bool = False,  # does the answer of the prompt only stand for one?
+    written: int = 0,  # tokens that its answer took to write
+) -> TraceCost:
+    """What a method takes with all that comes before it, if that is not more than is allowed; nothing is run."""
+    first = job.scorer.expect(unwritten)  # type: ignore[attr-defined]
+    if unwritten: written = len(job.prompt.whole) - 1  # type: ignore[union-attr]
+    cost = check_budget(tracer, job, budget, first.tokens + written)
+    return replace(cost, exact=cost.exact and not unwritten)
+
+# %% ../../nbs/probes/06i_traceback.ipynb #d1300260
+def write_answer(
+    job: TraceJob,  # whose prompt has an answer that stands for one
+    limits: tuple[int, Sequence[str]],  # of the answer, from `answer_limits`
+    span: str | Sequence[int] | range | None = None,  # the part of it that is traced
+    allow_longer: bool | None = None,  # go past the model's `max_length`
+) -> int:  # tokens through the model
+    """Let the model answer the prompt of a job."""
+    lm, p, most = job.lm, job.prompt, job.max_memory
+    chunk = None if most is None else lm.best_chunk(len(p.whole), most=most, copies=2)  # type: ignore[union-attr]
+    with _routed(lm):
+        before = lm.prefill(p.tokens, chunk, allow_longer=allow_longer)  # type: ignore[union-attr]
+        said = _written(lm, before, *limits, allow_longer)
+    job.prompt = replace(p, answer=said, traced=answer_tokens(said, span), meta={**p.meta, "generated": True})  # type: ignore
+    vars(job).pop("scorer", None)
+    _follow(scorer := job.scorer)  # type: ignore[arg-type]
+    if reusable(scorer): scorer.walker.at, scorer.walker.chain = np.arange(len(p)), before  # type: ignore
+    return len(p) + min(len(said), limits[0] - 1)  # type: ignore[arg-type]
+
 # %% ../../nbs/probes/06i_traceback.ipynb #3bc23014
 def _answer_values(job: TraceJob) -> tuple[np.ndarray, ScoreCosts]:
     """log p of the traced tokens with every source there, and what that took."""
@@ -97,11 +131,14 @@ def run_tracer(
     job: TraceJob,  # with a model and a prompt
     name: str = "",  # of the method; its class, if not given
     k: int = 5,  # sources that are shown
+    written: ScoreCosts | None = None,  # what it took to write the answer
     **meta: Any,  # what else to remember
 ) -> Trace:
     """The report of a method on a prompt."""
     job.now("answer")
     logprobs, first = _answer_values(job)
+    first += written or ScoreCosts()
+    if job.budget is not None: job.budget -= first.tokens
     job.now(name or type(tracer).__name__)
     found, spent = counted(tracer, job)
     lost = len(job.scorer.floored)  # type: ignore[attr-defined]
@@ -113,6 +150,18 @@ def run_tracer(
     found = TraceScores(found.values, found.errors, found.frames, notes)
     return make_trace(job.prompt, found, logprobs, costs, {**said, **meta})  # type: ignore[arg-type]
 
+# %% ../../nbs/probes/06i_traceback.ipynb #2ae9c202
+def _run_asked(tracer: Tracer, job: TraceJob, name: str, k: int, cost: TraceCost, ask: dict[str, Any] | None) -> Trace:
+    """The report, after the model was asked for its answer, if it is: then the method is planned once more."""
+    budget, begun = job.budget, time.perf_counter()
+    try:
+        if ask is None: return run_tracer(tracer, job, name, k, cost=repr(cost), budget=budget)
+        tokens = write_answer(job, answer_limits(job.lm, ask["max_new_tokens"], ask["stop"]), ask["answer_span"], ask["allow_longer"])
+        cost = planned_trace(tracer, job, budget, written=tokens)
+        spent = ScoreCosts(tokens=tokens, plain_tokens=tokens, seconds=time.perf_counter() - begun)
+        return run_tracer(tracer, job, name, k, spent, cost=repr(cost), budget=budget)
+    finally: job.release()
+
 # %% ../../nbs/probes/06i_traceback.ipynb #6e902438
 def _check_numbers(k: int, seed: int) -> None:
     if k < 1: raise ValueError(f"k is {k}: one source or more")
@@ -122,6 +171,7 @@ def _check_numbers(k: int, seed: int) -> None:
 def _traced_prompt(lm: Any, context: Any, question: str, answer: Any, span: Any, said: dict[str, Any], put: dict[str, Any]) -> TracePrompt:
     """The prompt that is meant: one that is ready, or what becomes of a context and a question."""
     if isinstance(context, TracePrompt): return context
+    if answer is None: answer, said = unwritten(lm, said["max_new_tokens"]), {**said, "answer_span": None}
     if isinstance(context, Context) or span is not None: return ready_prompt(lm, context, span, answer, **said)
     return trace_prompt(lm, context, question, answer, **said, **put)
 
@@ -182,6 +232,7 @@ def trace_context(
     load_methods()
     lm, tracer = load(model), find_tracer(method, settings)
     _check_numbers(k, seed)
+    asked = answer is None and not isinstance(context, TracePrompt)  # the model is asked, once it is clear what that costs
     if by is None and isinstance(context, str) and tracer.by and len(cut_context(context, tracer.by, size)) > 1: by = tracer.by
     said: dict[str, Any] = dict(by=by, size=size, answer_span=answer_span, allow_longer=allow_longer)
     said |= dict(special=special, max_new_tokens=max_new_tokens, stop=stop)
@@ -189,10 +240,10 @@ def trace_context(
     _check_given(context, {"question": question, "answer": answer, "span": span, **said, **put})
     with longer(lm, allow_longer):
         prompt = _traced_prompt(lm, context, question, answer, span, said, put)
-        job = TraceJob(lm, prompt, seed=seed, heads=heads, batch_size=batch_size, max_memory=max_memory, out=out, progress=progress)
+        job = TraceJob(lm, prompt, seed=seed, heads=heads, batch_size=batch_size, max_memory=max_memory, budget=budget, out=out,
+                       progress=progress)
         check_needs(tracer, job)
-        cost = check_budget(tracer, job, budget)
+        cost = planned_trace(tracer, job, budget, asked)
         if dry_run: return cost
         if budget is None: say_large(tracer, job, cost)
-        try: return run_tracer(tracer, job, method if isinstance(method, str) else "", k, cost=repr(cost), budget=budget)
-        finally: job.scorer.close()  # type: ignore[attr-defined]
+        return _run_asked(tracer, job, method if isinstance(method, str) else "", k, cost, said if asked else None)
