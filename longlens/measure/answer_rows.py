@@ -19,7 +19,7 @@ from .calls import Call, Statistic, check_queries, missing_queries, register
 from .statistics import _grow, _place
 
 # %% auto #0
-__all__ = ['check_head_weights', 'MeanRows', 'mean_over_layers', 'attention_of']
+__all__ = ['check_head_weights', 'MeanRows', 'mean_over_layers', 'rows_after', 'covers', 'attention_of']
 
 # %% ../../nbs/measure/11_answers.ipynb #df347cfc
 def _by_sample(queries: Sequence) -> bool: return len(queries) > 0 and not isinstance(queries[0], (int, np.integer))
@@ -139,6 +139,26 @@ def _check_layers(stat: MeanRows, measured: set[int]) -> None:
         if stat.weights and stat.weights[layer, head] and layer not in measured:
             raise IndexError(f"{stat.title}: head ({layer}, {head}) has a weight, but the layers measured are {sorted(measured)}")
 
+# %% ../../nbs/measure/11_answers.ipynb #84794ba0
+def rows_after(
+    before: Any,  # the Prefix in front of the rows
+    ids: Tensor,  # of the rows, (rows,)
+    weights: Mapping[tuple[int, int], float] | None = None,  # of heads (layer, head) in the mean; None: all alike
+    chunk: int | None = None,  # tokens a step; None: what fits in memory
+) -> Tensor:  # attention to every token up to the last row, (tokens before + rows,)
+    "Mean attention over rows that come after a beginning, and over heads and layers"
+    rows = range(len(before), len(before) + len(ids))
+    with capture(before.lm, MeanRows(rows, by="layer", weights=weights)) as seen: before.extend(ids, chunk)
+    return mean_over_layers(seen)[0]
+
+
+def covers(
+    like: Any,  # a Prefix, or None
+    ids: Tensor,  # (n,)
+) -> bool:
+    "Does a Prefix begin with these tokens, so that nothing of them is to be run?"
+    return like is not None and like.cache.is_croppable and torch.equal(like.ids[:len(ids)], ids)
+
 # %% ../../nbs/measure/11_answers.ipynb #6c0d9864
 def attention_of(
     lm: Any,  # LongModel
@@ -152,8 +172,8 @@ def attention_of(
     "Mean attention over chosen rows, and over heads and layers; what comes after the last row is not run"
     if not (len(rows) and rows.step == 1 and 0 <= rows.start and rows.stop <= len(ids)):
         raise ValueError(f"rows are {rows}, but they are consecutive positions of a text of {len(ids):,} tokens")
-    before = lm.prefill(ids[:rows.start], chunk, like=like, allow_longer=allow_longer) if rows.start else None
-    with capture(lm, MeanRows(rows, by="layer", weights=weights)) as seen:
-        if before is None: lm.prefill(ids[:rows.stop], chunk, allow_longer=allow_longer)
-        else: before.extend(ids[rows.start:rows.stop], chunk)
-    return mean_over_layers(seen)[0], before
+    if rows.start:
+        before = lm.prefill(ids[:rows.start], chunk, like=like, allow_longer=allow_longer)
+        return rows_after(before, ids[rows.start:rows.stop], weights, chunk), before
+    with capture(lm, MeanRows(rows, by="layer", weights=weights)) as seen: lm.prefill(ids[:rows.stop], chunk, allow_longer=allow_longer)
+    return mean_over_layers(seen)[0], None

@@ -15,7 +15,7 @@ import polars as pl
 import torch
 from tqdm.auto import tqdm
 
-from ..measure.answer_rows import attention_of, check_head_weights
+from ..measure.answer_rows import attention_of, check_head_weights, covers, rows_after
 from ..measure.attach import attach
 from ..measure.capture import capture
 from ..measure.rollout import Rollout
@@ -25,9 +25,9 @@ from .sources import TracePrompt, subset_tokens
 from .subset_tree import ScoreCosts
 
 # %% auto #0
-__all__ = ['GLANCE_COPIES', 'HOW_TO_FIND', 'Glance', 'glance', 'pool_sources', 'glances', 'glance_costs', 'draw_sources',
-           'mean_of_draws', 'layer_weights', 'retrieval_weights', 'AttentionTracer', 'AttnTrace', 'MeanAttention',
-           'RetrievalAttention', 'roll_out', 'AttentionRollout']
+__all__ = ['HOW_TO_FIND', 'Glance', 'glance', 'pool_sources', 'glances', 'glance_costs', 'draw_sources', 'mean_of_draws',
+           'layer_weights', 'retrieval_weights', 'AttentionTracer', 'AttnTrace', 'MeanAttention', 'RetrievalAttention',
+           'roll_out', 'AttentionRollout']
 
 # %% ../../nbs/probes/06c_attention_trace.ipynb #d7c16a07
 class Glance(NamedTuple):
@@ -51,13 +51,20 @@ def glance(
     at = np.arange(len(prompt)) if kept is None else subset_tokens(prompt, kept)
     ids, k = torch.cat([prompt.ids[torch.from_numpy(at)], prompt.answer.ids]), len(at)
     rows = range(k + prompt.traced.start - 1, k + prompt.traced.stop)
-    shared = 0 if like is None or not like.cache.is_croppable else max(0, min(_shared(like.ids, ids[:rows.start]), rows.start - 1))
-    chunk = None if max_memory is None else lm.best_chunk(rows.stop, most=max_memory, copies=GLANCE_COPIES)
-    with attach(lm): seen, before = attention_of(lm, ids, rows, weights, like, True, chunk)  # its length has been checked
+    shared = _in_common(like.ids, ids[:rows.start]) if like is not None and like.cache.is_croppable else 0
+    there = rows.start > 0 and covers(like, ids[:rows.start])
+    copies = 2 if there or like is None else 3  # of the cache: before the rows, with them, and of the prompt before
+    chunk = None if max_memory is None else lm.best_chunk(rows.stop, most=max_memory, copies=copies)
+    with attach(lm):  # its length has been checked
+        if there: seen = rows_after(before := like.crop(rows.start), ids[rows.start:rows.stop], weights, chunk)
+        else: seen, before = attention_of(lm, ids, rows, weights, like, True, chunk)
     return Glance(seen[:k].cpu().numpy().astype(float), prompt.owner[at], rows.stop - shared, before)
 
 
-GLANCE_COPIES = 3  # caches: of the prompt before, of the prompt up to the rows, and of what the rows make of it
+def _in_common(before: torch.Tensor, front: torch.Tensor) -> int:
+    "Tokens of a beginning that need not be run: all, or one less where they are not the beginning of what was run before"
+    shared = _shared(before, front)
+    return shared if shared == len(front) else max(0, min(shared, len(front) - 1))
 
 # %% ../../nbs/probes/06c_attention_trace.ipynb #896fff04
 def pool_sources(
@@ -90,11 +97,10 @@ def glances(
     weights: Mapping[tuple[int, int], float] | None = None,  # of heads (layer, head) in the mean; None: all alike
     progress: bool = False,  # show a bar
     doing: str = "prompts",  # what it says
-    like: Any = None,  # the Prefix of a prompt that may begin as the first of them
     max_memory: int | None = None,  # bytes on top of the weights; None: nine tenths of what is free
 ) -> Iterator[tuple[list[int], Glance]]:  # numbers of the subsets, and where the answer looked
     "`glance` at every subset"
-    before = like
+    before = None
     for kept, numbers in tqdm(_in_order(subsets).items(), desc=doing, disable=not progress):
         g = glance(lm, prompt, np.array(kept, int), weights, before, max_memory)
         before = g.prefix
@@ -113,7 +119,7 @@ def glance_costs(
     for kept, numbers in found.items():
         ids = prompt.ids[torch.from_numpy(subset_tokens(prompt, np.array(kept, int)))]
         front, size = torch.cat([ids, prompt.answer.ids])[:len(ids) + prompt.traced.start - 1], len(ids) + prompt.traced.stop
-        shared = max(0, min(_shared(before, front), len(front) - 1)) if reuse else 0
+        shared = _in_common(before, front) if reuse else 0
         costs.tokens, costs.plain_tokens = costs.tokens + size - shared, costs.plain_tokens + size
         costs.asked_tokens, costs.evaluations, before = costs.asked_tokens + size * len(numbers), len(found), front
     return costs
@@ -199,8 +205,12 @@ class AttentionTracer(Tracer):
         return TraceCost(len(some), sum(room.prompt(len(s)) + 1 for s in some))
 
     def cost(self, job: TraceJob) -> TraceCost:
-        costs = glance_costs(job.lm, self.prompt(job), self.subsets(job), job.held()[0])
+        costs = glance_costs(job.lm, self.prompt(job), self.subsets(job), self.held(job)[0])
         return TraceCost(costs.evaluations, costs.tokens, True)
+
+    def held(self, job: TraceJob) -> tuple[np.ndarray, Any]:
+        "The beginning that it goes on from: positions in the prompt, and the Prefix if it is there already"
+        return np.empty(0, int), None
 
     def prompt(self, job: TraceJob) -> TracePrompt:
         "The prompt of a job that has one"
@@ -226,11 +236,11 @@ class AttnTrace(AttentionTracer):
 
     def run(self, job: TraceJob) -> TraceScores:
         prompt, subsets, begun = self.prompt(job), self.subsets(job), time.perf_counter()
-        values, (held, like) = np.full((self.draws, job.n), np.nan), job.held()
-        weights = layer_weights(job.lm, self.layers)
-        for numbers, g in glances(job.lm, prompt, subsets, weights, job.progress, job.doing, like, job.max_memory):
+        values, weights = np.full((self.draws, job.n), np.nan), layer_weights(job.lm, self.layers)
+        job.release()
+        for numbers, g in glances(job.lm, prompt, subsets, weights, job.progress, job.doing, job.max_memory):
             values[numbers] = pool_sources(g.attention, g.owner, job.n, self.top_tokens)
-        costs = glance_costs(job.lm, prompt, subsets, held)
+        costs = glance_costs(job.lm, prompt, subsets)
         costs.seconds = time.perf_counter() - begun
         return _of_draws(values, costs)
 
@@ -256,12 +266,14 @@ class MeanAttention(AttentionTracer):
     total: bool = False  # what the source's tokens get together; False: their mean
     says: ClassVar[str] = "attention of the answer to the tokens of the source, mean over layers and heads"
 
+    def held(self, job: TraceJob) -> tuple[np.ndarray, Any]: return job.held()
+
     def weights(self, job: TraceJob) -> dict[tuple[int, int], float] | None:
         "Of heads, in the mean"
         return layer_weights(job.lm, self.layers)
 
     def run(self, job: TraceJob) -> TraceScores:
-        prompt, begun, (held, like) = self.prompt(job), time.perf_counter(), job.held()
+        prompt, begun, (held, like) = self.prompt(job), time.perf_counter(), self.held(job)
         g = glance(job.lm, prompt, weights=self.weights(job), like=like, max_memory=job.max_memory)
         costs = glance_costs(job.lm, prompt, self.subsets(job), held)
         costs.seconds = time.perf_counter() - begun

@@ -239,8 +239,9 @@ def _said_finer(r: Trace) -> str:
 
 # %% ../../nbs/probes/06h_trace_report.ipynb #4ad5cb91
 def _said_costs(r: Trace) -> str:
-    c = r.frames["costs"].filter(pl.col("stage") != "answer").row(0, named=True)
+    answer, c = (r.frames["costs"].filter((pl.col("stage") == "answer") == first).row(0, named=True) for first in (True, False))
     said = f"{c['evaluations']:,} evaluation{'s' * (c['evaluations'] != 1)}, {c['tokens']:,} tokens through the model"
+    if answer["tokens"]: said += f", after {answer['tokens']:,} for the answer itself"
     if not c["plain_tokens"] or c["plain_tokens"] <= c["tokens"]: return said
     return f"{said}; one whole forward each would take {c['plain_tokens']:,} tokens"
 
