@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['add_trace_command', 'trace_inputs', 'trace_settings', 'methods_asked', 'plain_warnings', 'traces', 'trace_command']
+__all__ = ['FEWEST', 'add_trace_command', 'trace_inputs', 'trace_settings', 'methods_asked', 'way_to_cut', 'plain_warnings',
+           'traces', 'trace_command']
 
 # %% ../nbs/05a_cli_trace.ipynb #82e888db
 def add_trace_command(
@@ -35,7 +37,8 @@ def add_trace_command(
     add("--set", action="append", default=[], metavar="KEY=VALUE",
         help="a setting of the methods that have it, such as permutations=20; again for more")
     add("--by", metavar="WAY",
-        help="words, lines, sentences, paragraphs, documents or tokens (default: words; documents, if there are several)")
+        help="words, lines, sentences, paragraphs, documents or tokens (default: words; sentences, if the text is short; "
+             "documents, if there are several)")
     add("--size", type=int, metavar="N", help="so many of them are one source (default: 100 words, one of anything else)")
     add("--top", type=int, default=5, metavar="K", help="sources that are listed (default: 5)")
     _add_prompt(one)
@@ -69,7 +72,7 @@ def trace_inputs(
 ) -> tuple[str | list[str], str]:    # a text or documents, and the question
     "What the model is asked about; an example for needle-lm, if nothing is given"
     from longlens.cli import read_text
-    if asked.context is None and asked.question is None and asked.model is None and asked.answer is None:
+    if asked.context is None and asked.question is None and asked.model in (None, "needle-lm") and asked.answer is None:
         from longlens.probes.attacks import fact_cases
         case = fact_cases(1, 800, conflict="earlier", copies=2)[0]
         return case.text, case.question
@@ -114,6 +117,23 @@ def methods_asked(
     except TypeError as error: raise ValueError(f"--set: {error}") from error
     return made
 
+# %% ../nbs/05a_cli_trace.ipynb #5d776bca
+FEWEST = 3    # sources that are worth comparing
+
+
+def way_to_cut(
+    context: str | list[str],     # a text, or documents
+    asked: argparse.Namespace,    # by, size
+) -> str | None:                  # `by` of `trace_prompt`
+    "As it was asked for; by sentences, where 100 words would make too few sources of a text"
+    from longlens.probes.sources import cut_context
+    if asked.by is not None or asked.size is not None or not isinstance(context, str): return asked.by
+    few, finer = len(cut_context(context)), len(cut_context(context, "sentences"))
+    if few >= FEWEST or finer <= few: return None
+    many = "one source" if few == 1 else f"{few} sources"
+    print(f"every sentence is a source, {finer:,} in all: 100 words each would make {many} (--by words cuts so)", flush=True)
+    return "sentences"
+
 # %% ../nbs/05a_cli_trace.ipynb #b31b7a08
 @contextmanager
 def plain_warnings() -> Iterator[None]:
@@ -136,15 +156,15 @@ def traces(
     from longlens.views.text import visible
     (context, question), methods = trace_inputs(asked), methods_asked(asked)    # what is wrong is said before a model is loaded
     heads = None if asked.heads is None else longlens.Report.load(asked.heads)
-    lm = load_model(asked)
+    lm, by = load_model(asked), way_to_cut(context, asked)
     print(f"{visible(lm.name, 200)} is asked: {visible(question, 1000)}", flush=True)    # a terminal would obey what is hidden in them
     named = [f"{i} {visible(str(f), 200)}" for i, f in enumerate(asked.context or ())]
     if len(named) > 1: print(f"documents: {', '.join(named)}", flush=True)
-    put: dict[str, Any] = dict(by=asked.by, size=asked.size, template=asked.template, chat=asked.chat or None, system=asked.system)
+    put: dict[str, Any] = dict(by=by, size=asked.size, template=asked.template, chat=asked.chat or None, system=asked.system)
     how: dict[str, Any] = dict(k=asked.top, budget=asked.budget, heads=heads, out=asked.results, progress=True)
     if asked.answer is None or asked.dry_run:    # what it costs is said before the model is asked
         draft = dict(put, answer=asked.answer, answer_span=asked.span, dry_run=True)
-        draft["by"] = asked.by or ("words" if isinstance(context, str) else "documents")    # as the prompt below has it
+        draft["by"] = by or ("words" if isinstance(context, str) else "documents")    # as the prompt below has it
         costs = {n: longlens.trace_context(lm, context, question, method=n, **draft, **how, **own) for n, own in methods.items()}
         if asked.dry_run: return costs
     prompt = trace_prompt(lm, context, question, asked.answer, answer_span=asked.span, **put)
@@ -169,6 +189,7 @@ def trace_command(
         atomic_write(folder / "context.txt", first.context)
         for n, r in made.items(): r.save(folder / n)
         write_page(list(made.values()), folder / "index.html", title=first.meta["question"])
-    for n, r in made.items(): print("\n".join(f"  {n}: {line}" for line in r.findings()))
+    for n, r in made.items():    # advice in the command's words
+        print("\n".join(f"  {n}: " + re.sub(r"\(by=\)$", "(--by)", line) for line in r.findings()))
     print(f"tables: {', '.join(str(asked.out / n) for n in made)}\npage:   {asked.out / 'index.html'}")
     return asked.out / "index.html"

@@ -147,7 +147,7 @@ def _fill_buffers(
 
 # %% ../nbs/01_models.ipynb #60389f8b
 def load(
-    model: Any = None,  # None: the embedded needle-lm; a folder, a hub id, a Hugging Face model, or a TransformerBridge
+    model: Any = None,  # None, or "needle-lm": the embedded model; a folder, a hub id, a Hugging Face model, or a TransformerBridge
     tokenizer: Any = None,  # its tokenizer, or where it is; None: the one beside the model, if any
     *,
     dtype: str | torch.dtype | None = None,  # "float32", "bfloat16", "float16", "auto"; None: as the model is stored
@@ -166,6 +166,7 @@ def load(
     if device is not None and device_map is not None:
         raise ValueError("device puts the model on one device and device_map spreads it over several: give one of them")
     place, number = _check_device(device), _check_dtype(dtype)
+    model = None if _is_embedded(model) else model
     name = _name_of(model)
     if model is None or isinstance(model, (str, Path)):
         if place is None and device_map is None:
@@ -190,6 +191,11 @@ def _embedded() -> Path:
     return folder
 
 # %% ../nbs/01_models.ipynb #0e61ad46
+def _is_embedded(model: Any) -> bool:
+    """Is it asked for by what reports call it? A folder of that name comes first."""
+    return isinstance(model, str) and model == _name_of(None) and not Path(model).exists()
+
+
 def _name_of(model: Any) -> str | None:
     """What reports call the model; None: what its config says."""
     if model is None:

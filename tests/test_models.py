@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -194,6 +195,14 @@ def test_folder_string_relative(folder, monkeypatch, no_network):
             with pytest.raises(FileNotFoundError, match="there is no folder"):
                 load(wrong)
     assert not no_network
+
+
+def test_the_name_of_the_embedded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "Reports call it needle-lm; a folder that is called so comes first"
+    monkeypatch.chdir(tmp_path)
+    assert load("needle-lm", device="cpu").name == load(device="cpu").name
+    Path("needle-lm").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no config.json"): load("needle-lm")
 
 
 def test_hub_id_offline_says_what_to_do(no_network, monkeypatch, tmp_path):

@@ -90,6 +90,17 @@ def test_documents_methods_and_a_given_answer(capsys: pytest.CaptureFixture[str]
     assert traces[1].meta["settings"] == {"permutations": 3}
 
 
+def test_a_short_text_is_cut_into_sentences(capsys: pytest.CaptureFixture[str]) -> None:
+    "By the name that reports give the model, and with the option that the command has where one source is left"
+    Path("four.txt").write_text(NOTE + "The code for Bob is river. Nobody knew why.")
+    asked = ("needle-lm", "--context", "four.txt", "--question", "What is the code for Ada?", "--method", "stc")
+    assert run(*asked, "--out", "out") == 0
+    said = capsys.readouterr().out
+    assert "every sentence is a source, 4 in all: 100 words each would make one source" in said and "of 4 sources by sentences" in said
+    assert run(*asked, "--by", "words", "--out", "words") == 0
+    assert "none to compare it with: cut finer (--by)\n" in capsys.readouterr().out
+
+
 def test_settings_and_a_part_of_the_answer() -> None:
     asked = ["--context", "b.txt", "--question", "What is the code for Eve?", "--answer", "stone and more", "--span", "stone"]
     assert run(*asked, "--by", "sentences", "--method", "shapley", "--set", "permutations=3", "--top", "1", "--out", "out") == 0
