@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = Path(__file__).with_name("RESULTS.md")
-HEAD = "# Benchmark results\n\nWritten by the scripts in `benchmarks/` of the repository; every number was measured by the command its section names.\n"
+HEAD = "# Benchmark results\n\nWritten by the scripts in `benchmarks/`; every number was measured by the command its section names.\n"
 
 
 def write_section(title: str, text: str) -> None:

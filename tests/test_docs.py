@@ -292,6 +292,8 @@ def test_a_notebook_with_everything(small: Path) -> None:
     assert "no notebook exports it" in (small / "reference/more.html").read_text()
     for name in ("new/02_empty", "new/03_untitled"): assert (small / f"{name}.html").exists()
     assert 'href="new/01_all.html#widgets"' in (small / "index.html").read_text()
+    icon = re.search(r'<link rel="shortcut icon" href="([^"?]+)', (small / "index.html").read_text())
+    assert icon and (small / icon[1]).is_file()    # without one, browsers ask for a file that is not there
 
 
 def test_stored_charts_and_widgets() -> None:
@@ -328,6 +330,32 @@ def test_stored_charts_and_widgets() -> None:
         assert data["image/png"] and next(iter(data[outputs.CHART]["datasets"].values())) == [{"x": 0.3333333}]
     finally:
         if before is not None: alt.renderers.register("png", before)
+
+
+def made_of(state: dict[str, Any]) -> dict[str, set[Any]]:
+    "What a widget consists of, whatever text it shows: controls by name, titles of tabs, classes, scripts"
+    models = [(m["kind"], m["state"]) for m in state["models"].values()]
+    return {"controls": {(kind, s["description"]) for kind, s in models if s.get("description")},
+            "tabs": {title for _, s in models for title in s.get("titles", [])},
+            "classes": {name for _, s in models for name in s.get("_dom_classes", [])},
+            "scripts": {s["_esm"] for _, s in models if "_esm" in s}}
+
+
+def test_stored_workbenches_are_what_the_code_shows() -> None:
+    "A workbench that is stored in a notebook is not older than its controls: where it is, run tools/execute.py on that notebook"
+    stored = {}
+    for page in pages(ROOT / "nbs"):
+        for data in (out.get("data", {}) for c in page.cells if c["cell_type"] == "code" for out in c["outputs"]):
+            if "longlens workbench" in "".join(data.get("text/plain", "")): stored[page.name] = made_of(data[outputs.WIDGET])
+    assert {"tutorials/00_ten_minutes", "views/05e_workbench"} <= {*stored}
+    lm = longlens.load()
+    app = longlens.explore(lm, longlens.needle_context(lm, 300, 40, wording="facts", n_keys=3, seed=1))
+    state = outputs.widget_state({"model_id": app.model_id})
+    assert state is not None
+    fresh = made_of(state)
+    assert ("Button", "Ask") in fresh["controls"] and len(fresh["scripts"]) > 1
+    old = {name: sorted(part for part in fresh if fresh[part] != mine[part]) for name, mine in stored.items()}
+    assert {name: parts for name, parts in old.items() if parts} == {}
 
 
 # in a browser

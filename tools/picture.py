@@ -11,7 +11,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "nbs/images/workbench.png"
-SIZE = (1240, 925)    # of what is kept, pixels
+WIDEST = 1240    # of what is kept, pixels
 CELL = """
 import longlens as ll
 lm = ll.load()
@@ -32,8 +32,14 @@ def silenced(page: Any) -> Any:
     return app
 
 
+def kept(app: Any) -> dict[str, float]:
+    "From the top of the workbench to the end of a chart, whole, with the title of its axis"
+    box, chart = app.bounding_box(), app.locator(".lx-picture", has_text="Where in the text").locator("svg.marks").bounding_box()
+    return {"x": box["x"], "y": box["y"], "width": min(WIDEST, box["width"]), "height": chart["y"] + chart["height"] - box["y"] + 8}
+
+
 def main() -> None:
-    "Run one cell in JupyterLab, click, keep what fits into the picture"
+    "Run one cell in JupyterLab, click, keep what is whole"
     sys.path.insert(0, str(ROOT / "tests"))
     from lab import browser, jupyterlab, open_page, run_notebook, write_notebook
     with tempfile.TemporaryDirectory() as folder:
@@ -43,8 +49,7 @@ def main() -> None:
             page = open_page(context, url)
             run_notebook(page, url, token, "workbench.ipynb", 300)
             page.evaluate("() => window.jupyterapp.commands.execute('application:toggle-left-area')")
-            box = silenced(page).bounding_box()
-            page.screenshot(path=PICTURE, clip={"x": box["x"], "y": box["y"], "width": min(SIZE[0], box["width"]), "height": SIZE[1]})
+            page.screenshot(path=PICTURE, clip=kept(silenced(page)))
     print(f"{PICTURE.relative_to(ROOT)}: {PICTURE.stat().st_size / 1024:.0f} KB")
 
 

@@ -38,6 +38,7 @@ html_theme = "furo"
 html_title = f"{project} {version}"
 html_static_path = [str(HERE / "static"), os.environ["LONGLENS_STATIC"]]
 html_css_files = ["site.css"]
+html_favicon = "static/favicon.svg"
 html_theme_options = {"sidebar_hide_name": False, "navigation_with_keys": True}
 html_copy_source = False
 html_show_sphinx = False
