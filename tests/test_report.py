@@ -155,3 +155,11 @@ def test_atomic_write_takes_the_last_of_many(tmp_path: Path) -> None:
     for i in range(20): atomic_write(tmp_path / "f", str(i) * 1000)
     assert (tmp_path / "f").read_text() == "19" * 1000
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_a_class_that_was_defined_twice_loads_its_own(tmp_path: Path) -> None:
+    "As when a notebook's cell is run again: the name means the later class, and the earlier one still reads what it kept"
+    made = [type("DefinedTwice", (Report,), {}) for _ in range(2)]
+    made[0]({"a": pl.DataFrame({"x": [1]})}).save(tmp_path / "kept")
+    assert [type(c.load(tmp_path / "kept")) for c in made] == made
+    assert type(Report.load(tmp_path / "kept")) is made[1]
