@@ -179,11 +179,73 @@ def test_a_run_is_cancelled(page: Any, app: Any) -> None:
     stop = work.get_by_role("button", name="Cancel")
     expect(stop).to_be_visible()
     says(work, re.compile(r"needle: [\d,]+ of about [\d,]+ tokens"))
+    tab(work, "Trace")
+    work.get_by_role("button", name="Measure").click()
+    expect(work.get_by_role("alert")).to_contain_text("needle is still running: wait for it, or cancel it")
+    tab(work, "Needle")
     stop.click()
     says(work, "needle: cancelled, and nothing was changed")
     expect(stop).to_be_hidden()
     expect(work.get_by_role("button", name="Measure")).to_be_enabled()
     assert work.locator(".lx-error").count() == 0
+    tab(work, "Heads")
+
+
+def test_an_answer_is_traced_where_hardly_a_position_is_left(page: Any, app: Any) -> None:
+    from playwright.sync_api import expect
+    work = app("work")
+    tab(work, "Trace")
+    work.get_by_label("method").select_option("attention")
+    work.get_by_role("button", name="Measure").click()    # 2,035 of 2,048 positions are taken
+    says(work, "trace: done")
+    expect(work.get_by_role("alert")).to_have_count(0)
+    expect(work.locator(".lx-side")).to_contain_text("marble")
+    expect(work.locator(".lx-main")).to_contain_text("shaded by its score (attention): attention of the answer to the tokens")
+    keep_picture(page, work, "full")
+    tab(work, "Heads")
+
+
+def test_every_quantity_of_the_map_is_explained(page: Any, app: Any) -> None:
+    from playwright.sync_api import expect
+    work = app("work")
+    menu, told = work.get_by_label("colour"), work.locator(".lx-main .lx-says").first
+    names = [name.replace("\u00a0", " ") for name in menu.locator("option").all_inner_texts()]
+    assert "entropy" in names and "normalised entropy" in names and "learned sink" not in names
+    for name, sentence in (("entropy", "How spread out its attention is"), ("retrieval score", "Outlined: above 0.1, 2 of 40 heads.")):
+        menu.select_option(label=name)
+        expect(told).to_contain_text(sentence)
+    expect(work.get_by_text("(empty)")).to_have_count(0)
+
+
+FITS = """([app, most]) => app.clientWidth < most && app.scrollWidth <= app.clientWidth && [...app.querySelectorAll(".lx-chart svg.marks")]
+  .filter((svg) => svg.clientWidth).every((svg) => svg.getBoundingClientRect().right <= app.getBoundingClientRect().right)"""
+
+
+def test_a_window_that_gets_narrower_takes_the_pictures_with_it(page: Any, app: Any) -> None:
+    work = app("work")
+    before = work.evaluate("(app) => app.clientWidth")
+    try:
+        for width in (1000, 800):
+            page.set_viewport_size({"width": width, "height": 1100})
+            for name in ("work", "grid", "trace"): page.wait_for_function(FITS, arg=[app(name).element_handle(), width])
+            keep_picture(page, work, f"narrow-{width}")
+    finally: page.set_viewport_size({"width": 1400, "height": 1100})
+    chart = "(app) => Math.abs(app.querySelector('.lx-wide svg.marks').clientWidth - app.querySelector('.lx-wide').clientWidth) < 30"
+    page.wait_for_function(f"([app, wide]) => app.clientWidth === wide && ({chart})(app)", arg=[work.element_handle(), before])
+
+
+def test_a_text_stays_where_it_is_when_it_is_shaded_by_something_else(page: Any, app: Any) -> None:
+    from playwright.sync_api import expect
+    work = app("work")
+    tab(work, "Text")
+    text, wide = work.locator(".ll-tokens[data-unit='token']"), []
+    expect(text).to_be_visible()
+    menu = text.locator(".ll-quantity")
+    for name in menu.locator("option").all_inner_texts():
+        menu.select_option(label=name)
+        page.wait_for_timeout(100)
+        wide.append(text.evaluate("(e) => [e.clientWidth, e.closest('.lx-stack').clientWidth]"))
+    assert len(wide) > 2 and len({tuple(w) for w in wide}) == 1 and wide[0][1] - wide[0][0] < 10, wide
     tab(work, "Heads")
 
 
@@ -294,28 +356,15 @@ def test_views_are_kept_and_errors_are_shown(page: Any, app: Any) -> None:
     work.get_by_role("button", name="Load").click()
     says(work, "read from")
     expect(work.locator(".lx-head h4")).to_have_text("Layer 4, head 5")
-    tabs = work.locator(".lx-tabs").get_by_role("button").all_inner_texts()
-    assert tabs == ["Heads", "Text", "Trace", "Needle"]    # all that need the model are still there
-    expect(work.get_by_role("button", name="Silence this head")).to_be_enabled()
-    expect(work.locator(".lx-asking")).to_be_visible()
+    expect(work.locator(".lx-tabs button")).to_have_text(["Heads", "Text", "Trace", "Needle"])    # the model is still there
+    for button in (work.locator(".lx-asking button"), work.get_by_role("button", name="Silence this head")): expect(button).to_be_visible()
+    tab(work, "Trace")
+    expect(work.locator(".lx-side input[type=checkbox]").first).to_be_enabled()
+    tab(work, "Heads")
     folder.fill("<i>nothing</i>")
     folder.press("Enter")
     work.get_by_role("button", name="Load").click()
     expect(work.get_by_role("alert")).to_contain_text("<i>nothing</i> is not a report")
-
-
-def test_a_narrower_window_cuts_nothing_off(page: Any, app: Any) -> None:
-    work, wide = app("work"), "(app) => [app.scrollWidth - app.clientWidth, app.clientWidth]"
-    tab(work, "Heads")
-    for width in (1400, 1000, 800, 1400, 900):
-        page.set_viewport_size({"width": width, "height": 1100})
-        page.wait_for_timeout(800)
-        more, has = page.evaluate(wide, work.element_handle())
-        assert more <= 1, f"{more} pixels of {has} are cut off in a window of {width}"
-        charts = work.locator(".lx-chart svg.marks")
-        assert all(b["width"] <= has for b in (charts.nth(i).bounding_box() for i in range(charts.count())) if b)
-        if width != 1400: keep_picture(page, work, f"heads-{width}")
-    page.set_viewport_size({"width": 1400, "height": 1100})
 
 
 def test_dark_is_dark(page: Any, app: Any) -> None:

@@ -16,7 +16,7 @@ from ipywidgets import Button, Dropdown, HBox, Layout, SelectionSlider
 
 from ..report import Report
 from .charts import COLOURS, _axis, _legend, _tips
-from .explore import App, Explorer
+from .explore import App, Explorer, needs_model
 from .pictures import VegaView, classed, picture, told
 from .sections import SectionsExplorer
 
@@ -186,7 +186,8 @@ def _map(self: CollapseExplorer) -> None:
     n, tau, f = self.length.value, self.tau.value, self.report.frames["points"]
     mine, others = f.filter(context_length=n), f.filter(pl.col("context_length") != n)
     self.embed.disabled = known = tau == 1 or (tau, n) in self.maps
-    self.note.value = "" if known else '<p class="lx-soft">shown at temperature 1: the report keeps no map of others</p>'
+    how = "" if self.encoder is not None else needs_model("To embed at another temperature", "model=encoder")
+    self.note.value = "" if known else f'<p class="lx-soft">shown at temperature 1: the report keeps no map of others</p>{how}'
     if (tau, n) in self.maps: mine = mine.with_columns(pl.Series(c, self.maps[tau, n][:, i]) for i, c in enumerate("xy"))
     rows = lambda g: g.with_columns(pl.col("x", "y").round_sig_figs(4)).to_dicts()
     self.map.rows = {"points": rows(mine), "others": rows(others)}
@@ -270,8 +271,10 @@ def explore_collapse(
     report: Report,           # a CollapseReport
     encoder: Any = None,      # its Encoder, or whatever `load_encoder` takes: embeds at other temperatures for the map
     texts: Any = None,        # the documents that were measured; None: the generated ones
+    model: Any = None,        # the same as `encoder`, as other reports call it
 ) -> App:
     "A report on length collapse, to move along"
+    encoder = model if encoder is None else encoder
     if encoder is not None:
         from longlens.encoders import load_encoder
         encoder = load_encoder(encoder)

@@ -23,8 +23,8 @@ from .page import facts, say, static
 from .pictures import classed, told
 
 # %% auto #0
-__all__ = ['Build', 'EXPLORERS', 'Cancelled', 'Busy', 'Progress', 'using', 'Explorer', 'Pending', 'App', 'read_parts',
-           'open_explorer']
+__all__ = ['Build', 'EXPLORERS', 'Cancelled', 'Busy', 'Progress', 'using', 'Explorer', 'needs_model', 'Pending', 'App',
+           'read_parts', 'open_explorer']
 
 # %% ../../nbs/views/05_explore.ipynb #3be9171b
 class Cancelled(Exception):
@@ -112,6 +112,14 @@ class Explorer(VBox):
         def run(event: Any = None) -> None: self.app.does(f)(event) if hasattr(self, "app") else f(event)
         return run
 
+# %% ../../nbs/views/05_explore.ipynb #2fce05a7
+def needs_model(
+    what: str,                     # that cannot be done: "To ask again"
+    how: str = "model=lm",         # what `widget` is to be given
+) -> str:                          # HTML
+    "A sentence for what a view cannot do without its model"
+    return f'<p class="lx-soft">{say(what)}, this needs the model: widget({say(how)}).</p>'
+
 # %% ../../nbs/views/05_explore.ipynb #69136de7
 class Pending(Explorer):
     "A tab that waits for a measurement"
@@ -131,8 +139,7 @@ class Pending(Explorer):
         self.inner: Explorer | None = None
         self.start = Button(description="Measure", icon="play", button_style="primary", layout=dict(width="auto"))
         self.start.on_click(self.does(lambda _: self.app.run(title.lower(), self.measure, self.take, self.model)))
-        missing = told('<p class="lx-says">This needs the model.</p>')
-        ask = missing if model is None else classed(HBox([*controls, self.start]), "lx-bar")
+        ask = told(needs_model("To measure it")) if model is None else classed(HBox([*controls, self.start]), "lx-bar")
         self.ask = classed(VBox([told(f'<p class="lx-says">{say(says)}</p>'), ask]), "lx-ask")
         super().__init__([self.ask])
         if report is not None: self.take(report)
@@ -172,7 +179,7 @@ class App(VBox):
         self.progress: Progress | None = None
         self.thread: Thread | None = None
         self.head, self.above, self.error, self.status = told(), VBox(), told(), told("", "lx-status")
-        self.tabs, self.stack = classed(ToggleButtons(options=[]), "lx-tabs"), Stack()
+        self.tabs, self.stack = classed(ToggleButtons(options=[]), "lx-tabs"), classed(Stack(), "lx-stack")
         self.bar = FloatProgress(value=0, min=0, max=1, layout=dict(width="140px", display="none"))
         self.stop = Button(description="Cancel", icon="times", layout=dict(width="90px", display="none"))
         self.folder = Text(placeholder="folder", layout=dict(width="200px"))
@@ -286,7 +293,7 @@ def _work(self: App, progress: Progress, job: Callable[[Progress], Any], then: C
         self.error.value = ""
         self.tell(f"{self.what}: done in {time.perf_counter() - start:.1f} s")
     except Cancelled:
-        self.error.value = ""    # of what was asked meanwhile, and had to wait
+        self.error.value = ""    # what was asked for meanwhile was told to wait for this
         self.tell(f"{self.what}: cancelled, and nothing was changed")
     except Exception as e: self.fail(e)
     finally:
@@ -386,8 +393,6 @@ def open_explorer(
         found = "longlens.views.sections.explore_sections"
     module, name = found.rsplit(".", 1)
     make = getattr(import_module(module), name)
-    if odd := [k for k in how if k not in list(signature(make).parameters)[1:]]:
-        takes = ", ".join(f"{k}=" for k in list(signature(make).parameters)[1:]) or "nothing"
-        raise TypeError(f"the explorer of a {type(report).__name__} takes {takes}, and not {odd[0]}=. To ask a model more about a text, "
-                        "and to silence heads, open it: longlens.explore(model, text)")
+    if unknown := how.keys() - (known := [*signature(make).parameters][1:]):
+        raise TypeError(f"widget() of a {type(report).__name__} takes {', '.join(known)}, and not {min(unknown)!r}")
     return make(report, **how)

@@ -23,7 +23,7 @@ from .reading import RULES, Rule
 from .sections import SectionsExplorer
 
 # %% auto #0
-__all__ = ['NO_KIND', 'Choice', 'highest', 'HeadExplorer', 'head_html', 'explore_sinks', 'explore_heads']
+__all__ = ['NO_KIND', 'Choice', 'strongest', 'HeadExplorer', 'head_html', 'explore_sinks', 'explore_heads']
 
 # %% ../../nbs/views/05a_head_explorer.ipynb #55596b62
 class Choice(traitlets.HasTraits):
@@ -32,14 +32,15 @@ class Choice(traitlets.HasTraits):
     token = traitlets.Int(0)                   # position
     silenced = traitlets.Tuple(())             # (layer, head) that are silenced
 
-# %% ../../nbs/views/05a_head_explorer.ipynb #7c940ca1
-def highest(
-    heads: pl.DataFrame,    # one row a head: layer, head, and numbers
-    column: str,            # one of them
-) -> tuple[int, int]:       # layer, head
-    "The head that is shown first"
-    if column not in heads.columns: return (0, 0)
-    return heads.sort(pl.col(column).fill_nan(None), descending=True, nulls_last=True).select("layer", "head").row(0)
+
+def strongest(
+    heads: pl.DataFrame,     # layer, head, and scores
+) -> tuple[int, int]:        # layer, head
+    "The head that is shown first: the one that copies most, or else the strongest sink"
+    known = lambda c: pl.col(c).cast(pl.Float64).fill_nan(None)
+    scores = [c for c in ("retrieval_score", "alpha_top") if c in heads.columns and heads.filter(known(c) > 0).height]
+    f = heads.sort(known(scores[0]), descending=True, nulls_last=True) if scores else heads
+    return f.select("layer", "head").row(0)
 
 # %% ../../nbs/views/05a_head_explorer.ipynb #518b49a3
 class HeadExplorer(Explorer):
@@ -56,7 +57,7 @@ class HeadExplorer(Explorer):
         choice: Choice | None = None,       # shared with other tabs
     ):
         self.report, self.heads, self.panels = report, heads.sort("layer", "head"), panels
-        self.choice = choice or Choice(head=highest(heads, first))
+        self.choice = choice or Choice(head=strongest(self.heads))
         self.rules = [r for r in rules if r.column in heads.columns]
         menu = quantities(self.heads)
         self.quantity = Dropdown(options=menu, value=first if first in menu.values() else next(iter(menu.values())),
@@ -76,12 +77,18 @@ class HeadExplorer(Explorer):
 @patch
 def _laid_out(self: HeadExplorer) -> list[Any]:
     "Boxes"
-    says = "One cell per head, layer 0 at the top. Click a head, or move with the arrow keys."
+    says = "Click a head, or move with the arrow keys."
     left = picture("Every head", VBox([self.map, self.says]), says, self.quantity, classes=["lx-main"])
-    self.side = classed(VBox([self.who]), "lx-side", "lx-picture")
+    self.side = classed(VBox([self.who, told(self._besides())]), "lx-side", "lx-picture")
     both = zip(self.panels, self.views, strict=True)
     shown = [picture(p.title, v, p.says, classes=["lx-wide" if p.wide else "lx-half"]) for p, v in both]
     return [classed(HBox([left, self.side]), "lx-row"), classed(HBox(shown), "lx-row")]
+
+
+@patch
+def _besides(self: HeadExplorer) -> str:
+    "What cannot be done here, and where it can: a report knows its heads, and no text to ask without them"
+    return '<p class="lx-soft">To silence heads and see the answer change, read a text: longlens.explore(lm, text).</p>'
 
 # %% ../../nbs/views/05a_head_explorer.ipynb #0d34cf23
 @patch
@@ -90,7 +97,9 @@ def _map(self: HeadExplorer) -> dict[str, Any]:
     column = self.quantity.value
     name, unit, _ = QUANTITIES.get(column, (column.replace("_", " "), "", ""))
     limit = next((r.limit for r in self.rules if r.column == column), None)
-    return with_pick(head_map(self.heads, column, name=name, unit=unit, threshold=limit))
+    chart = head_map(self.heads, column, name=name, unit=unit, threshold=limit)
+    self.read = " ".join(chart.title.subtitle)    # what is outlined: a VegaView has no title
+    return with_pick(chart)
 
 
 @patch
@@ -120,7 +129,8 @@ def _fill(self: HeadExplorer) -> None:
     self.map.picked = {"layer": layer, "head": head}
     for panel, view in zip(self.panels, self.views, strict=True): view.rows = panel.rows(layer, head)
     self.who.value = head_html(self.heads.row(by_predicate=(pl.col("layer") == layer) & (pl.col("head") == head), named=True), self.rules)
-    self.says.value = f'<p class="lx-says">{say(QUANTITIES.get(self.quantity.value, ("", "", ""))[2])}</p>'
+    about = [QUANTITIES.get(self.quantity.value, ("", "", ""))[2], self.read]
+    self.says.value = f'<p class="lx-says">{" ".join(say(text, 600) for text in about if text)}</p>'
 
 # %% ../../nbs/views/05a_head_explorer.ipynb #5c446898
 def head_html(
@@ -154,7 +164,8 @@ def restore(self: HeadExplorer, state: Mapping[str, Any]) -> None:
 
 # %% ../../nbs/views/05a_head_explorer.ipynb #cef42b00
 def explore_sinks(
-    report: Report,    # a SinkReport
+    report: Report,        # a SinkReport
+    model: Any = None,     # not needed: all that is shown is in the report
 ) -> App:
     "The heads of a sink report"
     heads = report.frames["heads"].group_by("layer", "head").mean()
@@ -164,7 +175,8 @@ def explore_sinks(
 
 # %% ../../nbs/views/05a_head_explorer.ipynb #809cbc07
 def explore_heads(
-    report: Report,    # a HeadReport
+    report: Report,        # a HeadReport
+    model: Any = None,     # not needed: all that is shown is in the report
 ) -> App:
     "The heads of a report on retrieval heads"
     heads = report.frames["heads"].with_columns(pl.col(pl.Float32, pl.Float64).fill_nan(None))

@@ -18,9 +18,9 @@ from .reading import Reading
 from .text import visible
 
 # %% auto #0
-__all__ = ['QUANTITIES', 'HIDDEN_COLUMNS', 'PANELS', 'CURVES', 'quantities', 'Panel', 'position_chart', 'band_chart', 'row_chart',
-           'profile_rows', 'row_rows', 'reading_panels', 'depth_chart', 'curve_chart', 'retrieval_panels',
-           'sink_panels']
+__all__ = ['QUANTITIES', 'HIDDEN_COLUMNS', 'SOME_MODELS', 'SHARE', 'PANELS', 'CURVES', 'quantities', 'Panel', 'position_chart',
+           'band_chart', 'row_chart', 'profile_rows', 'row_rows', 'reading_panels', 'depth_chart', 'curve_chart',
+           'retrieval_panels', 'sink_panels']
 
 # %% ../../nbs/views/04b_head_panels.ipynb #c10cc731
 QUANTITIES: dict[str, tuple[str, str, str]] = {    # column -> name, unit, what it is
@@ -35,9 +35,9 @@ QUANTITIES: dict[str, tuple[str, str, str]] = {    # column -> name, unit, what 
     "copy_score": ("copy score", "share", "How many of the needle's tokens it copies at least once."),
     "induction": ("induction", "share", "Attention on the token after the last occurrence, in repeated random tokens."),
     "previous_token": ("previous token", "share", "Attention on the token before, in random tokens."),
-    "entropy_norm": ("entropy, as a share", "share of uniform", "0: every query looks at one token. 1: at all of them alike."),
-    "entropy": ("entropy", "nats", "Of a query's attention, averaged over all queries: 0 where each looks at one token."),
-    "learned_sink": ("learned sink", "share", "What goes to the sink that the model has learned beside its tokens, and so to no token."),
+    "entropy": ("entropy", "nats", "How spread out its attention is, on average: 0 is one token, and a longer text allows more."),
+    "entropy_norm": ("normalised entropy", "share of uniform", "0: every query looks at one token. 1: at all of them alike."),
+    "learned_sink": ("learned sink", "share", "What it gives to no token at all: models such as GPT-OSS learn how much."),
     "support": ("effective support", "tokens", "How many tokens a query would attend to, if it shared its attention equally among them."),
     "mean_distance": ("mean distance", "tokens", "How far back it looks, on average."),
     "qr_score": ("QR score", "", "Attention that the query's tokens give to the right document, calibrated (QRHead)."),
@@ -48,6 +48,7 @@ QUANTITIES: dict[str, tuple[str, str, str]] = {    # column -> name, unit, what 
 
 # %% ../../nbs/views/04b_head_panels.ipynb #dcd2037c
 HIDDEN_COLUMNS = {"layer", "head", "kv_head", "sample", "top_position", "retrieval_head"}
+SOME_MODELS = {"learned_sink"}    # columns of what most models do not have: 0 in all heads
 
 
 def quantities(
@@ -56,7 +57,7 @@ def quantities(
     "The columns that a map can show, those that are known first"
     able = [c for c, t in heads.schema.items() if (t.is_numeric() or t == pl.Boolean) and c not in HIDDEN_COLUMNS]
     able = [c for c in able if heads[c].cast(pl.Float64).is_finite().any()]
-    able = [c for c in able if c != "learned_sink" or heads[c].max() > 0]    # few models have one
+    able = [c for c in able if c not in SOME_MODELS or heads[c].max() > 1e-6]
     known = [c for c in QUANTITIES if c in able]
     others = [c for c in able if c not in QUANTITIES]
     return {QUANTITIES[c][0] if c in QUANTITIES else c.replace("_", " "): c for c in [*known, *others]}
@@ -73,6 +74,9 @@ class Panel:
     fields: Sequence[str] = ()                                  # what a click on it picks
 
 
+SHARE = ".3~g"    # how ticks are written; without a number of digits, Vega rounds the last to those of the step before it
+
+
 def _filling(chart: Any, height: int = 150) -> Any: return chart.properties(width="container", height=height)
 
 # %% ../../nbs/views/04b_head_panels.ipynb #1f6dde44
@@ -82,7 +86,7 @@ def position_chart(
     "Attention along the text: over the data profile (first, end, mean, top, at, where) and spans (span, start, stop)"
     axis = _axis(title="position (tokens)", format=",d", tickMinStep=1, tickCount=8)
     x = lambda c: alt.X(c, type="quantitative", scale=alt.Scale(domain=[0, max(1, n - 1)], nice=False, padding=PAD), axis=axis)
-    y = lambda c: alt.Y(c, type="quantitative", axis=_axis(title="share of attention", tickCount=4, format=".3~g"),
+    y = lambda c: alt.Y(c, type="quantitative", axis=_axis(title="share of attention", tickCount=4, format="~g"),
                         scale=alt.Scale(type="log", clamp=True, nice=False))
     named = alt.Scale(domain=["highest of a stretch", "mean"], range=[COLOURS[1], COLOURS[0]])
     colour = alt.Color("series:N", scale=named, legend=_legend(title=None, orient="top", direction="horizontal", offset=2))
@@ -104,13 +108,13 @@ def band_chart() -> alt.Chart:
     tips = _tips(("band", "nominal", "tokens back"), ("mass", "quantitative", "share of attention"))
     return _filling(alt.Chart(alt.NamedData("bands")).mark_bar(color=COLOURS[0]).encode(
         x=alt.X("band:N", sort=None, axis=_axis(title="tokens back", labelAngle=-40, labelOverlap=False)),
-        y=alt.Y("mass:Q", axis=_axis(title="share of attention", tickCount=4, format=".3~g")), tooltip=tips), 170)
+        y=alt.Y("mass:Q", axis=_axis(title="share of attention", tickCount=4, format=SHARE)), tooltip=tips), 170)
 
 
 def row_chart() -> alt.Chart:
     "What one token attends to most: over the data row (label, weight, position, token)"
     tips = _tips(("token", "nominal", "token"), ("position", "quantitative", "position"), ("weight", "quantitative", "weight"))
-    x = alt.X("weight:Q", axis=_axis(title="share of attention", tickCount=4, format=".3~g"), scale=alt.Scale(domainMin=0))
+    x = alt.X("weight:Q", axis=_axis(title="share of attention", tickCount=4, format=SHARE), scale=alt.Scale(domainMin=0))
     return _filling(alt.Chart(alt.NamedData("row")).mark_bar(color=COLOURS[2]).encode(
         y=alt.Y("label:N", sort=None, axis=_axis(title=None, labelLimit=190, ticks=False, domain=False)),
         x=x, tooltip=tips), 220)
@@ -194,7 +198,7 @@ def depth_chart(
                  ("score", "quantitative", "retrieval score"))
     axis = _axis(title="context length (tokens)", labelAngle=0, format=",d")
     x = alt.X("context_length:O", scale=alt.Scale(domain=list(lengths)), axis=axis)
-    y = alt.Y("depth_percent:O", scale=alt.Scale(domain=list(depths)), axis=_axis(title="depth (%)", format=".3~g"))
+    y = alt.Y("depth_percent:O", scale=alt.Scale(domain=list(depths)), axis=_axis(title="depth (%)", format="~g"))
     colour = alt.Color("score:Q", scale=alt.Scale(scheme="viridis", domainMin=0), legend=_legend(title="retrieval score"))
     cells = alt.Chart(alt.NamedData("cells")).mark_rect(tooltip=True)
     return _filling(cells.encode(x=x, y=y, color=colour, tooltip=tips), max(120, 20 * len(depths)))
@@ -208,7 +212,7 @@ def curve_chart(
     axis = _axis(title="context length (tokens)", format=",~g", tickCount=6)
     return _filling(alt.Chart(alt.NamedData("curve")).mark_line(point=True, color=COLOURS[0]).encode(
         x=alt.X("context_length:Q", scale=alt.Scale(type="log", nice=False), axis=axis),
-        y=alt.Y("value:Q", scale=alt.Scale(domainMin=0), axis=_axis(title=title, tickCount=5, format=".3~g")), tooltip=tips), 150)
+        y=alt.Y("value:Q", scale=alt.Scale(domainMin=0), axis=_axis(title=title, tickCount=5)), tooltip=tips), 150)
 
 # %% ../../nbs/views/04b_head_panels.ipynb #296b1be9
 def retrieval_panels(r: Any) -> list[Panel]:    # of a HeadReport

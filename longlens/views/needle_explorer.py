@@ -23,8 +23,9 @@ from ..probes.trace_report import said_probability
 from ..report import Report
 from ..sweeps import sweep
 from .charts import COLOURS, _axis, _legend, _tips
-from .explore import App, Explorer
+from .explore import App, Explorer, needs_model
 from .grids import depth_map
+from .head_panels import SHARE
 from .page import say
 from .pictures import VegaView, classed, picture, told, with_pick
 from .sections import SectionsExplorer
@@ -114,11 +115,12 @@ def place_chart(
     for i, c in enumerate(columns):
         last = i == len(columns) - 1
         y = alt.Y(f"{c}:Q", scale=alt.Scale(domain=[0, 1]) if c != "attention" else alt.Scale(domainMin=0),
-                  axis=_axis(title=c, tickCount=3, format=".3~g"))
+                  axis=_axis(title=None, tickCount=3, format=SHARE))
         line = rows.transform_filter("!datum.asked").mark_line(color=COLOURS[i], strokeWidth=2, tooltip=None).encode(x=x(last), y=y)
         dots = rows.mark_point(filled=True, size=60, opacity=1, color=COLOURS[i]).encode(
             x=x(last), y=y, tooltip=tips, shape=alt.condition("datum.asked", alt.value("diamond"), alt.value("circle")))
-        parts.append(alt.layer(rule(last), line, dots).properties(width=470, height=70))
+        title = alt.TitleParams(text=CURVES[c], anchor="start", frame="group", fontSize=12, fontWeight="normal", offset=4)
+        parts.append(alt.layer(rule(last), line, dots).properties(width=470, height=70, title=title))
     return alt.vconcat(*parts, spacing=6)
 
 # %% ../../nbs/views/05b_needle_explorer.ipynb #ec4988d6
@@ -143,7 +145,7 @@ def documents_chart(
     tips = _tips(("document", "quantitative", what), ("mass", "quantitative", "attention, mean of all heads"))
     colour = alt.condition("datum.right", alt.value(COLOURS[1]), alt.value(COLOURS[0]))
     x = alt.X("document:O", axis=_axis(title=f"{what}, from 0", labelAngle=0))
-    y = alt.Y("mass:Q", axis=_axis(title="attention", tickCount=4, format=".3~g"))
+    y = alt.Y("mass:Q", axis=_axis(title=["attention,", "mean of all heads"], tickCount=4, format=SHARE))
     bars = alt.Chart(alt.NamedData("documents")).mark_bar().encode(x=x, y=y, color=colour, tooltip=tips)
     return bars.properties(width="container", height=140)
 
@@ -266,7 +268,8 @@ def _fill(self: PlaceExplorer) -> None:
         self.map.picked = {"context_length": where["context_length"], "depth_percent": min(self.measured, key=lambda d: abs(d - at))}
     asked = next((a for a in extra if a["place"] == nearest), None)
     note = f"nothing was measured at {at:,}: this is {nearest:g}" + ", or ask the model" * (self.model is not None)
-    self.near.value = "" if abs(nearest - at) < .5 else f'<p class="lx-soft">{say(note)}</p>'
+    how = "" if self.model is not None else needs_model("To ask here")
+    self.near.value = "" if abs(nearest - at) < .5 else f'<p class="lx-soft">{say(note)}</p>{how}'
     self.said.value = said_html(p.answers.filter(pl.col(p.at) == nearest, **where), asked, "needle" if self._is_grid() else "question")
     self._look(where, nearest, asked)
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastcore.basics import patch
@@ -19,10 +20,19 @@ from .pictures import classed, told
 from .reading import Reading, read_text
 
 # %% auto #0
-__all__ = ['ASKED_TOKENS', 'ASK_SAYS', 'asked_context', 'text_asked', 'read_asked', 'QuestionBar']
+__all__ = ['ASKED_TOKENS', 'ASK_SAYS', 'answer_room', 'asked_context', 'text_asked', 'read_asked', 'QuestionBar']
 
 # %% ../../nbs/views/05d1_question_bar.ipynb #80b221ef
 ASKED_TOKENS = 32    # of an answer that the model writes
+
+
+def answer_room(
+    lm: Any,                    # LongModel
+    n: int,                     # tokens of its prompt
+    most: int = ASKED_TOKENS,   # tokens that are wanted
+) -> int:                       # 1 or more
+    "How long an answer can be: to the end of the model's positions, unless it may go past them"
+    return most if lm.max_length is None or lm.allow_longer else max(1, min(most, lm.max_length - n))
 
 
 def _prompt_spans(prompt: TracePrompt) -> dict[str, range]:    # name -> tokens
@@ -45,8 +55,9 @@ def asked_context(
     if lm.tokenizer is None: raise ValueError(f"{lm.name} has no tokenizer, so it cannot be asked anything")
     if not question.strip(): raise ValueError("the question is empty: write what you want to know about the text")
     stop = None if lm.name == "needle-lm" else ("\n",)
-    prompt = trace_prompt(lm, text, question.strip(), answer.strip() or None, by="documents", chat=chat or None,
-                          max_new_tokens=ASKED_TOKENS, stop=stop)
+    make: Any = partial(trace_prompt, lm, text, question.strip(), by="documents", chat=chat or None, stop=stop)
+    room = answer_room(lm, len(make(answer="?", allow_longer=True)))
+    prompt = make(answer=answer.strip() or None, max_new_tokens=room)
     given = (answer.strip(),) if answer.strip() else ()
     put = lambda completion: Context(prompt.tokens, _prompt_spans(prompt), completion=completion, question=question.strip(), kind="asked",
                                      add_special_tokens=not chat, answers=given)

@@ -246,6 +246,14 @@ RULES = [
          f"the first {KEPT[0]} tokens and the last {KEPT[1]} hold 0.95 or more of its attention (our threshold)"),
 ]
 
+# %% ../../nbs/views/04a_reading.ipynb #2301544c
+def _check_text(text: Any) -> None:
+    "Say what a text can be, where it is something else"
+    texts = isinstance(text, (list, tuple)) and any(isinstance(t, str) for t in text)
+    if text is not None and not texts and not isinstance(text, bytes): return
+    what = "a list of texts: join them, or read each alone" if texts else f"a {type(text).__name__}"
+    raise TypeError(f"a text is read, or token ids, Tokens or a Context, and this is {what}")
+
 # %% ../../nbs/views/04a_reading.ipynb #5c1c3398
 def read_text(
     model: Any,     # a LongModel, or whatever `load` takes
@@ -255,6 +263,7 @@ def read_text(
     "Measure every head in one text, and keep it in a cache"
     from longlens.models import load
     from longlens.pieces import Context
+    _check_text(text)
     lm, context = load(model), text if isinstance(text, Context) else None
     tokens = lm.tokens(text.tokens if context else text)
     if len(tokens) < 4: raise ValueError(f"a text of {len(tokens)} tokens: 4 or more are needed to see where heads look")

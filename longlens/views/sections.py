@@ -61,11 +61,17 @@ def section_box(
         from longlens.views.tokens import TokenView
         views.append(TokenView(s.view))
     table = [] if s.table is None else [classed(HTML(table_html(s.table, s.title)), "lx-table")]
-    return picture(s.title, VBox([*views, *table]), s.text.split("\n\n")[0], classes=["lx-section"])
+    says = dict.fromkeys([s.text.split("\n\n")[0], *([] if s.chart is None else map(_subtitle, apart(s.chart)))])
+    return picture(s.title, VBox([*views, *table]), " ".join(filter(None, says)), classes=["lx-section"])
+
+
+def _subtitle(chart: Any) -> str:    # how to read it: a VegaView draws no title
+    return " ".join(getattr(getattr(chart, "title", None), "subtitle", None) or []) if hasattr(chart, "title") else ""
 
 
 def explore_sections(
-    report: Report,    # any that has a chart
+    report: Report,        # any that has a chart
+    model: Any = None,     # not needed: all that is shown is in the report
 ) -> App:
     "Any report as an app of one tab"
     return App(report, lambda r, parts: [SectionsExplorer(r)], str(report.meta["kind"]))

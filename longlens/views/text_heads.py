@@ -16,7 +16,8 @@ from ipywidgets import BoundedIntText, Button, HBox, Layout, ToggleButton, VBox
 
 from ..measure.statistics import tidy
 from ..probes.trace_report import said_probability
-from .head_explorer import Choice, HeadExplorer
+from .explore import needs_model
+from .head_explorer import Choice, HeadExplorer, strongest
 from .head_panels import reading_panels
 from .page import say
 from .pictures import classed, told
@@ -35,7 +36,8 @@ class ReadingExplorer(HeadExplorer):
         reading: Reading,                   # with `.live`, or from a folder
         choice: Choice | None = None,       # shared with other tabs
     ):
-        choice, n = choice or Choice(token=len(reading.strings) - 1), len(reading.strings)
+        n = len(reading.strings)
+        choice = choice or Choice(token=n - 1, head=strongest(reading.frames["heads"]))
         self.token = BoundedIntText(choice.token, min=0, max=n - 1, description="token", layout=Layout(width="150px"),
                                     style=dict(description_width="45px"))
         self.around, self.answer = told(), told()
@@ -57,6 +59,12 @@ def _laid_out(self: ReadingExplorer) -> list[Any]:
     row = below.children[2]
     row.children = [row.children[0], classed(HBox([self.token]), "lx-bar"), self.around, *row.children[1:]]
     return [top, below]
+
+
+@patch
+def _besides(self: ReadingExplorer) -> str:
+    "What a view without its model has not"
+    return "" if self.report.live else needs_model("To silence heads, to ask and to measure more")
 
 # %% ../../nbs/views/05a1_text_heads.ipynb #e459a147
 @patch

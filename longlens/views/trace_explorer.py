@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -26,7 +27,7 @@ from ..probes.trace_prompts import trace_prompt
 from ..probes.trace_report import Trace, excerpt, said_probability
 from ..probes.traceback import trace_context
 from ..report import Report
-from .explore import App, Explorer, Progress
+from .explore import App, Explorer, Progress, needs_model
 from .page import say
 from .pictures import classed, picture, told
 from .sections import SectionsExplorer
@@ -34,8 +35,8 @@ from .text import visible
 from .trace import trace_view
 
 # %% auto #0
-__all__ = ['Span', 'TRACED', 'trace_span', 'asked_without', 'prompt_of', 'usable', 'TraceExplorer', 'how_to_read', 'token_scores',
-           'without_html', 'explore_trace']
+__all__ = ['Span', 'TRACED', 'trace_span', 'asked_without', 'prompt_of', 'usable', 'TraceExplorer', 'scored_html', 'copies_html',
+           'token_scores', 'without_html', 'explore_trace']
 
 # %% ../../nbs/views/05d_trace_explorer.ipynb #bfd0e92e
 Span = tuple[int, int]    # first token of the answer, one past the last
@@ -129,7 +130,7 @@ class TraceExplorer(Explorer):
         self.method = Dropdown(options=names, value=report.meta["method"] if report.meta["method"] in names else names[0],
                                description="method", layout=Layout(width="230px"), style=dict(description_width="60px"))
         self.go = Button(description="Trace this span", icon="search", layout=Layout(width="150px"))
-        self.quote, self.found, self.result = told(), VBox(), told()
+        self.quote, self.found, self.result, self.how, self.twice = told(), VBox(), told(), told(), told()
         self.whole: dict[str, Any] = {}    # what the model says with all sources
         self.list, self.ask = VBox(), Button(description="Ask without them", icon="play", layout=Layout(width="160px"))
         self.back = Button(description="Put all back", layout=Layout(width="110px"))
@@ -142,32 +143,21 @@ class TraceExplorer(Explorer):
 
 # %% ../../nbs/views/05d_trace_explorer.ipynb #e8847775
 TRACED = {    # how to read it
-    "view": "The context, each source shaded by its score{unit}{says}. A click on a row below the text shows that source; a "
-            "span of the answer that was traced can be clicked above it.",
-    "list": "The sources with the highest scores: number, from 0, score, and beginning. Take some away and ask again: an answer that "
-            "falls without them came from them. One that stands did not need them, or others say the same: take those away too.",
-    "alone": "Taking some away and asking again needs the model: trace.widget(model=...).",
+    "view": "A click on a row below the text shows that source; a span of the answer that was traced can be clicked above it.",
+    "list": "The sources with the highest scores: number, from 0, score, and beginning. Take some away and ask again. An answer that "
+            "stands without a source can still come from it, where another source says the same.",
 }
-
-
-def how_to_read(
-    r: Trace,                # whose method says what its scores are
-) -> str:
-    "What the shades of a trace mean"
-    unit, says = r.meta["unit"], r.meta.get("says", "")
-    return TRACED["view"].format(unit=f" in {unit}" if unit.startswith("nats") else "", says=f": {says}" if says else "")
 
 
 @patch
 def _laid_out(self: TraceExplorer) -> list[Any]:
     "Boxes"
     more = [self.method, self.go] if self.model is not None else []
-    ask = [classed(HBox([self.ask, self.back]), "lx-bar")] if self.model is not None else []
+    how = "model=lm, prompt=prompt" if self.report.meta.get("template") == "ready" else "model=lm"
+    ask = [classed(HBox([self.ask, self.back]), "lx-bar") if self.model is not None else told(needs_model("To ask again", how))]
     pick = [classed(HBox([self.span, *more]), "lx-bar", "lx-sliders"), self.quote]
-    left = picture("Where the answer comes from", self.found, how_to_read(self.report), classes=["lx-main"])
-    self.reads = left.children[-1]    # follows the method
-    alone = [] if self.model is not None else [told(f'<p class="lx-says">{say(TRACED["alone"])}</p>')]
-    right = picture("What if they were not there", VBox([self.list, *ask, *alone, self.result]), TRACED["list"], classes=["lx-side"])
+    left = picture("Where the answer comes from", VBox([self.found, self.how]), TRACED["view"], classes=["lx-main"])
+    right = picture("What if they were not there", VBox([self.list, self.twice, *ask, self.result]), TRACED["list"], classes=["lx-side"])
     return [*pick, classed(HBox([left, right]), "lx-row")]
 
 # %% ../../nbs/views/05d_trace_explorer.ipynb #32088565
@@ -213,11 +203,46 @@ def _show(self: TraceExplorer, span: Span) -> None:
     question = self.report.meta["question"].removeprefix("Question:").strip()
     height = min(360, 90 + len(self.report.context) // 5)    # pixels
     self.view = trace_view(self.report.context, tables, question, answer, height=height, top=6)
-    self.found.children, self.reads.value = [self.view], f'<p class="lx-says">{say(how_to_read(self.report))}</p>'
+    self.found.children = [self.view]
     if self._now() != span: self.span.value = (span[0], span[1] - 1)
+    self.how.value, self.twice.value = scored_html(self.report), copies_html(self.report)
     self._listed()
     if self.prompt is not None: self.scores = token_scores(self.prompt, self.report.frames["sources"])
     self._quoted(span)
+
+# %% ../../nbs/views/05d_trace_explorer.ipynb #780a1a2d
+@patch(as_prop=True)
+def unit(self: TraceExplorer) -> str:
+    "What the scores are in; nothing where they have no unit"
+    return _unit(self.report)
+
+
+def _unit(r: Trace) -> str: return "" if r.meta.get("unit", "score") == "score" else str(r.meta["unit"])
+
+
+def scored_html(
+    r: Trace,      # a trace
+) -> str:          # HTML
+    "What the shades mean, in the words of the method"
+    unit, says = f" ({_unit(r)})" if _unit(r) else "", f": {r.meta['says']}" if r.meta.get("says") else ""
+    note = f"Each source of the context is shaded by its score{unit}{says}. Method: {r.meta['method']}."
+    return f'<p class="lx-says">{say(note, 400)}</p>'
+
+# %% ../../nbs/views/05d_trace_explorer.ipynb #19b014fa
+def copies_html(
+    r: Trace,          # a trace
+    most: int = 6,     # numbers of sources that are named
+) -> str:              # HTML; nothing where one source at most has them
+    "Which sources hold the words that were traced"
+    words = " ".join(r.meta["traced"].split()).strip(" .,;:!?\"'")
+    if len(words) < 2: return ""
+    found = re.compile(rf"(?<!\w){re.escape(words)}(?!\w)", re.IGNORECASE)
+    rows = r.frames["sources"].sort("source").select("source", "text").iter_rows()
+    where = [i for i, text in rows if found.search(" ".join(text.split()))]
+    if len(where) < 2: return ""
+    named = ", ".join(map(str, where[:most])) + ", …" * (len(where) > most)
+    note = f"“{excerpt(words)}” stands in {len(where)} sources ({named}): without one of them, the answer can come from another."
+    return f'<p class="lx-soft">{say(note, 300)}</p>'
 
 # %% ../../nbs/views/05d_trace_explorer.ipynb #aebb8247
 def token_scores(
@@ -247,7 +272,7 @@ def _listed(self: TraceExplorer, most: int = 7) -> None:
     some = pl.concat([f.head(most), f.filter(pl.col("source").is_in(sorted(self.removed)))]).unique("source", maintain_order=True)
     boxes = []
     for x in some.iter_rows(named=True):
-        score = "–" if x["score"] is None else f"{x['score']:.3g}"
+        score = "–" if x["score"] is None else f"{x['score']:.3g} {self.unit}".strip()
         box = Checkbox(x["source"] not in self.removed, description=f"{x['source']} · {score} · {excerpt(x['text'], 60)}", indent=False,
                        layout=Layout(width="auto"), disabled=self.model is None)
         box.observe(self.does(partial(self._keep, x["source"])), "value")

@@ -10,19 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import polars as pl
 from fastcore.basics import patch
 from ipywidgets import Dropdown, Layout
 
-from ..probes.trace_metrics import reply_limits
 from ..probes.trace_prompts import ready_prompt
 from ..probes.trace_report import Trace
 from ..report import Report, load_report
 from .explore import App, Explorer, Pending, Progress, read_parts
-from .head_explorer import Choice
+from .head_explorer import Choice, strongest
 from .head_panels import _row
 from .pictures import picture
-from .question_bar import QuestionBar, read_asked, text_asked
+from .question_bar import ASKED_TOKENS, QuestionBar, answer_room, read_asked, text_asked
 from .reading import Reading, read_text, revive
 from .text_heads import ReadingExplorer
 from .tokens import Shade, token_view
@@ -77,10 +75,10 @@ def _follow(self: TextExplorer) -> None:
 
 
 @patch
-def traced(self: TextExplorer, scores: np.ndarray | None) -> None:    # (n,)
+def traced(self: TextExplorer, scores: np.ndarray | None, unit: str = "") -> None:    # (n,), and what they are in
     "Shade by the scores of a trace"
     if scores is not None and len(scores) == len(self.report.strings):
-        self.view.shade("trace score", Shade(scores, note="of the token's source"))
+        self.view.shade("trace score", Shade(scores, note=f"{unit}, of the token's source".removeprefix(", ")))
 
 
 @patch
@@ -96,13 +94,6 @@ def restore(self: TextExplorer, state: Mapping[str, Any]) -> None:
     if state.get("quantity") in self.view._names: self.view.quantity = state["quantity"]
 
 # %% ../../nbs/views/05e_workbench.ipynb #30166c16
-def _strongest(r: Reading) -> tuple[int, int]:    # layer, head
-    "The head that is shown first: one that copies, or else the strongest sink"
-    f = r.frames["heads"]
-    score = next(c for c in ("retrieval_score", "alpha_top") if c in f.columns)
-    return f.sort(pl.col(score).fill_nan(None), descending=True, nulls_last=True).select("layer", "head").row(0)
-
-
 def _menu(label: str, options: Mapping[str, Any] | Sequence[Any], width: str = "250px") -> Dropdown:
     "A menu with its name before it"
     shown = list(options.items()) if isinstance(options, Mapping) else options
@@ -131,8 +122,9 @@ def trace_tab(
 
     def make(found: Any) -> Explorer:
         out = TraceExplorer(found, lm, prompts.get(id(found)) or _again(r, found))
-        out.observe(lambda change: text.traced(change.new), "scores")
-        text.traced(out.scores)
+        show = lambda _: text.traced(out.scores, out.unit)
+        out.observe(show, "scores")
+        show(None)
         return out
     says = "Which passages made the model say what it says to this text? The context is cut into sources, and each gets a score."
     return Pending("trace", "Trace", says, [by, method], measure, make, lm, report)
@@ -142,10 +134,8 @@ def _asked(live: Any, by: str) -> Any:
     "The text as a prompt with the answer that was asked about; else the model's, or the right one, where the model says nothing"
     ctx = live.context
     answer = ctx.completion if ctx and (ctx.kind == "asked" or not live.silenced[()]["said"]) else None
-    lm = live.lm
-    room = None if lm.max_length is None else max(1, lm.max_length - len(ctx.tokens if ctx else live.tokens))
-    most = room if room is not None and room < reply_limits(lm)[0] else None    # near the model's length an answer may be cut
-    return ready_prompt(lm, ctx or live.tokens.text, answer=answer or None, by=by, max_new_tokens=most)
+    room = answer_room(live.lm, len(live.tokens), ASKED_TOKENS if live.lm.name == "needle-lm" else 100)    # as `trace_prompt`, if it fits
+    return ready_prompt(live.lm, live.context or live.tokens.text, answer=answer or None, by=by, max_new_tokens=room)
 
 
 def _again(r: Reading, found: Trace) -> Any:
@@ -255,11 +245,11 @@ def explore_reading(
     parts: Mapping[str, Report] | None = None,    # other reports, by tab
 ) -> App:
     "All tabs of a text that was read"
-    lm, enc = model, encoder
+    lm, enc = model if model is not None else reading.live.lm if reading.live else None, encoder    # type: ignore[attr-defined]
 
     def build(r: Any, parts: Mapping[str, Report]) -> Sequence[Explorer]:
         if r.live is None and lm is not None: revive(r, lm)
-        mine, choice = r.live.lm if r.live else None, Choice(token=len(r.strings) - 1, head=_strongest(r))
+        mine, choice = r.live.lm if r.live else None, Choice(token=len(r.strings) - 1, head=strongest(r.frames["heads"]))
         text = TextExplorer(r, choice)
         out: list[Explorer] = [ReadingExplorer(r, choice), text]
         if "trace" in parts or (mine and r.live.tokens.text): out.append(trace_tab(r, text, parts.get("trace")))
