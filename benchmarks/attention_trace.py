@@ -92,7 +92,7 @@ def run(way: str, lm: Any, prompt: Any, draws: int) -> Any:  # (sources,)
     import numpy as np
 
     from longlens.probes.attention_trace import draw_sources, glances, mean_of_draws, pool_sources
-    from longlens.probes.perturbation import TRACERS, TraceJob
+    from longlens.probes.trace_jobs import TRACERS, TraceJob
     if way in ("attention", "rollout"):
         return TRACERS[way].run(TraceJob(lm, prompt)).values
     if way == "eager attention": return pool_sources(*token_attention("eager", lm, prompt, np.arange(prompt.n)), prompt.n)

@@ -61,8 +61,8 @@ def measured(name: str, sources: int, permutations: int) -> dict[str, Any]:
     import numpy as np
 
     import longlens as ll
-    from longlens.probes.perturbation import TraceJob, find_tracer
     from longlens.probes.subset_scores import SubsetScorer, plain_scores
+    from longlens.probes.trace_jobs import TraceJob, find_tracer
     lm = ll.load(allow_longer=True)
     prompt, tracer = made_prompt(lm, sources), find_tracer(name, {"permutations": permutations} if name == "shapley" else {})
     plain_scores(lm, prompt, np.ones((1, sources), bool))  # warm

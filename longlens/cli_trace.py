@@ -101,7 +101,7 @@ def methods_asked(
     "The methods, each with the settings that it has"
     from dataclasses import fields
 
-    from longlens.probes.perturbation import find_tracer
+    from longlens.probes.trace_jobs import find_tracer
     from longlens.probes.traceback import load_methods
     known, settings = load_methods(), trace_settings(asked.set)
     names = list(dict.fromkeys(n.strip() for n in (asked.method or "loo").split(",") if n.strip()))

@@ -20,8 +20,8 @@ from longlens.measure.capture import capture
 from longlens.measure.rollout import Rollout
 from longlens.needle_lm import filler
 from longlens.probes.attention_trace import AttentionRollout, AttnTrace, MeanAttention, RetrievalAttention, draw_sources
-from longlens.probes.perturbation import TraceJob
 from longlens.probes.sources import token_prompt
+from longlens.probes.trace_jobs import TraceJob
 from longlens.probes.trace_prompts import ready_prompt, trace_prompt
 from longlens.probes.traceback import trace_context
 

@@ -31,9 +31,9 @@ from longlens.probes.captum_gradients import (
     source_sums,
 )
 from longlens.probes.captum_trace import CaptumKernelShap, CaptumLime, CaptumShapley, MaskGame
-from longlens.probes.perturbation import TRACERS, TraceJob, find_tracer
 from longlens.probes.sources import token_prompt
 from longlens.probes.surrogates import ContextCite
+from longlens.probes.trace_jobs import TRACERS, TraceJob, find_tracer
 from longlens.probes.trace_prompts import trace_prompt
 
 SUBSETS = ("captum_ablation", "captum_shapley", "kernel_shap", "lime")

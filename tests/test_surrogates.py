@@ -15,10 +15,10 @@ from sklearn.preprocessing import StandardScaler
 import longlens as ll
 from longlens.needle_lm import filler
 from longlens.probes.citation import NoCitation, SelfCitation, citation_prompt, citation_scores, read_citations
-from longlens.probes.perturbation import TRACERS, TraceJob
 from longlens.probes.sources import token_prompt
 from longlens.probes.subset_scores import SubsetScorer, plain_scores
 from longlens.probes.surrogates import ContextCite, ablation_masks, fit_surrogate, linear_datamodelling_score, surrogate_errors
+from longlens.probes.trace_jobs import TRACERS, TraceJob
 from longlens.probes.trace_prompts import trace_prompt
 
 PEOPLE = {"Ada": "lamb", "Bob": "river", "Eve": "stone", "Tom": "table", "Una": "glass"}

@@ -26,22 +26,11 @@ import longlens as ll
 from longlens.needle_lm import filler
 from longlens.probes import attention_trace, subset_scores, traceback
 from longlens.probes.coarse_to_fine import CoarseToFine
-from longlens.probes.perturbation import (
-    TRACERS,
-    InformedSearch,
-    Shapley,
-    TraceCost,
-    TraceJob,
-    Tracer,
-    TraceScores,
-    chain_masks,
-    find_tracer,
-    informed_search,
-    marginals,
-)
+from longlens.probes.perturbation import InformedSearch, Shapley, chain_masks, informed_search, marginals
 from longlens.probes.sources import TracePrompt, cut_context, narrowed, placed, source_frame, subset_ids, subset_tokens, token_prompt
 from longlens.probes.subset_scores import FLOOR, SubsetScorer, plain_scores
 from longlens.probes.subset_tree import _alike, branches
+from longlens.probes.trace_jobs import TRACERS, TraceCost, TraceJob, Tracer, TraceScores, find_tracer
 from longlens.probes.trace_prompts import ready_prompt, trace_prompt
 from longlens.probes.trace_report import said_probability
 from longlens.questions import fact_questions, kv_lines

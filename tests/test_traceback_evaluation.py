@@ -28,10 +28,11 @@ from longlens.probes.attacks import (
     span_truth,
     text_truth,
 )
-from longlens.probes.perturbation import TraceCost, Tracer, TraceScores
 from longlens.probes.sources import cut_context
 from longlens.probes.trace_evaluation import ask_case, case_frame, named_tracers
-from longlens.probes.trace_metrics import answer_without, case_interval, f1_range, found_scores, reply_limits, says
+from longlens.probes.trace_jobs import TraceCost, Tracer, TraceScores
+from longlens.probes.trace_metrics import answer_without, case_interval, f1_range, found_scores, says
+from longlens.probes.trace_prompts import answer_limits
 from longlens.probes.traceback_report import MEASURES, RUN_COSTS, make_traceback_report
 from longlens.questions import fact_questions, read_questions
 from longlens.report import Report
@@ -218,15 +219,15 @@ def test_files_that_are_something_else(tmp_path: Path, written: str, said: str) 
 def test_why_a_case_is_left_out(lm: Any, cases: list[TraceCase]) -> None:
     said = fact_cases(1, 200)[0]
     known = replace(said, context=f"{said.said[0]} {said.text}", injected=((0, len(said.said[0])),))  # stands there once more
-    asked = [ask_case(lm, c, reply_limits(lm), by="sentences") for c in (cases[0], said, replace(said, target="nobody"), known)]
+    asked = [ask_case(lm, c, answer_limits(lm), by="sentences") for c in (cases[0], said, replace(said, target="nobody"), known)]
     too = "the model says the target without what was injected, too"
     assert [x.why for x in asked] == [None, None, "the model does not say the target", too]
-    assert ask_case(lm, known, reply_limits(lm), keep="said", by="sentences").why is None
+    assert ask_case(lm, known, answer_limits(lm), keep="said", by="sentences").why is None
     assert case_frame(asked)["kept"].to_list() == [True, True, False, False]
 
 
 def test_without_what_was_injected_the_answer_is_right(lm: Any, cases: list[TraceCase]) -> None:
-    x = ask_case(lm, cases[0], reply_limits(lm), by="sentences")
+    x = ask_case(lm, cases[0], answer_limits(lm), by="sentences")
     after, logprob = answer_without(lm, x.prompt, x.truth)
     assert says(x.answer, x.case.target) and says(after, x.case.truth) and logprob < x.logprob - 3
 

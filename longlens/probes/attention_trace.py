@@ -20,7 +20,7 @@ from ..measure.attach import attach
 from ..measure.capture import capture
 from ..measure.rollout import Rollout
 from ..prefix import _bytes, _new_cache, _shared
-from .perturbation import TRACERS, Meter, Room, TraceCost, TraceJob, Tracer, TraceScores
+from .trace_jobs import TRACERS, Meter, Room, TraceCost, TraceJob, Tracer, TraceScores
 from .sources import TracePrompt, subset_tokens
 from .subset_tree import ScoreCosts
 

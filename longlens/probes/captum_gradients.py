@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..prefix import _bytes
-from .perturbation import TRACERS, Room, TraceCost, TraceJob, Tracer, TraceScores
+from .trace_jobs import TRACERS, Room, TraceCost, TraceJob, Tracer, TraceScores
 from .sources import TracePrompt
 from .subset_tree import ScoreCosts
 from .surrogates import extra_module

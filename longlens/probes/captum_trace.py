@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .perturbation import TRACERS, Meter, Room, Shapley, TraceCost, TraceJob, Tracer, TraceScores, subset_cost
+from .perturbation import Shapley
+from .trace_jobs import TRACERS, Meter, Room, TraceCost, TraceJob, Tracer, TraceScores, subset_cost
 from .surrogates import LASSO_STEPS, extra_module, said_unsettled, unsettled_fits
 
 # %% auto #0

@@ -15,7 +15,7 @@ import polars as pl
 
 from ..pieces import Context, compose
 from .sources import TracePrompt
-from .perturbation import TRACERS, Room, TraceCost, TraceJob, Tracer, TraceScores
+from .trace_jobs import TRACERS, Room, TraceCost, TraceJob, Tracer, TraceScores
 from .subset_tree import ScoreCosts
 
 # %% auto #0

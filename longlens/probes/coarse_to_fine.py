@@ -12,7 +12,8 @@ from typing import ClassVar
 import numpy as np
 import polars as pl
 
-from .perturbation import LITTLE, TRACERS, Room, TraceCost, TraceJob, Tracer, TraceScores, counted, find_tracer, room_of
+from .perturbation import LITTLE
+from .trace_jobs import TRACERS, Room, TraceCost, TraceJob, Tracer, TraceScores, counted, find_tracer, room_of
 from .sources import TracePrompt, narrowed, source_frame
 
 # %% auto #0

@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 
 from .answers import Interval
-from .perturbation import TRACERS, Meter, Room, TraceCost, TraceJob, Tracer, TraceScores, planned_cost
+from .trace_jobs import TRACERS, Meter, Room, TraceCost, TraceJob, Tracer, TraceScores, planned_cost
 
 # %% auto #0
 __all__ = ['LASSO_STEPS', 'ablation_masks', 'extra_module', 'Surrogate', 'unsettled_fits', 'said_unsettled', 'fit_surrogate',

@@ -21,10 +21,10 @@ from ..cells import content, fingerprint
 from .attacks import TraceCase, clean_context, span_truth
 from .attention_trace import retrieval_weights
 from .middle import longer
-from .perturbation import Tracer, TraceJob, counted, find_tracer
+from .trace_jobs import Tracer, TraceJob, counted, find_tracer
 from .sources import TracePrompt
-from .trace_metrics import answer_without, found_scores, replied, reply_limits, says
-from .trace_prompts import _spoken, trace_prompt
+from .trace_metrics import answer_without, found_scores, replied, says
+from .trace_prompts import _spoken, answer_limits, trace_prompt
 from .trace_report import excerpt, scored_frame
 from .traceback import LARGE_COST, LargeTrace, check_needs, load_methods
 from .traceback_report import MEASURES, RUN_COSTS, make_traceback_report
@@ -62,7 +62,7 @@ def _why(case: TraceCase, truth: Sequence[int], answer: str, clean: str, keep: s
 def ask_case(
     lm: Any,  # LongModel
     case: TraceCase,
-    limits: tuple[int, Sequence[str]],  # of the answer, from `reply_limits`
+    limits: tuple[int, Sequence[str]],  # of the answer, from `answer_limits`
     keep: str = "changed",  # which cases count: those whose answer was changed, or all in which the target is said ("said")
     **how: Any,  # of `trace_prompt`: by, size, template, chat, ...
 ) -> AskedCase:
@@ -182,7 +182,7 @@ def _runs(lm: Any, todo: Sequence[Run], kept: _Kept, k: int | None, limits: Any,
 
 # %% ../../nbs/probes/06n_trace_evaluation.ipynb #a597f72a
 def _planned(lm: Any, run: Run, job: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run takes, at most; null if the method cannot run, or does not say."""
+    """What a run takes, at most; why it is not known, if the method cannot run or does not say."""
     _, case, x, method, tracer = run
     made = TraceJob(lm, x.prompt, **job)
     try:
@@ -191,7 +191,7 @@ def _planned(lm: Any, run: Run, job: Mapping[str, Any]) -> dict[str, Any]:
         return {"case": case, "method": method, "evaluations": cost.evaluations, "tokens": cost.tokens}
     except Exception as error:
         if isinstance(error, MemoryError) and not (type(error) is MemoryError and error.args): raise  # planning itself did not fit
-        return {"case": case, "method": method}  # to be said when it runs, as any other reason is
+        return {"case": case, "method": method, "error": excerpt(f"{type(error).__name__}: {error}", 300)}
     finally:
         if "scorer" in vars(made): made.scorer.close()  # type: ignore[attr-defined]
 
@@ -200,12 +200,13 @@ def planned_runs(
     lm: Any,  # LongModel
     runs: Sequence[Run],  # those that are not finished
     **job: Any,  # of TraceJob: seed, heads, batch_size, max_memory
-) -> pl.DataFrame:  # method, cases, evaluations, tokens (at most; null where a method does not say), the dearest first
+) -> pl.DataFrame:  # method, cases, evaluations, tokens (at most; null where it is not known), error (why not), the dearest first
     """What methods are going to take on all cases together; nothing is run."""
-    schema = {"case": pl.Int64, "method": pl.String, "evaluations": pl.Int64, "tokens": pl.Int64}
+    schema = {"case": pl.Int64, "method": pl.String, "evaluations": pl.Int64, "tokens": pl.Int64, "error": pl.String}
     f = pl.DataFrame([_planned(lm, run, job) for run in runs], schema=schema)
     total = lambda c: pl.when(pl.col(c).null_count() == 0).then(pl.col(c).sum())
-    f = f.group_by("method", maintain_order=True).agg(cases=pl.len(), evaluations=total("evaluations"), tokens=total("tokens"))
+    sums = [total(c).alias(c) for c in ("evaluations", "tokens")]
+    f = f.group_by("method", maintain_order=True).agg(pl.len().alias("cases"), *sums, pl.col("error").drop_nulls().first())
     return f.sort("tokens", descending=True, nulls_last=True, maintain_order=True)
 
 # %% ../../nbs/probes/06n_trace_evaluation.ipynb #5a2a0f56
@@ -251,7 +252,7 @@ def evaluate_traceback(
 
     lm, tracers = load(model), named_tracers(methods, settings)
     _check_request(lm, cases, k, by, keep, on_error)
-    limits, put = reply_limits(lm, max_new_tokens, stop), dict(by=by, size=size, **how)
+    limits, put = answer_limits(lm, max_new_tokens, stop), dict(by=by, size=size, **how)
     weights = None if heads is None else sorted(retrieval_weights(lm, heads).items())
     with longer(lm, allow_longer):
         kept = _Kept(lm, out, {"k": k, "seed": seed, "heads": weights, "limits": limits, **put})  # raises now, if `out` cannot be

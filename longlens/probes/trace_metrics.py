@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from ..prefix import _cut, _stops
+from ..prefix import _cut
 from .answers import Interval, bootstrap_interval, wilson_interval
 from .sources import TracePrompt, subset_ids
 from .subset_scores import FLOOR
+from .trace_prompts import answer_limits
 
 # %% auto #0
-__all__ = ['FoundScores', 'found_scores', 'f1_range', 'plain_answer', 'says', 'reply_limits', 'replied', 'answer_without',
-           'case_interval']
+__all__ = ['FoundScores', 'found_scores', 'f1_range', 'plain_answer', 'says', 'replied', 'answer_without', 'case_interval']
 
 # %% ../../nbs/probes/06l_trace_metrics.ipynb #5370241d
 class FoundScores(NamedTuple):
@@ -64,23 +64,10 @@ def says(
     return plain_answer(target) in plain_answer(answer)
 
 # %% ../../nbs/probes/06l_trace_metrics.ipynb #6135bb9e
-def reply_limits(
-    lm: Any,  # LongModel
-    max_new_tokens: int | None = None,  # None: 100, as TracLLM (32 for needle-lm)
-    stop: str | Sequence[str] | None = None,  # None: none, and the end of the sentence for needle-lm
-) -> tuple[int, tuple[str, ...]]:
-    """How long an answer gets, and the texts that end it: as `trace_prompt` has it."""
-    tiny = lm.name == "needle-lm"
-    ends = ((".", "\n") if tiny else ()) if stop is None else tuple(_stops(stop))
-    if max_new_tokens is None: return 32 if tiny else 100, ends
-    if max_new_tokens < 1: raise ValueError(f"max_new_tokens is {max_new_tokens}: an answer has 1 or more")
-    return max_new_tokens, ends
-
-
 def replied(
     lm: Any,  # LongModel
     prompt: Any,  # Tokens, or a Prefix
-    limits: tuple[int, Sequence[str]],  # from `reply_limits`
+    limits: tuple[int, Sequence[str]],  # from `answer_limits`
 ) -> tuple[Tensor, str]:  # token ids up to a stop text, and what they say before it
     """What a model says to a prompt."""
     ids = lm.generate_ids(prompt, limits[0], list(limits[1]))
@@ -93,13 +80,13 @@ def answer_without(
     lm: Any,  # LongModel
     prompt: TracePrompt,
     removed: Sequence[int],  # numbers of sources
-    limits: tuple[int, Sequence[str]] | None = None,  # of the answer; None: as `reply_limits` has them
+    limits: tuple[int, Sequence[str]] | None = None,  # of the answer; None: as `answer_limits` has them
 ) -> tuple[str, float]:  # what the model says now, and log p of what it said before
     """Ask again without some sources."""
     kept = np.ones(prompt.n, bool)
     kept[list(removed)] = False
     before = lm.prefill(subset_ids(prompt, kept))
-    _, said = replied(lm, before, limits or reply_limits(lm))
+    _, said = replied(lm, before, limits or answer_limits(lm))
     return said, max(float(lm.score(before, prompt.answer.ids).total), FLOOR)
 
 # %% ../../nbs/probes/06l_trace_metrics.ipynb #c360b91e

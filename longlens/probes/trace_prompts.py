@@ -70,7 +70,11 @@ def _spoken(lm: Any, ids: Tensor) -> Tokens:
     return Tokens(ids, lm.decode(ids), torch.tensor([*pairwise([0, *ends])]), lm.tokenizer)
 
 # %% ../../nbs/probes/06_trace_prompts.ipynb #64344129
-def answer_limits(lm: Any, max_new_tokens: int | None, stop: str | Sequence[str] | None) -> tuple[int, tuple[str, ...]]:
+def answer_limits(
+    lm: Any,  # LongModel
+    max_new_tokens: int | None = None,  # None: 100, as TracLLM (32 for needle-lm)
+    stop: str | Sequence[str] | None = None,  # None: none, and the end of the sentence for needle-lm
+) -> tuple[int, tuple[str, ...]]:
     """How many tokens an answer gets, and the texts that end it."""
     if max_new_tokens is not None and max_new_tokens < 1: raise ValueError(f"max_new_tokens is {max_new_tokens}: an answer has 1 or more")
     tiny = lm.name == "needle-lm"

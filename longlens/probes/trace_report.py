@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 import polars as pl
 
-from .perturbation import TraceScores
+from .trace_jobs import TraceScores
 from .sources import TracePrompt, source_frame
 from ..report import Report, report_html
 

@@ -21,7 +21,7 @@ from ..forward import TokenIds
 from ..measure.intervene import interventions
 from ..pieces import Context
 from .middle import longer
-from .perturbation import TRACERS, TraceCost, Tracer, TraceJob, TraceScores, check_budget, counted, find_tracer
+from .trace_jobs import TRACERS, TraceCost, Tracer, TraceJob, TraceScores, check_budget, counted, find_tracer
 from .sources import TracePrompt, answer_tokens, cut_context
 from .subset_scores import FLOOR, _follow, _routed, reusable
 from .subset_tree import ScoreCosts

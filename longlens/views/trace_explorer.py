@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from ipywidgets import Button, Checkbox, Dropdown, HBox, Layout, SelectionRangeSlider, VBox
 
 from ..forward import Tokens
-from ..probes.perturbation import TRACERS
+from ..probes.trace_jobs import TRACERS
 from ..probes.sources import TracePrompt, subset_ids
 from ..probes.trace_prompts import trace_prompt
 from ..probes.trace_report import Trace, excerpt, said_probability

@@ -13,14 +13,14 @@ import numpy as np
 from fastcore.basics import patch
 from ipywidgets import Dropdown, Layout
 
-from ..probes.trace_prompts import ready_prompt
+from ..probes.trace_prompts import answer_limits, ready_prompt
 from ..probes.trace_report import Trace
 from ..report import Report, load_report
 from .explore import App, Explorer, Pending, Progress, read_parts
 from .head_explorer import Choice, strongest
 from .head_panels import _row
 from .pictures import picture
-from .question_bar import ASKED_TOKENS, QuestionBar, answer_room, read_asked, text_asked
+from .question_bar import QuestionBar, answer_room, read_asked, text_asked
 from .reading import Reading, read_text, revive
 from .text_heads import ReadingExplorer
 from .tokens import Shade, token_view
@@ -134,7 +134,7 @@ def _asked(live: Any, by: str) -> Any:
     "The text as a prompt with the answer that was asked about; else the model's, or the right one, where the model says nothing"
     ctx = live.context
     answer = ctx.completion if ctx and (ctx.kind == "asked" or not live.silenced[()]["said"]) else None
-    room = answer_room(live.lm, len(live.tokens), ASKED_TOKENS if live.lm.name == "needle-lm" else 100)    # as `trace_prompt`, if it fits
+    room = answer_room(live.lm, len(live.tokens), answer_limits(live.lm)[0])    # as `trace_prompt`, if it fits
     return ready_prompt(live.lm, live.context or live.tokens.text, answer=answer or None, by=by, max_new_tokens=room)
 
 
