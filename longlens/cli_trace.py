@@ -101,8 +101,7 @@ def methods_asked(
     "The methods, each with the settings that it has"
     from dataclasses import fields
 
-    from longlens.probes.trace_jobs import find_tracer
-    from longlens.probes.traceback import load_methods
+    from longlens.probes.trace_jobs import find_tracer, load_methods
     known, settings = load_methods(), trace_settings(asked.set)
     names = list(dict.fromkeys(n.strip() for n in (asked.method or "loo").split(",") if n.strip()))
     if not names: raise ValueError(f"--method is empty: choose among {', '.join(known)}")

@@ -278,6 +278,6 @@ def test_methods_are_found_by_name(tmp_path) -> None:
 
 
 def test_a_script_sees_the_methods_at_once() -> None:
-    code = "from longlens.probes.traceback import load_methods; print(load_methods()['attntrace'])"
+    code = "from longlens.probes.trace_jobs import load_methods; print(load_methods()['attntrace'])"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.startswith("AttnTrace(draws=30, share=0.4, top_tokens=5, layers=None)")

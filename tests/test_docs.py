@@ -338,7 +338,8 @@ def made_of(state: dict[str, Any]) -> dict[str, set[Any]]:
     return {"controls": {(kind, s["description"]) for kind, s in models if s.get("description")},
             "tabs": {title for _, s in models for title in s.get("titles", [])},
             "classes": {name for _, s in models for name in s.get("_dom_classes", [])},
-            "scripts": {s["_esm"] for _, s in models if "_esm" in s}}
+            "scripts": {s["_esm"] for _, s in models if "_esm" in s},
+            "styles": {s["value"] for _, s in models if str(s.get("value")).startswith("<style>")}}
 
 
 def test_stored_workbenches_are_what_the_code_shows() -> None:

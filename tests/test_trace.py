@@ -4,6 +4,8 @@ from __future__ import annotations
 import copy
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
@@ -526,6 +528,14 @@ def test_a_search_costs_no_more_than_was_said(lm: ll.LongModel, sizes: tuple[int
         asked = np.array([*game.asked])
         assert len(asked) <= said.evaluations
         assert len(asked) * (len(prompt.whole) - 1) - ((~asked) @ lengths).sum() <= said.tokens
+
+
+@pytest.mark.parametrize("first", ["perturbation", "surrogates", "citation", "captum_trace"])
+def test_methods_come_in_one_order(first: str) -> None:
+    "Whichever module was imported first"
+    code = f"import longlens.probes.{first}; from longlens.probes.trace_jobs import load_methods; print(*load_methods())"
+    names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert names[:5] == ["loo", "stc", "shapley", "denoised_shapley", "tracllm"] and names[-1] == "self_citation" and len(names) == 18
 
 
 @pytest.mark.parametrize("functions", ["zzz", "coarse_to_fine", ("stc", "attention"), "self_citation"])

@@ -23,9 +23,8 @@ from longlens.probes.perturbation import LeaveOneOut, Shapley, out_masks
 from longlens.probes.sources import TracePrompt, subset_ids, token_prompt
 from longlens.probes.subset_scores import SubsetScorer
 from longlens.probes.subset_tree import first_alike
-from longlens.probes.trace_jobs import TRACERS, TraceCost, TraceJob, Tracer, TraceScores, find_tracer, room_of
+from longlens.probes.trace_jobs import TRACERS, TraceCost, TraceJob, Tracer, TraceScores, find_tracer, load_methods, room_of
 from longlens.probes.trace_prompts import trace_prompt, unwritten
-from longlens.probes.traceback import load_methods
 
 ASK = "What is the code for Eve?"
 INNER: dict[str, dict[str, Any]] = {  # every method that can be inside of coarse_to_fine, with little to do

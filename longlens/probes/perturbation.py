@@ -14,14 +14,11 @@ import polars as pl
 
 from .subset_scores import shares
 from .subset_tree import ValueFunction
-from longlens.probes.trace_jobs import (
-    TRACERS, Meter, Room, TraceCost, TraceJob, Tracer, TraceScores, find_tracer, room_of, subset_cost,
-)
+from .trace_jobs import TRACERS, Meter, Room, TraceCost, TraceJob, Tracer, TraceScores, find_tracer, load_methods, room_of, subset_cost
 
 # %% auto #0
-__all__ = ['LITTLE', 'SPARED', 'TRACERS', 'out_masks', 'alone_masks', 'LeaveOneOut', 'SingleText', 'orders_of', 'chain_masks',
-           'marginals', 'Shapley', 'top_mean', 'DenoisedShapley', 'halved', 'informed_search', 'longest_groups',
-           'InformedSearch']
+__all__ = ['LITTLE', 'SPARED', 'out_masks', 'alone_masks', 'LeaveOneOut', 'SingleText', 'orders_of', 'chain_masks', 'marginals',
+           'Shapley', 'top_mean', 'DenoisedShapley', 'halved', 'informed_search', 'longest_groups', 'InformedSearch']
 
 # %% ../../nbs/probes/06b_perturbation.ipynb #24dd93f5
 def out_masks(n: int) -> np.ndarray:
@@ -238,7 +235,7 @@ class _Search(Tracer):
         """The method that scores groups."""
         tracer = find_tracer(name)
         if not tracer.plays:
-            able = ", ".join(k for k, t in TRACERS.items() if t.plays)
+            able = ", ".join(k for k, t in load_methods().items() if t.plays)
             raise ValueError(f"functions has {name!r}, which cannot score groups: take of {able}")
         own = {f.name for f in fields(tracer)}  # type: ignore[arg-type]
         return replace(tracer, **{k: getattr(self, k) for k in ("permutations", "beta") if k in own})  # type: ignore[type-var]
@@ -292,10 +289,10 @@ class InformedSearch(_Search):
         return nodes, values, np.array([errors[r] for r in nodes]), seen
 
 # %% ../../nbs/probes/06b_perturbation.ipynb #8134523e
-TRACERS |= {
+TRACERS.update({
     "loo": LeaveOneOut(),
     "stc": SingleText(),
     "shapley": Shapley(),
     "denoised_shapley": DenoisedShapley(),
     "tracllm": InformedSearch(),
-}
+})

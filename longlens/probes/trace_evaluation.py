@@ -21,12 +21,12 @@ from ..cells import content, fingerprint
 from .attacks import TraceCase, clean_context, span_truth
 from .attention_trace import retrieval_weights
 from .middle import longer
-from .trace_jobs import Tracer, TraceJob, counted, find_tracer
+from .trace_jobs import Tracer, TraceJob, counted, find_tracer, load_methods
 from .sources import TracePrompt
 from .trace_metrics import answer_without, found_scores, replied, says
 from .trace_prompts import _spoken, answer_limits, trace_prompt
 from .trace_report import excerpt, scored_frame
-from .traceback import LARGE_COST, LargeTrace, check_needs, load_methods
+from .traceback import LARGE_COST, LargeTrace, check_needs
 from .traceback_report import MEASURES, RUN_COSTS, make_traceback_report
 from ..store import Store, as_row
 

@@ -23,8 +23,8 @@ from .subset_scores import SubsetScorer, _follow
 from .subset_tree import PADDING, ScoreCosts, ValueFunction
 
 # %% auto #0
-__all__ = ['TRACE_FRAMES', 'TRACERS', 'MOST_BITS', 'TraceJob', 'TraceScores', 'TraceCost', 'Room', 'room_of', 'Meter', 'Tracer',
-           'find_tracer', 'check_budget', 'counted', 'planned_cost', 'subset_cost']
+__all__ = ['TRACE_FRAMES', 'TRACERS', 'METHOD_MODULES', 'MOST_BITS', 'TraceJob', 'TraceScores', 'TraceCost', 'Room', 'room_of',
+           'Meter', 'Tracer', 'load_methods', 'find_tracer', 'check_budget', 'counted', 'planned_cost', 'subset_cost']
 
 # %% ../../nbs/probes/06a_trace_jobs.ipynb #d5c77b12
 @dataclass(eq=False)
@@ -197,8 +197,18 @@ class Tracer:
         """The scores."""
         raise NotImplementedError(f"{type(self).__name__} must define run(job)")
 
-# %% ../../nbs/probes/06a_trace_jobs.ipynb #a50948c8
+# %% ../../nbs/probes/06a_trace_jobs.ipynb #cfd46d3a
 TRACERS: dict[str, Tracer] = {}  # name -> method; add your own
+METHOD_MODULES = ("perturbation", "coarse_to_fine", "attention_trace", "surrogates", "captum_trace", "captum_gradients", "citation")
+
+
+def load_methods() -> dict[str, Tracer]:
+    """All methods that come with longlens, in one order, whichever was imported first, and those that were added."""
+    modules = [f"longlens.probes.{name}" for name in METHOD_MODULES]
+    for module in modules: import_module(module)
+    place = {module: i for i, module in enumerate(modules)}
+    for name in sorted(TRACERS, key=lambda name: place.get(type(TRACERS[name]).__module__, len(place))): TRACERS[name] = TRACERS.pop(name)
+    return TRACERS
 
 # %% ../../nbs/probes/06a_trace_jobs.ipynb #a776950f
 def find_tracer(
@@ -207,7 +217,7 @@ def find_tracer(
 ) -> Tracer:
     """The method that is meant."""
     if isinstance(method, str):
-        if method not in TRACERS: import_module("longlens.probes.traceback").load_methods()  # those of other modules
+        if method not in TRACERS: load_methods()  # those of other modules
         if method not in TRACERS: raise ValueError(f"there is no method {method!r}: there are {', '.join(TRACERS)}")
         method = TRACERS[method]
     _check_tracer(method)

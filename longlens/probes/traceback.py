@@ -10,7 +10,6 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from ..forward import TokenIds
 from ..measure.intervene import interventions
 from ..pieces import Context
 from .middle import longer
-from .trace_jobs import TRACERS, TraceCost, Tracer, TraceJob, TraceScores, check_budget, counted, find_tracer
+from .trace_jobs import TraceCost, Tracer, TraceJob, TraceScores, check_budget, counted, find_tracer, load_methods
 from .sources import TracePrompt, answer_tokens, cut_context
 from .subset_scores import FLOOR, _follow, _routed, reusable
 from .subset_tree import ScoreCosts
@@ -29,17 +28,8 @@ from .trace_prompts import _written, answer_limits, ready_prompt, trace_prompt, 
 from .trace_report import Trace, make_trace
 
 # %% auto #0
-__all__ = ['METHOD_MODULES', 'LARGE_COST', 'PUT', 'load_methods', 'check_needs', 'LargeTrace', 'say_large', 'planned_trace',
-           'write_answer', 'run_tracer', 'trace_context']
-
-# %% ../../nbs/probes/06i_traceback.ipynb #cfd46d3a
-METHOD_MODULES = ("perturbation", "coarse_to_fine", "attention_trace", "surrogates", "captum_trace", "captum_gradients", "citation")
-
-
-def load_methods() -> dict[str, Tracer]:
-    """All methods that come with longlens, and those that were added."""
-    for name in METHOD_MODULES: import_module(f"longlens.probes.{name}")
-    return TRACERS
+__all__ = ['LARGE_COST', 'PUT', 'check_needs', 'LargeTrace', 'say_large', 'planned_trace', 'write_answer', 'run_tracer',
+           'trace_context']
 
 # %% ../../nbs/probes/06i_traceback.ipynb #fcf61400
 def check_needs(

@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from ipywidgets import Button, Checkbox, Dropdown, HBox, Layout, SelectionRangeSlider, VBox
 
 from ..forward import Tokens
-from ..probes.trace_jobs import TRACERS
+from ..probes.trace_jobs import load_methods
 from ..probes.sources import TracePrompt, subset_ids
 from ..probes.trace_prompts import trace_prompt
 from ..probes.trace_report import Trace, excerpt, said_probability
@@ -99,10 +99,8 @@ def usable(
     lm: Any,          # LongModel
 ) -> list[str]:
     "The methods that need nothing but the prompt"
-    from longlens.probes.traceback import load_methods
-    load_methods()
     chat = bool(getattr(lm.tokenizer, "chat_template", None))
-    return [name for name, t in TRACERS.items() if "heads" not in t.needs and (chat or "chat" not in t.needs)]
+    return [name for name, t in load_methods().items() if "heads" not in t.needs and (chat or "chat" not in t.needs)]
 
 # %% ../../nbs/views/05d_trace_explorer.ipynb #b504b52a
 class TraceExplorer(Explorer):

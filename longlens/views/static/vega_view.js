@@ -42,6 +42,15 @@ function render({model, el}) {
     model.save_changes();
   };
 
+  // a picture of a fixed width that has no room scrolls, also with the keyboard, and a line above it says that there is more
+  const cue = Object.assign(document.createElement("p"), {className: "lx-says lx-cue cue", textContent: "This goes on to the right: scroll it sideways →"});
+  const told = () => {
+    const cut = place.scrollWidth > place.clientWidth + 1;
+    place.tabIndex = cut || model.get("fields").length ? 0 : -1;
+    if (cut === Boolean(cue.parentNode)) return;
+    if (cut) place.before(cue); else cue.remove();
+  };
+
   const draw = async () => {
     const mine = ++turn;
     if (!drawn) place.textContent = "Drawing…";
@@ -51,7 +60,6 @@ function render({model, el}) {
       drawn?.finalize();
       drawn = null;
       place.setAttribute("aria-label", model.get("label"));
-      place.tabIndex = model.get("fields").length ? 0 : -1;
       const spec = {...model.get("chart"), datasets: {...model.get("chart").datasets, ...rows()}};
       const renderer = model.get("renderer");
       const made = await embed(place, renderer === "canvas" ? inked(spec) : structuredClone(spec), {
@@ -62,6 +70,7 @@ function render({model, el}) {
     } catch (error) {
       place.textContent = `This chart could not be drawn: ${error.message}`;
     }
+    told();
     place.dataset.drawn = String(mine);
   };
 
@@ -96,8 +105,8 @@ function render({model, el}) {
   // Vega asks how wide its place is when it draws, and when the window changes: a place that is shown later, or in a new row, is neither
   const fit = async () => {
     const wide = drawn?.view.container()?.clientWidth;
-    if (!wide || model.get("chart").width !== "container" || drawn.view.signal("width") === wide) return;
-    await drawn.view.signal("width", wide).runAsync();
+    if (wide && model.get("chart").width === "container" && drawn.view.signal("width") !== wide) await drawn.view.signal("width", wide).runAsync();
+    told();
   };
   const sized = new ResizeObserver(() => next(fit));
   sized.observe(place);
