@@ -309,7 +309,10 @@ def test_the_total_is_planned_before_a_method_runs(lm: Any, cases: list[TraceCas
     plan = ll.evaluate_traceback(lm, cases, methods, dry_run=True, **how)
     unknown = plan.filter(pl.col("tokens").is_null())["method"].to_list()
     assert unknown == ["self_citation"]  # no chat template: its row says so when it runs
-    with pytest.raises(ValueError, match=r"10 methods on \d cases take up to .* tokens through the model \(.*and budget is 1,000"):
+    with pytest.raises(ValueError, match=r"10 methods on \d cases .*, and [\d,]+ to ask and ask again\), and budget is 20,000: take fewer"):
+        ll.evaluate_traceback(lm, cases, methods, budget=20_000, **how)
+    with monkeypatch.context() as m, pytest.raises(ValueError, match=r"only to ask \d cases takes up to [\d,]+ tokens .*budget is 1,000"):
+        m.setattr(type(lm), "prefill", None)  # the model is not asked at all
         ll.evaluate_traceback(lm, cases, methods, budget=1000, **how)
     assert not list(tmp_path.glob("**/*.parquet"))  # nothing had run
     monkeypatch.setattr(trace_evaluation, "LARGE_COST", 1000)
@@ -319,6 +322,26 @@ def test_the_total_is_planned_before_a_method_runs(lm: Any, cases: list[TraceCas
         if tokens is not None: assert 0 < taken[method] <= tokens, method
     left = ll.evaluate_traceback(lm, cases, methods, dry_run=True, **how)
     assert left["method"].to_list() == ["self_citation"]
+
+
+def test_no_more_runs_than_was_said(lm: Any, cases: list[TraceCase], monkeypatch: pytest.MonkeyPatch) -> None:
+    "Asking included, and asking again: a budget of what is said is kept, and of a token less is refused"
+    from longlens.probes import trace_evaluation
+    spent, said, check = [0], [0], trace_evaluation._check_cost
+    count = lambda _, args, kw: spent.append((args[0] if args else kw["input_ids"]).numel())
+    hook = lm.hf.register_forward_pre_hook(count, with_kwargs=True)
+
+    def watched(plan: pl.DataFrame, asking: int, budget: int | None) -> None:
+        said[0] = plan["tokens"].sum() + asking
+        check(plan, asking, budget)
+    monkeypatch.setattr(trace_evaluation, "_check_cost", watched)
+    how: dict[str, Any] = dict(methods=["loo", "stc", "attention"], k=None, by="sentences", size=5)
+    try:
+        ll.evaluate_traceback(lm, cases, budget=10**6, **how)
+        assert 0.7 * said[0] < sum(spent) <= said[0]
+        ll.evaluate_traceback(lm, cases, budget=said[0], **how)
+        with pytest.raises(ValueError, match="to ask and ask again"): ll.evaluate_traceback(lm, cases, budget=said[0] - 1, **how)
+    finally: hook.remove()
 
 
 def test_reports_are_kept(lm: Any, cases: list[TraceCase], tmp_path: Path) -> None:

@@ -31,8 +31,8 @@ from .traceback_report import MEASURES, RUN_COSTS, make_traceback_report
 from ..store import Store, as_row
 
 # %% auto #0
-__all__ = ['KEEP', 'RUN_SCHEMA', 'Run', 'AskedCase', 'ask_case', 'case_frame', 'run_case', 'named_tracers', 'planned_runs',
-           'evaluate_traceback']
+__all__ = ['KEEP', 'RUN_SCHEMA', 'Run', 'AskedCase', 'case_prompts', 'ask_case', 'case_frame', 'run_case', 'named_tracers',
+           'planned_runs', 'evaluate_traceback']
 
 # %% ../../nbs/probes/06n_trace_evaluation.ipynb #ce88a988
 KEEP = ("changed", "said")
@@ -59,6 +59,17 @@ def _why(case: TraceCase, truth: Sequence[int], answer: str, clean: str, keep: s
     return None if truth else "no source holds enough of what was injected"
 
 
+def case_prompts(
+    lm: Any,  # LongModel
+    case: TraceCase,
+    **how: Any,  # of `trace_prompt`: by, size, template, chat, ...
+) -> tuple[TracePrompt, TracePrompt]:  # with what was injected, and without
+    """What a case is asked with."""
+    contexts = case.context if isinstance(case.context, str) else list(case.context), clean_context(case)
+    whole, clean = (trace_prompt(lm, c, case.question, case.target, sep=case.sep, **how) for c in contexts)
+    return whole, clean
+
+
 def ask_case(
     lm: Any,  # LongModel
     case: TraceCase,
@@ -67,9 +78,8 @@ def ask_case(
     **how: Any,  # of `trace_prompt`: by, size, template, chat, ...
 ) -> AskedCase:
     """Put a case to a model, with and without what was injected."""
-    def put(context: Any) -> TracePrompt: return trace_prompt(lm, context, case.question, case.target, sep=case.sep, **how)
-    draft = put(case.context if isinstance(case.context, str) else list(case.context))
-    before, (_, clean) = lm.prefill(draft.tokens), replied(lm, put(clean_context(case)).tokens, limits)
+    draft, other = case_prompts(lm, case, **how)
+    before, (_, clean) = lm.prefill(draft.tokens), replied(lm, other.tokens, limits)
     ids, answer = replied(lm, before, limits)
     truth = tuple(span_truth(draft.sources, case.injected))
     if why := _why(case, truth, answer, clean, keep): return AskedCase(case, draft, truth, answer, clean, float("nan"), why)
@@ -210,13 +220,22 @@ def planned_runs(
     return f.sort("tokens", descending=True, nulls_last=True, maintain_order=True)
 
 # %% ../../nbs/probes/06n_trace_evaluation.ipynb #5a2a0f56
-def _check_cost(plan: pl.DataFrame, budget: int | None) -> None:
+def _ask_tokens(lm: Any, cases: Sequence[TraceCase], most: int, budget: int | None, put: Mapping[str, Any]) -> int:
+    """What it takes, at most, to ask every case twice and see how probable its answer is; refused, if that is over the budget."""
+    tokens = sum(len(p.tokens) for c in cases for p in case_prompts(lm, c, **put)) + 3 * most * len(cases)
+    if budget is None or tokens <= budget: return tokens
+    many = f"{len(cases)} case{'s' * (len(cases) > 1)}"
+    raise ValueError(f"only to ask {many} takes up to {tokens:,} tokens through the model, and budget is {budget:,}: take fewer cases, "
+                     "or a larger budget")
+
+
+def _check_cost(plan: pl.DataFrame, asking: int, budget: int | None) -> None:
     """Refuse what is over the budget; say it, where there is no budget and the cost is large."""
-    total = plan["tokens"].sum()
+    total = plan["tokens"].sum() + asking
     if total <= (LARGE_COST if budget is None else budget): return
     dear = ", ".join(f"{method} {tokens:,}" for method, tokens in plan.drop_nulls("tokens").select("method", "tokens").head(3).rows())
     said = f"{len(plan)} methods on {plan['cases'].max()} cases take up to {total:,} tokens through the model ({dear}"
-    said += ", ...)" if plan["tokens"].count() > 3 else ")"
+    said += f"{', ...' if plan['tokens'].count() > 3 else ''}, and {asking:,} to ask and ask again)"
     if budget is not None:
         raise ValueError(f"{said}, and budget is {budget:,}: take fewer cases, cheaper methods or settings, larger sources, "
                          "or a larger budget")
@@ -242,8 +261,8 @@ def evaluate_traceback(
     batch_size: int | None = None,  # subsets that run together, at most; None: 8
     max_memory: int | None = None,  # bytes on top of the weights; None: nine tenths of what is free
     allow_longer: bool | None = None,  # go past the model's `max_length`; None: as it was loaded
-    budget: int | None = None,  # tokens through the model that all runs may take; None: no limit, but more than LARGE_COST is said
-    dry_run: bool = False,  # only say what it would take
+    budget: int | None = None,  # tokens through the model that all of it may take; None: no limit, but more than LARGE_COST is said
+    dry_run: bool = False,  # only ask the cases, and say what the methods would take
     progress: bool = False,  # show a bar
     **how: Any,  # of the prompt: template, chat, system, answer_prefix, special
 ) -> Any:  # TracebackReport; `planned_runs` if dry_run
@@ -256,14 +275,16 @@ def evaluate_traceback(
     weights = None if heads is None else sorted(retrieval_weights(lm, heads).items())
     with longer(lm, allow_longer):
         kept = _Kept(lm, out, {"k": k, "seed": seed, "heads": weights, "limits": limits, **put})  # raises now, if `out` cannot be
+        asking = _ask_tokens(lm, cases, limits[0], budget, put)
         asked = [ask_case(lm, c, limits, keep, **put) for c in tqdm(cases, desc="cases", disable=not progress)]
         frame = case_frame(asked)
         _check_kept(frame)
         job = dict(seed=seed, heads=heads, batch_size=batch_size, max_memory=max_memory)
         todo = _todo(asked, tracers, kept)
-        plan = planned_runs(lm, [run for run in todo if run[0] not in kept.store.rows], **job)
+        left = [run for run in todo if run[0] not in kept.store.rows]
+        plan = planned_runs(lm, left, **job)
         if dry_run: return plan
-        _check_cost(plan, budget)
+        if left: _check_cost(plan, asking + sum(len(x.prompt.tokens) + 2 * limits[0] for _, _, x, _, _ in left), budget)
         made = list(_runs(lm, todo, kept, k, limits, on_error, progress, **job))
     runs = pl.DataFrame([{c: row.get(c) for c in RUN_SCHEMA} for row, _ in made], schema=RUN_SCHEMA)
     meta = {"k": k, "by": by, "size": size, "keep": keep, "seed": seed, "model": lm.name, "dtype": str(lm.dtype), "device": str(lm.device),

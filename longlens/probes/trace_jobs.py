@@ -23,7 +23,7 @@ from .subset_scores import SubsetScorer, _follow
 from .subset_tree import PADDING, ScoreCosts, ValueFunction
 
 # %% auto #0
-__all__ = ['TRACE_FRAMES', 'TRACERS', 'METHOD_MODULES', 'MOST_BITS', 'TraceJob', 'TraceScores', 'TraceCost', 'Room', 'room_of',
+__all__ = ['TRACE_FRAMES', 'TRACERS', 'TRACER_MODULES', 'MOST_BITS', 'TraceJob', 'TraceScores', 'TraceCost', 'Room', 'room_of',
            'Meter', 'Tracer', 'load_methods', 'find_tracer', 'check_budget', 'counted', 'planned_cost', 'subset_cost']
 
 # %% ../../nbs/probes/06a_trace_jobs.ipynb #d5c77b12
@@ -199,15 +199,23 @@ class Tracer:
 
 # %% ../../nbs/probes/06a_trace_jobs.ipynb #cfd46d3a
 TRACERS: dict[str, Tracer] = {}  # name -> method; add your own
-METHOD_MODULES = ("perturbation", "coarse_to_fine", "attention_trace", "surrogates", "captum_trace", "captum_gradients", "citation")
+TRACER_MODULES = {  # module -> methods that it puts there
+    "perturbation": ("loo", "stc", "shapley", "denoised_shapley", "tracllm"),
+    "coarse_to_fine": ("coarse_to_fine",),
+    "attention_trace": ("attntrace", "attention", "retrieval_attention", "rollout"),
+    "surrogates": ("contextcite",),
+    "captum_trace": ("captum_ablation", "captum_shapley", "kernel_shap", "lime"),
+    "captum_gradients": ("integrated_gradients", "gradient_x_input"),
+    "citation": ("self_citation",),
+}
 
 
 def load_methods() -> dict[str, Tracer]:
-    """All methods that come with longlens, in one order, whichever was imported first, and those that were added."""
-    modules = [f"longlens.probes.{name}" for name in METHOD_MODULES]
-    for module in modules: import_module(module)
-    place = {module: i for i, module in enumerate(modules)}
-    for name in sorted(TRACERS, key=lambda name: place.get(type(TRACERS[name]).__module__, len(place))): TRACERS[name] = TRACERS.pop(name)
+    """All methods that come with longlens, in one order, whichever was imported first, and after them those that were added."""
+    for module in TRACER_MODULES: import_module(f"longlens.probes.{module}")
+    known = [name for names in TRACER_MODULES.values() for name in names]
+    for name in [*known, *(name for name in TRACERS if name not in known)]:
+        if name in TRACERS: TRACERS[name] = TRACERS.pop(name)
     return TRACERS
 
 # %% ../../nbs/probes/06a_trace_jobs.ipynb #a776950f
