@@ -293,7 +293,7 @@ def _said_unmeasured(r: CollapseReport) -> str:
 # %% ../../nbs/probes/05d_collapse_report.ipynb #6647ee9d
 def _said_embedded(r: CollapseReport) -> str:
     m = r.meta
-    kept = f", of which {m['parts_kept']:,} of {m['parts']:,} parts were kept from before" if m["parts_kept"] else ""
+    kept = f" ({m['parts_kept']:,} of {m['parts']:,} parts in an earlier run)" if m["parts_kept"] else ""
     return f"{m['tokens']:,} tokens were embedded in {m['seconds']:,.0f} s{kept}"
 
 # %% ../../nbs/probes/05d_collapse_report.ipynb #a16490df
