@@ -1,4 +1,4 @@
-"""What a trace costs: never more than was said, planned in little time and memory, and nothing runs before it is allowed"""
+"""What a trace costs: never more than was said, planned in little memory, and nothing runs before it is allowed"""
 from __future__ import annotations
 
 import tracemalloc

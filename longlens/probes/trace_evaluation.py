@@ -75,10 +75,11 @@ def ask_case(
     case: TraceCase,
     limits: tuple[int, Sequence[str]],  # of the answer, from `answer_limits`
     keep: str = "changed",  # which cases count: those whose answer was changed, or all in which the target is said ("said")
+    prompts: tuple[TracePrompt, TracePrompt] | None = None,  # from `case_prompts`; None: made here
     **how: Any,  # of `trace_prompt`: by, size, template, chat, ...
 ) -> AskedCase:
     """Put a case to a model, with and without what was injected."""
-    draft, other = case_prompts(lm, case, **how)
+    draft, other = prompts or case_prompts(lm, case, **how)
     before, (_, clean) = lm.prefill(draft.tokens), replied(lm, other.tokens, limits)
     ids, answer = replied(lm, before, limits)
     truth = tuple(span_truth(draft.sources, case.injected))
@@ -220,11 +221,11 @@ def planned_runs(
     return f.sort("tokens", descending=True, nulls_last=True, maintain_order=True)
 
 # %% ../../nbs/probes/06n_trace_evaluation.ipynb #5a2a0f56
-def _ask_tokens(lm: Any, cases: Sequence[TraceCase], most: int, budget: int | None, put: Mapping[str, Any]) -> int:
+def _ask_tokens(prompts: Sequence[tuple[TracePrompt, TracePrompt]], most: int, budget: int | None) -> int:
     """What it takes, at most, to ask every case twice and see how probable its answer is; refused, if that is over the budget."""
-    tokens = sum(len(p.tokens) for c in cases for p in case_prompts(lm, c, **put)) + 3 * most * len(cases)
+    tokens = sum(len(p.tokens) + most for pair in prompts for p in pair) + most * len(prompts)
     if budget is None or tokens <= budget: return tokens
-    many = f"{len(cases)} case{'s' * (len(cases) > 1)}"
+    many = f"{len(prompts)} case{'s' * (len(prompts) > 1)}"
     raise ValueError(f"only to ask {many} takes up to {tokens:,} tokens through the model, and budget is {budget:,}: take fewer cases, "
                      "or a larger budget")
 
@@ -275,8 +276,10 @@ def evaluate_traceback(
     weights = None if heads is None else sorted(retrieval_weights(lm, heads).items())
     with longer(lm, allow_longer):
         kept = _Kept(lm, out, {"k": k, "seed": seed, "heads": weights, "limits": limits, **put})  # raises now, if `out` cannot be
-        asking = _ask_tokens(lm, cases, limits[0], budget, put)
-        asked = [ask_case(lm, c, limits, keep, **put) for c in tqdm(cases, desc="cases", disable=not progress)]
+        prompts = [case_prompts(lm, c, **put) for c in cases]
+        asking = _ask_tokens(prompts, limits[0], budget)
+        pairs = tqdm(zip(cases, prompts, strict=True), total=len(cases), desc="cases", disable=not progress)
+        asked = [ask_case(lm, c, limits, keep, both) for c, both in pairs]
         frame = case_frame(asked)
         _check_kept(frame)
         job = dict(seed=seed, heads=heads, batch_size=batch_size, max_memory=max_memory)

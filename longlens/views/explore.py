@@ -394,5 +394,5 @@ def open_explorer(
     module, name = found.rsplit(".", 1)
     make = getattr(import_module(module), name)
     if unknown := how.keys() - (known := [*signature(make).parameters][1:]):
-        raise TypeError(f"widget() of a {type(report).__name__} takes {', '.join(known)}, and not {min(unknown)!r}")
+        raise TypeError(f"widget() of a {type(report).__name__} takes {', '.join(known) or 'nothing'}, and not {min(unknown)!r}")
     return make(report, **how)
