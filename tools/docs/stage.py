@@ -93,7 +93,7 @@ class Stage:
     def html(self, html: str) -> str:
         shapes = SHAPE.findall(html)
         html = LOADER.sub("", SHAPE.sub("", STYLE.sub("", html)).replace(' border="1"', ""))
-        note = "".join(f'<p class="shape">{rows} rows, {columns} columns</p>'
+        note = "".join(f'<p class="shape">{rows} row{"s" * (rows != "1")}, {columns} column{"s" * (columns != "1")}</p>'
                        for rows, _, columns in (shape.partition(", ") for shape in shapes))
         return raw(f'<div class="output html">{html}{note}</div>')
 
