@@ -3,7 +3,7 @@
 needle-lm is asked about a text far longer than it was made for: what it says does not matter here, what it costs does. The same answer is
 traced with different methods inside, each in a fresh process, and what was announced beforehand stands beside what was taken.
 
-    OMP_NUM_THREADS=1 python benchmarks/coarse_to_fine.py                     # an hour
+    OMP_NUM_THREADS=1 python benchmarks/coarse_to_fine.py                     # three quarters of an hour
     OMP_NUM_THREADS=1 python benchmarks/coarse_to_fine.py --tokens 10000
 """
 
