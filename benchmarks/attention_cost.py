@@ -47,7 +47,7 @@ def load_model(s: Setting) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from longlens import load
-    from longlens.needle_lm import needle_tokenizer
+    from longlens.needle_lm.data import needle_tokenizer
     torch.manual_seed(0)
     config = LlamaConfig(**SHAPES[s.shape], max_position_embeddings=2**20, bos_token_id=1, eos_token_id=2)
     with torch.device(s.device):

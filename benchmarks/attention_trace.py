@@ -42,7 +42,7 @@ TABLES = (WAYS, ONE, ROLL)  # the last way of each is what the others are compar
 def prepare(length: int) -> tuple[Any, Any]:
     "needle-lm, and a prompt of so many tokens with sources of 100 words"
     import longlens as ll
-    from longlens.probes.trace_prompts import ready_prompt
+    from longlens.probes.traceback.prompts import ready_prompt
     lm = ll.load(allow_longer=True)
     ctx = ll.needle_context(lm, length, 40, wording="facts", n_keys=4, seed="benchmark")
     return lm, ready_prompt(lm, ctx, by="words", answer=ctx.completion)
@@ -53,8 +53,8 @@ def token_attention(way: str, lm: Any, prompt: Any, kept: Any) -> tuple[Any, Any
     import torch
     from transformers import DynamicCache
 
-    from longlens.probes.attention_trace import glance
-    from longlens.probes.sources import subset_tokens
+    from longlens.probes.traceback.methods.attention import glance
+    from longlens.probes.traceback.sources import subset_tokens
     if way == "alone":
         g = glance(lm, prompt, kept)
         return g.attention, g.owner
@@ -91,8 +91,8 @@ def run(way: str, lm: Any, prompt: Any, draws: int) -> Any:  # (sources,)
     "The AttnTrace score of every source, or the mean attention to it"
     import numpy as np
 
-    from longlens.probes.attention_trace import draw_sources, glances, mean_of_draws, pool_sources
-    from longlens.probes.trace_jobs import TRACERS, TraceJob
+    from longlens.probes.traceback.methods.attention import draw_sources, glances, mean_of_draws, pool_sources
+    from longlens.probes.traceback.tracer import TRACERS, TraceJob
     if way in ("attention", "rollout"):
         return TRACERS[way].run(TraceJob(lm, prompt)).values
     if way == "eager attention": return pool_sources(*token_attention("eager", lm, prompt, np.arange(prompt.n)), prompt.n)
@@ -107,8 +107,8 @@ def run(way: str, lm: Any, prompt: Any, draws: int) -> Any:  # (sources,)
 
 def times(length: int, draws: int, repeats: int) -> tuple[dict[str, tuple[float, float]], dict[str, list[float]], dict[str, int]]:
     "Fewest seconds of the processor and of the clock, and scores, of each way, interleaved, and sizes; runs in a fresh process"
-    from longlens.probes.attention_trace import draw_sources
-    from longlens.probes.sources import subset_tokens
+    from longlens.probes.traceback.methods.attention import draw_sources
+    from longlens.probes.traceback.sources import subset_tokens
     lm, prompt = prepare(length)
     best, scores = dict.fromkeys([w for ways in TABLES for w in ways], (math.inf, math.inf)), {}
     for _ in range(repeats):

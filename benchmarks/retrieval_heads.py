@@ -66,7 +66,7 @@ def run(way: str, lm: Any, contexts: Sequence) -> Any:  # (layers, heads)
     "Mean retrieval score of every head over the prompts"
     import torch
 
-    from longlens.probes.head_scores import Watch, run_trials
+    from longlens.probes.heads.scores import Watch, run_trials
     if "eager" in way: return torch.stack([reference(lm, c, way != "sdpa+eager", 50 if "50" in way else None) for c in contexts]).mean(0)
     trials = run_trials(lm, contexts, Watch("decode" if way == "decode" else "teacher"), reuse=way == "shared", batch_size=1)
     for t in trials: assert t.right, f"needle-lm did not say {t.context.completion!r} but {t.said!r}: take another seed"

@@ -63,7 +63,7 @@ def statistic(way: str, tol: float, svd_heads: int, most: int) -> Any:
     "What is captured"
     import torch
 
-    from longlens.measure.collapse import CenteredLanczos, SpectralNorm, _run
+    from longlens.measure.spectral import CenteredLanczos, SpectralNorm, _run
     from longlens.measure.statistics import Call, Statistic
     if way == "longlens": return SpectralNorm(tol=tol)
 

@@ -32,16 +32,16 @@ WAYS = {  # name -> what it says in the table, and arguments of sweep
 def needles(lm: Any, length: int, depths: int, trials: int) -> list:
     "A needle grid of one length in one haystack"
     import longlens as ll
-    from longlens.cells import Cell
+    from longlens.sweeps.cells import Cell
     hay, at = ll.Haystack.generated(0), [100 * i / (depths - 1) for i in range(depths)]
     return [Cell.of(ll.needle_context(lm, length, d, wording="facts", haystack=hay, seed=t)) for d in at for t in range(trials)]
 
 
 def documents(lm: Any, n: int, questions: int) -> list:
     "Questions with the right document at five places"
-    from longlens.cells import Cell
-    from longlens.probes.middle import gold_positions
-    from longlens.questions import fact_questions, place
+    from longlens.sweeps.cells import Cell
+    from longlens.probes.middle.probe import gold_positions
+    from longlens.prompts.multi_document import fact_questions, place
     return [Cell.of(place(lm, q, g)) for q in fact_questions(questions, n) for g in gold_positions(n)]
 
 
@@ -71,7 +71,7 @@ def plainly(lm: Any, cells: list) -> list[float]:
 def measured(length: int, repeats: int) -> dict[str, dict[str, Any]]:
     "Seconds, tokens and scores of every way on every grid; runs in a fresh process"
     import longlens as ll
-    from longlens.probes.asking import Ask
+    from longlens.probes.generate import Ask
     lm, out = ll.load(), {}
     for name, make in grids(lm, length).items():
         cells = make()

@@ -25,8 +25,8 @@ METHODS = {"loo": "leave one out", "stc": "one alone", "shapley": "Shapley value
 
 def made_prompt(lm: Any, sources: int) -> Any:
     "A prompt of so many sources of 100 words, with one fact in the middle"
-    from longlens.needle_lm import filler
-    from longlens.probes.trace_prompts import trace_prompt
+    from longlens.needle_lm.data import filler
+    from longlens.probes.traceback.prompts import trace_prompt
     words = filler(sources * 12, seed=0).split(" ")
     at = 100 * (sources // 2) + 40
     words[at:at] = "The code for Ada is lamb.".split(" ")
@@ -50,7 +50,7 @@ def exact(lm: Any, prompt: Any, mask: Any) -> float:
 
     import torch
 
-    from longlens.probes.sources import subset_ids
+    from longlens.probes.traceback.sources import subset_ids
     ids, answer = subset_ids(prompt, mask), prompt.answer.ids
     with torch.no_grad(): logits = copy.deepcopy(lm.hf).double()(torch.cat([ids, answer[:-1]])[None]).logits[0, len(ids) - 1 :]
     return float(logits.log_softmax(-1).gather(-1, answer[:, None]).sum())
@@ -61,8 +61,8 @@ def measured(name: str, sources: int, permutations: int) -> dict[str, Any]:
     import numpy as np
 
     import longlens as ll
-    from longlens.probes.subset_scores import SubsetScorer, plain_scores
-    from longlens.probes.trace_jobs import TraceJob, find_tracer
+    from longlens.probes.traceback.scorer import SubsetScorer, plain_scores
+    from longlens.probes.traceback.tracer import TraceJob, find_tracer
     lm = ll.load(allow_longer=True)
     prompt, tracer = made_prompt(lm, sources), find_tracer(name, {"permutations": permutations} if name == "shapley" else {})
     plain_scores(lm, prompt, np.ones((1, sources), bool))  # warm

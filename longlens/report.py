@@ -272,7 +272,7 @@ class Report(Tables):
 
     def widget(self, **how: Any) -> Any:
         "The report to click through in a notebook: its explorer, or the chart where there is none; `model=` lets it compute more"
-        from longlens.views.explore import open_explorer
+        from longlens.apps.app import open_explorer
         return open_explorer(self, **how)
 
     def save(self, path: str | Path, overwrite: bool = False) -> Path:
@@ -336,8 +336,9 @@ def kind_class(
 ) -> type[Report]:      # the class of that name
     "The class that a report was saved from, its module loaded if longlens has it"
     if kind in REPORTS: return REPORTS[kind]
-    import longlens
-    found = getattr(longlens, kind) if kind in longlens.__all__ else None
+    from importlib import import_module
+    longlens = import_module(__package__)  # its names are loaded when they are used
+    found = getattr(longlens, kind, None) if kind in longlens.__all__ else None
     if isinstance(found, type) and issubclass(found, Report): return found
     raise ReportError(f"{kind!r} is no kind of report known here: import the module that defines it, or update longlens")
 

@@ -15,15 +15,15 @@ from transformers import DynamicCache
 from zoo import ZOO, token_ids, zoo_model
 
 import longlens as ll
-from longlens.measure.answer_rows import MeanRows, mean_over_layers
+from longlens.measure.mean_rows import MeanRows, mean_over_layers
 from longlens.measure.capture import capture
 from longlens.measure.rollout import Rollout
-from longlens.needle_lm import filler
-from longlens.probes.attention_trace import AttentionRollout, AttnTrace, MeanAttention, RetrievalAttention, draw_sources
-from longlens.probes.sources import token_prompt
-from longlens.probes.trace_jobs import TraceJob
-from longlens.probes.trace_prompts import ready_prompt, trace_prompt
-from longlens.probes.traceback import trace_context
+from longlens.needle_lm.data import filler
+from longlens.probes.traceback.methods.attention import AttentionRollout, AttnTrace, MeanAttention, RetrievalAttention, draw_sources
+from longlens.probes.traceback.sources import token_prompt
+from longlens.probes.traceback.tracer import TraceJob
+from longlens.probes.traceback.prompts import ready_prompt, trace_prompt
+from longlens.probes.traceback.probe import trace_context
 
 SPANS = {"head": (0, 5), "body": (5, 24), "tail": (24, 33)}  # every sample has these positions
 ROWS = (range(30, 36), [20, 29, 35])  # queries of each sample
@@ -278,6 +278,6 @@ def test_methods_are_found_by_name(tmp_path) -> None:
 
 
 def test_a_script_sees_the_methods_at_once() -> None:
-    code = "from longlens.probes.trace_jobs import load_methods; print(load_methods()['attntrace'])"
+    code = "from longlens.probes.traceback.tracer import load_methods; print(load_methods()['attntrace'])"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.startswith("AttnTrace(draws=30, share=0.4, top_tokens=5, layers=None)")

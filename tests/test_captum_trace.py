@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import longlens as ll
-from longlens.needle_lm import filler
-from longlens.probes.captum_gradients import (
+from longlens.needle_lm.data import filler
+from longlens.probes.traceback.methods.captum_gradients import (
     CaptumGradient,
     CaptumIntegratedGradients,
     IncompleteAttribution,
@@ -30,11 +30,11 @@ from longlens.probes.captum_gradients import (
     neutral_id,
     source_sums,
 )
-from longlens.probes.captum_trace import CaptumKernelShap, CaptumLime, CaptumShapley, MaskGame
-from longlens.probes.sources import token_prompt
-from longlens.probes.surrogates import ContextCite
-from longlens.probes.trace_jobs import TRACERS, TraceJob, find_tracer
-from longlens.probes.trace_prompts import trace_prompt
+from longlens.probes.traceback.methods.captum_perturbation import CaptumKernelShap, CaptumLime, CaptumShapley, MaskGame
+from longlens.probes.traceback.sources import token_prompt
+from longlens.probes.traceback.methods.contextcite import ContextCite
+from longlens.probes.traceback.tracer import TRACERS, TraceJob, find_tracer
+from longlens.probes.traceback.prompts import trace_prompt
 
 SUBSETS = ("captum_ablation", "captum_shapley", "kernel_shap", "lime")
 PEOPLE = {"Ada": "lamb", "Bob": "river", "Eve": "stone", "Tom": "table", "Una": "glass"}
@@ -228,7 +228,7 @@ def test_the_parts_add_up_the_better_the_more_steps(lm, prompt):
 
 
 @pytest.mark.parametrize("tracer", [CaptumIntegratedGradients(steps=13), CaptumGradient()])
-@pytest.mark.filterwarnings("ignore::longlens.probes.captum_gradients.IncompleteAttribution")
+@pytest.mark.filterwarnings("ignore::longlens.probes.traceback.methods.captum_gradients.IncompleteAttribution")
 def test_the_cost_of_gradients_is_what_runs(lm, prompt, tracer, monkeypatch):
     seen, forward = [], lm.hf.forward
 
@@ -286,6 +286,6 @@ def test_what_gradients_refuse(lm, prompt):
 
 def test_weights_are_as_they_were_after_an_error(lm, prompt, monkeypatch):
     def fails(*args): raise RuntimeError("on the way")
-    monkeypatch.setattr("longlens.probes.captum_gradients.answer_target", fails)
+    monkeypatch.setattr("longlens.probes.traceback.methods.captum_gradients.answer_target", fails)
     with pytest.raises(RuntimeError, match="on the way"): integrated_tokens(lm, prompt, 2)
     assert all(p.requires_grad for p in lm.hf.parameters()) and not lm.hf.get_input_embeddings()._forward_hooks

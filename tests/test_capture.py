@@ -12,7 +12,7 @@ from transformers import DynamicCache, StaticCache
 from zoo import ZOO, token_ids
 
 import longlens.measure.statistics as st
-from longlens.measure.attach import _SESSIONS, UnsupportedModel
+from longlens.attention.hf_interface import _SESSIONS, UnsupportedModel
 from longlens.measure.capture import capture
 
 EVERYTHING = (st.Entropy(), st.SinkMass(4), st.Received(), st.Distance(), st.ValueNorm(), st.ResidualNorm(), st.MassiveActivations())
@@ -300,7 +300,7 @@ def test_a_frame_that_is_too_long_is_refused_with_a_way_out(monkeypatch: pytest.
     model, ids = ZOO["llama"](), token_ids(40, batch=2)
     with capture(model, st.Received(), st.Entropy()) as seen: model(ids)
     whole = seen.frame("received")
-    monkeypatch.setattr("longlens.measure.calls.MAX_ROWS", 100)
+    monkeypatch.setattr("longlens.measure.statistic.MAX_ROWS", 100)
     def never(*_: object, **__: object) -> None: raise AssertionError("a table was made")
     with monkeypatch.context() as m:
         m.setattr("longlens.measure.capture.layer_table", never)
@@ -319,7 +319,7 @@ def test_nothing_large_is_kept_after_the_forward() -> None:
     import gc
     import weakref
     model, kept = ZOO["llama"](), []
-    import longlens.measure.attach as module
+    import longlens.attention.hf_interface as module
     original = module.AttentionOperator
 
     def watched(*args: object, **kw: object) -> object:

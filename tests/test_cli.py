@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import longlens
-from longlens import cli
-from longlens.models import Tokens
+from longlens.cli import main as cli
+from longlens.models.load import Tokens
 from longlens.report import Report
 
 COMMAND = Path(sys.executable).with_name("longlens")
@@ -41,10 +41,10 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[object]:
         read.extend(t.text for t in texts)
         return StandIn({"heads": pl.DataFrame({"layer": [0]})})
 
-    page = ModuleType("longlens.views.page")
+    page = ModuleType("longlens.charts.page")
     page.write_page = lambda reports, path, title: Path(path).write_text(title)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "longlens.views.page", page)
-    monkeypatch.setitem(sys.modules, "longlens.views", ModuleType("longlens.views"))
+    monkeypatch.setitem(sys.modules, "longlens.charts.page", page)
+    monkeypatch.setitem(sys.modules, "longlens.charts", ModuleType("longlens.charts"))
     model = SimpleNamespace(name="tiny", tokens=tokens, tokenizer=tokens, max_length=99)
     monkeypatch.setitem(vars(longlens), "load", lambda *where, **given: model)
     monkeypatch.setitem(vars(longlens), "attention_sinks", sinks)

@@ -14,14 +14,14 @@ import pytest
 import torch
 
 import longlens as ll
-from longlens import cluster
-from longlens.cells import Cell, Changed, Task
-from longlens.cluster import Cluster, ClusterError, start_ray
-from longlens.context import needle_context
-from longlens.haystack import Haystack
-from longlens.measure.intervene import Ablate, Temperature
-from longlens.models import LongModel
-from longlens.sweeps import SweepWarning, sweep
+from longlens.sweeps import ray_engine as cluster
+from longlens.sweeps.cells import Cell, Changed, Task
+from longlens.sweeps.ray_engine import Cluster, ClusterError, start_ray
+from longlens.prompts.needle import needle_context
+from longlens.prompts.haystack import Haystack
+from longlens.interventions.heads import Ablate, Temperature
+from longlens.models.load import LongModel
+from longlens.sweeps.sweep import SweepWarning, sweep
 
 ray = pytest.importorskip("ray", reason="engine='ray' needs Ray: pip install longlens[ray]")
 pytestmark = [pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning"),  # Ray's, where it did not start at once
@@ -182,5 +182,5 @@ def test_refused(two_workers: None, lm: LongModel, cells: list[Cell]) -> None:
 def test_without_ray(lm: LongModel, cells: list[Cell], monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None: raise ImportError(name)
 
-    monkeypatch.setattr("longlens.shipping.import_module", missing)
+    monkeypatch.setattr("longlens.sweeps.serialize.import_module", missing)
     with pytest.raises(ImportError, match=r"pip install longlens\[ray\]"): sweep(lm, cells, NextToken(), engine="ray")

@@ -37,16 +37,16 @@ from transformers import (
 )
 
 import longlens as ll
-from longlens.measure.attention import AttentionOperator
-from longlens.measure.collapse import collapse_rate
-from longlens.measure.masks import full_mask
-from longlens.probes import collapse_parts
-from longlens.probes.collapse import length_collapse
-from longlens.probes.collapse_frames import changes_frame, effects_frame, similarity_frame
-from longlens.probes.collapse_inputs import CollapseSettings, get_inputs
-from longlens.probes.collapse_parts import Change, VectorPart, encoder_key, layer_embeddings
-from longlens.probes.collapse_report import CollapseReport
-from longlens.probes.embeddings import (
+from longlens.attention.operator import AttentionOperator
+from longlens.measure.spectral import collapse_rate
+from longlens.attention.masks import full_mask
+from longlens.probes.collapse import parts as collapse_parts
+from longlens.probes.collapse.probe import length_collapse
+from longlens.probes.collapse.frames import changes_frame, effects_frame, similarity_frame
+from longlens.probes.collapse.inputs import CollapseSettings, get_inputs
+from longlens.probes.collapse.parts import Change, VectorPart, encoder_key, layer_embeddings
+from longlens.probes.collapse.report import CollapseReport
+from longlens.probes.collapse.geometry import (
     effective_rank,
     geometry,
     geometry_intervals,
@@ -56,10 +56,10 @@ from longlens.probes.embeddings import (
     separability,
     spectrum,
 )
-from longlens.questions import Question
-from longlens.retrieval import cut_texts, evaluate_retrieval, long_texts, needle_retrieval, padded_passages
-from longlens.views.collapse import on_a_plane
-from longlens.views.page import page_html
+from longlens.prompts.multi_document import Question
+from longlens.retrieval_eval.tasks import cut_texts, evaluate_retrieval, long_texts, needle_retrieval, padded_passages
+from longlens.charts.embeddings import on_a_plane
+from longlens.charts.page import page_html
 
 QUESTIONS = Path(__file__).parents[1] / "../shared/data/lost-in-the-middle/nq-open-oracle.jsonl.gz"
 SMALL: dict[str, Any] = dict(lengths=(16, 32, 64), documents=8, layer_documents=4, taus=(0.5,), queries=6, candidates=8)
@@ -245,7 +245,7 @@ def test_decoder_embedder(pooling: str) -> None:
 
 
 def test_windows_read_past_the_end_and_are_left_again() -> None:
-    from longlens.measure.windows import extended
+    from longlens.interventions.extend import extended
     enc = tiny()
     r = length_collapse(enc, **{**SMALL, "taus": ()}, windows="all", beyond=(192,), retrieval="passkey")
     assert enc.max_length == 96
@@ -359,7 +359,7 @@ def test_geometry_past_the_end_is_compared_with_the_cut_text() -> None:
 
 
 def test_longer_windows_have_room_for_prompts() -> None:
-    from longlens.measure.windows import extended
+    from longlens.interventions.extend import extended
     enc = own_prompts(document="passage: ")
     r = length_collapse(enc, **{**SMALL, "taus": ()}, windows="all", beyond=(192,), retrieval="passkey")
     assert r.frames["retrieval"].filter(pl.col("condition") != "cut off")["n_truncated"].sum() == 0

@@ -19,7 +19,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from zoo import zoo_model
 
-from longlens.context import (
+from longlens.prompts.needle import (
     NIAH_TASKS,
     WORDINGS,
     BoundaryError,
@@ -31,8 +31,8 @@ from longlens.context import (
     haystack_context,
     needle_context,
 )
-from longlens.models import LongModel, load
-from longlens.tasks import ancestral_chain, kv_json, numbered_documents, passkeys, retrieval_prompt, threads, variable_tracking
+from longlens.models.load import LongModel, load
+from longlens.prompts.ruler import ancestral_chain, kv_json, numbered_documents, passkeys, retrieval_prompt, threads, variable_tracking
 
 DATA = Path(__file__).parents[1] / "../shared/data"
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -524,6 +524,6 @@ def test_widgets_without_a_kernel(playwright: Any, small_address: str) -> None:
 
 def test_settings_of_the_site_are_json(site: Path) -> None:
     "The look of charts is what report pages have"
-    from longlens.views.page import PAGE
+    from longlens.charts.page import PAGE
     line = (site / "_static/vega.js").read_text(encoding="utf-8").rstrip().splitlines()[-1]
     assert json.loads(line.removeprefix("window.longlensPage = ").removesuffix(";")) == PAGE

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 from zoo import CAUSAL, ENCODERS, POSITIONS, VOCAB, ZOO, token_ids, zoo_model
 
-from longlens.encoders import POOLINGS, Encoder, Pooling, load_encoder
-from longlens.encoding import _batches
-from longlens.measure.attach import attach
+from longlens.encoders.load import POOLINGS, Encoder, Pooling, load_encoder
+from longlens.encoders.encode import _batches
+from longlens.attention.hf_interface import attach
 from longlens.measure.capture import capture
-from longlens.measure.intervene import ablate, interventions, temperature
+from longlens.interventions.heads import ablate, interventions, temperature
 from longlens.measure.statistics import Entropy, SinkMass
-from longlens.models import LongModel
+from longlens.models.load import LongModel
 
 pytest.importorskip("sentence_transformers", reason="the reference is sentence-transformers: pip install longlens[embed]")
 from sentence_transformers import SentenceTransformer

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
-from longlens.probes.exchange import (
+from longlens.probes.heads.files import (
     DuoPattern,
     choose,
     kv_heads,

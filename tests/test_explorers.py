@@ -18,8 +18,8 @@ pytestmark = pytest.mark.browser
 HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
 CELLS = [f"HOSTILE = {HOSTILE!r}", """
 import longlens as ll
-from longlens.probes.trace_prompts import ready_prompt
-from longlens.probes.traceback import trace_context
+from longlens.probes.traceback.prompts import ready_prompt
+from longlens.probes.traceback.probe import trace_context
 lm, enc = ll.load(), ll.load_encoder()
 ctx = ll.needle_context(lm, 2040, 40, wording="facts", n_keys=4)
 work = ll.explore(lm, ctx)
@@ -30,7 +30,7 @@ hostile = ll.explore(lm, text)
 hostile""", """
 grid = ll.needle_grid(lm, [256, 512], [0, 50, 100], trials=1).widget(model=lm)
 grid""", """
-from longlens.probes.collapse import length_collapse
+from longlens.probes.collapse.probe import length_collapse
 collapse = length_collapse(enc, lengths=[16, 32], documents=8, layer_documents=1, taus=[.5], retrieval=()).widget(encoder=enc)
 collapse""", """
 small = ll.needle_context(lm, 200, 40, wording="facts", n_keys=3, seed=1)

@@ -18,16 +18,16 @@ from hypothesis import strategies as st
 from zoo import zoo_model
 
 import longlens as ll
-from longlens.cells import Cell, Changed
-from longlens.context import needle_depths
-from longlens.haystack import Haystack
-from longlens.measure.intervene import Streaming
-from longlens.measure.positions import rescaled_positions
-from longlens.probes.grid import KINDS, grid_frames, needle_grid, published_grid
-from longlens.probes.grid_report import GridReport
+from longlens.sweeps.cells import Cell, Changed
+from longlens.prompts.needle import needle_depths
+from longlens.prompts.haystack import Haystack
+from longlens.interventions.heads import Streaming
+from longlens.interventions.positions import rescaled_positions
+from longlens.probes.grid.probe import KINDS, grid_frames, needle_grid, published_grid
+from longlens.probes.grid.report import GridReport
 from longlens.probes.remedies import Remedy
-from longlens.store import HEAD, StoreError
-from longlens.views.page import page_html
+from longlens.sweeps.store import HEAD, StoreError
+from longlens.charts.page import page_html
 
 DATA = Path(__file__).parents[1] / "../shared/data/niah"
 
@@ -302,7 +302,7 @@ def test_another_call_resumes(lm: ll.LongModel, tmp_path: Path) -> None:
 def test_bad_input_is_named_before_anything_runs(lm: ll.LongModel, monkeypatch: pytest.MonkeyPatch, args: Any, kw: dict[str, Any],
                                                  error: type[Exception], said: str) -> None:
     def never(*args: Any, **kw: Any) -> None: raise AssertionError("the model was run")
-    monkeypatch.setattr("longlens.sweeps.do_batch", never)
+    monkeypatch.setattr("longlens.sweeps.sweep.do_batch", never)
     with pytest.raises(error, match=said): needle_grid(lm, *args, **kw)
     assert not lm.allow_longer
 
@@ -345,7 +345,7 @@ def test_the_whole_reply_counts(lm: ll.LongModel, monkeypatch: pytest.MonkeyPatc
     other.name = "another model"
     args: dict[str, Any] = dict(lengths=(128,), depths=(50,), trials=1, max_new_tokens=2, metric=metric, wording="facts")
     answer, = cells_of(lm, **args)[0].answers
-    monkeypatch.setattr("longlens.probes.asking._texts", lambda lm, rows: [f"It is:\n1. {answer}"] * len(rows))
+    monkeypatch.setattr("longlens.probes.generate._texts", lambda lm, rows: [f"It is:\n1. {answer}"] * len(rows))
     r, own = (needle_grid(m, **args) for m in (other, lm))
     assert r.frames["answers"]["score"].to_list() == [score] and own.frames["answers"]["said"].to_list() == ["It is:"]
 

@@ -11,9 +11,9 @@ from transformers import DynamicCache
 from zoo import CAUSAL, ENCODERS, POSITIONS, token_ids, zoo_model
 
 import longlens as ll
-from longlens.measure.attach import _EDITS, _HELD, UnsupportedModel
+from longlens.attention.hf_interface import _EDITS, _HELD, UnsupportedModel
 from longlens.measure.capture import capture
-from longlens.measure.intervene import (
+from longlens.interventions.heads import (
     _ACTIVE,
     Ablate,
     Intervention,
@@ -32,7 +32,7 @@ from longlens.measure.intervene import (
     streaming,
     temperature,
 )
-from longlens.measure.positions import ms_poe, set_based
+from longlens.interventions.positions import ms_poe, set_based
 from longlens.measure.statistics import Entropy, Received, Rows, SpanMass
 
 N = 40
@@ -303,7 +303,7 @@ def test_means_ignore_padding() -> None:
     keep = Keep()
     with intervene(model, keep): model(ids)
     torch.testing.assert_close(want[1], keep.seen[1][1][0].mean(1), atol=1e-5, rtol=1e-4)
-    from longlens.measure.intervene import _Sum
+    from longlens.interventions.heads import _Sum
     add = _Sum()
     mask = torch.ones_like(padded)
     mask[:, 20:] = 0

@@ -23,20 +23,20 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from zoo import VOCAB, token_ids, zoo_model
 
 import longlens as ll
-from longlens.cells import Cell, Changed
-from longlens.measure.attach import UnsupportedModel
-from longlens.measure.intervene import Streaming, Temperature, interventions
-from longlens.measure.positions import ms_poe, rescaled_positions, set_based
-from longlens.measure.redistribute import redistribute
-from longlens.probes import middle
-from longlens.probes.asking import Ask
-from longlens.probes.middle import POSITIONS, curve_frame, effects_frame, gold_positions, indices_frame, lost_in_the_middle, top_heads
-from longlens.probes.middle_report import MiddleReport, parts_frame
+from longlens.sweeps.cells import Cell, Changed
+from longlens.attention.hf_interface import UnsupportedModel
+from longlens.interventions.heads import Streaming, Temperature, interventions
+from longlens.interventions.positions import ms_poe, rescaled_positions, set_based
+from longlens.interventions.calibrate import redistribute
+from longlens.probes.middle import probe as middle
+from longlens.probes.generate import Ask
+from longlens.probes.middle.probe import POSITIONS, curve_frame, effects_frame, gold_positions, indices_frame, lost_in_the_middle, top_heads
+from longlens.probes.middle.report import MiddleReport, parts_frame
 from longlens.probes.remedies import REMEDIES, AsSet, Calibrated, PerHead, Remedy, document_spans, relevance
-from longlens.questions import KeyValue, Question, fact_pairs, fact_questions, place, read_questions
-from longlens.store import HEAD, StoreError
-from longlens.sweeps import sweep
-from longlens.views.page import page_html
+from longlens.prompts.multi_document import KeyValue, Question, fact_pairs, fact_questions, place, read_questions
+from longlens.sweeps.store import HEAD, StoreError
+from longlens.sweeps.sweep import sweep
+from longlens.charts.page import page_html
 
 DATA = Path(__file__).parents[1] / "../shared/data/lost-in-the-middle"
 few = settings(max_examples=40, deadline=None)
@@ -532,7 +532,7 @@ def test_what_counts_of_a_reply(monkeypatch: pytest.MonkeyPatch, item: str, scor
     lm.name = "another model"
     made = fact_pairs(1, 3)[0] if item == "pairs" else fact_questions(1, 3, sentences=1)[0]
     answer = made.value if isinstance(made, KeyValue) else made.answers[0]
-    monkeypatch.setattr("longlens.probes.asking._texts", lambda lm, rows: [f"It is:\n{answer}"] * len(rows))
+    monkeypatch.setattr("longlens.probes.generate._texts", lambda lm, rows: [f"It is:\n{answer}"] * len(rows))
     r = lost_in_the_middle(lm, [made], max_new_tokens=2)
     assert {*r.frames["answers"]["score"]} == {score}
 
@@ -606,13 +606,13 @@ def test_results_of_another_version_are_refused(tmp_path: Path) -> None:
 def test_bad_input_is_named_before_anything_runs(monkeypatch: pytest.MonkeyPatch, how: dict[str, Any], error: type[Exception],
                                                  said: str) -> None:
     def never(*args: Any, **kw: Any) -> None: raise AssertionError("the model was run")
-    monkeypatch.setattr("longlens.sweeps.do_batch", never)
+    monkeypatch.setattr("longlens.sweeps.sweep.do_batch", never)
     with pytest.raises(error, match=said): lost_in_the_middle(known(), **{"task": listed(5, 2)} | how)
 
 
 def test_a_metric_that_cannot_be_had_is_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*args: Any, **kw: Any) -> None: raise AssertionError("the model was run")
-    monkeypatch.setattr("longlens.sweeps.do_batch", never)
+    monkeypatch.setattr("longlens.sweeps.sweep.do_batch", never)
     two = [replace(q, answers=(*q.answers, "w5")) for q in listed(3, 1)]
     with pytest.raises(ValueError, match="kv_match is defined for one answer"): lost_in_the_middle(known(), two, metric="kv_match")
     with pytest.raises(ValueError, match="of which nothing is left without punctuation and articles"): replace(two[0], answers=("The.",))

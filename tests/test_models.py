@@ -12,7 +12,7 @@ import pytest
 import torch
 from zoo import CAUSAL, VOCAB, ZOO, token_ids, zoo_model
 
-from longlens.models import LongModel, Prefix, load
+from longlens.models.load import LongModel, Prefix, load
 
 N = 40  # several windows long
 
@@ -104,7 +104,7 @@ def test_cache_bytes_are_exact(name):
 @pytest.mark.parametrize("name", CAUSAL)
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_padding_changes_nothing(name, side):
-    from longlens.models import Tokens
+    from longlens.models.load import Tokens
 
     lm = model(name)
     short, long = token_ids(11)[0], token_ids(N, seed=1)[0]
@@ -456,6 +456,6 @@ def test_memory_names_its_parts():
 
 
 def test_importing_models_is_cheap():
-    code = "import sys, longlens.models; print(sorted(m for m in ('transformers', 'transformer_lens', 'sklearn') if m in sys.modules))"
+    code = "import sys, longlens.models.load; print(sorted(m for m in ('transformers', 'transformer_lens', 'sklearn') if m in sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

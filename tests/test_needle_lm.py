@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longlens import needle_card as nc
-from longlens import needle_lm as nl
-from longlens import needle_training as nt
+from longlens.needle_lm import card as nc
+from longlens.needle_lm import data as nl
+from longlens.needle_lm import train as nt
 
 TINY = nt.Recipe(steps=20, lengths=(64,), tokens_per_step=512, warmup=4,
                  model=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, head_dim=8))

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from zoo import CAUSAL, ZOO, token_ids
 
 import longlens.measure.statistics as st
-from longlens.measure.attach import attach
+from longlens.attention.hf_interface import attach
 from longlens.measure.capture import capture
 
 N, PAD = 45, 9  # tokens; padding of the first sample

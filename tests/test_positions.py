@@ -15,10 +15,10 @@ from transformers import DynamicCache
 from zoo import CAUSAL, LAYERS, VOCAB, ZOO, token_ids, zoo_model
 
 import longlens as ll
-from longlens.measure import kernels
-from longlens.measure.attach import _EDITS, _HELD, UnsupportedModel
+from longlens.attention import kernels
+from longlens.attention.hf_interface import _EDITS, _HELD, UnsupportedModel
 from longlens.measure.capture import capture
-from longlens.measure.intervene import (
+from longlens.interventions.heads import (
     _ACTIVE,
     Intervention,
     Turner,
@@ -30,13 +30,13 @@ from longlens.measure.intervene import (
     streaming,
     temperature,
 )
-from longlens.measure.kernels import OptionRule, attend, attend_blocked
-from longlens.measure.masks import Mask, positions, visible_tile
-from longlens.measure.positions import POSITION_SCALINGS, MsPoE, SetBased, ms_poe, rescaled_positions, set_based
-from longlens.measure.redistribute import Redistribute, redistribute, redistributed_masses
-from longlens.measure.scores import Scores
+from longlens.attention.kernels import OptionRule, attend, attend_blocked
+from longlens.attention.masks import Mask, positions, visible_tile
+from longlens.interventions.positions import POSITION_SCALINGS, MsPoE, SetBased, ms_poe, rescaled_positions, set_based
+from longlens.interventions.calibrate import Redistribute, redistribute, redistributed_masses
+from longlens.attention.logits import Scores
 from longlens.measure.statistics import Received, Rows, SinkMass
-from longlens.prefix import _new_cache
+from longlens.models.kv_cache import _new_cache
 
 N = 40
 UNSCALED = [name for name in CAUSAL if name not in ("gpt2", "opt", "gpt_oss")]  # whose positions can be rescaled

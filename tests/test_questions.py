@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from longlens import questions as module
-from longlens.models import load
-from longlens.needle_lm import needle_tokenizer
-from longlens.probes.answers import (
+from longlens.prompts import multi_document as module
+from longlens.models.load import load
+from longlens.needle_lm.data import needle_tokenizer
+from longlens.probes.metrics import (
     METRICS,
     best_subspan_em,
     bootstrap_interval,
@@ -41,7 +41,7 @@ from longlens.probes.answers import (
     string_match_part,
     wilson_interval,
 )
-from longlens.questions import (
+from longlens.prompts.multi_document import (
     VARIANTS,
     KeyValue,
     Question,
@@ -53,9 +53,9 @@ from longlens.questions import (
     read_questions,
     with_distractors,
 )
-from longlens.views.charts import ChartError, arrange
-from longlens.views.grids import depth_map
-from longlens.views.positions import depth_points, position_curve, remedy_dots
+from longlens.charts.common import ChartError, arrange
+from longlens.charts.heatmaps import depth_map
+from longlens.charts.curves import depth_points, position_curve, remedy_dots
 
 DATA = Path(__file__).parents[1] / "../shared/data"
 few = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

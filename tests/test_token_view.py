@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from longlens.report import Report
-from longlens.views.page import Section, as_json, policy, static, write_page
-from longlens.views.text import visible
-from longlens.views.tokens import Shade, TextData, text_html, token_data, utf16, utf16_at
-from longlens.views.trace import trace_data, trace_page
+from longlens.charts.page import Section, as_json, policy, static, write_page
+from longlens.text import visible
+from longlens.charts.token_view import Shade, TextData, text_html, token_data, utf16, utf16_at
+from longlens.charts.sources import trace_data, trace_page
 
 N = 100_000
 HOSTILE = [
@@ -284,7 +284,7 @@ def bench(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[An
 
 def signs(text: str) -> str:
     "What the view writes for a text, without what it adds before accents"
-    from longlens.views.text import _sign
+    from longlens.text import _sign
     return "".join(_sign(c) for c in utf16(text).decode("utf-16-le", "surrogatepass"))
 
 

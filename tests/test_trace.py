@@ -25,25 +25,27 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import CAUSAL, token_ids, zoo_model
 
 import longlens as ll
-from longlens.needle_lm import filler
-from longlens.probes import attention_trace, subset_scores, traceback
-from longlens.probes.coarse_to_fine import CoarseToFine
-from longlens.probes.perturbation import InformedSearch, Shapley, chain_masks, informed_search, marginals
-from longlens.probes.sources import TracePrompt, cut_context, narrowed, placed, source_frame, subset_ids, subset_tokens, token_prompt
-from longlens.probes.subset_scores import FLOOR, SubsetScorer, plain_scores
-from longlens.probes.subset_tree import _alike, branches
-from longlens.probes.trace_jobs import TRACER_MODULES, TRACERS, TraceCost, TraceJob, Tracer, TraceScores, find_tracer
-from longlens.probes.trace_prompts import ready_prompt, trace_prompt
-from longlens.probes.trace_report import said_probability
-from longlens.questions import fact_questions, kv_lines
-from longlens.sweeps import SweepWarning
-from longlens.tasks import numbered_documents
-from longlens.views.explore import Cancelled, Progress, using
-from longlens.views.needle_explorer import said_html
-from longlens.views.page import page_html
-from longlens.views.question_bar import QuestionBar, asked_context, read_asked, text_asked
-from longlens.views.reading import Reading, revive
-from longlens.views.trace_explorer import prompt_of, trace_span, without_html
+from longlens.needle_lm.data import filler
+from longlens.probes.traceback import probe as traceback
+from longlens.probes.traceback import scorer as subset_scores
+from longlens.probes.traceback.methods import attention as attention_trace
+from longlens.probes.traceback.coarse_to_fine import CoarseToFine
+from longlens.probes.traceback.methods.perturbation import InformedSearch, Shapley, chain_masks, informed_search, marginals
+from longlens.probes.traceback.sources import TracePrompt, cut_context, narrowed, placed, source_frame, subset_ids, subset_tokens, token_prompt
+from longlens.probes.traceback.scorer import FLOOR, SubsetScorer, plain_scores
+from longlens.probes.traceback.prefix_tree import _alike, branches
+from longlens.probes.traceback.tracer import TRACER_MODULES, TRACERS, TraceCost, TraceJob, Tracer, TraceScores, find_tracer
+from longlens.probes.traceback.prompts import ready_prompt, trace_prompt
+from longlens.probes.traceback.report import said_probability
+from longlens.prompts.multi_document import fact_questions, kv_lines
+from longlens.sweeps.sweep import SweepWarning
+from longlens.prompts.ruler import numbered_documents
+from longlens.apps.app import Cancelled, Progress, using
+from longlens.apps.needle import said_html
+from longlens.charts.page import page_html
+from longlens.apps.prompt_form import QuestionBar, asked_context, read_asked, text_asked
+from longlens.apps.reading import Reading, revive
+from longlens.apps.trace import prompt_of, trace_span, without_html
 
 PEOPLE = {"Ada": "lamb", "Bob": "river", "Eve": "stone", "Tom": "table", "Una": "glass", "Max": "paper"}
 DOCUMENTS = [f"{filler(2, seed=i)} The code for {who} is {what}." for i, (who, what) in enumerate(PEOPLE.items())]
@@ -530,10 +532,10 @@ def test_a_search_costs_no_more_than_was_said(lm: ll.LongModel, sizes: tuple[int
         assert len(asked) * (len(prompt.whole) - 1) - ((~asked) @ lengths).sum() <= said.tokens
 
 
-@pytest.mark.parametrize("first", ["perturbation", "surrogates", "citation", "captum_trace"])
+@pytest.mark.parametrize("first", ["methods.perturbation", "methods.contextcite", "methods.self_citation", "methods.captum_perturbation"])
 def test_methods_come_in_one_order(first: str) -> None:
     "Whichever module was imported first"
-    code = (f"import longlens.probes.{first}; from longlens.probes.trace_jobs import TRACERS, load_methods; TRACERS |= "
+    code = (f"import longlens.probes.traceback.{first}; from longlens.probes.traceback.tracer import TRACERS, load_methods; TRACERS |= "
             "dict(mine=1, loo=TRACERS.get('loo')); load_methods(); print(*TRACERS)")
     names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert names == [*chain(*TRACER_MODULES.values()), "mine"] and names[:2] == ["loo", "stc"]
@@ -731,7 +733,7 @@ def test_hostile_text_is_shown_and_does_nothing(lm: ll.LongModel) -> None:
     tokens = ll.models.Tokens(torch.arange(8), texts, torch.tensor(offsets))
     p = placed(tokens, 0, cut, ll.models.Tokens(torch.tensor([3]), "<b>\x1b", torch.tensor([[0, 4]])), question="<i>?")
     assert p.owner.tolist() == owner.tolist()
-    from longlens.probes.trace_report import make_trace
+    from longlens.probes.traceback.report import make_trace
     costs = pl.DataFrame({"stage": ["answer", "method"], **{c: [1, 4] for c in ("evaluations", "asked", "tokens", "plain_tokens")}})
     meta = dict(method="<u>loo", unit="nats", says="<s>", k=5, signed=True, model="m", generated=False)
     t = make_trace(p, TraceScores(np.arange(4.0)), np.array([-0.5]), costs, meta)

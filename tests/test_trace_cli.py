@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from longlens import cli
-from longlens.models import LongModel
+from longlens.cli import main as cli
+from longlens.models.load import LongModel
 from longlens.report import Report
 
 COMMAND = Path(sys.executable).with_name("longlens")
@@ -145,7 +145,7 @@ def test_real_run(tmp_path: Path) -> None:
 
 def test_a_large_cost_is_a_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     "What takes long is said before its bar, in the command's words; a budget is consent"
-    from longlens.probes import traceback
+    from longlens.probes.traceback import probe as traceback
     monkeypatch.setattr(traceback, "LARGE_COST", 50)
     asked = ["--context", "a.txt", "b.txt", "--question", "What is the code for Eve?", "--answer", "stone"]
     assert run(*asked, "--out", "out") == 0

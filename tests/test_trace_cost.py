@@ -14,17 +14,20 @@ from hypothesis import strategies as st
 from zoo import zoo_model
 
 import longlens as ll
-from longlens.models import LongModel
-from longlens.needle_lm import filler
-from longlens.probes import coarse_to_fine, perturbation, trace_evaluation, trace_jobs
-from longlens.probes.attacks import TraceCase, fact_cases
-from longlens.probes.coarse_to_fine import CoarseToFine, _finer, _inside, level_rooms
-from longlens.probes.perturbation import LeaveOneOut, Shapley, out_masks
-from longlens.probes.sources import TracePrompt, subset_ids, token_prompt
-from longlens.probes.subset_scores import SubsetScorer
-from longlens.probes.subset_tree import first_alike
-from longlens.probes.trace_jobs import TRACERS, TraceCost, TraceJob, Tracer, TraceScores, find_tracer, load_methods, room_of
-from longlens.probes.trace_prompts import trace_prompt, unwritten
+from longlens.models.load import LongModel
+from longlens.needle_lm.data import filler
+from longlens.probes.traceback import coarse_to_fine
+from longlens.probes.traceback import tracer as trace_jobs
+from longlens.probes.traceback.evaluation import evaluate as trace_evaluation
+from longlens.probes.traceback.methods import perturbation
+from longlens.probes.traceback.evaluation.cases import TraceCase, fact_cases
+from longlens.probes.traceback.coarse_to_fine import CoarseToFine, _finer, _inside, level_rooms
+from longlens.probes.traceback.methods.perturbation import LeaveOneOut, Shapley, out_masks
+from longlens.probes.traceback.sources import TracePrompt, subset_ids, token_prompt
+from longlens.probes.traceback.scorer import SubsetScorer
+from longlens.probes.traceback.prefix_tree import first_alike
+from longlens.probes.traceback.tracer import TRACERS, TraceCost, TraceJob, Tracer, TraceScores, find_tracer, load_methods, room_of
+from longlens.probes.traceback.prompts import trace_prompt, unwritten
 
 ASK = "What is the code for Eve?"
 INNER: dict[str, dict[str, Any]] = {  # every method that can be inside of coarse_to_fine, with little to do
@@ -73,7 +76,7 @@ def test_whatever_wins_costs_no_more_than_was_said(lm: LongModel, name: str, tex
 
 
 @pytest.mark.parametrize("name", INNER)
-@pytest.mark.filterwarnings("ignore::longlens.probes.captum_gradients.IncompleteAttribution", "ignore:Objective did not converge")
+@pytest.mark.filterwarnings("ignore::longlens.probes.traceback.methods.captum_gradients.IncompleteAttribution", "ignore:Objective did not converge")
 def test_a_run_costs_no_more_than_was_said(lm: LongModel, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     "Long sentences in three paragraphs, many short ones in the fourth; and with winners at random"
     long = " ".join(["the river bank is yellow and the stone garden is near the bridge and"] * 3) + "."
@@ -109,7 +112,7 @@ class Half(Tracer):
 
     def cost(self, job: TraceJob) -> TraceCost: return TraceCost(1, 100 if job.n == 3 else 10 * job.n)
     def run(self, job: TraceJob) -> TraceScores:
-        from longlens.probes.subset_tree import ScoreCosts
+        from longlens.probes.traceback.prefix_tree import ScoreCosts
         return TraceScores(np.arange(job.n) + 1.0, costs=ScoreCosts(1, 1, 100 if job.n == 3 else 10 * job.n))
 
 

@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 
 import longlens as ll
-from longlens.probes.attacks import (
+from longlens.probes.traceback.evaluation.cases import (
     ATTACKS,
     TraceCase,
     attack_text,
@@ -28,15 +28,15 @@ from longlens.probes.attacks import (
     span_truth,
     text_truth,
 )
-from longlens.probes.sources import cut_context
-from longlens.probes.trace_evaluation import ask_case, case_frame, named_tracers
-from longlens.probes.trace_jobs import TraceCost, Tracer, TraceScores
-from longlens.probes.trace_metrics import answer_without, case_interval, f1_range, found_scores, says
-from longlens.probes.trace_prompts import answer_limits
-from longlens.probes.traceback_report import MEASURES, RUN_COSTS, make_traceback_report
-from longlens.questions import fact_questions, read_questions
+from longlens.probes.traceback.sources import cut_context
+from longlens.probes.traceback.evaluation.evaluate import ask_case, case_frame, named_tracers
+from longlens.probes.traceback.tracer import TraceCost, Tracer, TraceScores
+from longlens.probes.traceback.evaluation.metrics import answer_without, case_interval, f1_range, found_scores, says
+from longlens.probes.traceback.prompts import answer_limits
+from longlens.probes.traceback.evaluation.report import MEASURES, RUN_COSTS, make_traceback_report
+from longlens.prompts.multi_document import fact_questions, read_questions
 from longlens.report import Report
-from longlens.views.page import write_page
+from longlens.charts.page import write_page
 
 DATA = Path(__file__).parents[1] / "../shared/data"
 EVIL = "</script><script>window.pwned=1</script><img src=x onerror=pwned()> \x1b[31mred\x1b[0m \u202eturned\u202c"
@@ -277,7 +277,7 @@ def test_a_failure_is_a_row_with_its_reason(lm: Any, cases: list[TraceCase], tmp
 def test_a_folder_that_cannot_be_is_refused_before_anything_is_asked(lm: Any, cases: list[TraceCase], tmp_path: Path,
                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*args: Any, **how: Any) -> Any: raise AssertionError("the model was asked")
-    monkeypatch.setattr("longlens.probes.trace_evaluation.ask_case", never)
+    monkeypatch.setattr("longlens.probes.traceback.evaluation.evaluate.ask_case", never)
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match=r"file/kept cannot be made \(Not a directory\): choose a place"):
         ll.evaluate_traceback(lm, cases, ["loo"], k=2, by="sentences", out=tmp_path / "file/kept")
@@ -288,7 +288,7 @@ def test_going_on(lm: Any, cases: list[TraceCase], tmp_path: Path, monkeypatch: 
     how: dict[str, Any] = dict(by="sentences", out=tmp_path)
     first = ll.evaluate_traceback(lm, cases, ["loo"], k=2, **how)
     ran: list[str] = []
-    from longlens.probes import trace_evaluation
+    from longlens.probes.traceback.evaluation import evaluate as trace_evaluation
     true = trace_evaluation.run_case
     monkeypatch.setattr(trace_evaluation, "run_case", lambda t, job, x, *rest: ran.append(x.case.question) or true(t, job, x, *rest))
     again = ll.evaluate_traceback(lm, [*cases[:2], replace(cases[2], kind="renamed")], ["loo"], k=2, **how)
@@ -302,8 +302,8 @@ def test_going_on(lm: Any, cases: list[TraceCase], tmp_path: Path, monkeypatch: 
 def test_the_total_is_planned_before_a_method_runs(lm: Any, cases: list[TraceCase], tmp_path: Path,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     "What is said before is no less than what is taken; too much is said, or refused; what is finished costs nothing"
-    from longlens.probes import trace_evaluation
-    from longlens.probes.traceback import LargeTrace
+    from longlens.probes.traceback.evaluation import evaluate as trace_evaluation
+    from longlens.probes.traceback.probe import LargeTrace
     methods = ["loo", "stc", "shapley", "denoised_shapley", "tracllm", "attention", "attntrace", "rollout", "contextcite", "self_citation"]
     how: dict[str, Any] = dict(k=None, by="sentences", size=5, out=tmp_path)
     plan = ll.evaluate_traceback(lm, cases, methods, dry_run=True, **how)
@@ -326,7 +326,7 @@ def test_the_total_is_planned_before_a_method_runs(lm: Any, cases: list[TraceCas
 
 def test_no_more_runs_than_was_said(lm: Any, cases: list[TraceCase], monkeypatch: pytest.MonkeyPatch) -> None:
     "Asking included, and asking again: a budget of what is said is kept, and of a token less is refused"
-    from longlens.probes import trace_evaluation
+    from longlens.probes.traceback.evaluation import evaluate as trace_evaluation
     spent, said, check = [0], [0], trace_evaluation._check_cost
     count = lambda _, args, kw: spent.append((args[0] if args else kw["input_ids"]).numel())
     hook = lm.hf.register_forward_pre_hook(count, with_kwargs=True)

@@ -25,7 +25,7 @@ MATHJAX = "sphinx-mathjax-offline"
 
 def vendored(to: Path) -> None:
     "The scripts that pages load: Vega with the look of the report pages, and MathJax as one file"
-    from longlens.views.page import PAGE, vega_script
+    from longlens.charts.page import PAGE, vega_script
     to.mkdir(parents=True, exist_ok=True)
     (to / "vega.js").write_text(f"{vega_script()}\nwindow.longlensPage = {json.dumps(PAGE)};\n", encoding="utf-8")
     found = [f for f in files(MATHJAX) or [] if f.name == "tex-svg.js"]

@@ -20,7 +20,7 @@ from markup import block, demoted, described, escaped, linked, moved, raw
 from nbfiles import Cell, directives, source, without_directives
 from outputs import WIDGET, chart_of
 
-from longlens.views.page import as_json
+from longlens.charts.page import as_json
 
 BESIDE = {    # files of the repository that have a page: file -> page, its navigation title
     "benchmarks/RESULTS.md": "benchmarks", "CHANGELOG.md": "changelog", "CONTRIBUTING.md": "contributing",
