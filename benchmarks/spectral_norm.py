@@ -64,7 +64,7 @@ def statistic(way: str, tol: float, svd_heads: int, most: int) -> Any:
     import torch
 
     from longlens.measure.spectral import CenteredLanczos, SpectralNorm, _run
-    from longlens.measure.statistics import Call, Statistic
+    from longlens.measure.statistic import Call, Statistic
     if way == "longlens": return SpectralNorm(tol=tol)
 
     class FormedLanczos(CenteredLanczos):

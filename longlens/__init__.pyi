@@ -4,7 +4,7 @@ from .report import Report as Report
 from .models.load import load as load
 from .models.load import LongModel as LongModel
 from .encoders.load import load_encoder as load_encoder
-from .encoders.load import Encoder as Encoder
+from .encoders.encode import Encoder as Encoder
 from .prompts.haystack import Haystack as Haystack
 from .prompts.compose import Context as Context
 from .prompts.compose import compose as compose

@@ -15,15 +15,15 @@ from transformers import DynamicCache
 from zoo import ZOO, token_ids, zoo_model
 
 import longlens as ll
-from longlens.measure.mean_rows import MeanRows, mean_over_layers
 from longlens.measure.capture import capture
+from longlens.measure.mean_rows import MeanRows, mean_over_layers
 from longlens.measure.rollout import Rollout
 from longlens.needle_lm.data import filler
 from longlens.probes.traceback.methods.attention import AttentionRollout, AttnTrace, MeanAttention, RetrievalAttention, draw_sources
+from longlens.probes.traceback.probe import trace_context
+from longlens.probes.traceback.prompts import ready_prompt, trace_prompt
 from longlens.probes.traceback.sources import token_prompt
 from longlens.probes.traceback.tracer import TraceJob
-from longlens.probes.traceback.prompts import ready_prompt, trace_prompt
-from longlens.probes.traceback.probe import trace_context
 
 SPANS = {"head": (0, 5), "body": (5, 24), "tail": (24, 33)}  # every sample has these positions
 ROWS = (range(30, 36), [20, 29, 35])  # queries of each sample

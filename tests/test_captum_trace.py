@@ -31,10 +31,10 @@ from longlens.probes.traceback.methods.captum_gradients import (
     source_sums,
 )
 from longlens.probes.traceback.methods.captum_perturbation import CaptumKernelShap, CaptumLime, CaptumShapley, MaskGame
-from longlens.probes.traceback.sources import token_prompt
 from longlens.probes.traceback.methods.contextcite import ContextCite
-from longlens.probes.traceback.tracer import TRACERS, TraceJob, find_tracer
 from longlens.probes.traceback.prompts import trace_prompt
+from longlens.probes.traceback.sources import token_prompt
+from longlens.probes.traceback.tracer import TRACERS, TraceJob, find_tracer
 
 SUBSETS = ("captum_ablation", "captum_shapley", "kernel_shap", "lime")
 PEOPLE = {"Ada": "lamb", "Bob": "river", "Eve": "stone", "Tom": "table", "Una": "glass"}

@@ -14,13 +14,14 @@ import pytest
 import torch
 
 import longlens as ll
-from longlens.sweeps import ray_engine as cluster
-from longlens.sweeps.cells import Cell, Changed, Task
-from longlens.sweeps.ray_engine import Cluster, ClusterError, start_ray
-from longlens.prompts.needle import needle_context
-from longlens.prompts.haystack import Haystack
 from longlens.interventions.heads import Ablate, Temperature
 from longlens.models.load import LongModel
+from longlens.prompts.haystack import Haystack
+from longlens.prompts.needle import needle_context
+from longlens.sweeps import ray_engine as cluster
+from longlens.sweeps.cells import Cell, Changed, Task
+from longlens.sweeps.ray_engine import Cluster, start_ray
+from longlens.sweeps.serialize import ClusterError
 from longlens.sweeps.sweep import SweepWarning, sweep
 
 ray = pytest.importorskip("ray", reason="engine='ray' needs Ray: pip install longlens[ray]")

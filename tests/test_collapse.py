@@ -37,15 +37,13 @@ from transformers import (
 )
 
 import longlens as ll
-from longlens.attention.operator import AttentionOperator
-from longlens.measure.spectral import collapse_rate
 from longlens.attention.masks import full_mask
+from longlens.attention.operator import AttentionOperator
+from longlens.charts.embeddings import on_a_plane
+from longlens.charts.page import page_html
+from longlens.measure.spectral import collapse_rate
 from longlens.probes.collapse import parts as collapse_parts
-from longlens.probes.collapse.probe import length_collapse
 from longlens.probes.collapse.frames import changes_frame, effects_frame, similarity_frame
-from longlens.probes.collapse.inputs import CollapseSettings, get_inputs
-from longlens.probes.collapse.parts import Change, VectorPart, encoder_key, layer_embeddings
-from longlens.probes.collapse.report import CollapseReport
 from longlens.probes.collapse.geometry import (
     effective_rank,
     geometry,
@@ -56,10 +54,13 @@ from longlens.probes.collapse.geometry import (
     separability,
     spectrum,
 )
+from longlens.probes.collapse.inputs import CollapseSettings, get_inputs
+from longlens.probes.collapse.parts import Change, VectorPart, encoder_key, layer_embeddings
+from longlens.probes.collapse.probe import length_collapse
+from longlens.probes.collapse.report import CollapseReport
 from longlens.prompts.multi_document import Question
-from longlens.retrieval_eval.tasks import cut_texts, evaluate_retrieval, long_texts, needle_retrieval, padded_passages
-from longlens.charts.embeddings import on_a_plane
-from longlens.charts.page import page_html
+from longlens.retrieval_eval.tasks import evaluate_retrieval, needle_retrieval, padded_passages
+from longlens.retrieval_eval.truncate import cut_texts, long_texts
 
 QUESTIONS = Path(__file__).parents[1] / "../shared/data/lost-in-the-middle/nq-open-oracle.jsonl.gz"
 SMALL: dict[str, Any] = dict(lengths=(16, 32, 64), documents=8, layer_documents=4, taus=(0.5,), queries=6, candidates=8)

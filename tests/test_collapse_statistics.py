@@ -13,12 +13,12 @@ from zoo import CAUSAL, ZOO, token_ids
 
 import longlens as ll
 import longlens.measure.statistics as st
-from longlens.measure import spectral as collapse
+from longlens.attention.masks import Mask, causal_mask, full_mask
 from longlens.attention.operator import AttentionOperator
+from longlens.interventions.heads import streaming, temperature
+from longlens.measure import spectral as collapse
 from longlens.measure.capture import capture
 from longlens.measure.spectral import CenteredLanczos, SpectralNorm, TokenSpread, collapse_rate, top_singular
-from longlens.interventions.heads import streaming, temperature
-from longlens.attention.masks import Mask, causal_mask, full_mask
 from longlens.needle_lm.data import make_example
 
 TIGHT = SpectralNorm(tol=1e-6)

@@ -19,20 +19,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from zoo import zoo_model
 
-from longlens.prompts.needle import (
-    NIAH_TASKS,
-    WORDINGS,
-    BoundaryError,
-    Context,
-    Haystack,
-    Piece,
-    Wording,
-    compose,
-    haystack_context,
-    needle_context,
-)
 from longlens.models.load import LongModel, load
-from longlens.prompts.ruler import ancestral_chain, kv_json, numbered_documents, passkeys, retrieval_prompt, threads, variable_tracking
+from longlens.prompts.compose import BoundaryError, Context, Piece, compose
+from longlens.prompts.haystack import NIAH_TASKS, WORDINGS, Haystack, Wording
+from longlens.prompts.key_value import kv_json, threads
+from longlens.prompts.needle import haystack_context, needle_context
+from longlens.prompts.ruler import ancestral_chain, numbered_documents, passkeys, retrieval_prompt, variable_tracking
 
 DATA = Path(__file__).parents[1] / "../shared/data"
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -13,11 +13,13 @@ import torch
 from torch import nn
 from zoo import CAUSAL, ENCODERS, POSITIONS, VOCAB, ZOO, token_ids, zoo_model
 
-from longlens.encoders.load import POOLINGS, Encoder, Pooling, load_encoder
-from longlens.encoders.encode import _batches
 from longlens.attention.hf_interface import attach
+from longlens.encoders.encode import Encoder, _batches
+from longlens.encoders.load import load_encoder
+from longlens.encoders.pooling import POOLINGS, Pooling
+from longlens.interventions.base import interventions
+from longlens.interventions.heads import ablate, temperature
 from longlens.measure.capture import capture
-from longlens.interventions.heads import ablate, interventions, temperature
 from longlens.measure.statistics import Entropy, SinkMass
 from longlens.models.load import LongModel
 

@@ -9,10 +9,10 @@ import torch
 from zoo import ZOO, token_ids
 
 import longlens.measure.statistics as st
-from longlens.attention.operator import AttentionOperator
-from longlens.measure.capture import capture
 from longlens.attention.kernels import attend
 from longlens.attention.masks import Mask, causal_mask, full_mask
+from longlens.attention.operator import AttentionOperator
+from longlens.measure.capture import capture
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device and a CUDA build of torch")]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -85,9 +85,9 @@ def test_capture_of_a_small_llama() -> None:
 def test_sweep_of_a_small_llama() -> None:
     "Shared beginnings, batches and answers on the GPU give what they give on the CPU"
     import longlens as ll
-    from longlens.sweeps.cells import Cell
-    from longlens.prompts.haystack import Haystack
     from longlens.probes.generate import Ask
+    from longlens.prompts.haystack import Haystack
+    from longlens.sweeps.cells import Cell
     lms = [ll.load(device=d) for d in ("cpu", "cuda")]
     at = [(d, t) for d in (10, 50, 90) for t in range(3)]
     cells = [Cell.of(ll.needle_context(lms[0], 600, d, wording="facts", haystack=Haystack.generated(0), seed=t)) for d, t in at]

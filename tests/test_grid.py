@@ -18,16 +18,16 @@ from hypothesis import strategies as st
 from zoo import zoo_model
 
 import longlens as ll
-from longlens.sweeps.cells import Cell, Changed
-from longlens.prompts.needle import needle_depths
-from longlens.prompts.haystack import Haystack
+from longlens.charts.page import page_html
 from longlens.interventions.heads import Streaming
 from longlens.interventions.positions import rescaled_positions
 from longlens.probes.grid.probe import KINDS, grid_frames, needle_grid, published_grid
 from longlens.probes.grid.report import GridReport
 from longlens.probes.remedies import Remedy
+from longlens.prompts.haystack import Haystack
+from longlens.prompts.needle import needle_depths
+from longlens.sweeps.cells import Cell, Changed
 from longlens.sweeps.store import HEAD, StoreError
-from longlens.charts.page import page_html
 
 DATA = Path(__file__).parents[1] / "../shared/data/niah"
 

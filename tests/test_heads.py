@@ -13,15 +13,15 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from zoo import zoo_model
 
 import longlens as ll
-from longlens.interventions.heads import interventions
+from longlens.interventions.base import interventions
 from longlens.needle_lm.data import NAMES, VALUES
-from longlens.prompts.compose import Piece
 from longlens.probes.heads.ablation import ablation_curve
-from longlens.probes.heads.files import read_retrieval_scores, write_retrieval_scores
 from longlens.probes.heads.duo_gates import GateSettings, duo_gates
+from longlens.probes.heads.files import read_retrieval_scores, write_retrieval_scores
+from longlens.probes.heads.probe import METHODS, retrieval_heads
 from longlens.probes.heads.report import HeadReport
 from longlens.probes.heads.scores import Watch, pattern_scores, qr_scores, run_trials
-from longlens.probes.heads.probe import METHODS, retrieval_heads
+from longlens.prompts.compose import Piece
 
 WORDS, PLACES = 32, 64  # tokens of the vocabulary, positions
 COPIES = (1, 1)  # the head that copies

@@ -12,27 +12,29 @@ from zoo import CAUSAL, ENCODERS, POSITIONS, token_ids, zoo_model
 
 import longlens as ll
 from longlens.attention.hf_interface import _EDITS, _HELD, UnsupportedModel
-from longlens.measure.capture import capture
-from longlens.interventions.heads import (
+from longlens.interventions.base import (
     _ACTIVE,
-    Ablate,
     Intervention,
-    LambdaMask,
-    Streaming,
-    Turner,
-    ablate,
     check_heads,
     head_sizes,
     intervene,
     interventions,
+    served_heads,
+)
+from longlens.interventions.heads import (
+    Ablate,
+    LambdaMask,
+    Streaming,
+    Turner,
+    ablate,
     lambda_mask,
     mean_outputs,
     scale_spans,
-    served_heads,
     streaming,
     temperature,
 )
 from longlens.interventions.positions import ms_poe, set_based
+from longlens.measure.capture import capture
 from longlens.measure.statistics import Entropy, Received, Rows, SpanMass
 
 N = 40

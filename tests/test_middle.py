@@ -23,20 +23,21 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from zoo import VOCAB, token_ids, zoo_model
 
 import longlens as ll
-from longlens.sweeps.cells import Cell, Changed
 from longlens.attention.hf_interface import UnsupportedModel
-from longlens.interventions.heads import Streaming, Temperature, interventions
-from longlens.interventions.positions import ms_poe, rescaled_positions, set_based
+from longlens.charts.page import page_html
+from longlens.interventions.base import interventions
 from longlens.interventions.calibrate import redistribute
-from longlens.probes.middle import probe as middle
+from longlens.interventions.heads import Streaming, Temperature
+from longlens.interventions.positions import ms_poe, rescaled_positions, set_based
 from longlens.probes.generate import Ask
+from longlens.probes.middle import probe as middle
 from longlens.probes.middle.probe import POSITIONS, curve_frame, effects_frame, gold_positions, indices_frame, lost_in_the_middle, top_heads
 from longlens.probes.middle.report import MiddleReport, parts_frame
 from longlens.probes.remedies import REMEDIES, AsSet, Calibrated, PerHead, Remedy, document_spans, relevance
 from longlens.prompts.multi_document import KeyValue, Question, fact_pairs, fact_questions, place, read_questions
+from longlens.sweeps.cells import Cell, Changed
 from longlens.sweeps.store import HEAD, StoreError
 from longlens.sweeps.sweep import sweep
-from longlens.charts.page import page_html
 
 DATA = Path(__file__).parents[1] / "../shared/data/lost-in-the-middle"
 few = settings(max_examples=40, deadline=None)

@@ -12,7 +12,8 @@ import pytest
 import torch
 from zoo import CAUSAL, VOCAB, ZOO, token_ids, zoo_model
 
-from longlens.models.load import LongModel, Prefix, load
+from longlens.models.kv_cache import Prefix
+from longlens.models.load import LongModel, load
 
 N = 40  # several windows long
 
@@ -104,7 +105,7 @@ def test_cache_bytes_are_exact(name):
 @pytest.mark.parametrize("name", CAUSAL)
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_padding_changes_nothing(name, side):
-    from longlens.models.load import Tokens
+    from longlens.models.forward import Tokens
 
     lm = model(name)
     short, long = token_ids(11)[0], token_ids(N, seed=1)[0]

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longlens.attention.operator import AttentionOperator
 from longlens.attention.kernels import attend
-from longlens.attention.masks import Mask, causal_mask, full_mask, seen_by, visible_keys
-from longlens.attention.reducers import SquareSum
 from longlens.attention.logits import tiles
+from longlens.attention.masks import Mask, causal_mask, full_mask, seen_by, visible_keys
+from longlens.attention.operator import AttentionOperator
+from longlens.attention.reducers import SquareSum
 
 settings.register_profile("longlens", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("longlens")

@@ -17,26 +17,16 @@ from zoo import CAUSAL, LAYERS, VOCAB, ZOO, token_ids, zoo_model
 import longlens as ll
 from longlens.attention import kernels
 from longlens.attention.hf_interface import _EDITS, _HELD, UnsupportedModel
-from longlens.measure.capture import capture
-from longlens.interventions.heads import (
-    _ACTIVE,
-    Intervention,
-    Turner,
-    ablate,
-    intervene,
-    interventions,
-    lambda_mask,
-    scale_spans,
-    streaming,
-    temperature,
-)
 from longlens.attention.kernels import OptionRule, attend, attend_blocked
-from longlens.attention.masks import Mask, positions, visible_tile
-from longlens.interventions.positions import POSITION_SCALINGS, MsPoE, SetBased, ms_poe, rescaled_positions, set_based
-from longlens.interventions.calibrate import Redistribute, redistribute, redistributed_masses
 from longlens.attention.logits import Scores
+from longlens.attention.masks import Mask, positions, visible_tile
+from longlens.interventions.base import _ACTIVE, Intervention, intervene, interventions
+from longlens.interventions.calibrate import Redistribute, redistribute, redistributed_masses
+from longlens.interventions.heads import Turner, ablate, lambda_mask, scale_spans, streaming, temperature
+from longlens.interventions.positions import POSITION_SCALINGS, MsPoE, SetBased, ms_poe, rescaled_positions, set_based
+from longlens.measure.capture import capture
 from longlens.measure.statistics import Received, Rows, SinkMass
-from longlens.models.kv_cache import _new_cache
+from longlens.models.kv_cache import new_cache
 
 N = 40
 UNSCALED = [name for name in CAUSAL if name not in ("gpt2", "opt", "gpt_oss")]  # whose positions can be rescaled
@@ -248,7 +238,7 @@ def test_set_based_is_a_forward_with_these_positions_and_this_mask(name: str) ->
     with set_based(model, BLOCKS):
         whole = model(ids).logits
         close(whole, set_reference(name, ids, BLOCKS), 3)
-        close(in_pieces(model, ids, (10, 23, 38, 39), _new_cache(model.config, "all")), whole)
+        close(in_pieces(model, ids, (10, 23, 38, 39), new_cache(model.config, "all")), whole)
         close(model(**left_padded(ids)).logits[:, 6:], whole)
         right = torch.cat([ids, ids.new_zeros(1, 5)], 1)
         both = torch.cat([right, torch.cat([ids, ids[:, :5]], 1)])
@@ -557,7 +547,7 @@ def test_redistributed_attention_is_that_of_the_formed_pattern(name: str) -> Non
         close(seen.outs[layer].double(), redistributed(call, SPANS, SHARES, 32))
     assert (whole[:, 32:] - model(ids).logits[:, 32:]).abs().max() > 1e-3
     with redistribute(model, SPANS, SHARES, from_token=32, last_layers=None):
-        close(in_pieces(model, ids, (24, 35, 38, 39), _new_cache(model.config, "all")), whole)
+        close(in_pieces(model, ids, (24, 35, 38, 39), new_cache(model.config, "all")), whole)
         close(in_pieces(model, ids, (24, 35, 38, 39)), whole)
         left = left_padded(ids)
         if name == "opt": left.pop("position_ids")

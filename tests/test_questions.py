@@ -19,7 +19,10 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from longlens.prompts import multi_document as module
+from longlens.charts.base import ChartError
+from longlens.charts.common import arrange
+from longlens.charts.curves import depth_points, position_curve, remedy_dots
+from longlens.charts.heatmaps import depth_map
 from longlens.models.load import load
 from longlens.needle_lm.data import needle_tokenizer
 from longlens.probes.metrics import (
@@ -30,7 +33,6 @@ from longlens.probes.metrics import (
     effective_length,
     kv_match,
     needlebench_score,
-    normalize_answer,
     paired_ends_against_middle,
     position_indices,
     rag_order,
@@ -41,6 +43,7 @@ from longlens.probes.metrics import (
     string_match_part,
     wilson_interval,
 )
+from longlens.prompts import multi_document as module
 from longlens.prompts.multi_document import (
     VARIANTS,
     KeyValue,
@@ -48,14 +51,12 @@ from longlens.prompts.multi_document import (
     fact_pairs,
     fact_questions,
     kv_lines,
+    normalize_answer,
     place,
     read_key_values,
     read_questions,
     with_distractors,
 )
-from longlens.charts.common import ChartError, arrange
-from longlens.charts.heatmaps import depth_map
-from longlens.charts.curves import depth_points, position_curve, remedy_dots
 
 DATA = Path(__file__).parents[1] / "../shared/data"
 few = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -19,23 +19,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from longlens.retrieval_eval.mteb import MTEBEncoder, _split_data, benchmark_scores, mteb_task
-from longlens.prompts.haystack import Haystack
 from longlens.interventions.heads import ablate
 from longlens.models.load import load
-from longlens.prompts.multi_document import Question, _holds, fact_questions, normalize_answer, read_questions
-from longlens.retrieval_eval.metrics import _best_tie, accuracy_at_1, mrr, ndcg_at, recall_at
+from longlens.prompts.haystack import Haystack
+from longlens.prompts.multi_document import Question, fact_questions, holds_answer, normalize_answer, read_questions
+from longlens.retrieval_eval.metrics import accuracy_at_1, best_tie, mrr, ndcg_at, recall_at
+from longlens.retrieval_eval.mteb import MTEBEncoder, _split_data, benchmark_scores, mteb_task
 from longlens.retrieval_eval.tasks import (
-    CutTexts,
     RetrievalTask,
-    cut_texts,
     evaluate_retrieval,
-    long_texts,
     needle_retrieval,
     padded_passages,
     passkey_retrieval,
     prompted,
 )
+from longlens.retrieval_eval.truncate import CutTexts, cut_texts, long_texts
 
 ORACLE = Path(__file__).parents[1] / "../shared/data/lost-in-the-middle/nq-open-oracle.jsonl.gz"
 NOISE = ["The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again."]
@@ -188,7 +186,7 @@ def test_padding_answers_nothing(oracle: list[Question]) -> None:
     answers = {normalize_answer(a) for q in asked for a in q.answers}
     for text, (a, b) in zip(long.documents, long.meta["spans"], strict=True):
         for padding in (text[:a], text[b:]):
-            for paragraph in padding.split("\n\n"): assert not any(_holds(normalize_answer(paragraph), x) for x in answers)
+            for paragraph in padding.split("\n\n"): assert not any(holds_answer(normalize_answer(paragraph), x) for x in answers)
 
 
 def test_only_short_passages(oracle: list[Question]) -> None:
@@ -306,7 +304,7 @@ def test_scores_are_what_random_ties_give_on_average(data: st.DataObject) -> Non
     right = data.draw(st.sets(st.integers(0, n - 1), min_size=1).map(sorted))
     k = data.draw(st.integers(1, 8))
     want = by_definition(scores, right, k)
-    above, tied, good = _best_tie(np.array(scores), right)
+    above, tied, good = best_tie(np.array(scores), right)
     one = [scores], [right]
     got = {"ndcg": ndcg_at(*one, k)[0], "recall": recall_at(*one, k)[0], "hit": accuracy_at_1(*one)[0], "mrr": mrr(*one, k)[0],
            "rank": above + (tied + 1) / (good + 1)}
@@ -521,8 +519,8 @@ def test_mteb_itself(needle_tok: Any, tmp_path: Path) -> None:
 def test_mteb_on_minilm_changed_and_extended(tmp_path: Path) -> None:
     mteb = pytest.importorskip("mteb", reason='runs mteb on a task made here: pip install "mteb>=2"')
     from longlens.encoders.load import load_encoder
-    from longlens.interventions.heads import temperature
     from longlens.interventions.extend import extended
+    from longlens.interventions.heads import temperature
     minilm()
     enc, cache = load_encoder(device="cpu"), mteb.ResultCache(tmp_path)
     tasks = {n: needle_retrieval(enc, n, n_queries=8, n_documents=16) for n in (64, 600)}

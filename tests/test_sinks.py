@@ -9,9 +9,9 @@ import torch
 from zoo import CAUSAL, zoo_model
 
 import longlens as ll
+from longlens.charts.page import write_page
 from longlens.needle_lm.data import make_example
 from longlens.probes.sinks.frames import judged
-from longlens.charts.page import write_page
 
 
 def eager_alpha(lm: ll.LongModel, ids: torch.Tensor) -> torch.Tensor:

@@ -14,12 +14,18 @@ from sklearn.preprocessing import StandardScaler
 
 import longlens as ll
 from longlens.needle_lm.data import filler
+from longlens.probes.traceback.methods.contextcite import (
+    ContextCite,
+    ablation_masks,
+    fit_surrogate,
+    linear_datamodelling_score,
+    surrogate_errors,
+)
 from longlens.probes.traceback.methods.self_citation import NoCitation, SelfCitation, citation_prompt, citation_scores, read_citations
-from longlens.probes.traceback.sources import token_prompt
-from longlens.probes.traceback.scorer import SubsetScorer, plain_scores
-from longlens.probes.traceback.methods.contextcite import ContextCite, ablation_masks, fit_surrogate, linear_datamodelling_score, surrogate_errors
-from longlens.probes.traceback.tracer import TRACERS, TraceJob
 from longlens.probes.traceback.prompts import trace_prompt
+from longlens.probes.traceback.scorer import SubsetScorer, plain_scores
+from longlens.probes.traceback.sources import token_prompt
+from longlens.probes.traceback.tracer import TRACERS, TraceJob
 
 PEOPLE = {"Ada": "lamb", "Bob": "river", "Eve": "stone", "Tom": "table", "Una": "glass"}
 ASK = "What is the code for Eve?"

@@ -20,11 +20,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import CAUSAL, VOCAB, token_ids, zoo_model
 
 import longlens as ll
-from longlens.sweeps.cells import Cell, Changed, Condition, Task, cell_key, fingerprint
 from longlens.attention.hf_interface import UnsupportedModel
 from longlens.interventions.heads import Ablate, Streaming, Temperature
-from longlens.sweeps.plan import branch_points, make_batches
 from longlens.probes.generate import Ask
+from longlens.sweeps.cells import Cell, Changed, Condition, Task, cell_key, fingerprint
+from longlens.sweeps.plan import branch_points, make_batches
 from longlens.sweeps.store import HEAD, Store, StoreError
 from longlens.sweeps.sweep import sweep
 

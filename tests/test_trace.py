@@ -25,27 +25,36 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import CAUSAL, token_ids, zoo_model
 
 import longlens as ll
-from longlens.needle_lm.data import filler
-from longlens.probes.traceback import probe as traceback
-from longlens.probes.traceback import scorer as subset_scores
-from longlens.probes.traceback.methods import attention as attention_trace
-from longlens.probes.traceback.coarse_to_fine import CoarseToFine
-from longlens.probes.traceback.methods.perturbation import InformedSearch, Shapley, chain_masks, informed_search, marginals
-from longlens.probes.traceback.sources import TracePrompt, cut_context, narrowed, placed, source_frame, subset_ids, subset_tokens, token_prompt
-from longlens.probes.traceback.scorer import FLOOR, SubsetScorer, plain_scores
-from longlens.probes.traceback.prefix_tree import _alike, branches
-from longlens.probes.traceback.tracer import TRACER_MODULES, TRACERS, TraceCost, TraceJob, Tracer, TraceScores, find_tracer
-from longlens.probes.traceback.prompts import ready_prompt, trace_prompt
-from longlens.probes.traceback.report import said_probability
-from longlens.prompts.multi_document import fact_questions, kv_lines
-from longlens.sweeps.sweep import SweepWarning
-from longlens.prompts.ruler import numbered_documents
 from longlens.apps.app import Cancelled, Progress, using
 from longlens.apps.needle import said_html
-from longlens.charts.page import page_html
 from longlens.apps.prompt_form import QuestionBar, asked_context, read_asked, text_asked
 from longlens.apps.reading import Reading, revive
 from longlens.apps.trace import prompt_of, trace_span, without_html
+from longlens.charts.page import page_html
+from longlens.needle_lm.data import filler
+from longlens.probes.traceback import probe as traceback
+from longlens.probes.traceback import scorer as subset_scores
+from longlens.probes.traceback.coarse_to_fine import CoarseToFine
+from longlens.probes.traceback.methods import attention as attention_trace
+from longlens.probes.traceback.methods.perturbation import InformedSearch, Shapley, chain_masks, informed_search, marginals
+from longlens.probes.traceback.prefix_tree import branches, common_start
+from longlens.probes.traceback.prompts import ready_prompt, trace_prompt
+from longlens.probes.traceback.report import said_probability
+from longlens.probes.traceback.scorer import FLOOR, SubsetScorer, plain_scores
+from longlens.probes.traceback.sources import (
+    TracePrompt,
+    cut_context,
+    narrowed,
+    placed,
+    source_frame,
+    subset_ids,
+    subset_tokens,
+    token_prompt,
+)
+from longlens.probes.traceback.tracer import TRACER_MODULES, TRACERS, TraceCost, TraceJob, Tracer, TraceScores, find_tracer
+from longlens.prompts.multi_document import fact_questions, kv_lines
+from longlens.prompts.ruler import numbered_documents
+from longlens.sweeps.sweep import SweepWarning
 
 PEOPLE = {"Ada": "lamb", "Bob": "river", "Eve": "stone", "Tom": "table", "Una": "glass", "Max": "paper"}
 DOCUMENTS = [f"{filler(2, seed=i)} The code for {who} is {what}." for i, (who, what) in enumerate(PEOPLE.items())]
@@ -326,8 +335,8 @@ def test_every_subset_is_a_leaf_once(sets: set[frozenset[int]]) -> None:
     seen, held, tokens = [], np.empty(0, np.int64), 0
     for b in branches(bits, np.ones(7, int)):
         at = rows[b.one][: b.depth]
-        tokens, held = tokens + len(at) - _alike(held, at), at if _alike(held, at) < len(at) else held
-        assert all(_alike(rows[i], at) == len(at) for i in b.leaves)
+        tokens, held = tokens + len(at) - common_start(held, at), at if common_start(held, at) < len(at) else held
+        assert all(common_start(rows[i], at) == len(at) for i in b.leaves)
         seen += b.leaves
         tokens += sum(len(rows[i]) - b.depth for i in b.leaves)
     assert sorted(seen) == list(range(len(rows)))

@@ -18,16 +18,16 @@ from longlens.models.load import LongModel
 from longlens.needle_lm.data import filler
 from longlens.probes.traceback import coarse_to_fine
 from longlens.probes.traceback import tracer as trace_jobs
-from longlens.probes.traceback.evaluation import evaluate as trace_evaluation
-from longlens.probes.traceback.methods import perturbation
-from longlens.probes.traceback.evaluation.cases import TraceCase, fact_cases
 from longlens.probes.traceback.coarse_to_fine import CoarseToFine, _finer, _inside, level_rooms
+from longlens.probes.traceback.evaluation import evaluate as trace_evaluation
+from longlens.probes.traceback.evaluation.cases import TraceCase, fact_cases
+from longlens.probes.traceback.methods import perturbation
 from longlens.probes.traceback.methods.perturbation import LeaveOneOut, Shapley, out_masks
-from longlens.probes.traceback.sources import TracePrompt, subset_ids, token_prompt
-from longlens.probes.traceback.scorer import SubsetScorer
 from longlens.probes.traceback.prefix_tree import first_alike
-from longlens.probes.traceback.tracer import TRACERS, TraceCost, TraceJob, Tracer, TraceScores, find_tracer, load_methods, room_of
 from longlens.probes.traceback.prompts import trace_prompt, unwritten
+from longlens.probes.traceback.scorer import SubsetScorer
+from longlens.probes.traceback.sources import TracePrompt, subset_ids, token_prompt
+from longlens.probes.traceback.tracer import TRACERS, TraceCost, TraceJob, Tracer, TraceScores, find_tracer, load_methods, room_of
 
 ASK = "What is the code for Eve?"
 INNER: dict[str, dict[str, Any]] = {  # every method that can be inside of coarse_to_fine, with little to do

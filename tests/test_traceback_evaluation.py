@@ -13,6 +13,7 @@ import polars as pl
 import pytest
 
 import longlens as ll
+from longlens.charts.page import write_page
 from longlens.probes.traceback.evaluation.cases import (
     ATTACKS,
     TraceCase,
@@ -28,15 +29,14 @@ from longlens.probes.traceback.evaluation.cases import (
     span_truth,
     text_truth,
 )
-from longlens.probes.traceback.sources import cut_context
 from longlens.probes.traceback.evaluation.evaluate import ask_case, case_frame, named_tracers
-from longlens.probes.traceback.tracer import TraceCost, Tracer, TraceScores
 from longlens.probes.traceback.evaluation.metrics import answer_without, case_interval, f1_range, found_scores, says
-from longlens.probes.traceback.prompts import answer_limits
 from longlens.probes.traceback.evaluation.report import MEASURES, RUN_COSTS, make_traceback_report
+from longlens.probes.traceback.prompts import answer_limits
+from longlens.probes.traceback.sources import cut_context
+from longlens.probes.traceback.tracer import TraceCost, Tracer, TraceScores
 from longlens.prompts.multi_document import fact_questions, read_questions
 from longlens.report import Report
-from longlens.charts.page import write_page
 
 DATA = Path(__file__).parents[1] / "../shared/data"
 EVIL = "</script><script>window.pwned=1</script><img src=x onerror=pwned()> \x1b[31mred\x1b[0m \u202eturned\u202c"

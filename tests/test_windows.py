@@ -11,16 +11,19 @@ from torch import nn
 from transformers import AttentionInterface
 from zoo import VOCAB, token_ids
 
-from longlens.sweeps.cells import fingerprint
-from longlens.encoders.load import Encoder, Pooling, load_encoder
 from longlens.attention import kernels
 from longlens.attention.hf_interface import _EDITS, _HELD, UnsupportedModel
+from longlens.encoders.encode import Encoder
+from longlens.encoders.load import load_encoder
+from longlens.encoders.pooling import Pooling
+from longlens.interventions.base import _ACTIVE, intervene, interventions
+from longlens.interventions.extend import NTK, WINDOWS, Grouped, Interpolated, Recurrent, SelfExtend, extended, group_distances, windows_for
+from longlens.interventions.heads import ablate, temperature
 from longlens.measure.capture import capture
 from longlens.measure.spectral import SpectralNorm
-from longlens.interventions.heads import _ACTIVE, ablate, intervene, interventions, temperature
 from longlens.measure.statistics import Entropy, Received
-from longlens.interventions.extend import NTK, WINDOWS, Grouped, Interpolated, Recurrent, SelfExtend, extended, group_distances, windows_for
 from longlens.models.load import LongModel, load
+from longlens.sweeps.cells import fingerprint
 
 KNOWN, LONG, N = 16, 48, 40  # positions of the small models, length that is asked for, tokens of the test text
 LEARNED = {"recurrent": Recurrent, "grouped": Grouped, "interpolated": Interpolated}

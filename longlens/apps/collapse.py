@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from ipywidgets import Button, Dropdown, HBox, Layout, SelectionSlider
 
 from ..report import Report
-from ..charts.common import COLOURS, _axis, _legend, _tips
+from ..charts.base import axis_style, COLOURS, legend_style, tooltips
 from .app import App, Explorer, needs_model
 from .linked_chart import VegaView, classed, picture, told
 from .sections import SectionsExplorer
@@ -33,7 +33,7 @@ def _wide(chart: Any, height: int = 190) -> Any: return chart.properties(width="
 
 def _series(names: Sequence[str]) -> alt.Color:
     scale = alt.Scale(domain=list(names), range=[COLOURS[0], "#999999"])
-    return alt.Color("series:N", scale=scale, legend=_legend(title=None, orient="top", direction="horizontal", offset=2))
+    return alt.Color("series:N", scale=scale, legend=legend_style(title=None, orient="top", direction="horizontal", offset=2))
 
 # %% ../../nbs/apps/08_collapse.ipynb #e8117f7d
 def cosine_chart(
@@ -41,9 +41,9 @@ def cosine_chart(
 ) -> alt.LayerChart:
     "Cosine of two texts by length: over curve (context_length, mean, q05, q95, series) and picked (context_length)"
     scale = alt.Scale(type="log", domain=[lengths[0], max(lengths[-1], lengths[0] + 1)], nice=False, padding=14)
-    x = alt.X("context_length:Q", scale=scale, axis=_axis(title="length (tokens)", values=list(lengths), format=",d"))
-    rows, axis = alt.Chart(alt.NamedData("curve")), _axis(title="cosine", tickCount=5)
-    tips = _tips(("context_length", "quantitative", "tokens"), ("mean", "quantitative", "mean cosine"), ("series", "nominal", "which"),
+    x = alt.X("context_length:Q", scale=scale, axis=axis_style(title="length (tokens)", values=list(lengths), format=",d"))
+    rows, axis = alt.Chart(alt.NamedData("curve")), axis_style(title="cosine", tickCount=5)
+    tips = tooltips(("context_length", "quantitative", "tokens"), ("mean", "quantitative", "mean cosine"), ("series", "nominal", "which"),
                  ("q05", "quantitative", "5 % of pairs below"), ("q95", "quantitative", "5 % of pairs above"))
     band = rows.transform_filter(f"datum.series == '{SERIES[0]}'").mark_area(opacity=.18, color=COLOURS[0], tooltip=None).encode(
         x=x, y=alt.Y("q05:Q", axis=axis), y2="q95:Q")
@@ -58,9 +58,9 @@ AGAINST = "chosen", "shortest, temperature 1"
 
 def spectrum_chart() -> alt.Chart:
     "Share of each direction: over spectrum (direction, share, series)"
-    tips = _tips(("direction", "quantitative", "direction"), ("share", "quantitative", "share"), ("series", "nominal", "which"))
-    x = alt.X("direction:Q", scale=alt.Scale(type="log", nice=False), axis=_axis(title="direction, largest first", format="d", tickCount=6))
-    y = alt.Y("share:Q", scale=alt.Scale(type="log"), axis=_axis(title="share of the whole", format="~g", tickCount=4))
+    tips = tooltips(("direction", "quantitative", "direction"), ("share", "quantitative", "share"), ("series", "nominal", "which"))
+    x = alt.X("direction:Q", scale=alt.Scale(type="log", nice=False), axis=axis_style(title="direction, largest first", format="d", tickCount=6))
+    y = alt.Y("share:Q", scale=alt.Scale(type="log"), axis=axis_style(title="share of the whole", format="~g", tickCount=4))
     lines = alt.Chart(alt.NamedData("spectrum")).mark_line(point=True)
     return _wide(lines.encode(x=x, y=y, color=_series(AGAINST), tooltip=tips))
 
@@ -70,9 +70,9 @@ def map_chart(
 ) -> alt.LayerChart:
     "Texts on two axes: over others and points (x, y, document, context_length)"
     ends = {c: [float(points[c].min()) * 1.05 - .02, float(points[c].max()) * 1.05 + .02] for c in ("x", "y")}
-    axis = lambda c, title: dict(scale=alt.Scale(domain=ends[c], nice=False, zero=False), axis=_axis(title=title, tickCount=5))
+    axis = lambda c, title: dict(scale=alt.Scale(domain=ends[c], nice=False, zero=False), axis=axis_style(title=title, tickCount=5))
     where = dict(x=alt.X("x:Q", **axis("x", "first axis")), y=alt.Y("y:Q", **axis("y", "second axis")))
-    tips = _tips(("document", "nominal", "document"), ("context_length", "quantitative", "tokens"))
+    tips = tooltips(("document", "nominal", "document"), ("context_length", "quantitative", "tokens"))
     others = alt.Chart(alt.NamedData("others")).mark_circle(size=22, color="#999999", opacity=.35).encode(**where, tooltip=tips)
     chosen = alt.Chart(alt.NamedData("points")).mark_circle(size=60, color=COLOURS[0], opacity=.85).encode(**where, tooltip=tips)
     return _wide(alt.layer(others, chosen), 260)
@@ -82,12 +82,12 @@ def passed_chart(
     heads: pl.DataFrame,    # layer, head, sigma_a, of all lengths and temperatures
 ) -> alt.Chart:
     "sigma_a of every head: over cells (layer, head, sigma_a)"
-    tips = _tips(("layer", "ordinal", "layer"), ("head", "ordinal", "head"), ("sigma_a", "quantitative", "sigma_a"))
+    tips = tooltips(("layer", "ordinal", "layer"), ("head", "ordinal", "head"), ("sigma_a", "quantitative", "sigma_a"))
     scale = alt.Scale(scheme="viridis", domain=[0, float(heads["sigma_a"].max())], clamp=True)
-    axis = lambda name: _axis(title=name, labelAngle=0, ticks=False, domain=False)
+    axis = lambda name: axis_style(title=name, labelAngle=0, ticks=False, domain=False)
     return _wide(alt.Chart(alt.NamedData("cells")).mark_rect().encode(
         x=alt.X("head:O", axis=axis("head")), y=alt.Y("layer:O", axis=axis("layer")),
-        color=alt.Color("sigma_a:Q", scale=scale, legend=_legend(title="sigma_a")), tooltip=tips), 260)
+        color=alt.Color("sigma_a:Q", scale=scale, legend=legend_style(title="sigma_a")), tooltip=tips), 260)
 
 # %% ../../nbs/apps/08_collapse.ipynb #86987077
 class CollapseExplorer(Explorer):

@@ -12,15 +12,15 @@ from typing import Any
 import altair as alt
 import polars as pl
 
-from ..charts.common import COLOURS, PAD, _axis, _legend, _tips
+from ..charts.base import axis_style, COLOURS, legend_style, PAD, tooltips
 from .app import using
 from .reading import Reading
 from ..text import visible
 
 # %% auto #0
 __all__ = ['QUANTITIES', 'HIDDEN_COLUMNS', 'SOME_MODELS', 'SHARE', 'PANELS', 'CURVES', 'quantities', 'Panel', 'position_chart',
-           'band_chart', 'row_chart', 'profile_rows', 'row_rows', 'reading_panels', 'depth_chart', 'curve_chart',
-           'retrieval_panels', 'sink_panels']
+           'band_chart', 'row_chart', 'profile_rows', 'row_rows', 'attention_row', 'reading_panels', 'depth_chart',
+           'curve_chart', 'retrieval_panels', 'sink_panels']
 
 # %% ../../nbs/apps/04_head_panels.ipynb #c10cc731
 QUANTITIES: dict[str, tuple[str, str, str]] = {    # column -> name, unit, what it is
@@ -84,20 +84,20 @@ def position_chart(
     n: int,       # positions of the text
 ) -> alt.LayerChart:
     "Attention along the text: over the data profile (first, end, mean, top, at, where) and spans (span, start, stop)"
-    axis = _axis(title="position (tokens)", format=",d", tickMinStep=1, tickCount=8)
+    axis = axis_style(title="position (tokens)", format=",d", tickMinStep=1, tickCount=8)
     x = lambda c: alt.X(c, type="quantitative", scale=alt.Scale(domain=[0, max(1, n - 1)], nice=False, padding=PAD), axis=axis)
-    y = lambda c: alt.Y(c, type="quantitative", axis=_axis(title="share of attention", tickCount=4, format="~g"),
+    y = lambda c: alt.Y(c, type="quantitative", axis=axis_style(title="share of attention", tickCount=4, format="~g"),
                         scale=alt.Scale(type="log", clamp=True, nice=False))
     named = alt.Scale(domain=["highest of a stretch", "mean"], range=[COLOURS[1], COLOURS[0]])
-    colour = alt.Color("series:N", scale=named, legend=_legend(title=None, orient="top", direction="horizontal", offset=2))
+    colour = alt.Color("series:N", scale=named, legend=legend_style(title=None, orient="top", direction="horizontal", offset=2))
     rows = alt.Chart(alt.NamedData("profile"))
     def line(c: str, name: str, width: float) -> alt.Chart:
         some = rows.transform_filter(f"datum.{c} > 0").transform_calculate(series=f"'{name}'")
         some = some.mark_line(strokeWidth=width, tooltip=None, aria=False)
         return some.encode(x=x("at" if c == "top" else "first"), y=y(c), color=colour)
     spans = alt.Chart(alt.NamedData("spans")).mark_rect(opacity=.22, color=COLOURS[4], clip=True).encode(
-        x=x("start"), x2="stop:Q", tooltip=_tips(("span", "nominal", "span"), ("where", "nominal", "positions")))
-    tips = _tips(("where", "nominal", "positions"), ("token", "nominal", "strongest token"), ("at", "quantitative", "at"),
+        x=x("start"), x2="stop:Q", tooltip=tooltips(("span", "nominal", "span"), ("where", "nominal", "positions")))
+    tips = tooltips(("where", "nominal", "positions"), ("token", "nominal", "strongest token"), ("at", "quantitative", "at"),
                  ("top", "quantitative", "its share"), ("mean", "quantitative", "mean share"))
     strips = rows.mark_rect(opacity=0, aria=False, clip=True).encode(x=x("first"), x2="end:Q", tooltip=tips)
     return _filling(alt.layer(spans, line("top", "highest of a stretch", 1.2), line("mean", "mean", 1.8), strips), 170)
@@ -105,18 +105,18 @@ def position_chart(
 # %% ../../nbs/apps/04_head_panels.ipynb #168726c4
 def band_chart() -> alt.Chart:
     "Attention by distance: over the data bands (band, mass)"
-    tips = _tips(("band", "nominal", "tokens back"), ("mass", "quantitative", "share of attention"))
+    tips = tooltips(("band", "nominal", "tokens back"), ("mass", "quantitative", "share of attention"))
     return _filling(alt.Chart(alt.NamedData("bands")).mark_bar(color=COLOURS[0]).encode(
-        x=alt.X("band:N", sort=None, axis=_axis(title="tokens back", labelAngle=-40, labelOverlap=False)),
-        y=alt.Y("mass:Q", axis=_axis(title="share of attention", tickCount=4, format=SHARE)), tooltip=tips), 170)
+        x=alt.X("band:N", sort=None, axis=axis_style(title="tokens back", labelAngle=-40, labelOverlap=False)),
+        y=alt.Y("mass:Q", axis=axis_style(title="share of attention", tickCount=4, format=SHARE)), tooltip=tips), 170)
 
 
 def row_chart() -> alt.Chart:
     "What one token attends to most: over the data row (label, weight, position, token)"
-    tips = _tips(("token", "nominal", "token"), ("position", "quantitative", "position"), ("weight", "quantitative", "weight"))
-    x = alt.X("weight:Q", axis=_axis(title="share of attention", tickCount=4, format=SHARE), scale=alt.Scale(domainMin=0))
+    tips = tooltips(("token", "nominal", "token"), ("position", "quantitative", "position"), ("weight", "quantitative", "weight"))
+    x = alt.X("weight:Q", axis=axis_style(title="share of attention", tickCount=4, format=SHARE), scale=alt.Scale(domainMin=0))
     return _filling(alt.Chart(alt.NamedData("row")).mark_bar(color=COLOURS[2]).encode(
-        y=alt.Y("label:N", sort=None, axis=_axis(title=None, labelLimit=190, ticks=False, domain=False)),
+        y=alt.Y("label:N", sort=None, axis=axis_style(title=None, labelLimit=190, ticks=False, domain=False)),
         x=x, tooltip=tips), 220)
 
 # %% ../../nbs/apps/04_head_panels.ipynb #76c430e1
@@ -149,13 +149,13 @@ def row_rows(
         pairs = list(kept.head(most).select("position", "weight").iter_rows())
     elif r.live is None: return []
     else:
-        best = _row(r, position)[layer, head].topk(min(most, position + 1))
+        best = attention_row(r, position)[layer, head].topk(min(most, position + 1))
         pairs = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
     words, pairs = r.strings, [(p, w) for p, w in pairs if w > 0]    # what a window hides is not looked at
     return [dict(position=p, token=visible(words[p], 30), label=_told_token(words[p], p), weight=float(f"{w:.4g}")) for p, w in pairs]
 
 # %% ../../nbs/apps/04_head_panels.ipynb #ff6acd88
-def _row(r: Reading, position: int) -> Any:
+def attention_row(r: Reading, position: int) -> Any:
     "A row of every head, kept for the next click"
     live: Any = r.live
     kept = live.__dict__.setdefault("rows", {})
@@ -194,12 +194,12 @@ def depth_chart(
     depths: Sequence[float],     # percent
 ) -> alt.Chart:
     "A head's score by depth and context length: over the data cells (context_length, depth_percent, score)"
-    tips = _tips(("context_length", "quantitative", "context, tokens"), ("depth_percent", "quantitative", "depth, %"),
+    tips = tooltips(("context_length", "quantitative", "context, tokens"), ("depth_percent", "quantitative", "depth, %"),
                  ("score", "quantitative", "retrieval score"))
-    axis = _axis(title="context length (tokens)", labelAngle=0, format=",d")
+    axis = axis_style(title="context length (tokens)", labelAngle=0, format=",d")
     x = alt.X("context_length:O", scale=alt.Scale(domain=list(lengths)), axis=axis)
-    y = alt.Y("depth_percent:O", scale=alt.Scale(domain=list(depths)), axis=_axis(title="depth (%)", format="~g"))
-    colour = alt.Color("score:Q", scale=alt.Scale(scheme="viridis", domainMin=0), legend=_legend(title="retrieval score"))
+    y = alt.Y("depth_percent:O", scale=alt.Scale(domain=list(depths)), axis=axis_style(title="depth (%)", format="~g"))
+    colour = alt.Color("score:Q", scale=alt.Scale(scheme="viridis", domainMin=0), legend=legend_style(title="retrieval score"))
     cells = alt.Chart(alt.NamedData("cells")).mark_rect(tooltip=True)
     return _filling(cells.encode(x=x, y=y, color=colour, tooltip=tips), max(120, 20 * len(depths)))
 
@@ -208,11 +208,11 @@ def curve_chart(
     title: str,    # of the axis
 ) -> alt.Chart:
     "A head's mean by context length: over the data curve (context_length, value)"
-    tips = _tips(("context_length", "quantitative", "context, tokens"), ("value", "quantitative", title))
-    axis = _axis(title="context length (tokens)", format=",~g", tickCount=6)
+    tips = tooltips(("context_length", "quantitative", "context, tokens"), ("value", "quantitative", title))
+    axis = axis_style(title="context length (tokens)", format=",~g", tickCount=6)
     return _filling(alt.Chart(alt.NamedData("curve")).mark_line(point=True, color=COLOURS[0]).encode(
         x=alt.X("context_length:Q", scale=alt.Scale(type="log", nice=False), axis=axis),
-        y=alt.Y("value:Q", scale=alt.Scale(domainMin=0), axis=_axis(title=title, tickCount=5)), tooltip=tips), 150)
+        y=alt.Y("value:Q", scale=alt.Scale(domainMin=0), axis=axis_style(title=title, tickCount=5)), tooltip=tips), 150)
 
 # %% ../../nbs/apps/04_head_panels.ipynb #296b1be9
 def retrieval_panels(r: Any) -> list[Panel]:    # of a HeadReport

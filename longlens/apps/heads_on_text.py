@@ -14,7 +14,7 @@ import polars as pl
 from fastcore.basics import patch
 from ipywidgets import BoundedIntText, Button, HBox, Layout, ToggleButton, VBox
 
-from ..measure.statistics import tidy
+from ..measure.statistic import tidy
 from ..probes.traceback.report import said_probability
 from .app import needs_model
 from .heads import Choice, HeadExplorer, strongest

@@ -22,7 +22,7 @@ from ..probes.generate import Ask
 from ..probes.traceback.report import said_probability
 from ..report import Report
 from ..sweeps.sweep import sweep
-from ..charts.common import COLOURS, _axis, _legend, _tips
+from ..charts.base import axis_style, COLOURS, legend_style, tooltips
 from .app import App, Explorer, needs_model
 from ..charts.heatmaps import depth_map
 from .head_panels import SHARE
@@ -61,12 +61,12 @@ def grid_places(
     r: Report,        # a GridReport that was measured here
 ) -> Places:
     "A grid by depth"
-    from longlens.probes.grid.probe import GridSettings, _needle
+    from longlens.probes.grid.probe import GridSettings, cell_context
     from longlens.probes.remedies import find_remedies
     by, s, f = ("kind", "remedy", "context_length"), r.meta["settings"], r.frames
     def ask(lm: Any, place: int, where: Mapping[str, Any]) -> Cell:
         how, remedy = {"wording": s["wording"], "allow_longer": None}, find_remedies([where["remedy"]])[where["remedy"]]
-        ctx = _needle(lm, where["kind"], where["context_length"], place, 0, _settings(GridSettings, s), how)
+        ctx = cell_context(lm, where["kind"], where["context_length"], place, 0, _settings(GridSettings, s), how)
         return Cell.of(ctx, remedy.condition, **where)
     extra = [c for c in ("logprob", "needle_attention") if c in f["grid"].columns]
     curve = f["grid"].select(*by, "depth_percent", "score", *extra).rename({"needle_attention": "attention"}, strict=False)
@@ -81,7 +81,7 @@ def middle_places(
     r: Report,        # a MiddleReport
 ) -> Places:
     "Positions of the right document"
-    from longlens.probes.middle.probe import MiddleSettings, _cell, get_items
+    from longlens.probes.middle.probe import MiddleSettings, question_cell, get_items
     from longlens.probes.remedies import find_remedies
     by, s, f = ("variant", "remedy"), r.meta["settings"], r.frames
     def ask(lm: Any, place: int, where: Mapping[str, Any]) -> Cell:
@@ -89,7 +89,7 @@ def middle_places(
             raise ValueError(f"the questions of {s['task']} are not in the report: only measured places can be shown")
         item = get_items(lm, s["task"], s["n"], 1, s["seed"])[0]
         remedy = find_remedies([where["remedy"]])[where["remedy"]]
-        return _cell(lm, item, 0, place, where["variant"], (where["remedy"], remedy), _settings(MiddleSettings, s), None)
+        return question_cell(lm, item, 0, place, where["variant"], (where["remedy"], remedy), _settings(MiddleSettings, s), None)
     keep = [*by, "gold_index", "score", "logprob", "gold_attention"]
     curve = f["curve"].select(keep).rename({"gold_attention": "attention"})
     answers = f["answers"].filter(pl.col("gold_index").is_not_null()).rename({"gold_attention": "attention", "question": "asked"})
@@ -107,15 +107,15 @@ def place_chart(
 ) -> Any:
     "Score, probability and attention by place: over curve (place, score, probability, attention, asked) and picked (place)"
     x = lambda last: alt.X("place:Q", scale=alt.Scale(domain=list(p.ends), nice=False, padding=10),
-                           axis=_axis(title=p.name if last else None, labels=last, format="d", tickMinStep=1))
-    tips = _tips(("place", "quantitative", p.name), *((c, "quantitative", CURVES[c]) for c in columns))
+                           axis=axis_style(title=p.name if last else None, labels=last, format="d", tickMinStep=1))
+    tips = tooltips(("place", "quantitative", p.name), *((c, "quantitative", CURVES[c]) for c in columns))
     rule = lambda last: alt.Chart(alt.NamedData("picked")).mark_rule(strokeDash=[4, 4], tooltip=None).encode(x=x(last))
     rows = alt.Chart(alt.NamedData("curve"))
     parts = []
     for i, c in enumerate(columns):
         last = i == len(columns) - 1
         y = alt.Y(f"{c}:Q", scale=alt.Scale(domain=[0, 1]) if c != "attention" else alt.Scale(domainMin=0),
-                  axis=_axis(title=None, tickCount=3, format=SHARE))
+                  axis=axis_style(title=None, tickCount=3, format=SHARE))
         line = rows.transform_filter("!datum.asked").mark_line(color=COLOURS[i], strokeWidth=2, tooltip=None).encode(x=x(last), y=y)
         dots = rows.mark_point(filled=True, size=60, opacity=1, color=COLOURS[i]).encode(
             x=x(last), y=y, tooltip=tips, shape=alt.condition("datum.asked", alt.value("diamond"), alt.value("circle")))
@@ -128,10 +128,10 @@ def looking_chart(
     heads: pl.DataFrame,    # layer, head
 ) -> alt.Chart:
     "Attention of every head on the fact: over cells (layer, head, mass)"
-    tips = _tips(("layer", "ordinal", "layer"), ("head", "ordinal", "head"), ("mass", "quantitative", "attention on the fact"))
-    axis = lambda c: _axis(title=c, labelAngle=0, ticks=False, domain=False)
+    tips = tooltips(("layer", "ordinal", "layer"), ("head", "ordinal", "head"), ("mass", "quantitative", "attention on the fact"))
+    axis = lambda c: axis_style(title=c, labelAngle=0, ticks=False, domain=False)
     at = lambda c: dict(scale=alt.Scale(domain=heads[c].unique().sort().to_list()), axis=axis(c))
-    colour = alt.Color("mass:Q", scale=alt.Scale(scheme="viridis", domain=[0, 1]), legend=_legend(title="share", gradientLength=90))
+    colour = alt.Color("mass:Q", scale=alt.Scale(scheme="viridis", domain=[0, 1]), legend=legend_style(title="share", gradientLength=90))
     cells = alt.Chart(alt.NamedData("cells")).mark_rect()
     cells = cells.encode(x=alt.X("head:O", **at("head")), y=alt.Y("layer:O", **at("layer")), color=colour, tooltip=tips)
     w, h = (max(5, min(size, whole // heads[c].n_unique())) for c, size, whole in (("head", 44, 520), ("layer", 24, 400)))
@@ -142,10 +142,10 @@ def documents_chart(
     what: str,    # document or pair
 ) -> alt.Chart:
     "Attention on every document: over documents (document, mass, right)"
-    tips = _tips(("document", "quantitative", what), ("mass", "quantitative", "attention, mean of all heads"))
+    tips = tooltips(("document", "quantitative", what), ("mass", "quantitative", "attention, mean of all heads"))
     colour = alt.condition("datum.right", alt.value(COLOURS[1]), alt.value(COLOURS[0]))
-    x = alt.X("document:O", axis=_axis(title=f"{what}, from 0", labelAngle=0))
-    y = alt.Y("mass:Q", axis=_axis(title=["attention,", "mean of all heads"], tickCount=4, format=SHARE))
+    x = alt.X("document:O", axis=axis_style(title=f"{what}, from 0", labelAngle=0))
+    y = alt.Y("mass:Q", axis=axis_style(title=["attention,", "mean of all heads"], tickCount=4, format=SHARE))
     bars = alt.Chart(alt.NamedData("documents")).mark_bar().encode(x=x, y=y, color=colour, tooltip=tips)
     return bars.properties(width="container", height=140)
 

@@ -14,7 +14,7 @@ from ipywidgets import Button, Checkbox, HBox, Layout, Text, VBox
 
 from ..prompts.compose import BoundaryError, Context
 from ..probes.traceback.sources import TracePrompt
-from ..probes.traceback.prompts import _context_span, trace_prompt
+from ..probes.traceback.prompts import context_span, trace_prompt
 from .app import Progress
 from .linked_chart import classed, told
 from .reading import Reading, read_text
@@ -76,7 +76,7 @@ def text_asked(
     live = r.live
     if live is None or live.lm.tokenizer is None or not live.tokens.text: return None
     if live.context is None: return live.tokens.text
-    try: a, b = _context_span(live.context)
+    try: a, b = context_span(live.context)
     except ValueError: return None
     return live.context.text[a:b] or None
 

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from ..attention.operator import log_windows
 from ..measure.capture import Capture, capture
-from ..interventions.heads import ablate, head_sizes, interventions
-from ..measure.statistics import Distance, DistanceProfile, Entropy, Received, Rows, SinkMass, Support, tidy
-from ..models.kv_cache import Prefix, _new_cache, _rope_regime
+from ..interventions.base import head_sizes, interventions
+from ..interventions.heads import ablate
+from ..measure.statistic import tidy
+from ..measure.statistics import Distance, DistanceProfile, Entropy, Received, Rows, SinkMass, Support
+from ..models.kv_cache import Prefix, new_cache, rope_regime
 from ..probes.heads.scores import copy_scores, pattern_scores
 from ..probes.sinks.frames import heads_frame, judged, mean_received
 from ..report import Report, plain
@@ -30,7 +32,7 @@ __all__ = ['KEPT', 'BINS', 'SAID', 'RULES', 'ASKED', 'read_through', 'Live', 'Re
 def _chunk(lm: Any, n: int) -> int:    # tokens
     "How many tokens run at a time"
     size = max(32, min(lm.best_chunk(n), 2**28 // (4 * lm.vocab_size)))
-    return n if _rope_regime(lm.config, n) != _rope_regime(lm.config, min(size, n)) else size
+    return n if rope_regime(lm.config, n) != rope_regime(lm.config, min(size, n)) else size
 
 
 def _surprise(logits: Tensor, ids: Tensor) -> Tensor:    # (k, vocab), the tokens that came (k,) -> bits (k,), on the CPU
@@ -45,7 +47,7 @@ def read_through(
     tell: Callable[[float, str], None] = lambda share, text: None,    # is told how far it is
 ) -> tuple[Prefix, Tensor]:                     # the text in a cache; surprise of every token in bits, (n,), NaN for the first
     "Run a text in chunks, and keep the cache and the surprise of its tokens"
-    n, cache, surprise, last = len(ids), _new_cache(lm.config, "all"), torch.full((len(ids),), torch.nan), None
+    n, cache, surprise, last = len(ids), new_cache(lm.config, "all"), torch.full((len(ids),), torch.nan), None
     size = _chunk(lm, n)
     for start in range(0, n, size):
         tell(start / n, f"{start:,} of {n:,} tokens")

@@ -18,7 +18,7 @@ from ..probes.traceback.report import Trace
 from ..report import Report, load_report
 from .app import App, Explorer, Pending, Progress, read_parts
 from .heads import Choice, strongest
-from .head_panels import _row
+from .head_panels import attention_row
 from .linked_chart import picture
 from .prompt_form import QuestionBar, answer_room, read_asked, text_asked
 from .reading import Reading, read_text, revive
@@ -70,7 +70,7 @@ def _follow(self: TextExplorer) -> None:
     self.view.selected = self.choice.token
     if self.report.live is None: return
     (layer, head), weights = self.choice.head, np.full(len(self.report.strings), np.nan)
-    weights[:self.choice.token + 1] = _row(self.report, self.choice.token)[layer, head].numpy()
+    weights[:self.choice.token + 1] = attention_row(self.report, self.choice.token)[layer, head].numpy()
     self.view.shade("attention from the selected token", Shade(weights, note=f"layer {layer}, head {head}"))
 
 

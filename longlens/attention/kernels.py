@@ -12,11 +12,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .masks import ALL, Mask, Stream, _band, key_range, positions, real_queries, visible_keys
+from .masks import ALL, Mask, Stream, band_tile, key_range, positions, real_queries, visible_keys
 from .logits import Scores, Tile, check_mask, check_shapes, score_tile, tiles
 
 # %% auto #0
-__all__ = ['attend_blocked', 'fused', 'merge', 'OptionRule', 'attend']
+__all__ = ['attend_blocked', 'fused', 'merge', 'OptionRule', 'needs_grad', 'attend']
 
 # %% ../../nbs/attention/04_kernels.ipynb #1ac642e3
 def _block(s: Scores, at: Tile, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,7 +119,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, offset: int) -> tuple
 # %% ../../nbs/attention/04_kernels.ipynb #5e5ece0a
 def _additive(mask: Mask, rows: range, keys: range, device: torch.device) -> Tensor | None:
     "The band as floats to be added to the scores, (rows, keys); None: all is seen"
-    seen = _band(mask, rows, keys, device)
+    seen = band_tile(mask, rows, keys, device)
     return None if seen is None else torch.zeros(seen.shape, device=device).masked_fill_(~seen, -torch.inf)
 
 
@@ -231,13 +231,13 @@ def _attend_options(s: Scores, v: Tensor, rule: OptionRule) -> tuple[Tensor, Ten
     m, n_k = s.mask, s.k.shape[2]
     causal = m.left is None and m.right == 0 and m.start == 0 and m.offset + s.q.shape[2] <= n_k and rule.also is None
     plain = replace(s, mask=replace(m, rule=None)).plain and _has_kernel(s.q)
-    if not (causal and plain) or _needs_grad(s.q, s.k, v): return attend_blocked(s, v)
+    if not (causal and plain) or needs_grad(s.q, s.k, v): return attend_blocked(s, v)
     if m.keep is None: return _apart(s, v, rule) if rule.at is None else attend_blocked(s, v)
     if rule.at is None or not torch.equal(rule.at, positions(replace(m, before=None), n_k, rule.at.device)): return attend_blocked(s, v)
     return _unpadded(replace(s, mask=replace(m, rule=OptionRule(rule.blocks))), v, m.keep)
 
 # %% ../../nbs/attention/04_kernels.ipynb #4bfe8c5d
-def _needs_grad(*tensors: Tensor | None) -> bool:
+def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -252,7 +252,7 @@ def _attend(s: Scores, v: Tensor) -> tuple[Tensor, Tensor]:
     if windowed: return _banded(s.q, s.k, v, s.scale, m)
     if m.right is None: return fused(s.q, s.k, v, s.scale)
     merges = m.offset > 0 and n > 1
-    if m.offset + n > n_k or (merges and _needs_grad(s.q, s.k, v)): return attend_blocked(s, v)
+    if m.offset + n > n_k or (merges and needs_grad(s.q, s.k, v)): return attend_blocked(s, v)
     return _causal(s.q, s.k, v, s.scale, m.offset)
 
 # %% ../../nbs/attention/04_kernels.ipynb #0d712ce8
@@ -285,7 +285,7 @@ def _simple_streams(s: Scores, v: Tensor) -> bool:
     causal = m.left is None and m.right == 0 and m.start == 0 and (m.keep is None or bool(m.keep.all()))
     once = bool((torch.stack([st.heads for st in s.streams]).sum(0) <= 1).all())
     base = replace(s, streams=()).plain and _has_kernel(s.q) and m.offset + s.q.shape[2] <= s.k.shape[2]
-    return causal and once and base and not _needs_grad(s.q, s.k, v)
+    return causal and once and base and not needs_grad(s.q, s.k, v)
 
 
 def _attend_streams(s: Scores, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -314,7 +314,7 @@ def _only_far(s: Scores, v: Tensor) -> bool:
     whole = m.left is None and m.start == 0 and (m.right == 0 or (m.right is None and m.offset == 0 and n_q == n_k))
     base = replace(s, streams=()).plain and _has_kernel(s.q) and m.offset + n_q <= n_k
     holes = m.keep is not None and _has_holes(m.keep)
-    return keep_all and once and whole and base and not holes and not _needs_grad(s.q, s.k, v)
+    return keep_all and once and whole and base and not holes and not needs_grad(s.q, s.k, v)
 
 
 def _merge_rows(whole: tuple[Tensor, Tensor], part: tuple[Tensor, Tensor], rows: slice) -> tuple[Tensor, Tensor]:
@@ -363,7 +363,7 @@ def attend(
     if sinks is None:
         out, lse = _attend(s, v)
         return out, lse.detach()
-    out, lse = (attend_blocked if _needs_grad(q, k, v, sinks) else _attend)(s, v)
+    out, lse = (attend_blocked if needs_grad(q, k, v, sinks) else _attend)(s, v)
     total = torch.logaddexp(lse, sinks.to(lse)[None, :, None])
     sees = lse > -torch.inf  # a row that sees no key gives nothing to the sink either
     share = (lse - total).masked_fill(~sees, 0).exp()[..., None]

@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .masks import Mask, Stream, _band, _inside, _of_sample, key_range, stream_tile, visible_tile
+from .masks import Mask, Stream, band_tile, inside_band, of_sample, key_range, stream_tile, visible_tile
 
 # %% auto #0
 __all__ = ['TILE', 'Scores', 'check_shapes', 'check_mask', 'Tile', 'score_tile', 'tiles']
@@ -110,13 +110,13 @@ def _product(s: Scores, at: Tile, shift: Tensor | None, far: tuple[Tensor, Tenso
 def _band_to_add(left: int | None, right: int | None, ahead: int, rows: int, keys: int, fill: float, like: tuple) -> Tensor:
     "0 where a tile is seen and `fill` where not, (rows, keys); its first query stands `ahead` of its first key"
     with torch.inference_mode(False):
-        seen = _band(Mask(left, right, ahead), range(rows), range(keys), like[1])
+        seen = band_tile(Mask(left, right, ahead), range(rows), range(keys), like[1])
         tile = torch.zeros(rows, keys, dtype=like[0], device=like[1])
         return tile if seen is None else tile.masked_fill_(~seen, fill)
 
 
 def _hide_band(x: Tensor, mask: Mask, at: Tile, fill: float) -> Tensor:
-    if _inside(mask, at.rows, at.keys): return x
+    if inside_band(mask, at.rows, at.keys): return x
     ahead = at.rows.start + mask.offset - at.keys.start
     return x.add_(_band_to_add(mask.left, mask.right, ahead, len(at.rows), len(at.keys), fill, (x.dtype, x.device)))
 
@@ -135,7 +135,7 @@ def score_tile(
         x = s.softcap * torch.tanh(x / s.softcap)
         if shift is not None: x = x - shift[at.b, at.heads, at.rows.start:at.rows.stop, None]
     if s.bias is not None:
-        bias = _of_sample(s.bias, at.b, at.heads)
+        bias = of_sample(s.bias, at.b, at.heads)
         x = x + bias[:, at.rows.start:at.rows.stop, at.keys.start:at.keys.stop]
     for near, _ in left: x = x.masked_fill_(~near, fill)
     if s.mask.keep is None and s.mask.rule is None and fill <= -1e30: return _hide_band(x, s.mask, at, fill)

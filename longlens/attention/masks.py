@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['ALL', 'Mask', 'causal_mask', 'full_mask', 'key_range', 'visible_tile', 'real_queries', 'positions', 'visible_keys',
-           'seen_by', 'Stream', 'stream_tile']
+__all__ = ['ALL', 'Mask', 'causal_mask', 'full_mask', 'key_range', 'inside_band', 'band_tile', 'of_sample', 'visible_tile',
+           'real_queries', 'positions', 'visible_keys', 'seen_by', 'Stream', 'stream_tile']
 
 # %% ../../nbs/attention/00_masks.ipynb #ed5b1e40
 @dataclass(frozen=True)
@@ -60,15 +60,15 @@ def key_range(
     return lo, max(lo, hi)
 
 # %% ../../nbs/attention/00_masks.ipynb #42428f94
-def _inside(mask: Mask, rows: range, keys: range) -> bool:
+def inside_band(mask: Mask, rows: range, keys: range) -> bool:
     "Does the tile lie inside the band, so that all of it is seen?"
     nearest, furthest = rows.start + mask.offset - (keys.stop - 1), rows.stop - 1 + mask.offset - keys.start  # signed distances
     return (mask.left is None or furthest <= mask.left) and (mask.right is None or nearest >= -mask.right)
 
 
-def _band(mask: Mask, rows: range, keys: range, device: torch.device) -> Tensor | None:
+def band_tile(mask: Mask, rows: range, keys: range, device: torch.device) -> Tensor | None:
     "The band's part of a tile, bool (rows, keys); None: all of it is seen"
-    if _inside(mask, rows, keys): return None
+    if inside_band(mask, rows, keys): return None
     i = torch.arange(rows.start, rows.stop, device=device)[:, None] + mask.offset
     distance = i - torch.arange(keys.start, keys.stop, device=device)
     seen = torch.ones_like(distance, dtype=torch.bool)
@@ -77,7 +77,7 @@ def _band(mask: Mask, rows: range, keys: range, device: torch.device) -> Tensor 
     return seen
 
 # %% ../../nbs/attention/00_masks.ipynb #69ac5b59
-def _of_sample(x: Tensor, b: int, heads: slice) -> Tensor:
+def of_sample(x: Tensor, b: int, heads: slice) -> Tensor:
     "The part of (batch|1, heads|1, ...) that belongs to one sample and some heads"
     x = x[b if len(x) > 1 else 0]
     return x[heads] if len(x) > 1 else x
@@ -87,7 +87,7 @@ def _rule(mask: Mask, b: int, heads: slice, rows: range, keys: range, device: to
     "The rule's part of a tile: bool or additive floats, (heads|1, rows, keys) or (rows, keys)"
     if mask.rule is None: return None
     if isinstance(mask.rule, Tensor):
-        tile = _of_sample(mask.rule, b, heads)[:, rows.start:rows.stop, keys.start:keys.stop]
+        tile = of_sample(mask.rule, b, heads)[:, rows.start:rows.stop, keys.start:keys.stop]
         return tile if tile.dtype == torch.bool else tile.masked_fill(tile <= torch.finfo(tile.dtype).min / 2, -torch.inf)
     q = torch.arange(rows.start, rows.stop, device=device) + mask.offset + mask.start
     k = torch.arange(keys.start, keys.stop, device=device) + mask.start
@@ -104,7 +104,7 @@ def visible_tile(
     device: torch.device,  # where the tile is made
 ) -> Tensor | None:  # bool (or additive floats, from a 4-D mask), broadcastable to (heads, rows, keys); None: all is seen
     "A tile of the mask"
-    seen, rule = _band(mask, rows, keys, device), _rule(mask, b, heads, rows, keys, device)
+    seen, rule = band_tile(mask, rows, keys, device), _rule(mask, b, heads, rows, keys, device)
     if mask.keep is not None:
         kept = mask.keep[b, keys.start:keys.stop]
         if not kept.all(): seen = kept[None] if seen is None else seen & kept

@@ -17,14 +17,16 @@ import polars as pl
 from ..text import visible
 
 # %% auto #0
-__all__ = ['COLOURS', 'SHAPES', 'WIDTH', 'HEIGHT', 'PAD', 'FONT', 'ABOVE', 'ChartError', 'drawable', 'label']
+__all__ = ['COLOURS', 'SHAPES', 'WIDTH', 'HEIGHT', 'PAD', 'FONT', 'ABOVE', 'ChartError', 'need_columns', 'drawable',
+           'inline_data', 'shown_text', 'label', 'axis_style', 'legend_style', 'titled', 'short_number', 'tooltips',
+           'axis_span', 'log_ticks', 'y_axis']
 
 # %% ../../nbs/charts/00_base.ipynb #ac276d7a
 class ChartError(ValueError):
     "A frame that cannot be drawn; the message names the column and what is wrong with it"
 
 
-def _has(frame: pl.DataFrame, columns: Sequence[str]) -> None:
+def need_columns(frame: pl.DataFrame, columns: Sequence[str]) -> None:
     missing = [c for c in columns if c not in frame.columns]
     if missing: raise ChartError(f"the frame has no column {missing[0]!r}; it has: {', '.join(frame.columns)}")
     if frame.is_empty(): raise ChartError(f"the frame has no rows: there is nothing to draw of {columns[-1]!r}")
@@ -37,7 +39,7 @@ def drawable(
 ) -> pl.DataFrame:              # the same rows; values as floats, null where they are NaN or infinite
     "The frame, if these columns can be drawn"
     values = list(dict.fromkeys(values))
-    _has(frame, [*others, *values])
+    need_columns(frame, [*others, *values])
     for c in values:
         if not (frame[c].dtype.is_numeric() or frame[c].dtype == pl.Boolean):
             raise ChartError(f"column {c!r} is {frame[c].dtype}, and only numbers can be drawn")
@@ -53,12 +55,12 @@ SHAPES = "circle", "square", "triangle-up", "diamond", "cross", "triangle-down",
 WIDTH, HEIGHT, PAD = 680, 260, 12    # of a plot, and left free at its sides, in pixels
 
 
-def _data(frame: pl.DataFrame) -> alt.InlineData:
+def inline_data(frame: pl.DataFrame) -> alt.InlineData:
     floats = [c for c, t in frame.schema.items() if t.is_float()]
     return alt.InlineData(values=frame.with_columns(pl.col(floats).round_sig_figs(6)).to_dicts())
 
 
-def _shown(column: pl.Series, limit: int = 24) -> pl.Series:    # as text in which nothing is hidden
+def shown_text(column: pl.Series, limit: int = 24) -> pl.Series:    # as text in which nothing is hidden
     return pl.Series(column.name, ["(none)" if v is None else visible(str(v), limit) for v in column.to_list()], dtype=pl.String)
 
 # %% ../../nbs/charts/00_base.ipynb #9de49b91
@@ -75,14 +77,14 @@ FONT = dict(labelFontSize=12, titleFontSize=12, titleFontWeight="normal")
 ABOVE = dict(orient="top", direction="horizontal", titleOrient="left")    # where legends stand: beside a plot they take its width
 
 
-def _axis(**given: Any) -> alt.Axis:
+def axis_style(**given: Any) -> alt.Axis:
     return alt.Axis(**{**FONT, "labelOverlap": "greedy", "titlePadding": 8, **given})
 
 
-def _legend(**given: Any) -> alt.Legend: return alt.Legend(**{**FONT, "titleLimit": 360, "labelLimit": 220, "symbolOpacity": 1, **given})
+def legend_style(**given: Any) -> alt.Legend: return alt.Legend(**{**FONT, "titleLimit": 360, "labelLimit": 220, "symbolOpacity": 1, **given})
 
 # %% ../../nbs/charts/00_base.ipynb #c2c35598
-def _titled(chart: Any, title: str, subtitle: str, width: int) -> Any:    # both wrapped to the width of the plot
+def titled(chart: Any, title: str, subtitle: str, width: int) -> Any:    # both wrapped to the width of the plot
     lines = lambda text, per: wrap(visible(text, 600), max(36, int(width / per)))
     below = lines(subtitle, 6.1) if subtitle else []
     text = alt.TitleParams(text=lines(title, 8.2), subtitle=below, anchor="start", fontSize=15, fontWeight=600, subtitleFontSize=12,
@@ -90,35 +92,35 @@ def _titled(chart: Any, title: str, subtitle: str, width: int) -> Any:    # both
     return chart.properties(title=text, description=visible(f"{title}. {subtitle}".strip(), 600))
 
 # %% ../../nbs/charts/00_base.ipynb #5634f619
-def _number(v: float) -> str: return f"{v:,.0f}" if v == int(v) and abs(v) < 1e9 else f"{v:.3g}"
+def short_number(v: float) -> str: return f"{v:,.0f}" if v == int(v) and abs(v) < 1e9 else f"{v:.3g}"
 
 
-def _tips(*columns: tuple[str, str, str]) -> list[alt.Tooltip]:    # (field, type, title)
+def tooltips(*columns: tuple[str, str, str]) -> list[alt.Tooltip]:    # (field, type, title)
     return [alt.Tooltip(field=f, type=t, title=visible(name, 60), **({"format": ",.4~g"} if t == "quantitative" else {}))
             for f, t, name in columns]
 
 
-def _span(low: float, high: float) -> tuple[float, float]:    # the ends of a linear axis: from zero, unless that would hide the differences
+def axis_span(low: float, high: float) -> tuple[float, float]:    # the ends of a linear axis: from zero, unless that would hide the differences
     if low == high: return (min(low, 0.0), max(high, 0.0)) if low else (0.0, 1.0)
     return (0.0 if 0 < low < high / 2 else low, 0.0 if low / 2 > high and high < 0 else high)
 
 # %% ../../nbs/charts/00_base.ipynb #ed6d9e92
-def _powers(low: float, high: float) -> list[float]:    # ticks of a log axis
+def log_ticks(low: float, high: float) -> list[float]:    # ticks of a log axis
     span = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     few = [10.0 ** e for e in span if low <= 10.0 ** e <= high]
     if len(few) > 2: return few[::math.ceil(len(few) / 7)]
     return [m * 10.0 ** e for e in span for m in (1, 2, 5) if low <= m * 10.0 ** e <= high]
 
 
-def _y_axis(values: pl.Series, title: str, log: bool) -> tuple[dict[str, Any], Any]:    # encoding; value -> share of the height
+def y_axis(values: pl.Series, title: str, log: bool) -> tuple[dict[str, Any], Any]:    # encoding; value -> share of the height
     v = values.drop_nulls()
     low, high = v.min(), v.max()
     if log:
         low, high = low / 1.3, high * 1.6
         how = alt.Scale(type="log", domain=[low, high], nice=False, clamp=True)
-        axis = _axis(title=title, values=_powers(low, high), format="~g")
+        axis = axis_style(title=title, values=log_ticks(low, high), format="~g")
         return dict(scale=how, axis=axis), lambda y: math.log(max(y, low) / low) / math.log(high / low)
-    low, high = _span(low, high)
+    low, high = axis_span(low, high)
     high += 0.08 * (high - low)
     scale = alt.Scale(domain=[low, high], nice=False, zero=False)
-    return dict(scale=scale, axis=_axis(title=title, tickCount=6)), lambda y: (y - low) / (high - low)
+    return dict(scale=scale, axis=axis_style(title=title, tickCount=6)), lambda y: (y - low) / (high - low)

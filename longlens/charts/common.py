@@ -12,14 +12,15 @@ from typing import Any
 import altair as alt
 import polars as pl
 
-from .base import FONT as FONT, _powers as _powers  # not used here: other charts take them with the rest
+from .base import FONT as FONT, log_ticks as log_ticks  # not used here: other charts take them with the rest
 from longlens.charts.base import (
-    ABOVE, COLOURS, HEIGHT, PAD, SHAPES, WIDTH, ChartError, _axis, _data, _has, _legend, _number, _shown, _span, _tips, _titled,
-    _y_axis, drawable, label,
+    ABOVE, COLOURS, HEIGHT, PAD, SHAPES, WIDTH, ChartError, axis_style, inline_data, need_columns, legend_style, short_number, shown_text, axis_span, tooltips, titled,
+    y_axis, drawable, label,
 )
 
 # %% auto #0
-__all__ = ['head_map', 'bin_positions', 'position_profile', 'summarise', 'length_curve', 'layer_profile', 'bars', 'arrange']
+__all__ = ['colour_scale', 'head_map', 'bin_positions', 'position_profile', 'summarise', 'line_layers', 'line_series',
+           'spread_text', 'length_curve', 'layer_profile', 'bars', 'arrange']
 
 # %% ../../nbs/charts/01_common.ipynb #cb5077aa
 def _grid(frame: pl.DataFrame, value: str) -> pl.DataFrame:    # every layer with every head; null: not measured
@@ -29,12 +30,12 @@ def _grid(frame: pl.DataFrame, value: str) -> pl.DataFrame:    # every layer wit
     return full.join(mean, on=["layer", "head"], how="left").sort("layer", "head")
 
 
-def _colour(low: float, high: float, title: str) -> alt.Color:
+def colour_scale(low: float, high: float, title: str) -> alt.Color:
     mixed = low < 0 < high
     ends = [-max(-low, high), max(-low, high)] if mixed else [low, high]
     scale = alt.Scale(scheme="blueorange" if mixed else "viridis", domain=ends, clamp=True)
     bar = dict(gradientLength=170, gradientThickness=12, offset=8)
-    return alt.Color("value:Q", scale=scale, legend=_legend(title=title, **ABOVE, **bar))
+    return alt.Color("value:Q", scale=scale, legend=legend_style(title=title, **ABOVE, **bar))
 
 # %% ../../nbs/charts/01_common.ipynb #a4fb39a2
 def _labelled(labels: Sequence[int], pixels: float, room: float) -> list[int]:    # those that get a tick: every 1st, 2nd, 4th ...
@@ -47,7 +48,7 @@ def _cells(layers: Sequence[int], heads: Sequence[int]) -> tuple[dict[str, Any],
     w, h = (max(5, min(most, whole // n)) for n, most, whole in ((len(heads), 54, WIDTH), (len(layers), 30, 560)))
     gap = 0.06 if min(w, h) >= 14 else 0
     x, y = (dict(type="ordinal", scale=alt.Scale(domain=list(n), paddingInner=gap, paddingOuter=0),
-                 axis=_axis(title=name, values=_labelled(n, size, room), labelAngle=0, ticks=size < room, domain=False, labelOverlap=False))
+                 axis=axis_style(title=name, values=_labelled(n, size, room), labelAngle=0, ticks=size < room, domain=False, labelOverlap=False))
             for n, name, size, room in ((heads, "head", w, 22), (layers, "layer", h, 18)))
     return dict(x=alt.X("head", **x), y=alt.Y("layer", **y)), w, h
 
@@ -56,7 +57,7 @@ def _outlined(cells: pl.DataFrame, threshold: float, axes: dict[str, Any], size:
     above, thin = cells.filter(pl.col("value") > threshold), size < 14
     if above.is_empty(): return []
     stroke = (("black", 1.6), ("white", 0.7)) if thin else (("black", 3.5), ("white", 1.6))
-    rect = lambda c, w: alt.Chart(_data(above)).mark_rect(filled=False, stroke=c, strokeWidth=w, aria=False, tooltip=None)
+    rect = lambda c, w: alt.Chart(inline_data(above)).mark_rect(filled=False, stroke=c, strokeWidth=w, aria=False, tooltip=None)
     return [rect(c, w).encode(**axes) for c, w in stroke]
 
 # %% ../../nbs/charts/01_common.ipynb #bd6ddd6e
@@ -75,14 +76,14 @@ def head_map(
     known, lost = cells.drop_nulls("value"), cells.filter(pl.col("value").is_null())
     what = label(name or value, unit)
     axes, w, h = _cells(*(cells[c].unique().sort().to_list() for c in ("layer", "head")))
-    colour = _colour(*(domain or _span(known["value"].min(), known["value"].max())), what)
-    tips = [_tips(("layer", "ordinal", "layer"), ("head", "ordinal", "head")), _tips(("value", "quantitative", what))]
-    charts = [alt.Chart(_data(known)).mark_rect().encode(**axes, color=colour, tooltip=tips[0] + tips[1])]
-    if lost.height: charts += [alt.Chart(_data(lost)).mark_rect(color="#8888", opacity=0.4).encode(**axes, tooltip=tips[0])]
+    colour = colour_scale(*(domain or axis_span(known["value"].min(), known["value"].max())), what)
+    tips = [tooltips(("layer", "ordinal", "layer"), ("head", "ordinal", "head")), tooltips(("value", "quantitative", what))]
+    charts = [alt.Chart(inline_data(known)).mark_rect().encode(**axes, color=colour, tooltip=tips[0] + tips[1])]
+    if lost.height: charts += [alt.Chart(inline_data(lost)).mark_rect(color="#8888", opacity=0.4).encode(**axes, tooltip=tips[0])]
     if threshold is not None: charts += _outlined(known, threshold, axes, min(w, h))
     chart = alt.layer(*charts).properties(width=w * cells["head"].n_unique(), height=h * cells["layer"].n_unique())
     text = subtitle or _reading(known, lost, threshold, unit)
-    return _titled(chart, title or label(name or value).capitalize(), text, max(w * cells["head"].n_unique(), 420))
+    return titled(chart, title or label(name or value).capitalize(), text, max(w * cells["head"].n_unique(), 420))
 
 # %% ../../nbs/charts/01_common.ipynb #dee3f600
 def _reading(known: pl.DataFrame, lost: pl.DataFrame, threshold: float | None, unit: str) -> str:
@@ -90,7 +91,7 @@ def _reading(known: pl.DataFrame, lost: pl.DataFrame, threshold: float | None, u
     if threshold is not None:
         count = (known["value"] > threshold).sum()
         what = f" {unit}" if unit in ("%", "tokens") else ""
-        text += f" Outlined: above {_number(threshold)}{what}, {count:,} of {known.height:,} heads."
+        text += f" Outlined: above {short_number(threshold)}{what}, {count:,} of {known.height:,} heads."
     return text + (f" Grey: not measured ({lost.height:,})." if lost.height else "")
 
 # %% ../../nbs/charts/01_common.ipynb #d9f9fa6e
@@ -126,9 +127,9 @@ def _place(
 # %% ../../nbs/charts/01_common.ipynb #7df79a47
 def _marked(frame: pl.DataFrame, marks: Mapping[int, str] | pl.DataFrame) -> pl.DataFrame:    # position, token, text, top: highest first
     if isinstance(marks, pl.DataFrame):
-        _has(marks, ["position", "token"])
+        need_columns(marks, ["position", "token"])
         marks = dict(marks.select("position", "token").iter_rows())
-    told = pl.DataFrame({"position": list(marks), "token": _shown(pl.Series("token", list(marks.values()), strict=False), 16)},
+    told = pl.DataFrame({"position": list(marks), "token": shown_text(pl.Series("token", list(marks.values()), strict=False), 16)},
                         schema={"position": pl.Int64, "token": pl.String})
     told = told.with_columns(text=pl.Series([f"“{token}” {p:,}" for p, token in told.rows()], dtype=pl.String))
     tops = frame.group_by(pl.col("position").cast(pl.Int64)).agg(top=pl.col("peak").max())
@@ -139,13 +140,13 @@ def _marked(frame: pl.DataFrame, marks: Mapping[int, str] | pl.DataFrame) -> pl.
 
 # %% ../../nbs/charts/01_common.ipynb #2a7dfe66
 def _names(marks: pl.DataFrame, x: Any, y: Any, spots: Sequence[tuple[int, int] | None], what: str) -> list[alt.Chart]:
-    tips = _tips(("token", "nominal", "token"), ("position", "quantitative", "position"), ("top", "quantitative", what))
+    tips = tooltips(("token", "nominal", "token"), ("position", "quantitative", "position"), ("top", "quantitative", what))
     xy = dict(x=x("position"), y=y("top"))
-    charts = [alt.Chart(_data(marks)).mark_point(filled=True, size=50, color=COLOURS[1], opacity=1).encode(**xy, tooltip=tips)]
+    charts = [alt.Chart(inline_data(marks)).mark_point(filled=True, size=50, color=COLOURS[1], opacity=1).encode(**xy, tooltip=tips)]
     for i, at in enumerate(spots):
         if at is None: continue
         how = dict(align="left" if at[0] > 0 else "right", dx=at[0], dy=at[1])
-        word = alt.Chart(_data(marks[i])).mark_text(**how, fontSize=12, baseline="middle", tooltip=None)
+        word = alt.Chart(inline_data(marks[i])).mark_text(**how, fontSize=12, baseline="middle", tooltip=None)
         charts.append(word.encode(**xy, text="text:N"))
     return charts
 
@@ -153,29 +154,29 @@ def _names(marks: pl.DataFrame, x: Any, y: Any, spots: Sequence[tuple[int, int] 
 def _x_positions(n: int, log: bool) -> tuple[dict[str, Any], Any]:    # encoding; position -> share of the width
     last = max(n - 1, 1)
     if not log:
-        axis = _axis(title="position (tokens)", format=",d", tickMinStep=1, tickCount=8)
+        axis = axis_style(title="position (tokens)", format=",d", tickMinStep=1, tickCount=8)
         return dict(scale=alt.Scale(domain=[0, last], nice=False, padding=PAD), axis=axis), lambda p: p / last
     ticks = [0, *(m * 10 ** e for e in range(8) for m in (1, 3) if m * 10 ** e < n)]
     scale = alt.Scale(type="symlog", constant=1, domain=[0, last], nice=False, padding=PAD)
-    axis = _axis(title="position (tokens, log scale)", values=ticks, format=",d")
+    axis = axis_style(title="position (tokens, log scale)", values=ticks, format=",d")
     return dict(scale=scale, axis=axis), lambda p: math.log1p(p) / math.log1p(last)
 
 # %% ../../nbs/charts/01_common.ipynb #e058eafd
 def _profile_lines(few: pl.DataFrame, x: Any, y: Any) -> list[alt.Chart]:    # the highest behind, the mean before it
     how = {"highest": ("at", "top", 1.2, COLOURS[1]), "mean": ("middle", "mean", 2, COLOURS[0])}
     if not (few["top"] > few["mean"]).any(): del how["highest"]
-    legend = _legend(title=None, offset=4, **ABOVE) if len(how) > 1 else None
+    legend = legend_style(title=None, offset=4, **ABOVE) if len(how) > 1 else None
     scale = alt.Scale(domain=[*how], range=[h[3] for h in how.values()])
-    base = alt.Chart(_data(few))
+    base = alt.Chart(inline_data(few))
     line = lambda name: base.transform_calculate(series=f"'{name}'").mark_line(strokeWidth=how[name][2], strokeJoin="round", tooltip=None)
     colour = alt.Color("series:N", scale=scale, legend=legend)
     return [line(name).encode(x=x(at), y=y(value), color=colour) for name, (at, value, _, _) in how.items()]
 
 
 def _hover(few: pl.DataFrame, x: Any, what: str) -> alt.Chart:    # a bin's numbers, anywhere above or below it
-    tips = _tips(("where", "nominal", "positions"), ("mean", "quantitative", f"mean {what}"),
+    tips = tooltips(("where", "nominal", "positions"), ("mean", "quantitative", f"mean {what}"),
                  ("top", "quantitative", f"highest {what}"), ("at", "quantitative", "highest at"))
-    return alt.Chart(_data(few)).mark_rect(opacity=0, aria=False, clip=True).encode(x=x("first"), x2="end:Q", tooltip=tips)
+    return alt.Chart(inline_data(few)).mark_rect(opacity=0, aria=False, clip=True).encode(x=x("first"), x2="end:Q", tooltip=tips)
 
 # %% ../../nbs/charts/01_common.ipynb #59919adc
 def position_profile(
@@ -198,7 +199,7 @@ def position_profile(
     one = pl.col("first") == pl.col("last")
     few = few.with_columns(where=pl.when(one).then(pl.col("first").cast(pl.String)).otherwise(pl.format("{} to {}", "first", "last")))
     n, what = rows["position"].max() + 1, label(name or value, unit)
-    (x_how, x_at), (y_how, y_at) = _x_positions(n, log), _y_axis(pl.concat([few["mean"], few["top"].alias("mean")]), what, log_value)
+    (x_how, x_at), (y_how, y_at) = _x_positions(n, log), y_axis(pl.concat([few["mean"], few["top"].alias("mean")]), what, log_value)
     x, y = (lambda c: alt.X(c, type="quantitative", **x_how)), (lambda c: alt.Y(c, type="quantitative", **y_how))
     charts = [*_profile_lines(few, x, y), _hover(few, x, what)]
     if marks is not None and len(marks):
@@ -207,7 +208,7 @@ def position_profile(
                              pl.col("top").map_elements(lambda v: (1 - y_at(v)) * HEIGHT, pl.Float64), "text").rows()
         charts += _names(told, x, y, _place(points, WIDTH), f"highest {what}")
     text = subtitle or _what_is_binned(frame, few.height, n)
-    return _titled(alt.layer(*charts).properties(width=WIDTH, height=HEIGHT), title or label(name or value).capitalize(), text, WIDTH)
+    return titled(alt.layer(*charts).properties(width=WIDTH, height=HEIGHT), title or label(name or value).capitalize(), text, WIDTH)
 
 # %% ../../nbs/charts/01_common.ipynb #58e30f27
 def _positions(frame: pl.DataFrame, value: str, position: str, peak: str, log: bool) -> pl.DataFrame:    # position, value, peak
@@ -240,7 +241,7 @@ def summarise(
     "Mean and spread for every point of a line"
     if by and len(values) > 1: raise ChartError(f"either several values or by={by!r}, not both")
     rows = drawable(frame, [x, *values], [by] if by else [])
-    long = pl.concat([rows.select(x=pl.col(x), series=_shown(rows[by], 48) if by else pl.lit(label(v)), value=pl.col(v)) for v in values])
+    long = pl.concat([rows.select(x=pl.col(x), series=shown_text(rows[by], 48) if by else pl.lit(label(v)), value=pl.col(v)) for v in values])
     v = pl.col("value")
     out = long.drop_nulls().group_by("x", "series", maintain_order=True).agg(
         mean=v.mean(), low=v.quantile(0.1, "linear"), high=v.quantile(0.9, "linear"), rows=pl.len())
@@ -252,15 +253,15 @@ def summarise(
 def _series_legend(title: str | None, series: Sequence[str]) -> alt.Legend:    # as many beside each other as the plot is wide
     room = WIDTH - 7 * len(title or "") - 10
     columns = max(1, min(4, room // (7 * max(map(len, series)) + 34)))
-    return _legend(title=title, columns=columns, **{**ABOVE, "labelLimit": room - 34})
+    return legend_style(title=title, columns=columns, **{**ABOVE, "labelLimit": room - 34})
 
 
-def _line_layers(points: pl.DataFrame, x: alt.X, y_how: dict[str, Any], tips: list[alt.Tooltip], by: str | None) -> list[alt.Chart]:
+def line_layers(points: pl.DataFrame, x: alt.X, y_how: dict[str, Any], tips: list[alt.Tooltip], by: str | None) -> list[alt.Chart]:
     series = points["series"].unique(maintain_order=True).to_list()
     legend = _series_legend(by and label(by), series) if len(series) > 1 else None
     names = dict(color=alt.Color("series:N", scale=alt.Scale(domain=series, range=list(COLOURS[:len(series)])), legend=legend))
     shape = dict(shape=alt.Shape("series:N", scale=alt.Scale(domain=series, range=list(SHAPES[:len(series)])), legend=legend))
-    base, y = alt.Chart(_data(points)), alt.Y("mean:Q", **y_how)
+    base, y = alt.Chart(inline_data(points)), alt.Y("mean:Q", **y_how)
     band = dict(x=x, y=alt.Y("low:Q", **y_how), y2="high:Q", **names)
     single = points["x"].n_unique() == 1
     spread = [(base.mark_rule(strokeWidth=3, opacity=0.4) if single else base.mark_area(opacity=0.2, tooltip=None)).encode(**band)]
@@ -268,7 +269,7 @@ def _line_layers(points: pl.DataFrame, x: alt.X, y_how: dict[str, Any], tips: li
             base.mark_point(filled=True, size=55, opacity=1).encode(x=x, y=y, tooltip=tips, **names, **shape)]
 
 # %% ../../nbs/charts/01_common.ipynb #e903207a
-def _lines(
+def line_series(
     points: pl.DataFrame,    # as `summarise` gives it
     x: alt.X,                # the axis
     x_name: str,             # what it is called in a tooltip
@@ -279,11 +280,11 @@ def _lines(
     "A line for each series, with a band where there are several rows"
     if log and (least := points["low"].min()) <= 0:
         raise ChartError(f"{y_name}: a logarithmic axis has no place for {least:.3g}; give magnitudes")
-    y_how, _ = _y_axis(pl.concat([points[c].alias("y") for c in ("mean", "low", "high")]), y_name, log)
-    tips = _tips(("series", "nominal", label(by or "series")), ("x", "quantitative", x_name), ("mean", "quantitative", y_name))
+    y_how, _ = y_axis(pl.concat([points[c].alias("y") for c in ("mean", "low", "high")]), y_name, log)
+    tips = tooltips(("series", "nominal", label(by or "series")), ("x", "quantitative", x_name), ("mean", "quantitative", y_name))
     if points["rows"].max() > 1:
-        tips += _tips(("low", "quantitative", "10 %"), ("high", "quantitative", "90 %"), ("rows", "quantitative", "rows"))
-    return alt.layer(*_line_layers(points, x, y_how, tips, by)).properties(width=WIDTH, height=HEIGHT)
+        tips += tooltips(("low", "quantitative", "10 %"), ("high", "quantitative", "90 %"), ("rows", "quantitative", "rows"))
+    return alt.layer(*line_layers(points, x, y_how, tips, by)).properties(width=WIDTH, height=HEIGHT)
 
 # %% ../../nbs/charts/01_common.ipynb #cc217d6d
 def _columns(value: str | Sequence[str]) -> list[str]: return [value] if isinstance(value, str) else list(value)
@@ -293,7 +294,7 @@ def _y_name(values: Sequence[str], unit: str, name: str | None) -> str:
     return label(name or values[0], unit) if name or len(values) == 1 else unit or "value"
 
 
-def _spread_text(points: pl.DataFrame, over: str) -> str:
+def spread_text(points: pl.DataFrame, over: str) -> str:
     if points["rows"].max() == 1: return "One measurement at each point."
     return f"{'Lines' if points['series'].n_unique() > 1 else 'Line'}: mean over {over}. Band: where the middle 80 % of them lie."
 
@@ -305,7 +306,7 @@ def _x_lengths(at: pl.Series, title: str) -> alt.X:
     if len(ticks) > 9: ticks = [2 ** e for e in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)]
     ends = [low, high] if low < high else [low / 2, high * 2]
     scale = alt.Scale(type="log", base=2, domain=ends, nice=False, padding=PAD)
-    return alt.X("x:Q", scale=scale, axis=_axis(title=title, values=ticks, format=",~g"))
+    return alt.X("x:Q", scale=scale, axis=axis_style(title=title, values=ticks, format=",~g"))
 
 # %% ../../nbs/charts/01_common.ipynb #5199210b
 def length_curve(
@@ -323,15 +324,15 @@ def length_curve(
     "A value against the context length, which is on a logarithmic axis"
     values = _columns(value)
     points = summarise(frame, x, values, by)
-    chart = _lines(points, _x_lengths(points["x"], label(x, "tokens, log scale")), label(x), _y_name(values, unit, name), by, log)
+    chart = line_series(points, _x_lengths(points["x"], label(x, "tokens, log scale")), label(x), _y_name(values, unit, name), by, log)
     said = title or f"{', '.join(map(label, values))} by context length".capitalize()
-    return _titled(chart, said, subtitle or _spread_text(points, over), WIDTH)
+    return titled(chart, said, subtitle or spread_text(points, over), WIDTH)
 
 # %% ../../nbs/charts/01_common.ipynb #59b0defc
 def _x_layers(at: pl.Series) -> alt.X:
     layers = list(range(int(at.min()), int(at.max()) + 1))
     ends = [layers[0], layers[-1]] if len(layers) > 1 else [layers[0] - 1, layers[0] + 1]
-    axis = _axis(title="layer, from 0", values=_labelled(layers, WIDTH / len(layers), 24), format="d")
+    axis = axis_style(title="layer, from 0", values=_labelled(layers, WIDTH / len(layers), 24), format="d")
     return alt.X("x:Q", scale=alt.Scale(domain=ends, nice=False, zero=False, padding=PAD), axis=axis)
 
 # %% ../../nbs/charts/01_common.ipynb #eefc84fa
@@ -349,13 +350,13 @@ def layer_profile(
     "A value at every layer, from the input to the output"
     values = _columns(value)
     points = summarise(frame, "layer", values, by)
-    chart = _lines(points, _x_layers(points["x"]), "layer, from 0", _y_name(values, unit, name), by, log)
+    chart = line_series(points, _x_layers(points["x"]), "layer, from 0", _y_name(values, unit, name), by, log)
     said = title or f"{', '.join(map(label, values))} by layer".capitalize()
-    return _titled(chart, said, subtitle or _spread_text(points, over), WIDTH)
+    return titled(chart, said, subtitle or spread_text(points, over), WIDTH)
 
 # %% ../../nbs/charts/01_common.ipynb #a47a1b65
 def _categories(frame: pl.DataFrame, names: Sequence[str], most: int) -> pl.Series:    # one text per row, all different
-    shown = [_shown(frame[c]) for c in names]
+    shown = [shown_text(frame[c]) for c in names]
     text = pl.Series("category", [" · ".join(row) for row in zip(*shown, strict=True)])
     if frame.height > most: raise ChartError(f"{frame.height:,} bars, {most} at most: draw the first of them with frame.head({most})")
     if text.n_unique() < frame.height:
@@ -380,20 +381,20 @@ def bars(
     rows = drawable(frame, [value, *(("lower", "upper") if ranged else ())], names).drop_nulls(value)
     ends = [pl.col("lower"), pl.col("upper")] if ranged else [pl.col(value).alias("lower"), pl.col(value).alias("upper")]
     rows = rows.select(_categories(rows, names, most), pl.col(value).alias("value"), *ends)
-    rows = rows.with_columns(end=pl.max_horizontal("value", "upper", pl.lit(0.0)), text=pl.Series([_number(v) for v in rows["value"]]))
+    rows = rows.with_columns(end=pl.max_horizontal("value", "upper", pl.lit(0.0)), text=pl.Series([short_number(v) for v in rows["value"]]))
     chart = alt.layer(*_bar_layers(rows, " · ".join(map(label, names)), label(name or value, unit), ranged))
     text = subtitle or ("Thin lines: the interval of each value." if ranged else "")
-    return _titled(chart.properties(width=WIDTH - 60, height=alt.Step(24)), title or label(name or value).capitalize(), text, WIDTH)
+    return titled(chart.properties(width=WIDTH - 60, height=alt.Step(24)), title or label(name or value).capitalize(), text, WIDTH)
 
 # %% ../../nbs/charts/01_common.ipynb #eb816a91
 def _bar_layers(rows: pl.DataFrame, name: str, what: str, ranged: bool) -> list[alt.Chart]:
-    base, order = alt.Chart(_data(rows)), rows["category"].to_list()
+    base, order = alt.Chart(inline_data(rows)), rows["category"].to_list()
     low, high = min(0.0, rows["lower"].min(), rows["value"].min()), max(rows["end"].max(), 0.0)
-    y = alt.Y("category:N", sort=order, axis=_axis(title=name, labelLimit=260, grid=False, domain=False, ticks=False))
-    how = dict(scale=alt.Scale(domain=[low, high + 0.08 * ((high - low) or 1)], nice=False), axis=_axis(title=what, tickCount=8))
+    y = alt.Y("category:N", sort=order, axis=axis_style(title=name, labelLimit=260, grid=False, domain=False, ticks=False))
+    how = dict(scale=alt.Scale(domain=[low, high + 0.08 * ((high - low) or 1)], nice=False), axis=axis_style(title=what, tickCount=8))
     x = lambda c: alt.X(c, type="quantitative", **how)
-    tips = _tips(("category", "nominal", name), ("value", "quantitative", what))
-    if ranged: tips += _tips(("lower", "quantitative", "lower"), ("upper", "quantitative", "upper"))
+    tips = tooltips(("category", "nominal", name), ("value", "quantitative", what))
+    if ranged: tips += tooltips(("lower", "quantitative", "lower"), ("upper", "quantitative", "upper"))
     spread = [base.mark_rule(strokeWidth=1.5, tooltip=None).encode(x=x("lower"), x2="upper:Q", y=y)] if ranged else []
     return [base.mark_bar(color=COLOURS[0], height=15).encode(x=x("value"), y=y, tooltip=tips), *spread,
             base.mark_text(align="left", dx=6, fontSize=12, tooltip=None).encode(x=x("end"), y=y, text="text:N")]
@@ -404,7 +405,7 @@ def _narrowed(chart: Any, width: int) -> Any:    # a copy that is at most so wid
     if not isinstance(getattr(out, "width", None), int) or out.width <= width: return out
     out.width = width
     if not isinstance(out.title, alt.TitleParams): return out
-    return _titled(out, " ".join(out.title.text), " ".join(out.title.subtitle), width)
+    return titled(out, " ".join(out.title.text), " ".join(out.title.subtitle), width)
 
 # %% ../../nbs/charts/01_common.ipynb #b0a29323
 def arrange(

@@ -13,15 +13,17 @@ from typing import Any
 import altair as alt
 import polars as pl
 
-from longlens.charts.common import (
-    ABOVE, COLOURS, HEIGHT, PAD, SHAPES, WIDTH, ChartError, _axis, _colour, _data, _legend, _line_layers, _number, _shown, _span, _tips,
-    _titled, _y_axis, drawable, label,
+from longlens.charts.base import (
+    ABOVE, axis_style, ChartError, COLOURS, inline_data, drawable, HEIGHT, label, legend_style, PAD, SHAPES, axis_span, tooltips,
+    titled, WIDTH, y_axis,
 )
-from .heatmaps import _cell_text, _ordinal
+from .base import short_number, shown_text
+from .common import colour_scale, line_layers
+from .heatmaps import cell_text, ordinal_axis
 from ..text import visible
 
 # %% auto #0
-__all__ = ['position_curve', 'remedy_dots', 'depth_points']
+__all__ = ['placed_points', 'place_axis', 'strip_layer', 'position_curve', 'remedy_dots', 'depth_points']
 
 # %% ../../nbs/charts/03_curves.ipynb #36903f97
 def _ends(frame: pl.DataFrame, lower: str, upper: str) -> dict[str, pl.Expr]:
@@ -38,14 +40,14 @@ def _ends(frame: pl.DataFrame, lower: str, upper: str) -> dict[str, pl.Expr]:
 def _apart(rows: pl.DataFrame, keys: Sequence[str], what: str) -> pl.DataFrame:
     "The rows, if no two stand at one place and the colours suffice; the last key has the colours"
     if len(twice := rows.filter(pl.struct(keys).is_duplicated())):
-        at = [v if isinstance(v, str) else _number(v) for v in twice.select(keys).row(0)]
+        at = [v if isinstance(v, str) else short_number(v) for v in twice.select(keys).row(0)]
         raise ChartError(f"two rows at {', '.join(at)}: say what tells them apart, or take means first")
     if (n := rows[keys[-1]].n_unique()) > len(COLOURS):
         raise ChartError(f"{what!r} has {n} values, and {len(COLOURS)} colours can be told apart: filter the frame")
     return rows
 
 # %% ../../nbs/charts/03_curves.ipynb #c8a8d6c2
-def _placed(
+def placed_points(
     frame: pl.DataFrame,  # one row for each place, and each condition
     value: str,  # what is drawn
     x: str,  # column of places
@@ -55,7 +57,7 @@ def _placed(
 ) -> pl.DataFrame:  # x, series, mean and value (the same), low, high, rows (2 where there is an interval), attention
     "The points of the curves"
     rows = drawable(frame, [x, value, *([attention] if attention else ())], [by] if by else []).drop_nulls([x, value])
-    out = rows.select(x=pl.col(x), series=_shown(rows[by], 40) if by else pl.lit(label(value)), mean=pl.col(value), value=pl.col(value),
+    out = rows.select(x=pl.col(x), series=shown_text(rows[by], 40) if by else pl.lit(label(value)), mean=pl.col(value), value=pl.col(value),
                       **_ends(rows, *ends), attention=pl.col(attention) if attention else pl.lit(None, pl.Float64))
     return _apart(out.with_columns(rows=pl.lit(2 if out["low"].count() else 1)), ["x", "series"], by or "series")
 
@@ -80,7 +82,7 @@ def _references(lines: Mapping[str, float], y_how: dict[str, Any], y_at: Any, he
     "Lines across the plot, with names at their right"
     dy, charts = _spread([(1 - y_at(v)) * height for v in lines.values()], 15), []
     for (name, v), d in zip(lines.items(), dy, strict=True):
-        base = alt.Chart(_data(pl.DataFrame({"mean": [float(v)], "text": [f"{visible(name, 24)} {_number(v)}"]})))
+        base = alt.Chart(inline_data(pl.DataFrame({"mean": [float(v)], "text": [f"{visible(name, 24)} {short_number(v)}"]})))
         y = alt.Y("mean:Q", **y_how)
         charts += [base.mark_rule(strokeDash=[5, 4], opacity=0.7, tooltip=None).encode(y=y),
                    base.mark_text(align="left", dx=6, dy=d, fontSize=12, tooltip=None).encode(y=y, x=alt.value("width"), text="text:N")]
@@ -93,24 +95,24 @@ _X_NAMES = {"gold_index": "gold index: the place of the answer, from 0", "positi
             "layer": "layer, from 0", "after_layer": "hidden states after layer, from 0"}
 
 
-def _x_places(at: pl.Series, x: str, shown: bool, field: str = "x") -> alt.X:
+def place_axis(at: pl.Series, x: str, shown: bool, field: str = "x") -> alt.X:
     "The axis of places"
     places, log = at.unique().sort().to_list(), x == "context_length"
     if log and places[0] <= 0: raise ChartError(f"a length of {places[0]:g} has no place on a logarithmic axis")
     ends = [places[0], places[-1]] if len(places) > 1 else [places[0] / 2, 2 * places[0]] if log else [places[0] - 0.5, places[0] + 0.5]
     few = {"values": places} if len(places) <= 14 else {"tickCount": 10}
-    axis = _axis(title=_X_NAMES.get(x, label(x)) if shown else None, labels=shown, format=",~f", grid=True, **few)
+    axis = axis_style(title=_X_NAMES.get(x, label(x)) if shown else None, labels=shown, format=",~f", grid=True, **few)
     kind = {"type": "log", "base": 2} if log else {"zero": False}
     return alt.X(field, type="quantitative", scale=alt.Scale(domain=ends, nice=False, padding=PAD, **kind), axis=axis)
 
 
 def _said_at(row: dict[str, Any], share: str) -> str:
     "A point's numbers as text"
-    ends = "" if row["low"] is None or row["high"] is None else f" ({_number(row['low'])} to {_number(row['high'])})"
-    return _number(row["value"]) + ends + (f"; {share} {_number(row['attention'])}" if share and row["attention"] is not None else "")
+    ends = "" if row["low"] is None or row["high"] is None else f" ({short_number(row['low'])} to {short_number(row['high'])})"
+    return short_number(row["value"]) + ends + (f"; {share} {short_number(row['attention'])}" if share and row["attention"] is not None else "")
 
 # %% ../../nbs/charts/03_curves.ipynb #a6fbf9f9
-def _strips(points: pl.DataFrame, x: str, shown: bool, what: str, share: str = "") -> alt.Chart:
+def strip_layer(points: pl.DataFrame, x: str, shown: bool, what: str, share: str = "") -> alt.Chart:
     "What is said at each place: a strip from half way to the one before to half way to the next"
     at = points["x"].unique().sort().to_list()
     middles = [(a + b) / 2 for a, b in pairwise(at)]
@@ -121,9 +123,9 @@ def _strips(points: pl.DataFrame, x: str, shown: bool, what: str, share: str = "
     for row in points.to_dicts(): rows[row["x"]][f"s{series.index(row['series'])}"] = _said_at(row, share)
     told = pl.DataFrame(list(rows.values()), infer_schema_length=None)
     named = series if len(series) > 1 else [what]
-    tips = _tips(("x", "quantitative", label(x)), *((f"s{i}", "nominal", name) for i, name in enumerate(named)))
-    strip = alt.Chart(_data(told)).mark_rect(opacity=0, aria=False, clip=True)
-    return strip.encode(x=_x_places(points["x"], x, shown, "from"), x2="to:Q", tooltip=tips)
+    tips = tooltips(("x", "quantitative", label(x)), *((f"s{i}", "nominal", name) for i, name in enumerate(named)))
+    strip = alt.Chart(inline_data(told)).mark_rect(opacity=0, aria=False, clip=True)
+    return strip.encode(x=place_axis(points["x"], x, shown, "from"), x2="to:Q", tooltip=tips)
 
 # %% ../../nbs/charts/03_curves.ipynb #eb194b1b
 def _pointed(points: pl.DataFrame) -> list[alt.Parameter]:
@@ -135,8 +137,8 @@ def _pointed(points: pl.DataFrame) -> list[alt.Parameter]:
 
 def _pointer(points: pl.DataFrame, x: str, shown: bool, pointed: Sequence[alt.Parameter]) -> alt.Chart:
     "A line at the place that is pointed at"
-    at = alt.Chart(_data(points.select("x").unique().sort("x"))).mark_rule(strokeWidth=1.5, tooltip=None, aria=False)
-    return at.encode(x=_x_places(points["x"], x, shown), opacity=alt.condition(pointed[0] | pointed[1], alt.value(0.6), alt.value(0)))
+    at = alt.Chart(inline_data(points.select("x").unique().sort("x"))).mark_rule(strokeWidth=1.5, tooltip=None, aria=False)
+    return at.encode(x=place_axis(points["x"], x, shown), opacity=alt.condition(pointed[0] | pointed[1], alt.value(0.6), alt.value(0)))
 
 
 def _two_panels(
@@ -149,11 +151,11 @@ def _two_panels(
     "The curves, and attention below them"
     rows = points.drop_nulls("attention").with_columns(mean=pl.col("attention"), rows=pl.lit(1))
     low, high = min(rows["mean"].min(), 0.0), max(rows["mean"].max(), 0.0)
-    how = dict(scale=alt.Scale(domain=[low, 1.12 * high or 1], nice=False), axis=_axis(title=None, tickCount=3))
-    shares = _line_layers(rows, _x_places(points["x"], x, True), how, [], by)
+    how = dict(scale=alt.Scale(domain=[low, 1.12 * high or 1], nice=False), axis=axis_style(title=None, tickCount=3))
+    shares = line_layers(rows, place_axis(points["x"], x, True), how, [], by)
     title = alt.TitleParams(text=visible(names[2], 100), anchor="start", fontSize=12, fontWeight="normal", offset=4)
     pointed = _pointed(points)
-    upper, lower = (alt.layer(_pointer(points, x, shown, pointed), *marks, _strips(points, x, shown, *names[:2]).add_params(pointed[shown]))
+    upper, lower = (alt.layer(_pointer(points, x, shown, pointed), *marks, strip_layer(points, x, shown, *names[:2]).add_params(pointed[shown]))
                     for shown, marks in ((False, layers), (True, shares)))
     lower = lower.properties(width=WIDTH, height=80, title=title)
     both = alt.vconcat(upper.properties(width=WIDTH, height=HEIGHT), lower, spacing=6)
@@ -177,15 +179,15 @@ def position_curve(
     attention_name: str | None = None,  # what the panel below is called, if not by its column
 ) -> alt.LayerChart | alt.VConcatChart:
     "A value against the place of the answer, with its interval, lines to read it against, and the attention at each place"
-    points, what = _placed(frame, value, x, by, (lower, upper), attention), label(name or value, unit)
+    points, what = placed_points(frame, value, x, by, (lower, upper), attention), label(name or value, unit)
     lines, share = dict(lines or {}), label(attention_name or attention or "")
     every = pl.concat([points[c].alias("y") for c in ("mean", "low", "high")] + [pl.Series("y", [*lines.values()], dtype=pl.Float64)])
-    y_how, y_at = _y_axis(pl.Series("y", domain) if domain else every, what, False)
-    layers = [*_references(lines, y_how, y_at, HEIGHT), *_line_layers(points, _x_places(points["x"], x, not attention), y_how, [], by)]
+    y_how, y_at = y_axis(pl.Series("y", domain) if domain else every, what, False)
+    layers = [*_references(lines, y_how, y_at, HEIGHT), *line_layers(points, place_axis(points["x"], x, not attention), y_how, [], by)]
     text = subtitle if subtitle is not None else _place_text(points, lines)
     said = title or f"{label(name or value)} by {_TITLED.get(x, label(x))}".capitalize()
-    if attention: return _titled(_two_panels(points, x, by, (what, label(attention), share), layers), said, text, WIDTH)
-    return _titled(alt.layer(*layers, _strips(points, x, True, what)).properties(width=WIDTH, height=HEIGHT), said, text, WIDTH)
+    if attention: return titled(_two_panels(points, x, by, (what, label(attention), share), layers), said, text, WIDTH)
+    return titled(alt.layer(*layers, strip_layer(points, x, True, what)).properties(width=WIDTH, height=HEIGHT), said, text, WIDTH)
 
 # %% ../../nbs/charts/03_curves.ipynb #0af7fffd
 _TITLED = {"gold_index": "place of the answer", "depth_percent": "depth of the answer"}
@@ -200,18 +202,18 @@ def _place_text(points: pl.DataFrame, lines: Mapping[str, float]) -> str:
 def _parts(frame: pl.DataFrame, value: str, category: str, split: str | None, ends: tuple[str, str]) -> pl.DataFrame:
     "category, part, value, low, high of every dot"
     rows = drawable(frame, [value], [category, *([split] if split else ())]).drop_nulls(value)
-    part = _shown(rows[split], 24) if split else pl.lit(label(value))
-    out = rows.select(category=_shown(rows[category], 40), part=part, value=pl.col(value), **_ends(rows, *ends))
+    part = shown_text(rows[split], 24) if split else pl.lit(label(value))
+    out = rows.select(category=shown_text(rows[category], 40), part=part, value=pl.col(value), **_ends(rows, *ends))
     return _apart(out, ["category", "part"], split or "part")
 
 
 def _x_dots(rows: pl.DataFrame, title: str) -> dict[str, Any]:
     "The axis of values, with room at both sides"
     every = pl.concat([rows[c] for c in ("value", "low", "high")]).drop_nulls()
-    low, high = _span(every.min(), every.max())
+    low, high = axis_span(every.min(), every.max())
     room = 0.05 * (high - low)
     scale = alt.Scale(domain=[low - room * (low != 0), high + room], nice=False, zero=False)
-    return dict(scale=scale, axis=_axis(title=title, tickCount=8))
+    return dict(scale=scale, axis=axis_style(title=title, tickCount=8))
 
 # %% ../../nbs/charts/03_curves.ipynb #51e6c7f6
 def remedy_dots(
@@ -236,23 +238,23 @@ def remedy_dots(
     text = "Thin lines: the interval of each." if rows["low"].count() else ""
     if baseline is not None: text += f" Broken lines: the values of “{visible(baseline, 40)}”."
     chart = alt.layer(*layers).properties(width=WIDTH - 100, height=alt.Step(max(26, 16 * len(parts) + 8), **{"for": "position"}))
-    return _titled(chart, title or label(name or value).capitalize(), text.strip() if subtitle is None else subtitle, WIDTH)
+    return titled(chart, title or label(name or value).capitalize(), text.strip() if subtitle is None else subtitle, WIDTH)
 
 # %% ../../nbs/charts/03_curves.ipynb #78e5997f
 def _dot_layers(rows: pl.DataFrame, held: pl.DataFrame, x_how: dict[str, Any], names: Sequence[str]) -> list[alt.Chart]:
     "Broken lines, intervals, dots"
     order, parts = (rows[c].unique(maintain_order=True).to_list() for c in ("category", "part"))
-    legend = _legend(title=None, **ABOVE) if len(parts) > 1 else None
+    legend = legend_style(title=None, **ABOVE) if len(parts) > 1 else None
     colour = alt.Color("part:N", scale=alt.Scale(domain=parts, range=list(COLOURS[:len(parts)])), legend=legend)
     shape = alt.Shape("part:N", scale=alt.Scale(domain=parts, range=list(SHAPES[:len(parts)])), legend=legend)
-    axis = _axis(title=None, labelLimit=260, grid=False, domain=False, ticks=False, labelPadding=8)
+    axis = axis_style(title=None, labelLimit=260, grid=False, domain=False, ticks=False, labelPadding=8)
     y = dict(y=alt.Y("category:N", sort=order, axis=axis, scale=alt.Scale(paddingInner=0.25, paddingOuter=0.2)),
              yOffset=alt.YOffset("part:N", scale=alt.Scale(domain=parts)))
-    tips = _tips(("category", "nominal", names[0]), ("part", "nominal", names[1]), ("value", "quantitative", names[2]))
-    if rows["low"].count(): tips += _tips(("low", "quantitative", "lower"), ("high", "quantitative", "upper"))
-    x, base = (lambda c: alt.X(c, type="quantitative", **x_how)), alt.Chart(_data(rows))
-    across = alt.Chart(_data(held)).mark_rule(strokeDash=[3, 4], strokeWidth=1.2, opacity=0.7, tooltip=None, aria=False)
-    spread = alt.Chart(_data(rows.drop_nulls(["low", "high"]))).mark_rule(strokeWidth=2, opacity=0.75, tooltip=None)
+    tips = tooltips(("category", "nominal", names[0]), ("part", "nominal", names[1]), ("value", "quantitative", names[2]))
+    if rows["low"].count(): tips += tooltips(("low", "quantitative", "lower"), ("high", "quantitative", "upper"))
+    x, base = (lambda c: alt.X(c, type="quantitative", **x_how)), alt.Chart(inline_data(rows))
+    across = alt.Chart(inline_data(held)).mark_rule(strokeDash=[3, 4], strokeWidth=1.2, opacity=0.7, tooltip=None, aria=False)
+    spread = alt.Chart(inline_data(rows.drop_nulls(["low", "high"]))).mark_rule(strokeWidth=2, opacity=0.75, tooltip=None)
     return [*([across.encode(x=x("value"), color=colour)] if held.height else []),
             *([spread.encode(x=x("low"), x2="high:Q", color=colour, **y)] if rows["low"].count() else []),
             base.mark_point(filled=True, size=75, opacity=1).encode(x=x("value"), color=colour, shape=shape, tooltip=tips, **y)]
@@ -281,17 +283,17 @@ def depth_points(
     rows = drawable(frame, [x, depth, value], [trial] if trial else []).drop_nulls([x, depth])
     off = rows.filter(~pl.col(depth).is_between(0, 100))[depth]
     if len(off): raise ChartError(f"a depth of {off[0]:g} % in column {depth!r}: depths are 0 to 100")
-    keys = dict(column=pl.col(x), at=pl.col(depth), trial=_shown(rows[trial]) if trial else pl.lit(""))
+    keys = dict(column=pl.col(x), at=pl.col(depth), trial=shown_text(rows[trial]) if trial else pl.lit(""))
     cells = rows.select(**keys, value=pl.col(value)).group_by(*keys).agg(pl.col("value").mean(), pl.len().alias("rows")).sort(*keys)
     n, height = cells["column"].n_unique(), 420
     half, w = _tile(cells, height), max(8, min(90, WIDTH // n))
     cells = cells.with_columns(top=pl.col("at") - half, bottom=pl.col("at") + half)
     known, lost = cells.drop_nulls("value"), cells.filter(pl.col("value").is_null())
-    colour = _colour(*(domain or _span(known["value"].min(), known["value"].max())), what := label(name or value, unit))
+    colour = colour_scale(*(domain or axis_span(known["value"].min(), known["value"].max())), what := label(name or value, unit))
     layers = _tile_layers(known, lost, colour, half, (x, trial), w * n, what)
-    text = subtitle if subtitle is not None else _cell_text(cells, lost).replace("a cell", "a tile")
+    text = subtitle if subtitle is not None else cell_text(cells, lost).replace("a cell", "a tile")
     said = title or f"{label(name or value)} by depth and context length".capitalize()
-    return _titled(alt.layer(*layers).properties(width=w * n, height=height), said, text, max(w * n, 420))
+    return titled(alt.layer(*layers).properties(width=w * n, height=height), said, text, max(w * n, 420))
 
 # %% ../../nbs/charts/03_curves.ipynb #051d9f7d
 def _tile_layers(
@@ -305,16 +307,16 @@ def _tile_layers(
 ) -> list[alt.Chart]:
     "The tiles, those without a value in grey"
     at = pl.concat([known["column"], lost["column"]])
-    how = _ordinal(at, columns[0], "tokens" if columns[0] == "context_length" else "", width, 52)
+    how = ordinal_axis(at, columns[0], "tokens" if columns[0] == "context_length" else "", width, 52)
     y = dict(scale=alt.Scale(domain=[-half, 100 + half], reverse=True, nice=False, zero=False),
-             axis=_axis(title="depth (%)", values=[*range(0, 101, 10)], grid=False))
+             axis=axis_style(title="depth (%)", values=[*range(0, 101, 10)], grid=False))
     where = dict(x=alt.X("column", **how), y=alt.Y("top", type="quantitative", **y), y2="bottom:Q")
     named = ("column", label(columns[0])), ("at", "depth, %"), ("rows", "measurements")
-    tips = _tips(*((field, "quantitative", name) for field, name in named))
+    tips = tooltips(*((field, "quantitative", name) for field, name in named))
     if columns[1]:
         trials = pl.concat([known["trial"], lost["trial"]]).unique().sort().to_list()
         where["xOffset"] = alt.XOffset("trial:N", scale=alt.Scale(domain=trials))
-        tips += _tips(("trial", "nominal", label(columns[1])))
-    grey = alt.Chart(_data(lost)).mark_rect(color="#8888", opacity=0.4).encode(**where, tooltip=tips)
-    tiles = alt.Chart(_data(known)).mark_rect().encode(**where, color=colour, tooltip=[*tips, *_tips(("value", "quantitative", what))])
+        tips += tooltips(("trial", "nominal", label(columns[1])))
+    grey = alt.Chart(inline_data(lost)).mark_rect(color="#8888", opacity=0.4).encode(**where, tooltip=tips)
+    tiles = alt.Chart(inline_data(known)).mark_rect().encode(**where, color=colour, tooltip=[*tips, *tooltips(("value", "quantitative", what))])
     return [*([grey] if lost.height else []), tiles]

@@ -8,8 +8,9 @@ from __future__ import annotations
 import altair as alt
 import polars as pl
 
-from .common import WIDTH, _colour, _data, _span, _tips, _titled, drawable
-from .heatmaps import _ordinal
+from .base import inline_data, drawable, axis_span, tooltips, titled, WIDTH
+from .common import colour_scale
+from .heatmaps import ordinal_axis
 
 # %% auto #0
 __all__ = ['looking_map']
@@ -24,13 +25,13 @@ def looking_map(
     rows = drawable(frame, ["position", "document", "mass"]).with_columns(value=pl.col("mass"))
     n_x, n_y = rows["document"].n_unique(), rows["position"].n_unique()
     w, h = max(5, min(40, WIDTH // n_x)), max(14, min(34, 300 // n_y))
-    x = alt.X("document", **_ordinal(rows["document"], what, "", w * n_x, 30))
-    y = alt.Y("position", **_ordinal(rows["position"], f"place of the right {what}", "", h * n_y, 16))
-    tips = _tips(("position", "quantitative", f"place of the right {what}"), ("document", "quantitative", what),
+    x = alt.X("document", **ordinal_axis(rows["document"], what, "", w * n_x, 30))
+    y = alt.Y("position", **ordinal_axis(rows["position"], f"place of the right {what}", "", h * n_y, 16))
+    tips = tooltips(("position", "quantitative", f"place of the right {what}"), ("document", "quantitative", what),
                  ("mass", "quantitative", "attention, share"))
-    cells = alt.Chart(_data(rows)).mark_rect().encode(x=x, y=y, tooltip=tips,
-                                                      color=_colour(*_span(rows["mass"].min(), rows["mass"].max()), "attention, share"))
+    cells = alt.Chart(inline_data(rows)).mark_rect().encode(x=x, y=y, tooltip=tips,
+                                                      color=colour_scale(*axis_span(rows["mass"].min(), rows["mass"].max()), "attention, share"))
     right = rows.filter(pl.col("position") == pl.col("document"))
-    frames = alt.Chart(_data(right)).mark_rect(fill=None, stroke="#d55e00", strokeWidth=2, tooltip=None).encode(x=x, y=y)
+    frames = alt.Chart(inline_data(right)).mark_rect(fill=None, stroke="#d55e00", strokeWidth=2, tooltip=None).encode(x=x, y=y)
     text = f"Mean over layers, heads, the rows that say the answer, and questions. Framed: the right {what}."
-    return _titled(alt.layer(cells, frames).properties(width=w * n_x, height=h * n_y), title, text, max(w * n_x, 420))
+    return titled(alt.layer(cells, frames).properties(width=w * n_x, height=h * n_y), title, text, max(w * n_x, 420))

@@ -11,12 +11,13 @@ import altair as alt
 import numpy as np
 import polars as pl
 
-from longlens.charts.common import (
-    ABOVE, COLOURS, HEIGHT, PAD, WIDTH, ChartError, _axis, _colour, _data, _legend, _line_layers, _lines, _span, _tips, _titled, _y_axis,
-    drawable, label, summarise,
+from longlens.charts.base import (
+    ABOVE, axis_style, ChartError, COLOURS, inline_data, drawable, HEIGHT, label, legend_style, PAD, axis_span, tooltips, titled,
+    WIDTH, y_axis,
 )
-from .heatmaps import _ordinal
-from .curves import _placed, _strips, _x_places
+from .common import colour_scale, line_layers, line_series, summarise
+from .heatmaps import ordinal_axis
+from .curves import placed_points, strip_layer, place_axis
 
 # %% auto #0
 __all__ = ['METHODS', 'similarity_curve', 'spectrum_curve', 'has_umap', 'on_a_plane', 'embedding_map', 'truncation_map',
@@ -38,19 +39,19 @@ def similarity_curve(
     subtitle: str | None = None,  # how to read it, if not by the sentence that comes with it
 ) -> alt.LayerChart:
     """Mean cosine of two texts by length, with its interval and the spread of pairs."""
-    points, spread = (_placed(frame, "mean_cosine", "context_length", by, ends, None) for ends in (("lower", "upper"), ("q05", "q95")))
+    points, spread = (placed_points(frame, "mean_cosine", "context_length", by, ends, None) for ends in (("lower", "upper"), ("q05", "q95")))
     every = pl.concat([f[c].alias("y") for f in (points, spread) for c in ("mean", "low", "high")])
-    y_how, _ = _y_axis(every, "cosine", False)
-    x, names = _x_places(points["x"], "context_length", True), points["series"].unique(maintain_order=True).to_list()
-    legend = _legend(title=by and label(by), columns=4, **ABOVE) if len(names) > 1 else None
+    y_how, _ = y_axis(every, "cosine", False)
+    x, names = place_axis(points["x"], "context_length", True), points["series"].unique(maintain_order=True).to_list()
+    legend = legend_style(title=by and label(by), columns=4, **ABOVE) if len(names) > 1 else None
     colour = alt.Color("series:N", scale=alt.Scale(domain=names, range=list(COLOURS[: len(names)])), legend=legend)
-    wide = alt.Chart(_data(spread)).mark_area(opacity=0.16, tooltip=None)
+    wide = alt.Chart(inline_data(spread)).mark_area(opacity=0.16, tooltip=None)
     band = wide.encode(x=x, y=alt.Y("low:Q", **y_how), y2="high:Q", color=colour)
     text = "Line and narrow band: mean over pairs, and its 95 % interval over documents. Wide band: the middle 90 % of pairs."
-    strips = _strips(points, "context_length", True, "mean cosine")
+    strips = strip_layer(points, "context_length", True, "mean cosine")
     for shown in (x, strips.encoding.x): shown["axis"]["values"] = _apart_on_log(points.filter(series=names[0])["x"], points["x"])
-    chart = alt.layer(band, *_line_layers(points, x, y_how, [], by), strips)
-    return _titled(chart.properties(width=WIDTH, height=HEIGHT), title, text if subtitle is None else subtitle, WIDTH)
+    chart = alt.layer(band, *line_layers(points, x, y_how, [], by), strips)
+    return titled(chart.properties(width=WIDTH, height=HEIGHT), title, text if subtitle is None else subtitle, WIDTH)
 
 # %% ../../nbs/charts/05_embeddings.ipynb #5fd3323a
 def spectrum_curve(
@@ -63,10 +64,10 @@ def spectrum_curve(
     rows = rows.sort("context_length", "direction").with_columns(pl.col("context_length").cast(pl.Int64))
     points = summarise(rows, "direction", ["share"], "context_length")
     scale = alt.Scale(domain=[1, max(2, points["x"].max())], nice=False, zero=False, padding=PAD)
-    x = alt.X("x:Q", scale=scale, axis=_axis(title="direction, the largest first", format="d", tickMinStep=1))
+    x = alt.X("x:Q", scale=scale, axis=axis_style(title="direction, the largest first", format="d", tickMinStep=1))
     text = "Squared singular values over their sum, from the largest on. A steep line: few directions carry nearly everything."
-    chart = _lines(points, x, "direction", "share of squares", "context_length", True)
-    return _titled(chart, title, text if subtitle is None else subtitle, WIDTH)
+    chart = line_series(points, x, "direction", "share of squares", "context_length", True)
+    return titled(chart, title, text if subtitle is None else subtitle, WIDTH)
 
 # %% ../../nbs/charts/05_embeddings.ipynb #3fc24db1
 METHODS = ("pca", "umap")
@@ -107,18 +108,18 @@ def embedding_map(
     rows = rows.with_columns(pl.col("context_length").cast(pl.Int64))
     middle = rows.group_by("context_length", maintain_order=True).agg(pl.col("x", "y").mean())
     of = ["", ""] if shares is None else [f" ({100 * s:.0f} % of variance)" for s in shares]
-    how = [dict(axis=_axis(title=f"{name} axis{part}", tickCount=7), scale=alt.Scale(zero=False))
+    how = [dict(axis=axis_style(title=f"{name} axis{part}", tickCount=7), scale=alt.Scale(zero=False))
            for name, part in zip(("first", "second"), of, strict=True)]
     x, y = alt.X("x:Q", **how[0]), alt.Y("y:Q", **how[1])
     lengths = rows["context_length"].unique().sort().to_list()
-    legend = _legend(title="tokens", columns=8, **ABOVE)
+    legend = legend_style(title="tokens", columns=8, **ABOVE)
     colour = alt.Color("context_length:O", scale=alt.Scale(scheme="viridis", domain=lengths), legend=legend)
-    tips = _tips(("document", "nominal", "document"), ("context_length", "quantitative", "tokens"))
-    dots = alt.Chart(_data(rows)).mark_point(filled=True, size=45, opacity=0.65).encode(x=x, y=y, color=colour, tooltip=tips)
-    marks = alt.Chart(_data(middle)).mark_point(filled=True, size=260, opacity=1, stroke="white", strokeWidth=1.5, shape="diamond")
+    tips = tooltips(("document", "nominal", "document"), ("context_length", "quantitative", "tokens"))
+    dots = alt.Chart(inline_data(rows)).mark_point(filled=True, size=45, opacity=0.65).encode(x=x, y=y, color=colour, tooltip=tips)
+    marks = alt.Chart(inline_data(middle)).mark_point(filled=True, size=260, opacity=1, stroke="white", strokeWidth=1.5, shape="diamond")
     text = "Each dot is a text. Large marks: the centre of the texts of one length."
     chart = alt.layer(dots, marks.encode(x=x, y=y, color=colour, tooltip=tips[1:])).properties(width=WIDTH - 120, height=380)
-    return _titled(chart, title, text if subtitle is None else subtitle, WIDTH - 120)
+    return titled(chart, title, text if subtitle is None else subtitle, WIDTH - 120)
 
 # %% ../../nbs/charts/05_embeddings.ipynb #98637a25
 def truncation_map(
@@ -136,16 +137,16 @@ def truncation_map(
         raise ChartError(f"two values for {at}: filter the frame to one length and measure")
     n_x, n_y = rows["dims"].n_unique(), rows["layer"].n_unique()
     w, h = max(34, min(70, 480 // n_x)), max(18, min(34, 300 // n_y))
-    x = alt.X("dims", **_ordinal(rows["dims"], "numbers kept", "", w * n_x, 30))
-    y = alt.Y("layer", **_ordinal(rows["layer"], "layers read (0: the input)", "", h * n_y, 16))
-    tips = _tips(("layer", "quantitative", "layers read"), ("dims", "quantitative", "numbers"), ("value", "quantitative", name))
-    low, high = domain or _span(rows["value"].min(), rows["value"].max())
+    x = alt.X("dims", **ordinal_axis(rows["dims"], "numbers kept", "", w * n_x, 30))
+    y = alt.Y("layer", **ordinal_axis(rows["layer"], "layers read (0: the input)", "", h * n_y, 16))
+    tips = tooltips(("layer", "quantitative", "layers read"), ("dims", "quantitative", "numbers"), ("value", "quantitative", name))
+    low, high = domain or axis_span(rows["value"].min(), rows["value"].max())
     told = rows.with_columns(dark=(pl.col("value") - low) / max(high - low, 1e-9) < 0.6,
                              text=pl.Series([f"{v:.2f}" for v in rows["value"]], dtype=pl.String))
-    cells = alt.Chart(_data(rows)).mark_rect().encode(x=x, y=y, color=_colour(low, high, label(name, unit)), tooltip=tips)
-    words = [alt.Chart(_data(f)).mark_text(fontSize=11, tooltip=None, color=ink).encode(x=x, y=y, text="text:N")
+    cells = alt.Chart(inline_data(rows)).mark_rect().encode(x=x, y=y, color=colour_scale(low, high, label(name, unit)), tooltip=tips)
+    words = [alt.Chart(inline_data(f)).mark_text(fontSize=11, tooltip=None, color=ink).encode(x=x, y=y, text="text:N")
              for ink, f in (("white", told.filter("dark")), ("black", told.filter(~pl.col("dark")))) if len(f)]
-    return _titled(alt.layer(cells, *words).properties(width=w * n_x, height=h * n_y), title, subtitle, max(w * n_x, 330))
+    return titled(alt.layer(cells, *words).properties(width=w * n_x, height=h * n_y), title, subtitle, max(w * n_x, 330))
 
 # %% ../../nbs/charts/05_embeddings.ipynb #80a18539
 def tau_curve(
@@ -156,13 +157,13 @@ def tau_curve(
 ) -> alt.LayerChart:
     """A value against the temperature of the attention, a line for each length."""
     by = "context_length" if frame["context_length"].n_unique() > 1 else None
-    points = _placed(frame.sort("context_length", "tau"), "value", "tau", by, ("lower", "upper"), None)
-    y_how, _ = _y_axis(pl.concat([points[c].alias("y") for c in ("mean", "low", "high")]), label(name, unit), False)
+    points = placed_points(frame.sort("context_length", "tau"), "value", "tau", by, ("lower", "upper"), None)
+    y_how, _ = y_axis(pl.concat([points[c].alias("y") for c in ("mean", "low", "high")]), label(name, unit), False)
     at = points["x"].unique().sort().to_list()
-    axis = _axis(title="temperature", values=at, format=".3~g", labelOverlap=False)
+    axis = axis_style(title="temperature", values=at, format=".3~g", labelOverlap=False)
     ends = [at[0], at[-1]] if len(at) > 1 else [at[0] / 2, 2 * at[0]]
     x = alt.X("x:Q", scale=alt.Scale(domain=ends, nice=False, zero=False, padding=PAD), axis=axis)
-    tips = _tips(("series", "nominal", "tokens"), ("x", "quantitative", "temperature"), ("mean", "quantitative", name),
+    tips = tooltips(("series", "nominal", "tokens"), ("x", "quantitative", "temperature"), ("mean", "quantitative", name),
                  ("low", "quantitative", "lower"), ("high", "quantitative", "upper"))
-    chart = alt.layer(*_line_layers(points, x, y_how, tips, by)).properties(width=WIDTH, height=HEIGHT)
-    return _titled(chart, title or name.capitalize(), "", WIDTH)
+    chart = alt.layer(*line_layers(points, x, y_how, tips, by)).properties(width=WIDTH, height=HEIGHT)
+    return titled(chart, title or name.capitalize(), "", WIDTH)

@@ -8,20 +8,20 @@ from __future__ import annotations
 import altair as alt
 import polars as pl
 
-from longlens.charts.common import (
-    WIDTH, ChartError, _axis, _colour, _data, _lines, _number, _span, _spread_text, _tips, _titled, drawable, label, summarise,
-)
+from .base import axis_style, ChartError, inline_data, drawable, label, axis_span, tooltips, titled, WIDTH
+from .base import short_number
+from .common import colour_scale, line_series, spread_text, summarise
 
 # %% auto #0
-__all__ = ['depth_map', 'count_curve']
+__all__ = ['ordinal_axis', 'depth_map', 'cell_text', 'count_curve']
 
 # %% ../../nbs/charts/02_heatmaps.ipynb #adaa6fa3
-def _ordinal(values: pl.Series, name: str, unit: str, size: int, room: int, descending: bool = False) -> dict:
+def ordinal_axis(values: pl.Series, name: str, unit: str, size: int, room: int, descending: bool = False) -> dict:
     "An axis of cells for the distinct values of a column, in order"
     at = values.unique().sort(descending=descending).to_list()
     every = -(-room * len(at) // max(1, size))  # ticks that have room
     return dict(type="ordinal", scale=alt.Scale(domain=at, paddingInner=0.04, paddingOuter=0),
-                axis=_axis(title=label(name, unit), values=at[::every], labelAngle=0, format=",~g", ticks=False, domain=False,
+                axis=axis_style(title=label(name, unit), values=at[::every], labelAngle=0, format=",~g", ticks=False, domain=False,
                            labelOverlap=False))
 
 # %% ../../nbs/charts/02_heatmaps.ipynb #e683708b
@@ -42,22 +42,22 @@ def depth_map(
     n_x, n_y = cells["context_length"].n_unique(), cells["depth_percent"].n_unique()
     w, h = max(6, min(90, WIDTH // n_x)), max(6, min(26, 420 // n_y))
     what = label(name or value, unit)
-    x = alt.X("context_length", **_ordinal(cells["context_length"], "context_length", "tokens", w * n_x, 52))
-    y = alt.Y("depth_percent", **_ordinal(cells["depth_percent"], "depth", "%", h * n_y, 16))
-    tips = _tips(("context_length", "quantitative", "context, tokens"), ("depth_percent", "quantitative", "depth, %"),
+    x = alt.X("context_length", **ordinal_axis(cells["context_length"], "context_length", "tokens", w * n_x, 52))
+    y = alt.Y("depth_percent", **ordinal_axis(cells["depth_percent"], "depth", "%", h * n_y, 16))
+    tips = tooltips(("context_length", "quantitative", "context, tokens"), ("depth_percent", "quantitative", "depth, %"),
                  ("value", "quantitative", what), ("rows", "quantitative", "measurements"))
-    colour = _colour(*(domain or _span(known["value"].min(), known["value"].max())), what)
-    charts = [alt.Chart(_data(known)).mark_rect().encode(x=x, y=y, color=colour, tooltip=tips)]
-    if lost.height: charts.append(alt.Chart(_data(lost)).mark_rect(color="#8888", opacity=0.4).encode(x=x, y=y, tooltip=tips[:2]))
-    text = subtitle or _cell_text(cells, lost)
+    colour = colour_scale(*(domain or axis_span(known["value"].min(), known["value"].max())), what)
+    charts = [alt.Chart(inline_data(known)).mark_rect().encode(x=x, y=y, color=colour, tooltip=tips)]
+    if lost.height: charts.append(alt.Chart(inline_data(lost)).mark_rect(color="#8888", opacity=0.4).encode(x=x, y=y, tooltip=tips[:2]))
+    text = subtitle or cell_text(cells, lost)
     said = title or f"{label(name or value)} by depth and context length".capitalize()
-    return _titled(alt.layer(*charts).properties(width=w * n_x, height=h * n_y), said, text, max(w * n_x, 420))
+    return titled(alt.layer(*charts).properties(width=w * n_x, height=h * n_y), said, text, max(w * n_x, 420))
 
 # %% ../../nbs/charts/02_heatmaps.ipynb #d3c94599
-def _cell_text(cells: pl.DataFrame, lost: pl.DataFrame) -> str:
+def cell_text(cells: pl.DataFrame, lost: pl.DataFrame) -> str:
     most = cells["rows"].max()
-    text = "One measurement a cell." if most == 1 else f"Mean over {_number(cells['rows'].min())} to {_number(most)} measurements a cell."
-    if cells["rows"].min() == most > 1: text = f"Mean over {_number(most)} measurements a cell."
+    text = "One measurement a cell." if most == 1 else f"Mean over {short_number(cells['rows'].min())} to {short_number(most)} measurements a cell."
+    if cells["rows"].min() == most > 1: text = f"Mean over {short_number(most)} measurements a cell."
     return text + (f" Grey: nothing measured ({lost.height:,})." if lost.height else "")
 
 # %% ../../nbs/charts/02_heatmaps.ipynb #2ed5184d
@@ -78,8 +78,8 @@ def count_curve(
     ticks = points["x"].unique().sort().to_list()
     if ticks[0] < 0: raise ChartError(f"a count of {ticks[0]:g} in column {x!r}: counts are 0 or more")
     shown = ticks if len(ticks) <= 10 else None
-    axis = _axis(title=label(x), format="d", **({"values": shown} if shown else {"tickCount": 8}))
+    axis = axis_style(title=label(x), format="d", **({"values": shown} if shown else {"tickCount": 8}))
     wide = {"type": "symlog", "constant": 2} if ticks[-1] > 10 else {}  # counts that double need a scale that does
     scale = alt.Scale(domain=[0, max(1, ticks[-1])], nice=False, padding=12, **wide)
-    chart = _lines(points, alt.X("x:Q", scale=scale, axis=axis), label(x), label(name or value, unit), by, log)
-    return _titled(chart, title or f"{label(value)} by {label(x)}".capitalize(), subtitle or _spread_text(points, over), WIDTH)
+    chart = line_series(points, alt.X("x:Q", scale=scale, axis=axis), label(x), label(name or value, unit), by, log)
+    return titled(chart, title or f"{label(value)} by {label(x)}".capitalize(), subtitle or spread_text(points, over), WIDTH)

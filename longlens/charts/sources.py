@@ -17,10 +17,13 @@ import polars as pl
 
 from ..probes.traceback.report import Trace, said_probability
 from ..report import Report
-from .common import COLOURS, FONT, PAD, WIDTH, ChartError, _axis, _data, _powers, _shown, _tips, _titled, drawable, label
+from longlens.charts.base import (
+    axis_style, ChartError, COLOURS, inline_data, drawable, FONT, label, PAD, log_ticks, tooltips, titled, WIDTH,
+)
+from .base import shown_text
 from .page import Section, write_page
 from ..text import visible
-from .token_view import Shade, TextData, TokenView, _quantity, _u32, utf16_at
+from .token_view import Shade, TextData, TokenView, quantity_state, as_u32, utf16_at
 
 # %% auto #0
 __all__ = ['Spans', 'READING', 'Box', 'trace_data', 'trace_view', 'trace_section', 'TracePage', 'trace_page', 'spans_page',
@@ -44,17 +47,17 @@ def _source_table(context: str, sources: pl.DataFrame) -> pl.DataFrame:    # in 
 def _source_context(context: str, table: pl.DataFrame) -> dict[str, Any]:
     "The text of a trace, and where its sources are"
     a, b = table["start"].to_numpy(), table["end"].to_numpy()
-    places = [{"name": "characters", "from": _u32(a), "to": _u32(b)}]
+    places = [{"name": "characters", "from": as_u32(a), "to": as_u32(b)}]
     if {"token_start", "token_end"} <= {*table.columns} and not table["token_start"].null_count():
-        places.append({"name": "tokens", "from": _u32(table["token_start"].to_numpy()), "to": _u32(table["token_end"].to_numpy())})
-    return {"unit": "source", "text": context, "starts": _u32(utf16_at(context, a)), "ends": _u32(utf16_at(context, b)), "places": places}
+        places.append({"name": "tokens", "from": as_u32(table["token_start"].to_numpy()), "to": as_u32(table["token_end"].to_numpy())})
+    return {"unit": "source", "text": context, "starts": as_u32(utf16_at(context, a)), "ends": as_u32(utf16_at(context, b)), "places": places}
 
 
 def _scores(table: pl.DataFrame, name: str) -> dict[str, Any]:
     "Scores as a quantity, with standard errors where the method has them"
     number = lambda c: table[c].cast(pl.Float64).fill_null(math.nan).to_numpy()
     errors = number("error") if "error" in table.columns and table["error"].null_count() < table.height else None
-    return _quantity(name, Shade(number("score"), errors=errors), table.height)
+    return quantity_state(name, Shade(number("score"), errors=errors), table.height)
 
 # %% ../../nbs/charts/08_sources.ipynb #42d86d36
 Spans = Mapping[tuple[int, int], pl.DataFrame]    # (first, one past the last) token of the answer -> its sources
@@ -249,7 +252,7 @@ def _costed(frame: pl.DataFrame, quality: str, cost: str, method: str) -> pl.Dat
     rows = drawable(frame, [quality, cost, *(ranged if len(ranged) == 2 else [])], [method]).drop_nulls([quality, cost])
     if (least := rows[cost].min()) <= 0: raise ChartError(f"column {cost!r} has {least:g}, which has no place on a logarithmic axis")
     low, high = ("lower", "upper") if len(ranged) == 2 else (quality, quality)
-    out = rows.select(name=_shown(rows[method], 40), x=pl.col(cost), y=pl.col(quality), low=pl.col(low).fill_null(pl.col(quality)),
+    out = rows.select(name=shown_text(rows[method], 40), x=pl.col(cost), y=pl.col(quality), low=pl.col(low).fill_null(pl.col(quality)),
                       high=pl.col(high).fill_null(pl.col(quality))).sort("x", "y", descending=[False, True])
     return out.with_columns(best=pl.col("y") > pl.col("y").shift(1).cum_max().fill_null(-math.inf))
 
@@ -268,17 +271,17 @@ def _plane(rows: pl.DataFrame, cost: str, quality: str, height: int) -> tuple[di
     back = [(x_of(x), high - y * (high - low) / height, align, math.dist((x, y), p[:2]) > 24)
             for (x, y, align), p in zip(spots, points, strict=True)]
     scale = alt.Scale(type="log", domain=[left, right], nice=False, padding=PAD)
-    axes = dict(x=dict(scale=scale, axis=_axis(title=f"{label(cost)} (log scale)", values=_powers(left, right), format="~s")),
-                y=dict(scale=alt.Scale(domain=[low, high], nice=False), axis=_axis(title=label(quality), tickCount=6)))
+    axes = dict(x=dict(scale=scale, axis=axis_style(title=f"{label(cost)} (log scale)", values=log_ticks(left, right), format="~s")),
+                y=dict(scale=alt.Scale(domain=[low, high], nice=False), axis=axis_style(title=label(quality), tickCount=6)))
     return axes, rows.with_columns(pl.DataFrame(back, schema=["tx", "ty", "align", "far"], orient="row"))
 
 # %% ../../nbs/charts/08_sources.ipynb #5f0a85b4
 def _cost_layers(rows: pl.DataFrame, axes: dict[str, Any], tips: list[alt.Tooltip]) -> list[alt.Chart]:
     "Front, intervals, points, names and what joins them to their points"
-    base, ink = alt.Chart(_data(rows)), COLOURS[0]
+    base, ink = alt.Chart(inline_data(rows)), COLOURS[0]
     x, y = (lambda c: alt.X(c, type="quantitative", **axes["x"])), (lambda c: alt.Y(c, type="quantitative", **axes["y"]))
     steps = dict(strokeDash=[5, 4], opacity=0.6, color=ink, tooltip=None, interpolate="step-after")
-    front, lines = alt.Chart(_data(rows.filter("best"))).mark_line(**steps), base.mark_rule(opacity=0.35, tooltip=None)
+    front, lines = alt.Chart(inline_data(rows.filter("best"))).mark_line(**steps), base.mark_rule(opacity=0.35, tooltip=None)
     word = dict(fontSize=FONT["labelFontSize"], baseline="middle", tooltip=None)
     names = [base.transform_filter(alt.datum.align == side).mark_text(align=side, **word).encode(x=x("tx"), y=y("ty"), text="name:N")
              for side in ("left", "right")]
@@ -300,8 +303,8 @@ def cost_chart(
     rows = _costed(frame, quality, cost, method)
     axes, rows = _plane(rows, cost, quality, height)
     ranged = bool((rows["low"] < rows["high"]).any())
-    tips = _tips(("name", "nominal", label(method)), ("x", "quantitative", label(cost)), ("y", "quantitative", label(quality)))
-    if ranged: tips += _tips(("low", "quantitative", "lower"), ("high", "quantitative", "upper"))
+    tips = tooltips(("name", "nominal", label(method)), ("x", "quantitative", label(cost)), ("y", "quantitative", label(quality)))
+    if ranged: tips += tooltips(("low", "quantitative", "lower"), ("high", "quantitative", "upper"))
     text = "Broken line: the methods that no cheaper one equals." + " Vertical lines: the interval of each." * ranged
     chart = alt.layer(*_cost_layers(rows, axes, tips)).properties(width=WIDTH, height=height)
-    return _titled(chart, title, text if subtitle is None else subtitle, WIDTH)
+    return titled(chart, title, text if subtitle is None else subtitle, WIDTH)

@@ -19,8 +19,8 @@ from traitlets import Dict, HasTraits, Int, List, TraitError, Unicode, observe, 
 from .page import as_json, static
 
 # %% auto #0
-__all__ = ['KINDS', 'EMPTY', 'MOST_SPANS', 'Shade', 'utf16', 'utf16_at', 'TextData', 'token_data', 'TokenView', 'token_view',
-           'text_html', 'tokens_html']
+__all__ = ['KINDS', 'EMPTY', 'MOST_SPANS', 'Shade', 'quantity_state', 'utf16', 'utf16_at', 'as_u32', 'TextData', 'token_data',
+           'TokenView', 'token_view', 'text_html', 'tokens_html']
 
 # %% ../../nbs/charts/07_token_view.ipynb #5b2f1c36
 KINDS = "sequential", "diverging", "log"
@@ -55,7 +55,7 @@ def _ends(v: np.ndarray, kind: str, name: str) -> tuple[float, float]:
     return (low, high) if low < high else (high / 10, high)
 
 # %% ../../nbs/charts/07_token_view.ipynb #5ead14bf
-def _quantity(name: str, shade: Any, n: int) -> dict[str, Any]:
+def quantity_state(name: str, shade: Any, n: int) -> dict[str, Any]:
     "A quantity as the browser takes it"
     shade = shade if isinstance(shade, Shade) else Shade(shade)
     v = _vector(shade.values, n, name)
@@ -109,11 +109,11 @@ def _token_context(tokens: Any) -> dict[str, Any]:
     text = "".join(part for gap, s in zip(gaps, strings, strict=True) for part in (gap, s or EMPTY))
     ends = np.cumsum([len(g) + len(s or EMPTY) for g, s in zip(gaps, strings, strict=True)])
     starts = ends - [len(s or EMPTY) for s in strings]
-    at = {name: _u32(utf16_at(text, places)) for name, places in (("starts", starts), ("ends", ends))}
-    return {"unit": "token", "text": text, **at, "empty": empty, **({"ids": _u32(tokens.ids)} if hasattr(tokens, "ids") else {})}
+    at = {name: as_u32(utf16_at(text, places)) for name, places in (("starts", starts), ("ends", ends))}
+    return {"unit": "token", "text": text, **at, "empty": empty, **({"ids": as_u32(tokens.ids)} if hasattr(tokens, "ids") else {})}
 
 
-def _u32(numbers: Any) -> bytes: return np.asarray(numbers).astype(np.uint32).tobytes()
+def as_u32(numbers: Any) -> bytes: return np.asarray(numbers).astype(np.uint32).tobytes()
 
 # %% ../../nbs/charts/07_token_view.ipynb #2d513d12
 MOST_SPANS = 2000    # in one view
@@ -178,7 +178,7 @@ def token_data(
     context = _token_context(getattr(tokens, "tokens", tokens))
     n, first = len(context["starts"]) // 4, _first_of(quantity, quantities or {})
     if selected is not None and not 0 <= selected < n: raise ValueError(f"token {selected:,} cannot be selected: there are {n:,}, from 0")
-    return TextData(context, [_quantity(k, v, n) for k, v in (quantities or {}).items()], _span_rows(spans, n, colours),
+    return TextData(context, [quantity_state(k, v, n) for k, v in (quantities or {}).items()], _span_rows(spans, n, colours),
                     {"label": label, "height": height, "top": top}, first, selected)
 
 # %% ../../nbs/charts/07_token_view.ipynb #b362be88
@@ -251,7 +251,7 @@ def shade(
     show: bool = False,     # shade by it now
 ) -> None:
     "Add a quantity, or replace the one of this name"
-    new = _quantity(name, values, self._n)
+    new = quantity_state(name, values, self._n)
     rows = [*self._quantities]
     at = next((i for i, row in enumerate(rows) if row["name"] == name), len(rows))
     rows[at:at + 1] = [new]

@@ -232,7 +232,7 @@ def text_documents(
 ) -> tuple[list[str], list[str]]:    # documents to be cut, and paragraphs as they are
     "Documents made of a text's paragraphs, or of its sentences where these are too few"
     from longlens.prompts.haystack import split_sentences
-    from longlens.retrieval_eval.tasks import long_texts
+    from longlens.retrieval_eval.truncate import long_texts
     paragraphs = [p.strip() for p in re.split(r"\n\s*\n", text) if p.strip()]
     for parts in (paragraphs, split_sentences(text)[0]):
         for n in (32, 24, 16, 12, 8):

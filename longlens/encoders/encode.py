@@ -16,9 +16,9 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .inputs import EncoderTokens, _Rows
-from ..models.forward import HFModel, HFTokenizer, TokenIds, Tokens, _first, _pad
-from .pooling import Pooling, _Dense, _unit
+from .inputs import EncoderTokens, TokenRows
+from ..models.forward import HFModel, HFTokenizer, TokenIds, Tokens, first_setting, pad_rows
+from .pooling import Pooling, DenseLayer, unit_length
 
 # %% auto #0
 __all__ = ['Encoder', 'Encoded']
@@ -56,7 +56,7 @@ def _width(
 ) -> int:
     """Numbers of an embedding; raise if pooling and projections do not fit together."""
     width = hidden * len(pooling.modes)
-    for head in (h for h in heads if isinstance(h, _Dense)):
+    for head in (h for h in heads if isinstance(h, DenseLayer)):
         if head.fan_in != width:
             raise ValueError(f"pooling {'+'.join(pooling.modes)} gives {width} numbers, and a Dense module of {name} takes "
                              f"{head.fan_in}: use the pooling it was made for")
@@ -103,18 +103,18 @@ def _batches(
 @patch
 def _padded(
     self: Encoder,
-    rows: _Rows,  # of all texts
+    rows: TokenRows,  # of all texts
     batch: Sequence[int],  # which of them
 ) -> tuple[dict[str, Tensor], Tensor]:  # arguments of the model, and the mask (batch, longest)
     """One batch."""
-    known = [v for v in (_first(self.tokenizer, "pad_token_id"), _first(self.config, "pad_token_id")) if v is not None]
-    ids, mask = _pad([rows.ids[i] for i in batch], "right", known[0] if known else 0)
+    known = [v for v in (first_setting(self.tokenizer, "pad_token_id"), first_setting(self.config, "pad_token_id")) if v is not None]
+    ids, mask = pad_rows([rows.ids[i] for i in batch], "right", known[0] if known else 0)
     out = {"input_ids": ids}
     if not mask.all():
         out["attention_mask"] = mask
     if rows.types is not None and self._takes("token_type_ids"):
-        pad = _first(self.tokenizer, "pad_token_type_id") or 0
-        out["token_type_ids"] = _pad([rows.types[i] for i in batch], "right", pad)[0]
+        pad = first_setting(self.tokenizer, "pad_token_type_id") or 0
+        out["token_type_ids"] = pad_rows([rows.types[i] for i in batch], "right", pad)[0]
     return {k: v.to(self.device) for k, v in out.items()}, mask.to(self.device)
 
 
@@ -176,7 +176,7 @@ def token_states(
     wanted = range(self.n_layers + 1) if layers is None else layers
     for layer in wanted:
         self._check_layer(layer)
-    out = self._layers(self._padded(_Rows([self.tokens(x).ids]), [0])[0])
+    out = self._layers(self._padded(TokenRows([self.tokens(x).ids]), [0])[0])
     return torch.stack([out[layer][0] for layer in wanted]).float()
 
 # %% ../../nbs/encoders/02_encode.ipynb #0e1dfeef
@@ -189,7 +189,7 @@ def _is_watched(self: Encoder) -> bool:
 
 @patch
 @torch.no_grad()
-def _embed(self: Encoder, rows: _Rows, batch_size: int, progress: bool, layer: int | None, sort: bool | None, **how: Any) -> np.ndarray:
+def _embed(self: Encoder, rows: TokenRows, batch_size: int, progress: bool, layer: int | None, sort: bool | None, **how: Any) -> np.ndarray:
     """One vector a row, (rows, d)."""
     from tqdm.auto import tqdm
 
@@ -220,7 +220,7 @@ def _finish(
     if dims is not None:
         x = x[:, :dims]
     if self.normalize if normalize is None else normalize:
-        x = _unit(x.float())
+        x = unit_length(x.float())
     return (x if dims is not None else x[:, :self.dims]).float()
 
 # %% ../../nbs/encoders/02_encode.ipynb #0d43bfa7

@@ -14,10 +14,10 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..models.forward import HFModel, HFTokenizer, ModelFacts, TokenModel, Tokens, _as_ids
+from ..models.forward import HFModel, HFTokenizer, ModelFacts, TokenModel, Tokens, as_ids
 
 # %% auto #0
-__all__ = ['EncoderTokens']
+__all__ = ['TokenRows', 'EncoderTokens']
 
 # %% ../../nbs/encoders/00_inputs.ipynb #37ec26c1
 def _positions_limit(
@@ -69,7 +69,7 @@ def _check_texts(
 
 # %% ../../nbs/encoders/00_inputs.ipynb #fd6b99fd
 @dataclass(frozen=True)
-class _Rows:
+class TokenRows:
     """Tokenized texts."""
 
     ids: list[Tensor]  # (n,) each, as the model will read them
@@ -153,7 +153,7 @@ def _read(
     texts: str | Iterable[str],  # as the user gives them
     prompt: str = "",  # put before every text
     truncate: bool = False,  # cut what is too long
-) -> _Rows:
+) -> TokenRows:
     """Texts as checked rows, cut only if that is allowed."""
     full = [prompt + text for text in _check_texts(texts)]
     got = self._tokenize(full)
@@ -167,23 +167,23 @@ def _read(
         for i, row in zip(long, rows, strict=True):
             got[key][i] = row
     ids, types = [torch.tensor(row) for row in got["input_ids"]], got.get("token_type_ids", [])
-    _as_ids(torch.cat(ids), self._rows)
-    return _Rows(ids, [torch.tensor(row) for row in types] if any(map(any, types)) else None, lengths, len(long))
+    as_ids(torch.cat(ids), self._rows)
+    return TokenRows(ids, [torch.tensor(row) for row in types] if any(map(any, types)) else None, lengths, len(long))
 
 # %% ../../nbs/encoders/00_inputs.ipynb #5a7f74a4
 @patch
 def _id_rows(
     self: EncoderTokens,
     ids: Any,  # (n,), (batch, n), or several sequences
-) -> tuple[_Rows, bool]:  # and: is it one sequence?
+) -> tuple[TokenRows, bool]:  # and: is it one sequence?
     """Token ids as checked rows."""
     several = isinstance(ids, Sequence) and len(ids) > 0 and not isinstance(ids[0], (int, np.integer))
     if isinstance(ids, str) or (several and any(isinstance(v, str) for v in ids)):
         raise TypeError("token ids are wanted, and these are strings: for texts use encode")
     if not several and not isinstance(ids, Tokens):
-        ids = _as_ids(ids, self._rows)
+        ids = as_ids(ids, self._rows)
     one = isinstance(ids, Tokens) or (isinstance(ids, Tensor) and ids.ndim == 1)
     rows = [self.tokens(row, allow_longer=True).ids for row in ([ids] if one else ids)]
     lengths = np.array([len(row) for row in rows])
     self._check_lengths(lengths)
-    return _Rows(rows, None, lengths), one
+    return TokenRows(rows, None, lengths), one

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from .sentence_transformers import _folder_steps, _heads, _object_steps, _read_json, _settings
+from .sentence_transformers import folder_steps, after_pooling, object_steps, read_json, pooling_settings
 from .inputs import EncoderTokens
 from .encode import Encoded, Encoder
 from ..models.forward import HFModel, HFTokenizer, ModelFacts
 from longlens.models.files import (
-    _CONFIG_FILES, _check_device, _check_dtype, _check_folder, _check_weights, _folder, _locate, _quiet, _read_config, _read_tokenizer,
+    CONFIG_FILES, check_device, check_dtype, check_folder, check_weights, model_folder, locate, quiet_loading, read_config, read_tokenizer,
 )
-from ..models.load import _name_of
-from .pooling import POOLINGS, Pooling, _Dense
+from ..models.load import display_name
+from .pooling import POOLINGS, Pooling, DenseLayer
 
 _all_ = ["POOLINGS", "Pooling", "EncoderTokens", "Encoder", "Encoded"]
 
@@ -55,7 +55,7 @@ def _read_states_model(
     kind = getattr(transformers, named if named.endswith("EncoderModel") else "AutoModel")
     kw |= {"use_safetensors": True, "local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        with _quiet(folder), _no_report():
+        with quiet_loading(folder), _no_report():
             hf, info = kind.from_pretrained(folder, **kw)
     except SafetensorError as e:
         raise ValueError(f"the weights in {folder} cannot be read, the file is damaged or cut off: {e}") from e
@@ -102,20 +102,20 @@ def _from_files(
     **kw: Any,  # for from_pretrained
 ) -> tuple[HFModel, HFTokenizer | None, dict[str, Any]]:  # and arguments of Encoder
     """Model, tokenizer and settings from files."""
-    root, trust = Path(_folder(model, _CONFIG_FILES, **hub)), hub["trust_remote_code"]
-    steps = _folder_steps(root)
-    settings = _settings(steps, _read_json(root / "config_sentence_transformers.json"), pooling, _name_of(model) or "")
+    root, trust = Path(model_folder(model, CONFIG_FILES, **hub)), hub["trust_remote_code"]
+    steps = folder_steps(root)
+    settings = pooling_settings(steps, read_json(root / "config_sentence_transformers.json"), pooling, display_name(model) or "")
     where = root / steps[0].path if steps else root
     config = _states_config(where, trust)
     _fetch_weights(model, [s.path for s in steps if s.kind in ("Transformer", "Dense")] or [""], hub)
-    _check_folder(where)
+    check_folder(where)
     if tokenizer is None or isinstance(tokenizer, (str, Path)):
-        beside = str(where) if tokenizer is None else _folder(tokenizer, _CONFIG_FILES, **{**hub, "revision": None})
-        tokenizer = _read_tokenizer(beside, trust)
+        beside = str(where) if tokenizer is None else model_folder(tokenizer, CONFIG_FILES, **{**hub, "revision": None})
+        tokenizer = read_tokenizer(beside, trust)
         if tokenizer is not None and steps and steps[0].config.get("do_lower_case"):
             tokenizer = _lower(tokenizer)
     hf = _read_states_model(str(where), config, trust_remote_code=trust, **kw)
-    return hf, tokenizer, {**settings, "heads": _heads(steps)}
+    return hf, tokenizer, {**settings, "heads": after_pooling(steps)}
 
 # %% ../../nbs/encoders/04_load.ipynb #ea5ff81e
 def _states_config(
@@ -126,8 +126,8 @@ def _states_config(
     if (folder / "adapter_config.json").exists():
         raise ValueError(f"{folder} holds a PEFT adapter: merge it into its model and save that (merge_and_unload, save_pretrained)")
     if not (folder / "config.json").exists():
-        _check_folder(folder)
-    config = _read_config(str(folder), trust_remote_code)
+        check_folder(folder)
+    config = read_config(str(folder), trust_remote_code)
     _check_encoder(config, "")
     return config
 
@@ -138,9 +138,9 @@ def _fetch_weights(
     hub: Mapping[str, Any],  # revision, download, trust_remote_code
 ) -> None:
     """Bring the weights of a hub id into the local cache; nothing to do for a folder."""
-    where, is_hub = _locate(model)
+    where, is_hub = locate(model)
     if is_hub and "" in paths:
-        _folder(model, [*_CONFIG_FILES, "*.safetensors"], **hub)
+        model_folder(model, [*CONFIG_FILES, "*.safetensors"], **hub)
     inside = [f"{p}/*.safetensors" for p in paths if p]
     if is_hub and inside:
         from huggingface_hub import snapshot_download
@@ -168,7 +168,7 @@ def _from_name(
 ) -> tuple[HFModel, HFTokenizer | None, dict[str, Any]]:  # and arguments of Encoder
     """Model, tokenizer and settings from files, and what reports call it."""
     hf, tokenizer, settings = _from_files(_packaged() if model is None else model, *given, **kw)
-    return hf, tokenizer, settings | {"name": "all-MiniLM-L6-v2" if model is None else _name_of(model)}
+    return hf, tokenizer, settings | {"name": "all-MiniLM-L6-v2" if model is None else display_name(model)}
 
 # %% ../../nbs/encoders/04_load.ipynb #e3834070
 def _from_object(
@@ -183,7 +183,7 @@ def _from_object(
     if unused:
         raise TypeError(f"{', '.join(unused)}: this is for models that are read from files, and {type(model).__name__} is loaded already")
     if isinstance(tokenizer, (str, Path)):
-        tokenizer = _read_tokenizer(_folder(tokenizer, _CONFIG_FILES, revision=None, download=True, trust_remote_code=False), False)
+        tokenizer = read_tokenizer(model_folder(tokenizer, CONFIG_FILES, revision=None, download=True, trust_remote_code=False), False)
     if type(model).__module__.startswith("sentence_transformers."):
         return _unwrap(model, tokenizer, pooling)
     name = model.name if isinstance(model, ModelFacts) else None
@@ -194,7 +194,7 @@ def _from_object(
                         f"SentenceTransformer, not {type(model).__name__}")
     _check_encoder(model.config, type(model).__name__)
     name = name or _object_name(model)
-    return model.base_model, tokenizer, {**_settings([], {}, pooling, name), "name": name}
+    return model.base_model, tokenizer, {**pooling_settings([], {}, pooling, name), "name": name}
 
 
 def _object_name(
@@ -211,15 +211,15 @@ def _unwrap(
     pooling: str | Sequence[str] | Pooling | None,  # None: its own
 ) -> tuple[HFModel, HFTokenizer | None, dict[str, Any]]:  # and arguments of Encoder
     """Model, tokenizer and settings of a SentenceTransformer; nothing is copied."""
-    kind, steps = type(model).__name__, _object_steps(model)
+    kind, steps = type(model).__name__, object_steps(model)
     general = {"model_type": kind, "prompts": model.prompts, "default_prompt_name": model.default_prompt_name,
                "truncate_dim": getattr(model, "truncate_dim", None)}
-    settings = _settings(steps, general, pooling, f"this {kind}")
+    settings = pooling_settings(steps, general, pooling, f"this {kind}")
     hf = model[0].auto_model
     if not hasattr(hf, "set_attn_implementation"):
         raise TypeError(f"this {kind} runs a {type(hf).__name__}, and not a Hugging Face model in torch: load it with backend='torch'")
     _check_encoder(hf.config, type(hf).__name__)
-    settings |= {"configured": model.max_seq_length, "heads": _heads(steps), "name": _object_name(hf)}
+    settings |= {"configured": model.max_seq_length, "heads": after_pooling(steps), "name": _object_name(hf)}
     return hf, tokenizer or model.tokenizer, settings
 
 # %% ../../nbs/encoders/04_load.ipynb #e6ec5666
@@ -242,7 +242,7 @@ def load_encoder(
     """A text encoder, ready for probes. Only a hub id uses the network."""
     if isinstance(model, Encoder):
         return _as_it_is(model, tokenizer, pooling, normalize, max_length, prompts, dtype, device)
-    place, number = _check_device(device), _check_dtype(dtype)
+    place, number = check_device(device), check_dtype(dtype)
     if model is None or isinstance(model, (str, Path)):
         if place is None and "device_map" not in kw:
             place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -278,7 +278,7 @@ def _place(
     if not spread and (enc.hf.device != device or dtype is not None):
         enc.hf.to(device=device, dtype=dtype)
     for head in enc.heads:
-        if isinstance(head, _Dense):
+        if isinstance(head, DenseLayer):
             head.to(device=device, dtype=dtype)
 
 
@@ -288,4 +288,4 @@ def _check_parts(
     """Raise if the model or a projection has NaN in its weights."""
     for part in (enc.hf, *enc.heads):
         if isinstance(part, nn.Module):
-            _check_weights(part)
+            check_weights(part)

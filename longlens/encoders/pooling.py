@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['POOLINGS', 'Pooling']
+__all__ = ['POOLINGS', 'as_modes', 'Pooling', 'DenseLayer', 'unit_length']
 
 # %% ../../nbs/encoders/01_pooling.ipynb #d9eef47a
 _Weights = Callable[[Tensor, Tensor], Tensor]  # mask (batch, n) and positions from 1 (batch, n) -> weights (batch, n)
@@ -43,7 +43,7 @@ _SWITCHES = {
 }
 
 
-def _as_modes(
+def as_modes(
     modes: str | Sequence[str],  # as the user or a file gives them
 ) -> tuple[str, ...]:
     """Names of poolings that exist."""
@@ -61,7 +61,7 @@ class Pooling:
     include_prompt: bool = True  # do the tokens of a prompt count?
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "modes", _as_modes(self.modes))
+        object.__setattr__(self, "modes", as_modes(self.modes))
 
     def __call__(
         self,
@@ -85,10 +85,10 @@ class Pooling:
     ) -> Pooling:
         """The pooling that a config describes."""
         modes = config.get("pooling_mode") or [m for k, m in _SWITCHES.items() if config.get(k)] or "mean"
-        return cls(_as_modes(modes), config.get("include_prompt", True))
+        return cls(as_modes(modes), config.get("include_prompt", True))
 
 # %% ../../nbs/encoders/01_pooling.ipynb #8770f833
-class _Dense(nn.Module):
+class DenseLayer(nn.Module):
     """A projection of the pooled vector, as sentence-transformers' Dense does it."""
 
     def __init__(
@@ -121,6 +121,6 @@ def _activation(
     return kind()
 
 
-def _unit(x: Tensor) -> Tensor:
+def unit_length(x: Tensor) -> Tensor:
     """Vectors (batch, d) at length 1."""
     return nn.functional.normalize(x, dim=-1)

@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..models.files import _check_folder
-from .pooling import POOLINGS, Pooling, _as_modes, _Dense, _unit
+from ..models.files import check_folder
+from .pooling import POOLINGS, Pooling, as_modes, DenseLayer, unit_length
 
 # %% auto #0
-__all__ = []
+__all__ = ['read_json', 'folder_steps', 'object_steps', 'pooling_settings', 'after_pooling']
 
 # %% ../../nbs/encoders/03_sentence_transformers.ipynb #07e554e8
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ _FAMILIES = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-robert
 _TRANSFORMER_CONFIGS = [f"sentence_{name}_config.json" for name in _FAMILIES]
 
 
-def _read_json(
+def read_json(
     path: Path,  # a file that may be missing
 ) -> Any:
     """What a JSON file holds; nothing, if it is not there."""
@@ -46,17 +46,17 @@ def _read_json(
         raise ValueError(f"{path} cannot be read: {e}") from e
 
 # %% ../../nbs/encoders/03_sentence_transformers.ipynb #96e0c992
-def _folder_steps(
+def folder_steps(
     folder: Path,  # with modules.json, or without
 ) -> list[_Step]:
     """The modules that a folder names; none, if sentence-transformers did not write it."""
     out = []
-    for entry in _read_json(folder / "modules.json") or []:
+    for entry in read_json(folder / "modules.json") or []:
         kind, path = str(entry["type"]), str(entry["path"])
         if kind.startswith("sentence_transformers."):
             kind = kind.rsplit(".", 1)[-1]
         names = _TRANSFORMER_CONFIGS if kind == "Transformer" else ["config.json"]
-        config: Any = next((c for n in names if (c := _read_json(folder / path / n))), {})
+        config: Any = next((c for n in names if (c := read_json(folder / path / n))), {})
         out.append(_Step(kind, config, lambda at=folder / path: _read_weights(at), path))  # type: ignore[misc]
     return out
 
@@ -67,11 +67,11 @@ def _read_weights(
     """The tensors of a small module; safetensors only."""
     from safetensors.torch import load_file
 
-    _check_folder(folder)
+    check_folder(folder)
     return load_file(folder / "model.safetensors")
 
 # %% ../../nbs/encoders/03_sentence_transformers.ipynb #60b2138b
-def _object_steps(
+def object_steps(
     model: Any,  # a sentence_transformers.SentenceTransformer
 ) -> list[_Step]:
     """The modules of a SentenceTransformer; weights are shared."""
@@ -122,7 +122,7 @@ def _check_kinds(
             raise ValueError(f"module {i} of {name} ({s.kind}) works on {', '.join(sorted(ends))}, and not on pooled vectors: {_WAY_OUT}")
 
 # %% ../../nbs/encoders/03_sentence_transformers.ipynb #51288b5a
-def _settings(
+def pooling_settings(
     steps: Sequence[_Step],  # all modules; none: only the user decides
     general: Mapping[str, Any],  # prompts, default_prompt_name, truncate_dim
     pooling: str | Sequence[str] | Pooling | None,  # what the user says
@@ -144,12 +144,12 @@ def _settings(
     }
 
 
-def _heads(
+def after_pooling(
     steps: Sequence[_Step],  # all modules
 ) -> list[Callable[[Tensor], Tensor]]:
     """What follows the pooling, but for a normalisation at the very end."""
     last = len(steps) - (bool(steps) and steps[-1].kind == "Normalize")
-    return [_unit if s.kind == "Normalize" else _Dense(s.config, s.weights()).eval()
+    return [unit_length if s.kind == "Normalize" else DenseLayer(s.config, s.weights()).eval()
             for s in steps[:last] if s.kind in ("Dense", "Normalize")]
 
 # %% ../../nbs/encoders/03_sentence_transformers.ipynb #0f7a743a
@@ -165,4 +165,4 @@ def _as_pooling(
     if given is None:
         assert configured is not None
         return configured
-    return given if isinstance(given, Pooling) else Pooling(_as_modes(given))
+    return given if isinstance(given, Pooling) else Pooling(as_modes(given))

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..models.forward import _kv_heads
+from ..models.forward import count_kv_heads
 from ..attention.hf_interface import _EDITS, WAY_OUT, LayerCall, UnsupportedModel, attach, hf_model
 
 # %% auto #0
@@ -24,7 +24,7 @@ def head_sizes(
 ) -> tuple[int, int, int]:  # layers, query heads, KV heads
     "How many layers and heads a model has"
     c = hf_model(model).config.get_text_config()
-    return int(c.num_hidden_layers), int(c.num_attention_heads), int(_kv_heads(c))
+    return int(c.num_hidden_layers), int(c.num_attention_heads), int(count_kv_heads(c))
 
 
 def check_heads(

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..attention.hf_interface import _EDITS, LayerCall, UnsupportedModel
 from .heads import Ablate, span_ends
 from .base import Intervention, head_sizes, intervene
-from ..attention.kernels import _needs_grad
+from ..attention.kernels import needs_grad
 from ..attention.masks import positions
 from .positions import check_causal, part_of
 
@@ -118,7 +118,7 @@ def _change(self: Redistribute, call: LayerCall, at: Tensor, rows: range, sample
 # %% ../../nbs/interventions/04_calibrate.ipynb #0bdfcf35
 @patch
 def _check(self: Redistribute, call: LayerCall) -> None:
-    if _needs_grad(call.q, call.k, call.v): raise ValueError("redistribute() carries no gradients: run the model under torch.no_grad()")
+    if needs_grad(call.q, call.k, call.v): raise ValueError("redistribute() carries no gradients: run the model under torch.no_grad()")
     for e in _EDITS.get(id(call.module), []):
         what = getattr(e, "what", None)
         if what is self: return

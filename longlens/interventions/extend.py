@@ -20,7 +20,7 @@ from ..attention.hf_interface import LayerCall, UnsupportedModel, hf_model
 from .heads import Turner
 from .base import _ACTIVE, Intervention, intervene
 from ..attention.masks import ALL, Stream, positions
-from .positions import _exchange, _rotary_modules, _set, _without_bridge
+from .positions import exchange_rotary, rotary_modules, set_until_closed, without_bridge
 
 # %% auto #0
 __all__ = ['WINDOWS', 'Extension', 'LearnedExtension', 'Recurrent', 'Grouped', 'Interpolated', 'NTK', 'group_distances',
@@ -59,8 +59,8 @@ class Extension(Intervention):
     def enter(self, model: Any, stack: ExitStack) -> None:
         if model is hf_model(model): return
         for name in ("max_length", "positions_limit"):
-            if (now := getattr(model, name, None)) is not None: _set(model, name, max(now, self.length), stack)
-        if hasattr(model, "extended_by"): _set(model, "extended_by", self.name, stack)
+            if (now := getattr(model, name, None)) is not None: set_until_closed(model, name, max(now, self.length), stack)
+        if hasattr(model, "extended_by"): set_until_closed(model, "extended_by", self.name, stack)
 
 # %% ../../nbs/interventions/03_extend.ipynb #a5782f60
 def _other_ways(hf: Any) -> str:
@@ -198,7 +198,7 @@ class NTK(Extension):
 
     @classmethod
     def limit(cls, hf: Any) -> int:
-        _rotary_modules(hf, hf.config.get_text_config())
+        rotary_modules(hf, hf.config.get_text_config())
         return _rotary_limit(hf)
 
     def prepare(self, model: Any) -> Extension:
@@ -211,9 +211,9 @@ class NTK(Extension):
         if any(i.name in ("ntk", "rescaled_positions") for i in _ACTIVE.get(id(hf), [])):
             raise ValueError("the rotation is slowed down already: leave that block first, or use one larger factor")
         super().enter(model, stack)
-        _set(config, "rope_parameters", _new_base(config, self.theta_factor), stack)
-        for m in _rotary_modules(hf, config): _exchange(m, config, stack)
-        _without_bridge(model, stack)
+        set_until_closed(config, "rope_parameters", _new_base(config, self.theta_factor), stack)
+        for m in rotary_modules(hf, config): exchange_rotary(m, config, stack)
+        without_bridge(model, stack)
 
 # %% ../../nbs/interventions/03_extend.ipynb #f9d67234
 def group_distances(

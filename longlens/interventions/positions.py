@@ -25,7 +25,7 @@ from ..attention.masks import Mask, positions, visible_keys
 
 # %% auto #0
 __all__ = ['POSITION_SCALINGS', 'part_of', 'check_causal', 'position_awareness', 'MsPoE', 'ms_poe', 'SetBased', 'set_based',
-           'rescaled_positions']
+           'rotary_modules', 'exchange_rotary', 'set_until_closed', 'without_bridge', 'rescaled_positions']
 
 # %% ../../nbs/interventions/02_positions.ipynb #28a5735f
 def _slice(x: Tensor, sample: int | None, rows: range, keys: range) -> Tensor:
@@ -329,7 +329,7 @@ class _Rescaled(Intervention):
     name: ClassVar[str] = "rescaled_positions"
 
 
-def _rotary_modules(hf: Any, config: Any) -> list[nn.Module]:
+def rotary_modules(hf: Any, config: Any) -> list[nn.Module]:
     found = [m for m in hf.modules() if hasattr(m, "rope_type") and "Rotary" in type(m).__name__ and getattr(m, "config", None) is config]
     if found and getattr(config, "rope_parameters", None): return found
     raise UnsupportedModel(f"{type(hf).__name__} has no rotary module that goes by its config, so positions cannot be rescaled")
@@ -353,7 +353,7 @@ def _new_rope(hf: Any, config: Any, module: nn.Module, kind: str, factor: float)
     return parts[""] if "" in parts else rope | parts
 
 # %% ../../nbs/interventions/02_positions.ipynb #1f6098a0
-def _exchange(module: nn.Module, config: Any, stack: ExitStack) -> None:
+def exchange_rotary(module: nn.Module, config: Any, stack: ExitStack) -> None:
     "Give a rotary module what a new one of its class holds for a config; the stack gives it back"
     old = next(module.buffers())
     new = vars(type(module)(config=config).to(old.device, old.dtype))
@@ -367,7 +367,7 @@ def _exchange(module: nn.Module, config: Any, stack: ExitStack) -> None:
     stack.callback(give_back)
 
 
-def _set(x: Any, name: str, value: Any, stack: ExitStack) -> None:
+def set_until_closed(x: Any, name: str, value: Any, stack: ExitStack) -> None:
     "Set an attribute until the stack is closed"
     stack.callback(setattr, x, name, getattr(x, name))
     setattr(x, name, value)
@@ -375,13 +375,13 @@ def _set(x: Any, name: str, value: Any, stack: ExitStack) -> None:
 # %% ../../nbs/interventions/02_positions.ipynb #648d4954
 def _lengthen(model: Any, config: Any, kind: str, factor: float, stack: ExitStack) -> None:
     "Let texts be longer; dynamic scaling goes by the trained length, so there the config keeps it"
-    if kind != "dynamic": _set(config, "max_position_embeddings", int(config.max_position_embeddings * factor), stack)
+    if kind != "dynamic": set_until_closed(config, "max_position_embeddings", int(config.max_position_embeddings * factor), stack)
     if model is hf_model(model): return
-    if getattr(model, "max_length", None): _set(model, "max_length", int(model.max_length * factor), stack)
-    _without_bridge(model, stack)
+    if getattr(model, "max_length", None): set_until_closed(model, "max_length", int(model.max_length * factor), stack)
+    without_bridge(model, stack)
 
 
-def _without_bridge(model: Any, stack: ExitStack) -> None:
+def without_bridge(model: Any, stack: ExitStack) -> None:
     "A LongModel's bridge has rotary frequencies of its own: it makes another one while the stack is open, and then has the old one again"
     if (bridge := vars(model).pop("bridge", None)) is not None: stack.callback(vars(model).__setitem__, "bridge", bridge)
     else: stack.callback(vars(model).pop, "bridge", None)
@@ -398,12 +398,12 @@ def rescaled_positions(
     if not (math.isfinite(factor) and factor > 1): raise ValueError(f"factor is {factor}: texts become longer by a factor above 1")
     hf, what = hf_model(model), _Rescaled(kind, factor)
     config = hf.config.get_text_config()
-    modules = _rotary_modules(hf, config)
+    modules = rotary_modules(hf, config)
     if any(isinstance(i, _Rescaled) for i in _ACTIVE.get(id(hf), [])):
         raise ValueError("positions are rescaled already: leave that block first, or use one larger factor")
     with ExitStack() as stack:
-        _set(config, "rope_parameters", _new_rope(hf, config, modules[0], kind, factor), stack)
+        set_until_closed(config, "rope_parameters", _new_rope(hf, config, modules[0], kind, factor), stack)
         _lengthen(model, config, kind, factor, stack)
-        for m in modules: _exchange(m, config, stack)
+        for m in modules: exchange_rotary(m, config, stack)
         _enlist(_ACTIVE, id(hf), what, stack)
         yield [what]

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from .capture import Capture, capture
 from .statistic import Call, Statistic, check_queries, missing_queries, register
-from .statistics import _grow, _place
+from .statistics import grow_last, note_places
 
 # %% auto #0
-__all__ = ['check_head_weights', 'MeanRows', 'mean_over_layers', 'rows_after', 'covers', 'attention_of']
+__all__ = ['asked_queries', 'check_head_weights', 'MeanRows', 'mean_over_layers', 'rows_after', 'covers', 'attention_of']
 
 # %% ../../nbs/measure/03_mean_rows.ipynb #df347cfc
 def _by_sample(queries: Sequence) -> bool: return len(queries) > 0 and not isinstance(queries[0], (int, np.integer))
@@ -30,7 +30,7 @@ def _each_sample(queries: Sequence) -> list[Sequence[int]]:
     return list(queries) if _by_sample(queries) else [queries]
 
 # %% ../../nbs/measure/03_mean_rows.ipynb #fcd120cd
-def _asked(queries: Sequence, pos: Tensor, batch: int) -> Tensor:  # bool, (batch, n_queries)
+def asked_queries(queries: Sequence, pos: Tensor, batch: int) -> Tensor:  # bool, (batch, n_queries)
     "Which queries of a call were asked for"
     each = _each_sample(queries)
     if len(each) not in (1, batch): raise ValueError(f"queries of {len(each)} samples, but the batch has {batch}")
@@ -79,7 +79,7 @@ class MeanRows(Statistic):
 
     def select(self, call: Call) -> Call | None:
         if self.weights is not None and not any(l == call.layer and w for (l, _), w in self.weights.items()): return None
-        at = _asked(self.queries, call.query_pos, call.batch).any(0).nonzero()[:, 0]
+        at = asked_queries(self.queries, call.query_pos, call.batch).any(0).nonzero()[:, 0]
         return call.narrow(int(at[0]), int(at[-1]) + 1) if len(at) else None
 
     def update(self, state: dict, call: Call) -> None: _add_rows(self, state, call)
@@ -92,14 +92,14 @@ class MeanRows(Statistic):
 # %% ../../nbs/measure/03_mean_rows.ipynb #bc149f4b
 def _add_rows(stat: MeanRows, state: dict, call: Call) -> None:
     "Add the wanted rows of a call, and count them"
-    member = _asked(stat.queries, call.query_pos, call.batch).to(call.op.scores.dtype)
+    member = asked_queries(stat.queries, call.query_pos, call.batch).to(call.op.scores.dtype)
     rows = call.op.received(member)  # (batch, heads, n_keys)
     w = _layer_weights(stat.weights, call.layer, rows.shape[1], rows)
     if stat.by == "layer": rows = torch.einsum("h,bhn->bn", w, rows)
-    state["total"] = _grow(state.get("total"), rows, call.start, add=True)
+    state["total"] = grow_last(state.get("total"), rows, call.start, add=True)
     state["rows"] = state.get("rows", 0) + member.sum(-1)  # (batch,)
     state["heads"] = w.sum().expand(call.batch)  # sum of the weights
-    _place(state, call.key_pos, call.batch, call.start)
+    note_places(state, call.key_pos, call.batch, call.start)
 
 # %% ../../nbs/measure/03_mean_rows.ipynb #5e945596
 def _rows_table(stat: MeanRows, state: dict) -> tuple[dict[str, Sequence], dict[str, Any]]:

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .mean_rows import _asked
+from .mean_rows import asked_queries
 from ..attention.operator import AttentionOperator
 from .spectral import check_whole
 from .statistic import Call, Statistic, check_queries, missing_queries, register
-from .statistics import SpanMass, _inside, missing_spans
+from .statistics import SpanMass, inside_spans, missing_spans
 
 # %% auto #0
 __all__ = ['BLOCK', 'rolled', 'Rollout']
@@ -77,7 +77,7 @@ def _arriving(stat: Rollout, call: Call) -> Tensor:  # (batch, n_keys, spans)
     "The columns that a layer meets: those the layer before it left, or the indicators of the spans"
     last, n_keys = stat._last, call.op.shape[3]
     if last is None or call.layer <= last[0]:  # a forward begins
-        return _inside(stat.spans, call.key_pos)[:, 0].expand(call.batch, -1, -1).to(call.op.scores.dtype)
+        return inside_spans(stat.spans, call.key_pos)[:, 0].expand(call.batch, -1, -1).to(call.op.scores.dtype)
     x = last[1]["x"] if stat.in_chunks else last[1].pop("x")
     x = x[:, call.start:call.start + n_keys].to(call.op.scores.q.device)  # layers may live on several devices
     return torch.nn.functional.pad(x, (0, 0, 0, n_keys - x.shape[1]))  # a static cache has room for more keys
@@ -90,6 +90,6 @@ def _leave(stat: Rollout, state: dict, call: Call, x: Tensor) -> None:
         raise ValueError(f"{stat.title} needs the text from its beginning, and {missing:,} tokens were run before the capture: "
                          "run the whole text inside of it")
     state["x"] = torch.cat([old, x], 1) if first else x
-    member = _asked(stat.queries, call.query_pos, call.batch).to(x)
+    member = asked_queries(stat.queries, call.query_pos, call.batch).to(x)
     state["mass"] = state.get("mass", 0) + torch.einsum("bq,bqs->bs", member, x)
     state["rows"] = state.get("rows", 0) + member.sum(-1)

@@ -21,8 +21,9 @@ from ..attention.masks import seen_by, visible_keys, visible_tile
 from ..attention.reducers import DistanceSum, EntropySum, Product, ReceivedSum, Reducer, SquareSum, WindowMass
 
 # %% auto #0
-__all__ = ['Entropy', 'Support', 'SinkMass', 'SpanMass', 'missing_spans', 'Distance', 'DistanceProfile', 'Received', 'Rows',
-           'rows_frame', 'ValueNorm', 'ResidualNorm', 'MassiveActivations', 'massive_frame']
+__all__ = ['Entropy', 'Support', 'SinkMass', 'SpanMass', 'inside_spans', 'missing_spans', 'Distance', 'DistanceProfile',
+           'grow_last', 'note_places', 'Received', 'Rows', 'rows_frame', 'ValueNorm', 'ResidualNorm',
+           'MassiveActivations', 'massive_frame']
 
 # %% ../../nbs/measure/01_statistics.ipynb #5582b3f4
 @register
@@ -88,7 +89,7 @@ class SpanMass(RowStatistic):
     def categories(self) -> dict[str, Sequence]: return {"span": list(self.spans)}
 
     def _product(self, call: Call) -> Product:
-        return Product(call.columns(("spans", *self.spans.items()), lambda: _inside(self.spans, call.key_pos)))
+        return Product(call.columns(("spans", *self.spans.items()), lambda: inside_spans(self.spans, call.key_pos)))
 
     def reducers(self, call: Call) -> list[Reducer]: return [self._product(call)]
 
@@ -99,7 +100,7 @@ class SpanMass(RowStatistic):
         super().check(sample, n_tokens, ran)
 
 # %% ../../nbs/measure/01_statistics.ipynb #aea03672
-def _inside(spans: Mapping[str, tuple[int, int]], pos: Tensor) -> Tensor:  # (batch, 1, n_keys, spans)
+def inside_spans(spans: Mapping[str, tuple[int, int]], pos: Tensor) -> Tensor:  # (batch, 1, n_keys, spans)
     "Columns that are 1 inside each span"
     return torch.stack([((pos >= a) & (pos < b)).float() for a, b in spans.values()], -1)[:, None]
 
@@ -144,7 +145,7 @@ class DistanceProfile(RowStatistic):
     def values(self, call: Call) -> dict[str, Tensor]: return {"mass": call.op.distance_profile(self.windows)}
 
 # %% ../../nbs/measure/01_statistics.ipynb #e6bef9cf
-def _grow(old: Tensor | None, new: Tensor, start: int, add: bool = False, fill: float = 0) -> Tensor:
+def grow_last(old: Tensor | None, new: Tensor, start: int, add: bool = False, fill: float = 0) -> Tensor:
     "Put `new` at `start` of the last axis of `old`, which is made longer where needed; what nothing was put at holds `fill`"
     stop = start + new.shape[-1]
     if old is None: old = new.new_full((*new.shape[:-1], stop), fill)
@@ -153,9 +154,9 @@ def _grow(old: Tensor | None, new: Tensor, start: int, add: bool = False, fill: 
     return old
 
 
-def _place(state: dict, pos: Tensor, batch: int, start: int) -> None:
+def note_places(state: dict, pos: Tensor, batch: int, start: int) -> None:
     "Note where each index stands in its own text: -1 at padding, and where nothing was seen"
-    state["position"] = _grow(state.get("position"), pos.expand(batch, -1), start, fill=-1)
+    state["position"] = grow_last(state.get("position"), pos.expand(batch, -1), start, fill=-1)
 
 # %% ../../nbs/measure/01_statistics.ipynb #94af2048
 @register
@@ -186,9 +187,9 @@ class Received(Statistic):
     def update(self, state: dict, call: Call) -> None:
         _, _, nq, nk = call.op.shape
         seen = seen_by(call.op.mask, nq, nk, call.op.scores.q.device).expand(call.batch, -1)
-        state["received"] = _grow(state.get("received"), call.op.received(), call.start, add=True)
-        state["seen"] = _grow(state.get("seen"), seen, call.start, add=True)
-        _place(state, call.key_pos, call.batch, call.start)
+        state["received"] = grow_last(state.get("received"), call.op.received(), call.start, add=True)
+        state["seen"] = grow_last(state.get("seen"), seen, call.start, add=True)
+        note_places(state, call.key_pos, call.batch, call.start)
 
     def check(self, sample: int, n_tokens: int, ran: np.ndarray) -> None: missing_queries(self.queries, self.title, sample, ran)
 
@@ -298,8 +299,8 @@ class ValueNorm(Statistic):
 
     def update(self, state: dict, call: Call) -> None:
         if call.op.v is None: raise ValueError("value norms need an operator that was made with values")
-        state["norm"] = _grow(state.get("norm"), call.op.v.float().norm(dim=-1), call.start)
-        _place(state, call.key_pos, call.batch, call.start)
+        state["norm"] = grow_last(state.get("norm"), call.op.v.float().norm(dim=-1), call.start)
+        note_places(state, call.key_pos, call.batch, call.start)
 
     def table(self, state: dict) -> tuple[dict[str, Sequence], dict[str, Any]]:
         norm = state["norm"]  # (batch, kv_heads, n)
@@ -316,8 +317,8 @@ class ResidualNorm(Statistic):
     residual: ClassVar[bool] = True
 
     def update_residual(self, state: dict, hidden: Tensor, pos: Tensor, start: int) -> None:
-        state["norm"] = _grow(state.get("norm"), hidden.float().norm(dim=-1), start)
-        _place(state, pos, len(hidden), start)
+        state["norm"] = grow_last(state.get("norm"), hidden.float().norm(dim=-1), start)
+        note_places(state, pos, len(hidden), start)
 
     def table(self, state: dict) -> tuple[dict[str, Sequence], dict[str, Any]]:
         norm = state["norm"]  # (batch, n)

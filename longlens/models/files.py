@@ -16,10 +16,11 @@ import torch
 from .forward import HFModel, HFTokenizer
 
 # %% auto #0
-__all__ = []
+__all__ = ['CONFIG_FILES', 'locate', 'check_folder', 'check_dtype', 'check_device', 'check_causal', 'check_weights',
+           'quiet_loading', 'model_folder', 'read_tokenizer', 'read_config', 'read_folder']
 
 # %% ../../nbs/models/02_files.ipynb #747a1726
-def _locate(
+def locate(
     model: str | Path,  # a folder or a hub id
 ) -> tuple[str, bool]:  # what to load, and is it on the hub?
     """Tell a folder from a hub id; a folder that is missing raises."""
@@ -33,7 +34,7 @@ def _locate(
     raise FileNotFoundError(f"there is no folder {path} (in {Path.cwd()}), and a model of the hub is called org/name")
 
 # %% ../../nbs/models/02_files.ipynb #e49d42de
-def _check_folder(
+def check_folder(
     folder: Path,  # a folder that exists
 ) -> None:
     """Raise if the folder holds no model that can be read safely."""
@@ -53,7 +54,7 @@ def _check_folder(
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 # %% ../../nbs/models/02_files.ipynb #39c08d0f
-def _check_dtype(
+def check_dtype(
     dtype: str | torch.dtype | None,  # as the user gave it
 ) -> str | torch.dtype | None:
     """A torch dtype that a model can run in, "auto", or None."""
@@ -65,7 +66,7 @@ def _check_dtype(
     return found
 
 # %% ../../nbs/models/02_files.ipynb #77fbea68
-def _check_device(
+def check_device(
     device: str | torch.device | None,  # as the user gave it
 ) -> torch.device | None:
     """A device that is there, or None."""
@@ -83,7 +84,7 @@ def _check_device(
     return found
 
 # %% ../../nbs/models/02_files.ipynb #45df2d72
-def _check_causal(
+def check_causal(
     config: Any,  # the model's config
     name: str,  # the model's class, as far as it is known
 ) -> None:
@@ -99,7 +100,7 @@ def _check_causal(
         raise ValueError(f"{name} is not a causal language model: it does not predict the next token (for encoders: load_encoder)")
 
 # %% ../../nbs/models/02_files.ipynb #e5132486
-def _check_weights(
+def check_weights(
     hf: HFModel,  # the model
 ) -> None:
     """Raise if a weight is NaN or infinite, naming its tensor."""
@@ -112,7 +113,7 @@ def _check_weights(
 
 # %% ../../nbs/models/02_files.ipynb #8cabf533
 @contextmanager
-def _quiet(
+def quiet_loading(
     folder: str,  # with *.safetensors
     small: int = 200_000_000,  # bytes
 ) -> Iterator[None]:
@@ -139,7 +140,7 @@ def _read_model(
 
     kw |= {"use_safetensors": True, "local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        with _quiet(folder):
+        with quiet_loading(folder):
             hf, info = AutoModelForCausalLM.from_pretrained(folder, **kw)
     except SafetensorError as e:
         raise ValueError(f"the weights in {folder} cannot be read, the file is damaged or cut off: {e}") from e
@@ -168,10 +169,10 @@ def _fetch(
         raise OSError(f"{hub_id} cannot be loaded: {how}. Fetch its folder where there is a network, and give that folder. ({e})") from e
 
 
-_CONFIG_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+CONFIG_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 
 # %% ../../nbs/models/02_files.ipynb #1fd2196d
-def _folder(
+def model_folder(
     model: str | Path,  # a folder or a hub id
     files: Sequence[str],  # what is wanted, where it must be fetched
     *,
@@ -180,12 +181,12 @@ def _folder(
     trust_remote_code: bool,  # fetch code too
 ) -> str:
     """The folder that a name stands for."""
-    where, is_hub = _locate(model)
+    where, is_hub = locate(model)
     files = [*files, "*.py"] if trust_remote_code else files
     return _fetch(where, files, revision, download) if is_hub else where
 
 # %% ../../nbs/models/02_files.ipynb #dc4af51c
-def _read_tokenizer(
+def read_tokenizer(
     folder: str,  # where its files are
     trust_remote_code: bool,  # run code that comes with it
 ) -> HFTokenizer | None:
@@ -197,7 +198,7 @@ def _read_tokenizer(
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
 
 # %% ../../nbs/models/02_files.ipynb #4b652b9d
-def _read_config(
+def read_config(
     folder: str,  # where config.json is
     trust_remote_code: bool,  # run code that comes with it
 ) -> Any:
@@ -210,7 +211,7 @@ def _read_config(
         raise ValueError(f"{folder}/config.json cannot be read: {e}") from e
 
 # %% ../../nbs/models/02_files.ipynb #34c4aa36
-def _read(
+def read_folder(
     model: str | Path,  # a folder or a hub id
     tokenizer: HFTokenizer | str | Path | None,  # None: the one beside the model
     *,
@@ -221,12 +222,12 @@ def _read(
 ) -> tuple[HFModel, HFTokenizer | None]:
     """Model and tokenizer from a folder or the hub."""
     hub: dict[str, Any] = {"revision": revision, "download": download, "trust_remote_code": trust_remote_code}
-    folder = _folder(model, _CONFIG_FILES, **hub)
+    folder = model_folder(model, CONFIG_FILES, **hub)
     if "config.json" in {p.name for p in Path(folder).iterdir()}:
-        _check_causal(_read_config(folder, trust_remote_code), "")
-    folder = _folder(model, [*_CONFIG_FILES, "*.safetensors"], **hub)
-    _check_folder(Path(folder))
+        check_causal(read_config(folder, trust_remote_code), "")
+    folder = model_folder(model, [*CONFIG_FILES, "*.safetensors"], **hub)
+    check_folder(Path(folder))
     if tokenizer is None or isinstance(tokenizer, (str, Path)):
-        beside = folder if tokenizer is None else _folder(tokenizer, _CONFIG_FILES, **{**hub, "revision": None})
-        tokenizer = _read_tokenizer(beside, trust_remote_code)
+        beside = folder if tokenizer is None else model_folder(tokenizer, CONFIG_FILES, **{**hub, "revision": None})
+        tokenizer = read_tokenizer(beside, trust_remote_code)
     return _read_model(folder, trust_remote_code=trust_remote_code, **kw), tokenizer

@@ -17,7 +17,8 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['HFModel', 'HFTokenizer', 'TokenIds', 'Tokens', 'ModelFacts', 'check_unicode', 'TokenModel', 'BatchModel',
+__all__ = ['HFModel', 'HFTokenizer', 'TokenIds', 'Tokens', 'as_ids', 'first_setting', 'head_sizes', 'count_kv_heads',
+           'ModelFacts', 'check_unicode', 'check_length', 'TokenModel', 'pad_rows', 'BatchModel', 'check_logits',
            'ForwardModel', 'LogitsModel']
 
 # %% ../../nbs/models/01_forward.ipynb #1e403b2f
@@ -111,7 +112,7 @@ def find(
     return self.span(start, start + len(part))
 
 # %% ../../nbs/models/01_forward.ipynb #7324905a
-def _as_ids(
+def as_ids(
     x: Any,  # integers: a tensor, an array or a list
     rows: int,  # how many embeddings the model has
 ) -> Tensor:  # (n,) or (batch, n), int64, on the CPU
@@ -135,13 +136,13 @@ def _as_tokens(
     tokenizer: HFTokenizer | None,  # only to show the tokens
 ) -> Tokens:
     """`x` as one sequence of tokens."""
-    t = x if isinstance(x, Tokens) else Tokens(_as_ids(x, rows), tokenizer=tokenizer)
+    t = x if isinstance(x, Tokens) else Tokens(as_ids(x, rows), tokenizer=tokenizer)
     if t.ids.ndim != 1:
         raise ValueError(f"one sequence of tokens is wanted, and the ids have shape {tuple(t.ids.shape)}")
     return t
 
 # %% ../../nbs/models/01_forward.ipynb #f01af038
-def _first(config: Any, *names: str) -> Any:
+def first_setting(config: Any, *names: str) -> Any:
     """The first of the named settings that the config has."""
     return next((v for n in names if (v := getattr(config, n, None)) is not None), None)
 
@@ -161,19 +162,19 @@ def _position_kind(
     return "learned" if any(table.search(n) and isinstance(m, nn.Embedding) for n, m in modules) else "none"
 
 # %% ../../nbs/models/01_forward.ipynb #1dbdd991
-def _head_sizes(config: Any) -> tuple[int, int]:
+def head_sizes(config: Any) -> tuple[int, int]:
     """Width of a head's queries and keys, and of its values: they differ in multi-head latent attention."""
     if getattr(config, "kv_lora_rank", None):
         return config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
-    width = _first(config, "head_dim") or config.hidden_size // config.num_attention_heads
+    width = first_setting(config, "head_dim") or config.hidden_size // config.num_attention_heads
     return width, width
 
 # %% ../../nbs/models/01_forward.ipynb #39c91f11
-def _kv_heads(config: Any) -> int:
+def count_kv_heads(config: Any) -> int:
     """How many heads have their own keys and values."""
     if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
         return 1
-    return _first(config, "num_key_value_heads", "num_kv_heads") or config.num_attention_heads
+    return first_setting(config, "num_key_value_heads", "num_kv_heads") or config.num_attention_heads
 
 # %% ../../nbs/models/01_forward.ipynb #46a656fa
 class ModelFacts:
@@ -192,12 +193,12 @@ class ModelFacts:
         c = self.config
         if not getattr(c, "num_attention_heads", None):
             raise ValueError(f"{type(hf).__name__} has no attention heads: longlens looks at attention")
-        self.n_layers, self.n_heads, self.n_kv_heads = int(c.num_hidden_layers), int(c.num_attention_heads), _kv_heads(c)
-        self.d_head, self.vocab_size = _head_sizes(c)[0], int(c.vocab_size)
+        self.n_layers, self.n_heads, self.n_kv_heads = int(c.num_hidden_layers), int(c.num_attention_heads), count_kv_heads(c)
+        self.d_head, self.vocab_size = head_sizes(c)[0], int(c.vocab_size)
         self.positions = _position_kind(hf, c)
         self.max_length: int | None = None
         if self.positions != "alibi":
-            self.max_length = _first(c, "max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length")
+            self.max_length = first_setting(c, "max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length")
 
     @property
     def device(self) -> torch.device:
@@ -221,7 +222,7 @@ def check_unicode(
                          "right encoding, or take it out with text.encode(errors=\"replace\").decode()") from None
 
 # %% ../../nbs/models/01_forward.ipynb #dc5d64db
-def _check_length(
+def check_length(
     m: ModelFacts,  # the model
     n: int,  # tokens
     allow_longer: bool | None,  # None: as the model was loaded
@@ -253,7 +254,7 @@ class TokenModel(ModelFacts):
 
     def _check_one(self, n: int, allow_longer: bool | None) -> None:
         """Raise if a text of `n` tokens is too long."""
-        _check_length(self, n, allow_longer)
+        check_length(self, n, allow_longer)
 
     def _encode(self, text: str, special: bool) -> Tokens:
         """The text through the tokenizer, with offsets where it gives them."""
@@ -262,7 +263,7 @@ class TokenModel(ModelFacts):
             raise ValueError(f"{self.name} has no tokenizer, so it takes token ids: pass ids, or load(model, tokenizer)")
         check_unicode(text)
         enc = tok(text, add_special_tokens=special, return_offsets_mapping=tok.is_fast, truncation=False, verbose=False)
-        ids = _as_ids(enc["input_ids"] if text else [], self._rows)
+        ids = as_ids(enc["input_ids"] if text else [], self._rows)
         return Tokens(ids, text, torch.tensor(enc["offset_mapping"]) if tok.is_fast else None, tok)
 
     def decode(
@@ -280,7 +281,7 @@ class TokenModel(ModelFacts):
         return self.hf.get_input_embeddings().weight.shape[0]
 
 # %% ../../nbs/models/01_forward.ipynb #7b8cc932
-def _pad(
+def pad_rows(
     rows: Sequence[Tensor],  # token ids, (n,) each
     side: str,  # "right" or "left"
     pad: int,  # id of the padding
@@ -313,14 +314,14 @@ class BatchModel(TokenModel):
         if isinstance(x, Sequence) and any(isinstance(v, (str, Tokens)) for v in x):
             several: Any = x
             return self._padded([self.tokens(v, allow_longer=allow_longer).ids for v in several], padding)
-        ids = _as_ids(x, self._rows)
-        _check_length(self, ids.shape[-1], allow_longer)
+        ids = as_ids(x, self._rows)
+        check_length(self, ids.shape[-1], allow_longer)
         return {"input_ids": torch.atleast_2d(ids).to(self.device)}
 
     def _padded(self, rows: Sequence[Tensor], side: str) -> dict[str, Tensor]:
         """A padded batch; nothing but ids where all rows are equally long."""
-        pad = _first(self.tokenizer, "pad_token_id") or _first(self.config, "pad_token_id") or 0
-        ids, mask = _pad(rows, side, pad)
+        pad = first_setting(self.tokenizer, "pad_token_id") or first_setting(self.config, "pad_token_id") or 0
+        ids, mask = pad_rows(rows, side, pad)
         out = {"input_ids": ids}
         if not mask.all():
             out["attention_mask"] = mask
@@ -333,7 +334,7 @@ class BatchModel(TokenModel):
         return argument in inspect.signature(self.hf.forward).parameters
 
 # %% ../../nbs/models/01_forward.ipynb #7d7792a1
-def _check_logits(
+def check_logits(
     logits: Tensor,  # (..., rows, vocab)
     name: str,  # the model's name
     positions: Sequence[int] | None = None,  # where the rows stand in the text; None: 0, 1, ...
@@ -398,4 +399,4 @@ class LogitsModel(ForwardModel):
         rows = _wanted(positions, inputs["input_ids"].shape[-1])
         with torch.no_grad():
             out = self._logits_at(rows, **inputs)
-        return _check_logits(out if len(out) > 1 or getattr(x, "ndim", 1) == 2 else out[0], self.name, rows.tolist())
+        return check_logits(out if len(out) > 1 or getattr(x, "ndim", 1) == 2 else out[0], self.name, rows.tolist())

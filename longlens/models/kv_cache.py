@@ -15,14 +15,15 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .forward import LogitsModel, TokenIds, TokenModel, Tokens, _check_length, _check_logits, _pad
-from .memory import MemoryModel, _bytes
+from .forward import LogitsModel, TokenIds, TokenModel, Tokens, check_length, check_logits, pad_rows
+from .memory import MemoryModel, size_text
 
 # %% auto #0
-__all__ = ['Prefix', 'PrefixModel', 'Score', 'ScoreModel', 'AnswerModel']
+__all__ = ['new_cache', 'fork_cache', 'rope_regime', 'Prefix', 'shared_length', 'PrefixModel', 'Score', 'ScoreModel', 'end_ids',
+           'stop_texts', 'cut_at_stops', 'AnswerModel']
 
 # %% ../../nbs/models/04_kv_cache.ipynb #917b512f
-def _new_cache(
+def new_cache(
     config: Any,  # text config
     keep: str,  # "all": croppable; "window": as small as the model's windows allow
 ) -> Any:  # an empty transformers.DynamicCache
@@ -38,7 +39,7 @@ def _new_cache(
     return cache
 
 # %% ../../nbs/models/04_kv_cache.ipynb #8ccd51cf
-def _fork(
+def fork_cache(
     cache: Any,  # a transformers.DynamicCache
     batch: int = 1,  # rows of the copy
 ) -> Any:
@@ -53,7 +54,7 @@ def _fork(
     return out
 
 # %% ../../nbs/models/04_kv_cache.ipynb #2e18b3c1
-def _rope_regime(
+def rope_regime(
     config: Any,  # text config
     n: int,  # tokens in the whole text
 ) -> tuple[int, ...]:
@@ -86,7 +87,7 @@ def _feed(
         with torch.no_grad():
             out = m._logits_at(at, input_ids=part[None].to(m.device), past_key_values=cache, use_cache=True)
         if wanted:
-            rows.append(_check_logits(out[0], m.name, (start + at).tolist()))
+            rows.append(check_logits(out[0], m.name, (start + at).tolist()))
     return torch.cat(rows)
 
 # %% ../../nbs/models/04_kv_cache.ipynb #eaf5a412
@@ -116,7 +117,7 @@ class Prefix:
 
     def __repr__(self) -> str:
         size = sum(t.nbytes for v in self.cache.layers for t in (v.keys, v.values) if t is not None)
-        return f"Prefix({len(self):,} tokens of {self.lm.name}, cache {_bytes(size)})"
+        return f"Prefix({len(self):,} tokens of {self.lm.name}, cache {size_text(size)})"
 
     if TYPE_CHECKING:
         def __getattr__(self, name: str) -> Any: ...  # methods are added below
@@ -148,7 +149,7 @@ def fork(
     batch: int = 1,  # rows of the copy
 ) -> Any:  # a transformers.DynamicCache
     """The cache, to be continued by hand without changing this prefix."""
-    return _fork(self.cache, batch)
+    return fork_cache(self.cache, batch)
 
 
 @patch
@@ -170,12 +171,12 @@ def crop(
     """The first `n` tokens. This one stays as it is."""
     if not 1 <= n <= len(self):
         raise ValueError(f"a prefix of {len(self)} tokens can be cropped to 1 to {len(self)}, not {n}")
-    if _rope_regime(self.lm.config, n) != _rope_regime(self.lm.config, len(self)):
+    if rope_regime(self.lm.config, n) != rope_regime(self.lm.config, len(self)):
         return self.lm.prefill(self.ids[:n], keep=self.keep, allow_longer=self.allow_longer)
     return Prefix(self.lm, self.ids[:n], self._cropped(len(self) - n), self.keep, self.allow_longer)
 
 # %% ../../nbs/models/04_kv_cache.ipynb #bb3b71f5
-def _shared(
+def shared_length(
     a: Tensor,  # token ids, (n,)
     b: Tensor,  # token ids, (m,)
 ) -> int:
@@ -197,7 +198,7 @@ def _step(
         chunk = new if new <= 32 and done else m.best_chunk(n, cached=done)
     if chunk < 1:
         raise ValueError(f"a chunk has one token or more, not {chunk}")
-    return chunk if _rope_regime(m.config, n) == _rope_regime(m.config, min(done + chunk, n)) else n
+    return chunk if rope_regime(m.config, n) == rope_regime(m.config, min(done + chunk, n)) else n
 
 # %% ../../nbs/models/04_kv_cache.ipynb #cdfac465
 class PrefixModel(MemoryModel):
@@ -214,20 +215,20 @@ class PrefixModel(MemoryModel):
     ) -> Prefix:
         """Run a text into a key-value cache that can be continued, cropped and used again."""
         t = self.tokens(x, allow_longer=allow_longer)
-        shared = 0 if like is None else min(_shared(like.ids, t.ids), len(t) - 1)
+        shared = 0 if like is None else min(shared_length(like.ids, t.ids), len(t) - 1)
         if like is not None and shared and like.keep == "all" and like.cache.is_croppable:
             base = like.crop(shared)
             return self._grow(Prefix(self, base.ids, base.cache, "all", allow_longer), t.ids[shared:], chunk)[0]
-        empty = Prefix(self, torch.empty(0, dtype=torch.int64), _new_cache(self.config, keep), keep, allow_longer)
+        empty = Prefix(self, torch.empty(0, dtype=torch.int64), new_cache(self.config, keep), keep, allow_longer)
         return self._grow(empty, t, chunk)[0]
 
     def _grow(self, old: Prefix, x: Any, chunk: int | None, all_rows: bool = False) -> tuple[Prefix, Tensor]:
         """A prefix with `x` after it, and the logits of its last token or of all of `x`."""
         new = self.tokens(x, add_special_tokens=False, allow_longer=True).ids
         ids, cache, done = torch.cat([old.ids, new]), old.fork(), len(old)
-        _check_length(self, len(ids), old.allow_longer)
-        if done and _rope_regime(self.config, len(ids)) != _rope_regime(self.config, done):
-            cache, done = _new_cache(self.config, old.keep), 0
+        check_length(self, len(ids), old.allow_longer)
+        if done and rope_regime(self.config, len(ids)) != rope_regime(self.config, done):
+            cache, done = new_cache(self.config, old.keep), 0
         step = _step(self, len(ids), done, len(new), chunk)
         logits = _feed(self, cache, ids[done:], step, len(new) if all_rows else 1)
         return Prefix(self, ids, cache, old.keep, old.allow_longer, logits[-1]), logits
@@ -291,7 +292,7 @@ def _pairs(
     if len(ps) != len(qs):
         raise ValueError(f"every prompt has one answer: there are {len(ps)} prompts and {len(qs)} answers")
     for p, q in zip(ps, qs, strict=True):
-        _check_length(m, len(p) + len(q), allow_longer)
+        check_length(m, len(p) + len(q), allow_longer)
     return ps, qs
 
 # %% ../../nbs/models/04_kv_cache.ipynb #afa51691
@@ -302,10 +303,10 @@ def _score_batch(
 ) -> list[Score]:
     """Scores of one padded batch of pairs."""
     inputs = m._padded([torch.cat([p, q.ids]) for p, q in zip(ps, qs, strict=True)], "right")
-    rows = _pad([torch.arange(len(p) - 1, len(p) + len(q) - 1) for p, q in zip(ps, qs, strict=True)], "right", 0)[0]
+    rows = pad_rows([torch.arange(len(p) - 1, len(p) + len(q) - 1) for p, q in zip(ps, qs, strict=True)], "right", 0)[0]
     with torch.no_grad():
         logits = m._logits_at(rows, **inputs)
-    return [_score(_check_logits(row[: len(q)], m.name), q) for row, q in zip(logits, qs, strict=True)]
+    return [_score(check_logits(row[: len(q)], m.name), q) for row, q in zip(logits, qs, strict=True)]
 
 # %% ../../nbs/models/04_kv_cache.ipynb #430e51e6
 class ScoreModel(PrefixModel):
@@ -326,7 +327,7 @@ class ScoreModel(PrefixModel):
             return _score(torch.cat(rows), a)
         p = self.tokens(prompt, allow_longer=allow_longer)
         n = len(p) + len(a)
-        _check_length(self, n, allow_longer)
+        check_length(self, n, allow_longer)
         if (chunk or self.best_chunk(n)) < n:
             return self.score(self.prefill(p, chunk, allow_longer=allow_longer), a)
         return _score(self.logits(torch.cat([p.ids, a.ids]), torch.arange(len(p) - 1, n - 1), allow_longer=allow_longer), a)
@@ -345,7 +346,7 @@ class ScoreModel(PrefixModel):
         return [s for i in at for s in _score_batch(self, ps[i : i + batch_size], qs[i : i + batch_size])]
 
 # %% ../../nbs/models/04_kv_cache.ipynb #f4b47784
-def _end_ids(
+def end_ids(
     m: TokenModel,  # the model
 ) -> set[int]:
     """Tokens that end an answer."""
@@ -355,12 +356,12 @@ def _end_ids(
     return set()
 
 # %% ../../nbs/models/04_kv_cache.ipynb #9446fe54
-def _stops(stop: str | Sequence[str] | None) -> list[str]:
+def stop_texts(stop: str | Sequence[str] | None) -> list[str]:
     """The texts that end an answer, none of them empty."""
     return [s for s in ([stop] if isinstance(stop, str) else stop or []) if s]
 
 # %% ../../nbs/models/04_kv_cache.ipynb #b5d1b040
-def _cut(
+def cut_at_stops(
     text: str,  # an answer
     stops: Sequence[str],  # texts that end it
 ) -> str:
@@ -381,11 +382,11 @@ class AnswerModel(ScoreModel):
         allow_longer: bool | None = None,  # go past `max_length`; None: as the model was loaded
     ) -> Tensor:  # new token ids, (k,), without the end token
         """The greedy continuation, token by token."""
-        stops = _stops(stop)
+        stops = stop_texts(stop)
         p = prompt if isinstance(prompt, Prefix) else self.prefill(prompt, chunk, allow_longer=allow_longer)
-        _check_length(self, len(p) + max_new_tokens, p.allow_longer if allow_longer is None else allow_longer)
+        check_length(self, len(p) + max_new_tokens, p.allow_longer if allow_longer is None else allow_longer)
         new: list[int] = []
-        while len(new) < max_new_tokens and (best := int(p.logits.argmax())) not in _end_ids(self):
+        while len(new) < max_new_tokens and (best := int(p.logits.argmax())) not in end_ids(self):
             new.append(best)
             if stops and any(s in self.decode(new) for s in stops):
                 break
@@ -404,4 +405,4 @@ class AnswerModel(ScoreModel):
     ) -> str:
         """The greedy answer as text."""
         ids = self.generate_ids(prompt, max_new_tokens, stop, chunk=chunk, allow_longer=allow_longer)
-        return _cut(self.decode(ids), _stops(stop))
+        return cut_at_stops(self.decode(ids), stop_texts(stop))

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from .forward import HFModel, HFTokenizer, TokenModel, Tokens
 from .memory import MemoryEstimate
-from .files import _CONFIG_FILES, _check_causal, _check_device, _check_dtype, _check_weights, _folder, _read, _read_tokenizer
+from .files import CONFIG_FILES, check_causal, check_device, check_dtype, check_weights, model_folder, read_folder, read_tokenizer
 from .kv_cache import AnswerModel, Prefix, Score
 
 _all_ = ["Tokens", "Prefix", "Score", "MemoryEstimate"]
 
 # %% auto #0
-__all__ = ['LongModel', 'load', 'Tokens', 'Prefix', 'Score', 'MemoryEstimate']
+__all__ = ['LongModel', 'load', 'display_name', 'Tokens', 'Prefix', 'Score', 'MemoryEstimate']
 
 # %% ../../nbs/models/05_load.ipynb #de286f30
 def _bare(
@@ -165,21 +165,21 @@ def load(
         return model
     if device is not None and device_map is not None:
         raise ValueError("device puts the model on one device and device_map spreads it over several: give one of them")
-    place, number = _check_device(device), _check_dtype(dtype)
+    place, number = check_device(device), check_dtype(dtype)
     model = None if _is_embedded(model) else model
-    name = _name_of(model)
+    name = display_name(model)
     if model is None or isinstance(model, (str, Path)):
         if place is None and device_map is None:
             place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         kw |= {"dtype": number or ("float32" if model is None else "auto"), "device_map": device_map}
         where = _embedded() if model is None else model
-        hf, tokenizer = _read(where, tokenizer, download=download, trust_remote_code=trust_remote_code, revision=revision, **kw)
+        hf, tokenizer = read_folder(where, tokenizer, download=download, trust_remote_code=trust_remote_code, revision=revision, **kw)
     else:
         hf, tokenizer = _given(model, tokenizer, {**kw, **({"device_map": device_map} if device_map else {})})
     if place is not None or isinstance(number, torch.dtype):
         hf = hf.to(device=place, dtype=number if isinstance(number, torch.dtype) else None)
     if check:
-        _check_weights(hf)
+        check_weights(hf)
     return LongModel(hf, tokenizer, name, allow_longer)
 
 # %% ../../nbs/models/05_load.ipynb #fdcd975b
@@ -193,10 +193,10 @@ def _embedded() -> Path:
 # %% ../../nbs/models/05_load.ipynb #0e61ad46
 def _is_embedded(model: Any) -> bool:
     """Is it asked for by what reports call it? A folder of that name comes first."""
-    return isinstance(model, str) and model == _name_of(None) and not Path(model).exists()
+    return isinstance(model, str) and model == display_name(None) and not Path(model).exists()
 
 
-def _name_of(model: Any) -> str | None:
+def display_name(model: Any) -> str | None:
     """What reports call the model; None: what its config says."""
     if model is None:
         return "needle-lm"
@@ -219,7 +219,7 @@ def _given(
         model, tokenizer = _unbridge(model), tokenizer or model.tokenizer
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"load takes a folder, a hub id, a Hugging Face model or a TransformerBridge, not {type(model).__name__}")
-    _check_causal(model.config, type(model).__name__)
+    check_causal(model.config, type(model).__name__)
     if isinstance(tokenizer, (str, Path)):
-        tokenizer = _read_tokenizer(_folder(tokenizer, _CONFIG_FILES, revision=None, download=True, trust_remote_code=False), False)
+        tokenizer = read_tokenizer(model_folder(tokenizer, CONFIG_FILES, revision=None, download=True, trust_remote_code=False), False)
     return model, tokenizer

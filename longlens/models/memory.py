@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from .forward import LogitsModel, ModelFacts, _first, _head_sizes, _kv_heads
+from .forward import LogitsModel, ModelFacts, first_setting, head_sizes, count_kv_heads
 
 # %% auto #0
-__all__ = ['MemoryEstimate', 'MemoryModel']
+__all__ = ['size_text', 'MemoryEstimate', 'MemoryModel']
 
 # %% ../../nbs/models/03_memory.ipynb #ff949da0
-def _bytes(
+def size_text(
     n: float,  # bytes
 ) -> str:
     """A number of bytes for people, in powers of 1000."""
@@ -73,17 +73,17 @@ class MemoryEstimate:
         return self.available is None or self.needed <= 0.9 * self.available
 
     def __repr__(self) -> str:
-        free = "" if self.available is None else f", {_bytes(self.available)} free"
-        parts = f"cache {_bytes(self.cache)}, activations {_bytes(self.activations)}, logits {_bytes(self.logits)}"
+        free = "" if self.available is None else f", {size_text(self.available)} free"
+        parts = f"cache {size_text(self.cache)}, activations {size_text(self.activations)}, logits {size_text(self.logits)}"
         what = f"{self.tokens:,} tokens x {self.batch} in chunks of {self.chunk:,}"
-        return f"MemoryEstimate({what}: {_bytes(self.needed)} ({parts}) on top of {_bytes(self.weights)} weights{free})"
+        return f"MemoryEstimate({what}: {size_text(self.needed)} ({parts}) on top of {size_text(self.weights)} weights{free})"
 
 # %% ../../nbs/models/03_memory.ipynb #cb7f79b5
 def _cache_width(config: Any) -> int:
     """Numbers that one layer caches for one token; multi-head latent attention caches what keys and values are made from."""
     if rank := getattr(config, "kv_lora_rank", None):
         return rank + config.qk_rope_head_dim
-    return _kv_heads(config) * sum(_head_sizes(config))
+    return count_kv_heads(config) * sum(head_sizes(config))
 
 # %% ../../nbs/models/03_memory.ipynb #bb986dc7
 def _activation_bytes(
@@ -94,9 +94,9 @@ def _activation_bytes(
 ) -> int:
     """Most that one layer holds at a time while it runs a chunk over a cache of `n` tokens (an estimate)."""
     c, size = m.config, m.dtype.itemsize
-    d_k, d_v = _head_sizes(c)
-    inner = _first(c, "intermediate_size", "ffn_dim", "n_inner") or 4 * c.hidden_size
-    experts = _first(c, "num_experts_per_tok") or 1
+    d_k, d_v = head_sizes(c)
+    inner = first_setting(c, "intermediate_size", "ffn_dim", "n_inner") or 4 * c.hidden_size
+    experts = first_setting(c, "num_experts_per_tok") or 1
     mlp = chunk * (4 * c.hidden_size + 3 * inner * experts) * size
     heads = chunk * (3 * c.hidden_size + 4 * m.n_heads * d_k) * size  # queries, before and after rotation, and outputs
     grown = n * (m.n_kv_heads + (m.n_heads if m.n_heads != m.n_kv_heads else 0)) * (d_k + d_v) * size  # this layer's keys and values
@@ -146,6 +146,6 @@ class MemoryModel(LogitsModel):
                 return size
         if most is not None:
             raise MemoryError(f"{self.name} cannot run {n:,} tokens in chunks of {size}: it takes "
-                              f"{_bytes(need.needed + (copies - 1) * need.cache)} on top of the weights, and max_memory is {_bytes(most)}: "
+                              f"{size_text(need.needed + (copies - 1) * need.cache)} on top of the weights, and max_memory is {size_text(most)}: "
                               "take a shorter context, or more max_memory")
         raise MemoryError(f"{self.name} cannot run {n:,} tokens here, not even in small chunks: {need!r}")

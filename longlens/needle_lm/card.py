@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from longlens.needle_lm.data import (
-    _DATA, NAMES, VALUES, VOCAB_SIZE, Example, filler, make_example, needle_lm_path, needle_model, needle_tokenizer,
+    DATA, NAMES, VALUES, VOCAB_SIZE, Example, filler, make_example, needle_lm_path, needle_model, needle_tokenizer,
 )
 
 # %% auto #0
@@ -222,7 +222,7 @@ def write_card(
     "Make the card from the tables"
     folder, t = Path(folder), _tables(folder)
     log, beyond, sinks = t["training_log"], t["beyond"], t["sinks"].sort("alpha", descending=True)
-    text = (_DATA / "needle_lm_card.txt").read_text(encoding="utf-8").format(
+    text = (DATA / "needle_lm_card.txt").read_text(encoding="utf-8").format(
         parameters=sum(v.numel() for v in load_file(folder / "model.safetensors").values()),
         vocab=VOCAB_SIZE, names=len(NAMES), values=len(VALUES),
         tokens=log["tokens"][-1] / 1e6, steps=log["step"][-1], minutes=log["seconds"][-1] / 60, note=note.strip(),

@@ -16,25 +16,25 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 # %% auto #0
-__all__ = ['NAMES', 'VALUES', 'VOCAB_SIZE', 'KINDS', 'needle_lm_path', 'filler', 'train_tokenizer', 'needle_tokenizer', 'ids_of',
-           'Example', 'make_example', 'needle_model']
+__all__ = ['DATA', 'NAMES', 'VALUES', 'VOCAB_SIZE', 'KINDS', 'needle_lm_path', 'filler', 'train_tokenizer', 'needle_tokenizer',
+           'ids_of', 'Example', 'make_example', 'needle_model']
 
 # %% ../../nbs/needle_lm/00_data.ipynb #e5e28a07
-_DATA = Path(__file__).parent / "data" if "__file__" in globals() else Path("../longlens/data").resolve()
+DATA = Path(__file__).parent / "data" if "__file__" in globals() else Path("../longlens/data").resolve()
 
 def needle_lm_path(
 ) -> Path: # the folder of the model that ships with longlens: config, weights, tokenizer, card
     "Where the embedded model is"
-    return _DATA / "needle_lm"
+    return DATA / "needle_lm"
 
-def _words(name: str) -> list[str]: return (_DATA / f"{name}.txt").read_text(encoding="utf-8").split()
+def _words(name: str) -> list[str]: return (DATA / f"{name}.txt").read_text(encoding="utf-8").split()
 
 NAMES, VALUES = _words("names"), _words("values")
 
 # %% ../../nbs/needle_lm/00_data.ipynb #40b92b81
 @functools.cache
 def _grammar() -> dict[str, list[str]]:
-    lines = (_DATA / "filler.txt").read_text(encoding="utf-8").splitlines()
+    lines = (DATA / "filler.txt").read_text(encoding="utf-8").splitlines()
     return {k: [x.strip() for x in v.split("|")] for k, _, v in (line.partition(":") for line in lines)}
 
 # %% ../../nbs/needle_lm/00_data.ipynb #e5a29cbe

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..sweeps.cells import Cell, Start, Tables, Task
 from ..measure.capture import capture
 from ..measure.statistics import SpanMass
-from ..models.kv_cache import _cut, _end_ids, _stops
+from ..models.kv_cache import cut_at_stops, end_ids, stop_texts
 
 # %% auto #0
 __all__ = ['greedy', 'answer_rows', 'Ask']
@@ -42,7 +42,7 @@ def greedy(
     stop: str | Sequence[str] = (),  # texts that end an answer
 ) -> list[tuple[list[int], str]]:  # new token ids of each prompt, without the end token; how it ended: "end", "stop", "length", "positions"
     """The greedy continuation of several prompts of equal length."""
-    cache, token, end, stop = start.fork(), start.last, _end_ids(lm), _stops(stop)
+    cache, token, end, stop = start.fork(), start.last, end_ids(lm), stop_texts(stop)
     room = max_new_tokens if lm.max_length is None or lm.allow_longer else lm.max_length + 1 - start.n
     new: list[list[int]] = [[] for _ in range(len(token))]
     ended = ["length" if room >= max_new_tokens else "positions"] * len(token)
@@ -107,7 +107,7 @@ class Ask(Task):
     def _said(self, lm: Any, start: Start) -> list[tuple[str, str]]:
         """What is written, up to a stop text, and how it ended."""
         made = greedy(lm, start, self.max_new_tokens, self.stop)
-        return [(_cut(t, _stops(self.stop)), ended) for t, (_, ended) in zip(_texts(lm, [ids for ids, _ in made]), made, strict=True)]
+        return [(cut_at_stops(t, stop_texts(self.stop)), ended) for t, (_, ended) in zip(_texts(lm, [ids for ids, _ in made]), made, strict=True)]
 
 # %% ../../nbs/probes/01_generate.ipynb #556bfef2
 def _answer(said: tuple[str | None, str | None], logits: Tensor | None, cell: Cell) -> pl.DataFrame:

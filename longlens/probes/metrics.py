@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import polars as pl
 
-from ..prompts.multi_document import _check_answers, normalize_answer
+from ..prompts.multi_document import check_answers, normalize_answer
 
 _all_ = ["normalize_answer"]
 
@@ -33,7 +33,7 @@ def best_subspan_em(
     answers: Sequence[str],  # what is right, each of them
 ) -> float:  # 0 or 1
     """Does the first line of a reply contain an answer, both normalised? (lost in the middle: multi-document questions)"""
-    _check_answers(answers, "best_subspan_em")
+    check_answers(answers, "best_subspan_em")
     line = normalize_answer(said.split("\n")[0])
     return float(any(normalize_answer(a) in line for a in answers))
 

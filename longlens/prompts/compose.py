@@ -19,7 +19,7 @@ from torch import Tensor
 from ..models.forward import HFTokenizer, TokenModel, Tokens, check_unicode
 
 # %% auto #0
-__all__ = ['Piece', 'BoundaryError', 'Context', 'compose']
+__all__ = ['Piece', 'join_pieces', 'BoundaryError', 'solid_tokens', 'PromptReader', 'prompt_reader', 'Context', 'compose']
 
 # %% ../../nbs/prompts/01_compose.ipynb #4ca62c93
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Piece:
         return {name: (at + a, at + b) for name, (a, b) in (whole | dict(self.inside)).items()}
 
 # %% ../../nbs/prompts/01_compose.ipynb #b220ae75
-def _join_pieces(
+def join_pieces(
     pieces: Iterable[Piece | str],  # in order
     sep: str = "",  # between two of them
 ) -> tuple[str, dict[str, tuple[int, int]], list[tuple[int, int]]]:  # text, named characters, characters that may be special tokens
@@ -70,7 +70,7 @@ class BoundaryError(ValueError):
     """A token covers the end of one piece and the beginning of the next."""
 
 # %% ../../nbs/prompts/01_compose.ipynb #3d54925d
-def _solid(
+def solid_tokens(
     text: str,  # the prompt
     offsets: np.ndarray,  # (n, 2), characters of each token
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # tokens with more than white space; their first character, and one past the last
@@ -99,7 +99,7 @@ def _token_spans(
     marks: Mapping[str, tuple[int, int]],  # name -> characters
 ) -> dict[str, range]:  # name -> token positions
     """The tokens of every named part of the text."""
-    which, first, last = _solid(text, offsets)
+    which, first, last = solid_tokens(text, offsets)
     spans = {}
     for name, (a, b) in marks.items():
         i, j = np.searchsorted(last, a, "right"), np.searchsorted(first, b, "left")
@@ -144,7 +144,7 @@ def _frame(tok: HFTokenizer, system: str | None) -> tuple[str, str]:
 
 # %% ../../nbs/prompts/01_compose.ipynb #beb9828b
 @dataclass(frozen=True)
-class _Reader:
+class PromptReader:
     """How texts become tokens: the tokenizer, and a chat template if there is one."""
 
     tok: HFTokenizer
@@ -170,11 +170,11 @@ class _Reader:
         return text + prefix, prefix
 
 # %% ../../nbs/prompts/01_compose.ipynb #e8af6076
-def _reader(
+def prompt_reader(
     model: Any,  # a LongModel, or a fast tokenizer
     chat: bool | None = None,  # use the chat template?
     system: str | None = None,  # the system message of a chat
-) -> _Reader:
+) -> PromptReader:
     """A reader for a model or a tokenizer."""
     lm = model if isinstance(model, TokenModel) else None
     tok: Any = lm.tokenizer if lm else model
@@ -186,10 +186,10 @@ def _reader(
         raise ValueError(f"{type(tok).__name__} is a slow tokenizer and does not say which characters a token covers: load the fast one")
     if system is not None and not chat:
         raise ValueError("a system message needs a chat template: say chat=True, or make it a piece")
-    return _Reader(tok, lm, bool(chat), system, *(_frame(tok, system) if chat else ()))
+    return PromptReader(tok, lm, bool(chat), system, *(_frame(tok, system) if chat else ()))
 
 # %% ../../nbs/prompts/01_compose.ipynb #edb68650
-def _check_frame(read: _Reader, user: str) -> None:
+def _check_frame(read: PromptReader, user: str) -> None:
     """Raise if the chat template changes the user's text."""
     if not read.chat or (shown := _rendered(read.tok, user, read.system)) == read.head + user + read.tail:
         return
@@ -197,7 +197,7 @@ def _check_frame(read: _Reader, user: str) -> None:
     raise ValueError(f"the chat template does not take this text as it is, it {why}, or leave out chat=True")
 
 # %% ../../nbs/prompts/01_compose.ipynb #81aeca76
-def _check_special(read: _Reader, text: str, ids: Tensor, offsets: np.ndarray, allowed: Sequence[tuple[int, int]]) -> None:
+def _check_special(read: PromptReader, text: str, ids: Tensor, offsets: np.ndarray, allowed: Sequence[tuple[int, int]]) -> None:
     """Raise if text that should be read as text was read as a special token."""
     special = set(read.tok.all_special_ids)
     for i in [i for i, t in enumerate(ids.tolist()) if t in special]:
@@ -265,7 +265,7 @@ def _completion_ids(
     """The ids that the completion adds to the prompt's."""
     if not ctx.completion:
         return torch.zeros(0, dtype=torch.long)
-    whole, _ = _Reader(ctx.tokens.tokenizer, chat=not ctx.add_special_tokens).encode(ctx.text + ctx.completion)
+    whole, _ = PromptReader(ctx.tokens.tokenizer, chat=not ctx.add_special_tokens).encode(ctx.text + ctx.completion)
     n = len(ctx)
     if len(whole) <= n or not torch.equal(whole[:n], ctx.tokens.ids):
         raise BoundaryError(
@@ -342,8 +342,8 @@ def compose(
     allow_longer: bool | None = None,  # go past the model's `max_length`; None: as it was loaded
 ) -> Context:
     """A context from pieces: one text, tokenized once, with the tokens of every named piece."""
-    read = _reader(model, chat, system)
-    user, marks, special = _join_pieces(pieces, sep)
+    read = prompt_reader(model, chat, system)
+    user, marks, special = join_pieces(pieces, sep)
     _check_frame(read, user)
     text, prefix = read.prompt(user, answer_prefix)
     at, end = len(read.head), len(text) - len(prefix)
@@ -360,7 +360,7 @@ def compose(
 
 # %% ../../nbs/prompts/01_compose.ipynb #cf29a3e9
 def _context(
-    read: _Reader,  # tokenizer and template
+    read: PromptReader,  # tokenizer and template
     text: str,  # the whole prompt
     marks: Mapping[str, tuple[int, int]],  # name -> characters
     allowed: Sequence[tuple[int, int]],  # characters that may be special tokens

@@ -17,8 +17,8 @@ from string import Formatter
 from typing import Any, Self
 
 # %% auto #0
-__all__ = ['NEEDLE_KINDS', 'WORDINGS', 'NIAH_TASKS', 'split_sentences', 'Haystack', 'draw_distinct', 'Wording', 'listed',
-           'said_already', 'named_in', 'check_new']
+__all__ = ['NOISE_SENTENCES', 'NEEDLE_KINDS', 'WORDINGS', 'NIAH_TASKS', 'split_sentences', 'Haystack', 'word_list',
+           'draw_distinct', 'Wording', 'listed', 'said_already', 'named_in', 'check_new']
 
 # %% ../../nbs/prompts/00_haystack.ipynb #9edbaa43
 _END = re.compile(
@@ -82,7 +82,7 @@ class _Units:
         return list(self.units * times)[:n], (gaps * times)[:n]
 
 # %% ../../nbs/prompts/00_haystack.ipynb #be614fec
-_NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+NOISE_SENTENCES = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
 
 @functools.lru_cache(maxsize=8)
@@ -172,7 +172,7 @@ class Haystack(_Given):
     @classmethod
     def noise(cls) -> Haystack:  # endless
         """RULER's noise: five short sentences, over and over (arXiv 2404.06654)."""
-        return cls(separator="\n", source="noise", grow=lambda n: [_NOISE] * n)
+        return cls(separator="\n", source="noise", grow=lambda n: [NOISE_SENTENCES] * n)
 
     def __repr__(self) -> str:
         size = "endless" if self.grow is not None else f"{len(self.units):,} sentences" + ", repeated" * self.repeat
@@ -180,22 +180,22 @@ class Haystack(_Given):
 
 # %% ../../nbs/prompts/00_haystack.ipynb #2804d645
 @functools.cache
-def _word_list(name: str) -> list[str]:
+def word_list(name: str) -> list[str]:
     """A word list that comes with the package."""
     return (files("longlens") / "data" / f"{name}.txt").read_text(encoding="utf-8").split()
 
 
 def _adjective_noun(rng: Random) -> str:
-    return f"{rng.choice(_word_list('adjectives'))}-{rng.choice(_word_list('nouns'))}"
+    return f"{rng.choice(word_list('adjectives'))}-{rng.choice(word_list('nouns'))}"
 
 # %% ../../nbs/prompts/00_haystack.ipynb #5ee93965
 NEEDLE_KINDS: dict[str, Callable[[Random], str]] = {  # kind -> draws one
     "words": _adjective_noun,
     "numbers": lambda rng: str(rng.randint(1_000_000, 9_999_999)),
     "uuids": lambda rng: str(uuid.UUID(int=rng.getrandbits(128), version=4)),
-    "names": lambda rng: rng.choice(_word_list("names")),
-    "values": lambda rng: rng.choice(_word_list("values")),
-    "people": lambda rng: f"{rng.choice(_word_list('names'))} {rng.choice(_word_list('nouns')).capitalize()}",
+    "names": lambda rng: rng.choice(word_list("names")),
+    "values": lambda rng: rng.choice(word_list("values")),
+    "people": lambda rng: f"{rng.choice(word_list('names'))} {rng.choice(word_list('nouns')).capitalize()}",
 }
 
 # %% ../../nbs/prompts/00_haystack.ipynb #e2ba483f

@@ -14,10 +14,10 @@ from .haystack import draw_distinct
 from .compose import Context, Piece, compose
 
 # %% auto #0
-__all__ = ['kv_json', 'threads']
+__all__ = ['key_value_records', 'place_gold', 'kv_json', 'threads']
 
 # %% ../../nbs/prompts/03_key_value.ipynb #a3c9e004
-def _records(
+def key_value_records(
     records: Iterable[Sequence[str]] | None,  # (key, value) pairs; None: drawn
     n_pairs: int,  # how many are drawn
     seed: int | str,  # of the drawn ones
@@ -32,7 +32,7 @@ def _records(
     return pairs
 
 # %% ../../nbs/prompts/03_key_value.ipynb #800bbda5
-def _place(items: list[Any], gold: int, index: int | None, what: str) -> tuple[list[Any], int]:
+def place_gold(items: list[Any], gold: int, index: int | None, what: str) -> tuple[list[Any], int]:
     """The items with the gold one at an index, and that index."""
     index = gold if index is None else index
     if not 0 <= index < len(items):
@@ -71,11 +71,11 @@ def kv_json(
     allow_longer: bool | None = None,  # go past the model's `max_length`; None: as it was loaded
 ) -> Context:
     """The value of a key in a JSON object (Liu et al., arXiv 2307.03172). Spans: pair_i, key_i, value_i, gold, answer, question"""
-    pairs = _records(records, n_pairs, seed)
+    pairs = key_value_records(records, n_pairs, seed)
     if len(pairs) < 2 or (key is not None and key not in dict(pairs)):
         raise ValueError(f"two pairs or more are needed, the asked key among them: there are {len(pairs)}, and the key is {key!r}")
     key = pairs[0][0] if key is None else key
-    pairs, index = _place(pairs, [k for k, _ in pairs].index(key), gold_index, "pairs")
+    pairs, index = place_gold(pairs, [k for k, _ in pairs].index(key), gold_index, "pairs")
     value, ask = dict(pairs)[key], f'Key: "{key}"'
     first = f"{_EXTRACT} below.\n\n" + f"{ask}\n\n" * query_aware + "JSON data:\n"
     body = _json_pieces(pairs, {index: {"gold": "pair", "answer": "value"}}, ",\n ")
@@ -170,7 +170,7 @@ def threads(
     """Needle Threading (arXiv 2411.05000). Spans: pair_i, key_i, value_i, question; gold or thread_t_h, answer (numbered if several)"""
     if task not in _THREADS:
         raise ValueError(f"a task is one of {', '.join(_THREADS)}, not {task!r}")
-    rng, pairs, threaded = Random(f"threads {seed}"), _records(None, n_pairs, seed), task.endswith("threading")
+    rng, pairs, threaded = Random(f"threads {seed}"), key_value_records(None, n_pairs, seed), task.endswith("threading")
     count = n_threads if task == "multi_threading" else 1
     wanted = count * thread_length if threaded else 1 if task == "single" else n_needles
     spots = _spots(rng, n_pairs, wanted, placement, depth_percent)

@@ -16,13 +16,14 @@ from pathlib import Path
 from random import Random
 from typing import IO, Any
 
-from .haystack import Haystack, _word_list
-from .key_value import _place, _records, kv_json
+from .haystack import Haystack, word_list
+from .key_value import place_gold, key_value_records, kv_json
 from .compose import Context, Piece, compose
-from .ruler import DocumentLike, _title_text, numbered_documents
+from .ruler import DocumentLike, title_and_text, numbered_documents
 
 # %% auto #0
-__all__ = ['VARIANTS', 'normalize_answer', 'Question', 'KeyValue', 'read_questions', 'read_key_values', 'with_distractors',
+__all__ = ['VARIANTS', 'normalize_answer', 'check_answers', 'Question', 'KeyValue', 'open_maybe_gzip', 'unique_keys',
+           'json_field', 'read_questions', 'read_key_values', 'shuffled_numbers', 'holds_answer', 'with_distractors',
            'fact_questions', 'fact_pairs', 'kv_lines', 'place']
 
 # %% ../../nbs/prompts/05_multi_document.ipynb #afdba3ea
@@ -36,7 +37,7 @@ def normalize_answer(
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_DROPPED)).split())
 
 # %% ../../nbs/prompts/05_multi_document.ipynb #c04d604d
-def _check_answers(answers: Any, where: str) -> None:
+def check_answers(answers: Any, where: str) -> None:
     """Raise unless these are texts, and something is left of each when it is normalised."""
     if not isinstance(answers, (tuple, list)) or not answers:
         raise ValueError(f"{where}: answers is {answers!r:.60}, and a list of one text or more was expected")
@@ -61,12 +62,12 @@ class Question:
     def __post_init__(self) -> None:
         if not isinstance(self.question, str) or not self.question.strip():
             raise ValueError(f"a question is a text, not {self.question!r}")
-        _check_answers(self.answers, f"the question {self.question!r:.60}")
+        check_answers(self.answers, f"the question {self.question!r:.60}")
         others: Any = self.others
         if isinstance(others, str): raise TypeError("others are a tuple of documents, and this is one text: put it into a tuple")
         object.__setattr__(self, "answers", tuple(self.answers))
         object.__setattr__(self, "others", tuple(others))
-        for d in (self.gold, *self.others): _title_text(d)
+        for d in (self.gold, *self.others): title_and_text(d)
 
 # %% ../../nbs/prompts/05_multi_document.ipynb #4067e2c8
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class KeyValue:
     wording: str = "json"  # how the pairs are written: "json", or "lines"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "records", tuple(_records(self.records, 0, 0)))
+        object.__setattr__(self, "records", tuple(key_value_records(self.records, 0, 0)))
         found = dict(self.records).get(self.key)
         if len(self.records) < 2 or found is None:
             raise ValueError(f"two pairs or more are needed, the asked key among them: there are {len(self.records)}, "
@@ -93,7 +94,7 @@ class KeyValue:
 _LONGEST = 1 << 26  # bytes of a line; one that is longer is not of these files
 
 
-def _opened(path: Path) -> IO[bytes]:
+def open_maybe_gzip(path: Path) -> IO[bytes]:
     """The bytes of a file, unpacked if it is a gzip file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} {'is a folder' if path.is_dir() else 'is not there'}: give the path of a file")
@@ -110,7 +111,7 @@ def _read_line(f: IO[bytes], where: str) -> str | None:
     except UnicodeDecodeError as e: raise ValueError(f"{where} is not text in UTF-8: {e}") from e
 
 # %% ../../nbs/prompts/05_multi_document.ipynb #9e6357fa
-def _named(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object, if no name stands in it twice."""
     if len(out := dict(pairs)) < len(pairs):
         names = [k for k, _ in pairs]
@@ -122,10 +123,10 @@ def _objects(path: str | Path, limit: int | None) -> Iterator[tuple[str, dict[st
     """Where each line stands, and what it says; blank lines are skipped."""
     if limit is not None and limit < 1: raise ValueError(f"limit is {limit}: read one line or more, or None for all")
     path, number, found = Path(path), 0, 0
-    with _opened(path) as f:
+    with open_maybe_gzip(path) as f:
         while found != limit and (line := _read_line(f, where := f"{path}, line {(number := number + 1):,}")) is not None:
             if not line.strip(): continue
-            try: row = json.loads(line, object_pairs_hook=_named)
+            try: row = json.loads(line, object_pairs_hook=unique_keys)
             except (ValueError, RecursionError) as e: raise ValueError(f"{where} cannot be read as JSON: {e}") from e
             if not isinstance(row, dict): raise ValueError(f"{where} holds {row!r:.40} where named entries were expected")
             found += 1
@@ -133,7 +134,7 @@ def _objects(path: str | Path, limit: int | None) -> Iterator[tuple[str, dict[st
     if not found: raise ValueError(f"{path} is empty: there are no questions in it")
 
 # %% ../../nbs/prompts/05_multi_document.ipynb #66f4ea70
-def _field(row: Any, name: str, kind: type[str] | type[list], where: str, at: str = "") -> Any:
+def json_field(row: Any, name: str, kind: type[str] | type[list], where: str, at: str = "") -> Any:
     """An entry of an object, if it is there and of its kind."""
     wanted = "a text" if kind is str else "a list"
     if not isinstance(row, dict): raise ValueError(f"{where}: {at} is {row!r:.60}, and named entries were expected")
@@ -158,12 +159,12 @@ def _gold(ctxs: Sequence[dict[str, Any]], where: str) -> int:
 
 def _question(row: dict[str, Any], where: str, drop_empty: bool) -> Question:
     """A question from a line."""
-    answers, ctxs = _field(row, "answers", list, where), _field(row, "ctxs", list, where)
-    documents = [tuple(_field(c, part, str, where, f"ctxs[{i}]") for part in ("title", "text")) for i, c in enumerate(ctxs)]
+    answers, ctxs = json_field(row, "answers", list, where), json_field(row, "ctxs", list, where)
+    documents = [tuple(json_field(c, part, str, where, f"ctxs[{i}]") for part in ("title", "text")) for i, c in enumerate(ctxs)]
     if drop_empty: answers = [a for a in answers if not isinstance(a, str) or normalize_answer(a)]
-    _check_answers(answers, where)
+    check_answers(answers, where)
     gold = documents.pop(_gold(ctxs, where))
-    return Question(_field(row, "question", str, where), tuple(answers), gold, tuple(documents))
+    return Question(json_field(row, "question", str, where), tuple(answers), gold, tuple(documents))
 
 # %% ../../nbs/prompts/05_multi_document.ipynb #61c4a0e7
 def read_questions(
@@ -178,10 +179,10 @@ def read_questions(
 # %% ../../nbs/prompts/05_multi_document.ipynb #719de0e7
 def _key_value(row: dict[str, Any], where: str) -> KeyValue:
     """Pairs and a key from a line."""
-    for i, r in enumerate(records := _field(row, "ordered_kv_records", list, where)):
+    for i, r in enumerate(records := json_field(row, "ordered_kv_records", list, where)):
         if not isinstance(r, list) or len(r) != 2 or not all(isinstance(x, str) and x for x in r):
             raise ValueError(f"{where}: ordered_kv_records[{i}] is {r!r:.60}, and a key and a value, both texts, were expected")
-    key, value = _field(row, "key", str, where), _field(row, "value", str, where)
+    key, value = json_field(row, "key", str, where), json_field(row, "value", str, where)
     try: return KeyValue(tuple((k, v) for k, v in records), key, value)
     except ValueError as e: raise ValueError(f"{where}: {e}") from e
 
@@ -194,7 +195,7 @@ def read_key_values(
     return [_key_value(row, where) for where, row in _objects(path, limit)]
 
 # %% ../../nbs/prompts/05_multi_document.ipynb #f2c5457c
-def _shuffled(n: int, rng: Random) -> Iterator[int]:
+def shuffled_numbers(n: int, rng: Random) -> Iterator[int]:
     """0 to n - 1 in random order, no more of it drawn than is used."""
     moved: dict[int, int] = {}
     for i in range(n):
@@ -203,7 +204,7 @@ def _shuffled(n: int, rng: Random) -> Iterator[int]:
         moved[j] = moved.get(i, i)
 
 
-def _holds(said: str, answer: str) -> bool:
+def holds_answer(said: str, answer: str) -> bool:
     """Is an answer in a text, both normalised?"""
     return f" {answer} " in f" {said} " if len(answer) < 3 and answer.isascii() else answer in said
 
@@ -211,11 +212,11 @@ def _holds(said: str, answer: str) -> bool:
 def _filled(q: Question, wanted: int, pool: Sequence[tuple[tuple[str, str], str]], rng: Random) -> list[DocumentLike]:
     """The question's own others and documents of the pool, as many as are wanted, or all that can be."""
     out, right = list(q.others[:wanted]), [normalize_answer(a) for a in q.answers]
-    have = {_title_text(d) for d in (q.gold, *out)}
-    for i in _shuffled(len(pool), rng):
+    have = {title_and_text(d) for d in (q.gold, *out)}
+    for i in shuffled_numbers(len(pool), rng):
         if len(out) >= wanted: break
         document, said = pool[i]
-        if document not in have and not any(_holds(said, a) for a in right): out.append(document)
+        if document not in have and not any(holds_answer(said, a) for a in right): out.append(document)
     return out
 
 # %% ../../nbs/prompts/05_multi_document.ipynb #d3a80c66
@@ -227,7 +228,7 @@ def with_distractors(
     """Questions with as many documents as wanted: their own others first, then gold documents of other questions that hold no answer."""
     questions = list(questions)
     if n_documents < 1: raise ValueError(f"n_documents is {n_documents}: the gold document is one of them, so it is 1 or more")
-    pool = [(d, normalize_answer(" ".join(d))) for d in dict.fromkeys(_title_text(q.gold) for q in questions)]
+    pool = [(d, normalize_answer(" ".join(d))) for d in dict.fromkeys(title_and_text(q.gold) for q in questions)]
     out = []
     for q in questions:
         others = _filled(q, n_documents - 1, pool, Random(f"{seed} {q.question}"))
@@ -247,7 +248,7 @@ def _fact_document(title: str, fact: str, filler: Sequence[str], rng: Random) ->
 
 def _drawn_names(n: int, per_item: int, seed: int | str, what: str) -> list[str]:
     """The name that each item is asked about; all different, as long as there are names."""
-    names = _word_list("names")
+    names = word_list("names")
     if n < 1: raise ValueError(f"{n} {what} were asked for: one or more")
     if per_item > len(names):
         raise ValueError(f"{per_item} different names are needed in each of the {what}, and there are {len(names)}: ask for fewer")
@@ -268,8 +269,8 @@ def fact_questions(
     out, k = [], n_documents
     for i, name in enumerate(_drawn_names(n, 2 * k, seed, "questions")):
         rng = Random(f"{seed} {i}")
-        names = [name, *rng.sample([w for w in _word_list("names") if w != name], 2 * k - 1)]  # k people, k titles
-        values, prose = rng.sample(_word_list("values"), k), Haystack.generated(f"{seed} {i}").take(k * sentences)[0]
+        names = [name, *rng.sample([w for w in word_list("names") if w != name], 2 * k - 1)]  # k people, k titles
+        values, prose = rng.sample(word_list("values"), k), Haystack.generated(f"{seed} {i}").take(k * sentences)[0]
         facts = [f"The code for {who} is {what}." for who, what in zip(names, values, strict=False)]
         documents = [_fact_document(names[k + j], facts[j], prose[j * sentences : (j + 1) * sentences], rng) for j in range(k)]
         out.append(Question(f"What is the code for {name}?", (values[0],), documents[0], tuple(documents[1:]), f" The code for {name} is"))
@@ -286,8 +287,8 @@ def fact_pairs(
     out = []
     for i, name in enumerate(_drawn_names(n, n_pairs, seed, "lists of pairs")):
         rng = Random(f"{seed} {i}")
-        names = [name, *rng.sample([w for w in _word_list("names") if w != name], n_pairs - 1)]
-        records = rng.sample([*zip(names, rng.sample(_word_list("values"), n_pairs), strict=True)], n_pairs)
+        names = [name, *rng.sample([w for w in word_list("names") if w != name], n_pairs - 1)]
+        records = rng.sample([*zip(names, rng.sample(word_list("values"), n_pairs), strict=True)], n_pairs)
         out.append(KeyValue(tuple(records), name, dict(records)[name], "lines"))
     return out
 
@@ -314,10 +315,10 @@ def kv_lines(
     allow_longer: bool | None = None,  # go past the model's `max_length`; None: as it was loaded
 ) -> Context:
     """The value of a key in a list of lines, needle-lm's own form. Spans: pair_i, key_i, value_i, gold, answer, question"""
-    pairs = _records(records, 0, seed)
+    pairs = key_value_records(records, 0, seed)
     if len(pairs) < 2 or key not in dict(pairs):
         raise ValueError(f"two pairs or more are needed, the asked key among them: there are {len(pairs)}, and the key is {key!r}")
-    pairs, index = _place(pairs, [k for k, _ in pairs].index(key), gold_index, "pairs")
+    pairs, index = place_gold(pairs, [k for k, _ in pairs].index(key), gold_index, "pairs")
     value, ask = dict(pairs)[key], f"Question: What is the value of Key {key}?"
     before = [Piece(ask, "question_before"), Piece("\n")] if query_aware else []
     meta = {"gold_index": index, "n_pairs": len(pairs), "depth_percent": 100 * index / (len(pairs) - 1), "seed": seed}

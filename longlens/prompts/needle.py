@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 
 from .haystack import NIAH_TASKS, WORDINGS, Haystack, Wording, check_new, draw_distinct, listed, named_in, said_already
-from .compose import BoundaryError, Context, Piece, _join_pieces, _Reader, _reader, compose
+from .compose import BoundaryError, Context, Piece, join_pieces, PromptReader, prompt_reader, compose
 
 _all_ = ["NIAH_TASKS", "WORDINGS", "Haystack", "Wording", "BoundaryError", "Context", "Piece", "compose"]
 
 # %% auto #0
-__all__ = ['RULER_DEPTHS', 'haystack_context', 'needle_depths', 'needle_context', 'NIAH_TASKS', 'WORDINGS', 'Haystack', 'Wording',
-           'BoundaryError', 'Context', 'Piece', 'compose']
+__all__ = ['RULER_DEPTHS', 'SentenceSupply', 'enough_sentences', 'haystack_context', 'needle_depths', 'needle_context',
+           'NIAH_TASKS', 'WORDINGS', 'Haystack', 'Wording', 'BoundaryError', 'Context', 'Piece', 'compose']
 
 # %% ../../nbs/prompts/02_needle.ipynb #6b08f8e3
 @dataclass(frozen=True)
-class _Straw:
+class SentenceSupply:
     """The first sentences of a haystack, and how many tokens come before each."""
 
     units: list[str]
@@ -34,15 +34,15 @@ class _Straw:
     starts: np.ndarray  # (len(units) + 1,), characters before each sentence
 
 # %% ../../nbs/prompts/02_needle.ipynb #67dedb5c
-def _straw(read: _Reader, haystack: Haystack, n: int) -> _Straw:
+def _straw(read: PromptReader, haystack: Haystack, n: int) -> SentenceSupply:
     """Tokenize the first n sentences."""
     units, gaps = haystack.take(n)
     _, offsets = read.encode("".join(u + g for u, g in zip(units, gaps, strict=True)), special=False)
     starts = np.cumsum([0, *(len(u) + len(g) for u, g in zip(units, gaps, strict=True))])
-    return _Straw(units, gaps, np.searchsorted(offsets[:, 1], starts, "right"), offsets, starts)
+    return SentenceSupply(units, gaps, np.searchsorted(offsets[:, 1], starts, "right"), offsets, starts)
 
 # %% ../../nbs/prompts/02_needle.ipynb #d8700823
-def _enough(read: _Reader, haystack: Haystack, room: int) -> _Straw:
+def enough_sentences(read: PromptReader, haystack: Haystack, room: int) -> SentenceSupply:
     """As many sentences as fill `room` tokens and a few more, or all there are."""
     n = 8 + room // 16
     while True:
@@ -78,14 +78,14 @@ def _lay(
 class _Layout:
     """Everything but the number of sentences: what stands before, in and after the haystack."""
 
-    read: _Reader
+    read: PromptReader
     between: tuple[str, str | None]  # what stands before an insert, or on both sides of it
     inserts: Sequence[tuple[float, Piece]]  # depth in percent, and what stands there
     before: Sequence[Piece]
     after: Sequence[Piece]
     rest: tuple[str, str]  # the answer's beginning, and how it goes on
 
-    def pieces(self, straw: _Straw, n: int, cut: str = "") -> list[Piece]:
+    def pieces(self, straw: SentenceSupply, n: int, cut: str = "") -> list[Piece]:
         """The prompt with n sentences and the beginning of one more."""
         units, total = [*straw.units[:n], *[cut] * bool(cut)], straw.before[: n + 1].tolist()
         if cut:
@@ -98,13 +98,13 @@ class _Layout:
 
     def count(self, pieces: Sequence[Piece]) -> int:
         """Tokens of prompt and completion."""
-        text, _ = self.read.prompt(_join_pieces(pieces)[0], self.rest[0])
+        text, _ = self.read.prompt(join_pieces(pieces)[0], self.rest[0])
         return len(self.read.encode(text + self.rest[1])[0])
 
 # %% ../../nbs/prompts/02_needle.ipynb #a6d030c0
 def _sentences_that_fit(
     layout: _Layout,  # all but the sentences
-    straw: _Straw,  # more sentences than fit, or all there are
+    straw: SentenceSupply,  # more sentences than fit, or all there are
     n_tokens: int,  # tokens of prompt and completion, at most
     room: int,  # tokens left for sentences
 ) -> tuple[int, int]:  # sentences, tokens of prompt and completion with them
@@ -122,7 +122,7 @@ def _sentences_that_fit(
 # %% ../../nbs/prompts/02_needle.ipynb #93b7476f
 def _cut_that_fits(
     layout: _Layout,  # all but the sentences
-    straw: _Straw,  # more sentences than fit
+    straw: SentenceSupply,  # more sentences than fit
     n: int,  # whole sentences
     missing: int,  # tokens that are missing with these
     n_tokens: int,  # tokens of prompt and completion
@@ -148,7 +148,7 @@ def _fill(
     fixed = layout.count([*layout.before, *_lay([], [], {0: [p for _, p in layout.inserts]}, *layout.between), *layout.after])
     if fixed >= n_tokens:
         raise ValueError(f"it takes {fixed:,} tokens without any haystack, and n_tokens is {n_tokens:,}: ask for more")
-    straw = _enough(layout.read, haystack, n_tokens - fixed)
+    straw = enough_sentences(layout.read, haystack, n_tokens - fixed)
     n, total = _sentences_that_fit(layout, straw, n_tokens, n_tokens - fixed)
     missing, all_used = n_tokens - total, n == len(straw.units)
     if all_used and missing >= (1 if exact else np.diff(straw.before).max()):
@@ -197,7 +197,7 @@ def haystack_context(
         raise ValueError(f"a depth is 0 to 100 percent, not {bad[0]}")
     inserts = sorted(inserts, key=lambda x: x[0])
     rest = kw.get("answer_prefix", ""), kw.get("completion", "")
-    layout = _Layout(_reader(model, chat, system), (haystack.separator, around), inserts, before, after, rest)
+    layout = _Layout(prompt_reader(model, chat, system), (haystack.separator, around), inserts, before, after, rest)
     pieces, n = _fill(layout, haystack, n_tokens, exact)
     ctx = compose(model, pieces, chat=chat, system=system, **kw)
     depths = _realised(ctx.spans, [p.name for _, p in inserts if p.name])

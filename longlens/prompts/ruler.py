@@ -14,14 +14,14 @@ from typing import Any
 
 from .needle import haystack_context
 from .haystack import Haystack, draw_distinct
-from .key_value import _place, kv_json, threads
+from .key_value import place_gold, kv_json, threads
 from .compose import Context, Piece, compose
 
 _all_ = ["kv_json", "threads"]
 
 # %% auto #0
-__all__ = ['DocumentLike', 'GENERATIONS', 'SPELLING', 'QRHEAD_LLAMA3', 'variable_tracking', 'numbered_documents',
-           'ancestral_chain', 'passkeys', 'retrieval_prompt', 'kv_json', 'threads']
+__all__ = ['DocumentLike', 'GENERATIONS', 'SPELLING', 'QRHEAD_LLAMA3', 'variable_tracking', 'title_and_text',
+           'numbered_documents', 'ancestral_chain', 'passkeys', 'retrieval_prompt', 'kv_json', 'threads']
 
 # %% ../../nbs/prompts/04_ruler.ipynb #0e59141c
 def _chains(
@@ -100,7 +100,7 @@ def variable_tracking(
 DocumentLike = Mapping[str, Any] | Sequence[str] | str  # title and text: a mapping, a pair, or only the text
 
 
-def _title_text(
+def title_and_text(
     document: DocumentLike,  # of any of the three forms
 ) -> tuple[str, str]:
     """Title (or nothing) and text of a document."""
@@ -116,7 +116,7 @@ def _title_text(
 # %% ../../nbs/prompts/04_ruler.ipynb #1eaa16e1
 def _numbered(document: DocumentLike, i: int) -> str:
     """A document as the prompt has it."""
-    title, text = _title_text(document)
+    title, text = title_and_text(document)
     return f"Document [{i + 1}](Title: {title}) {text.strip()}"
 
 # %% ../../nbs/prompts/04_ruler.ipynb #9eccd8da
@@ -155,7 +155,7 @@ def numbered_documents(
     if query_aware and random_order:
         raise ValueError("query_aware and random_order are two settings of the paper, which does not combine them: take one")
     others = Random(seed).sample(list(distractors), len(distractors)) if random_order else list(distractors)
-    documents, index = _place([gold, *others], 0, gold_index, "documents")
+    documents, index = place_gold([gold, *others], 0, gold_index, "documents")
     pieces = _document_pieces(documents, index, question, query_aware, random_order)
     setting = "closed_book" if closed_book else "documents" if distractors else "oracle"
     meta: dict[str, Any] = {"gold_index": index, "n_documents": len(documents), "seed": seed, "setting": setting}
@@ -311,7 +311,7 @@ def retrieval_prompt(
         raise ValueError(f"a query and one document or more are needed: the query is {query!r}, and there are {len(documents)} documents")
     pieces = [Piece(prefix, special=True), Piece("Here are some paragraphs:")]
     for i, d in enumerate(documents):
-        title, text = _title_text(d)
+        title, text = title_and_text(d)
         pieces += [Piece(separator), Piece(f"[{i + 1}] {title}{chr(10) * bool(title)}{text}", f"document_{i}")]
     pieces += [Piece(separator), Piece(_LATE, "query"), Piece(f"{separator}Query: "), Piece(query, "query_text")]
     pieces.append(Piece(suffix, special=True))

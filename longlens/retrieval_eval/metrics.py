@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 # %% auto #0
-__all__ = ['ndcg_at', 'recall_at', 'accuracy_at_1', 'mrr']
+__all__ = ['right_ones', 'ndcg_at', 'recall_at', 'accuracy_at_1', 'best_tie', 'mrr']
 
 # %% ../../nbs/retrieval_eval/01_metrics.ipynb #d93fb7e3
-def _right_ones(
+def right_ones(
     relevant: Iterable[Iterable[int]],  # of each query, indices of the right documents
     n_queries: int,  # how many queries there are
     n_documents: int,  # how many documents there are
@@ -42,7 +42,7 @@ def _checked_scores(
     if s.ndim != 2: raise ValueError(f"scores have the shape (queries, documents), not {s.shape}")
     if np.isnan(s).any(): raise ValueError(f"{int(np.isnan(s).sum()):,} of {s.size:,} scores are NaN, which has no rank")
     if k is not None and k < 1: raise ValueError(f"k is {k}: the first rank is 1")
-    return list(zip(s, _right_ones(relevant, *s.shape), strict=True))
+    return list(zip(s, right_ones(relevant, *s.shape), strict=True))
 
 
 def _chances(
@@ -84,7 +84,7 @@ def accuracy_at_1(
     return np.array([_chances(s, r)[0] for s, r in _checked_scores(scores, relevant)])
 
 # %% ../../nbs/retrieval_eval/01_metrics.ipynb #d955eda7
-def _best_tie(
+def best_tie(
     row: np.ndarray,  # (documents,), scores of a query
     right: Sequence[int],  # its right documents
 ) -> tuple[int, int, int]:  # documents above the best right one, documents tied with it (itself among them), right ones among these
@@ -111,7 +111,7 @@ def mrr(
     """One over the rank of the first right document, 0 beyond k; tied documents in all their orders."""
     out = []
     for row, right in _checked_scores(scores, relevant, k):
-        above, tied, good = _best_tie(row, right)
+        above, tied, good = best_tie(row, right)
         chance = _first_right(tied, good)
         ranks = above + 1 + np.arange(len(chance))
         out.append(float((chance / ranks)[ranks <= (k or len(row))].sum()))

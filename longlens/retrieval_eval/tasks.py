@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from fastcore.basics import patch
 
-from ..prompts.needle import _enough, _Straw
+from ..prompts.needle import enough_sentences, SentenceSupply
 from ..models.forward import HFTokenizer
-from ..prompts.haystack import _NOISE, Haystack, draw_distinct, split_sentences
-from .truncate import CutTexts, _n_tokens, _some_texts, _tokenizer_of, cut_texts, long_texts
-from ..prompts.compose import _reader
-from ..prompts.multi_document import Question, _holds, _shuffled, normalize_answer
-from .metrics import _best_tie, _right_ones, accuracy_at_1, mrr, ndcg_at, recall_at
-from ..prompts.ruler import DocumentLike, _title_text
+from ..prompts.haystack import NOISE_SENTENCES, Haystack, draw_distinct, split_sentences
+from .truncate import CutTexts, count_tokens, nonempty_texts, tokenizer_of, cut_texts, long_texts
+from ..prompts.compose import prompt_reader
+from ..prompts.multi_document import Question, holds_answer, shuffled_numbers, normalize_answer
+from .metrics import best_tie, right_ones, accuracy_at_1, mrr, ndcg_at, recall_at
+from ..prompts.ruler import DocumentLike, title_and_text
 
 _all_ = ["CutTexts", "accuracy_at_1", "cut_texts", "long_texts", "mrr", "ndcg_at", "recall_at"]
 
 # %% auto #0
-__all__ = ['RetrievalTask', 'passkey_retrieval', 'needle_retrieval', 'padded_passages', 'own_prompt', 'prompted',
+__all__ = ['RetrievalTask', 'passkey_retrieval', 'needle_retrieval', 'passage_text', 'padded_passages', 'own_prompt', 'prompted',
            'evaluate_retrieval', 'CutTexts', 'accuracy_at_1', 'cut_texts', 'long_texts', 'mrr', 'ndcg_at', 'recall_at']
 
 # %% ../../nbs/retrieval_eval/02_tasks.ipynb #102cfe24
@@ -44,9 +44,9 @@ class RetrievalTask:
 
     def __post_init__(self) -> None:
         if self.length is not None and self.length < 1: raise ValueError(f"length is {self.length}: a number of tokens, or None")
-        object.__setattr__(self, "queries", _some_texts(self.queries, "queries"))
-        object.__setattr__(self, "documents", _some_texts(self.documents, "documents"))
-        object.__setattr__(self, "relevant", _right_ones(self.relevant, len(self.queries), len(self.documents)))
+        object.__setattr__(self, "queries", nonempty_texts(self.queries, "queries"))
+        object.__setattr__(self, "documents", nonempty_texts(self.documents, "documents"))
+        object.__setattr__(self, "relevant", right_ones(self.relevant, len(self.queries), len(self.documents)))
 
     def __repr__(self) -> str:
         size = "" if self.length is None else f", up to {self.length:,} tokens"
@@ -89,7 +89,7 @@ class _Hiding:
 
     tok: HFTokenizer
     haystack: Haystack
-    straw: _Straw  # its sentences, counted
+    straw: SentenceSupply  # its sentences, counted
     whole: str  # its text
 
     def text(
@@ -127,8 +127,8 @@ def document(
     needle: str,  # what is hidden
 ) -> tuple[str, int, tuple[int, int], float]:  # text, tokens, the needle's characters, depth in percent
     """As many sentences as fit."""
-    alone = _n_tokens(self.tok, [needle])[0]
-    n, total = _largest(lambda k: _n_tokens(self.tok, [self.text(k, share, needle)[0]])[0], self.straw.before, length, alone)
+    alone = count_tokens(self.tok, [needle])[0]
+    n, total = _largest(lambda k: count_tokens(self.tok, [self.text(k, share, needle)[0]])[0], self.straw.before, length, alone)
     _check_filler(self, length, needle, alone, n, total)
     text, start, at = self.text(n, share, needle)
     return text, total, (start, start + len(needle)), float(100 * self.straw.before[at] / self.straw.before[n])
@@ -148,8 +148,8 @@ def _hidden(
     if not 1 <= n_queries <= len(pairs):
         raise ValueError(f"{n_queries} queries and {len(pairs)} documents: there are as many documents as queries, or more")
     shares, asked = [rng.random() for _ in pairs], rng.sample(range(len(pairs)), n_queries)
-    tok = _tokenizer_of(model)
-    straw = _enough(_reader(tok), haystack, length)
+    tok = tokenizer_of(model)
+    straw = enough_sentences(prompt_reader(tok), haystack, length)
     hiding = _Hiding(tok, haystack, straw, "".join(u + g for u, g in zip(straw.units, straw.gaps, strict=True)))
     texts, counts, spans, depths = zip(*(hiding.document(length, s, p[0]) for s, p in zip(shares, pairs, strict=True)), strict=True)
     meta = _measured(counts, spans, depths, tok, haystack=haystack.source, **more)
@@ -171,7 +171,7 @@ def passkey_retrieval(
     rng = Random(f"passkey {seed}")
     people, keys = draw_distinct("people", n_documents, rng), rng.sample(range(1, 50_001), n_documents)
     pairs = [(_KEY_OF.format(who=w, key=k), f"what is the passkey for {w}?") for w, k in zip(people, keys, strict=True)]
-    noise = Haystack(tuple(split_sentences(_NOISE)[0]), repeat=True, source="noise")
+    noise = Haystack(tuple(split_sentences(NOISE_SENTENCES)[0]), repeat=True, source="noise")
     return _hidden("passkey", model, length, pairs, n_queries, noise, rng, seed=seed)
 
 # %% ../../nbs/retrieval_eval/02_tasks.ipynb #13fca96e
@@ -200,11 +200,11 @@ def needle_retrieval(
     return _hidden("needle", model, length, rng.sample(known, n_documents), n_queries, essay, rng, seed=seed)
 
 # %% ../../nbs/retrieval_eval/02_tasks.ipynb #2ff200fb
-def _passage(
+def passage_text(
     document: DocumentLike,  # title and text
 ) -> str:
     """A document as a text."""
-    title, text = _title_text(document)
+    title, text = title_and_text(document)
     return f"{title}\n{text.strip()}" if title else text.strip()
 
 
@@ -213,10 +213,10 @@ def _harmless(
     chosen: Sequence[Question],  # those that are asked
 ) -> list[str]:
     """Passages of the other questions that hold no answer of the chosen ones."""
-    taken = {_passage(q.gold) for q in chosen}
+    taken = {passage_text(q.gold) for q in chosen}
     answers = sorted({normalize_answer(a) for q in chosen for a in q.answers}, key=len)
-    others = [p for p in dict.fromkeys(_passage(q.gold) for q in questions) if p not in taken]
-    return [p for p in others if not any(_holds(said, a) for said in [normalize_answer(p)] for a in answers)]
+    others = [p for p in dict.fromkeys(passage_text(q.gold) for q in questions) if p not in taken]
+    return [p for p in others if not any(holds_answer(said, a) for said in [normalize_answer(p)] for a in answers)]
 
 # %% ../../nbs/retrieval_eval/02_tasks.ipynb #5bb31a96
 def _fitting(
@@ -228,9 +228,9 @@ def _fitting(
 ) -> list[int]:
     """Which questions are asked: the first in a random order whose passages are short enough."""
     out: list[int] = []
-    for i in _shuffled(len(questions), Random(f"passages {seed}")):
+    for i in shuffled_numbers(len(questions), Random(f"passages {seed}")):
         if len(out) == n: break
-        if max_passage is None or _n_tokens(tok, [_passage(questions[i].gold)])[0] <= max_passage: out.append(i)
+        if max_passage is None or count_tokens(tok, [passage_text(questions[i].gold)])[0] <= max_passage: out.append(i)
     if n < 1 or len(out) < n:
         limit = "" if max_passage is None else f" whose passage has {max_passage:,} tokens or fewer"
         raise ValueError(f"{n} queries were asked for, and there are {len(out)} questions{limit}: ask for 1 or more, or give more")
@@ -244,7 +244,7 @@ def _neighbours(
     rng: Random,  # draws the order of the passages
 ) -> Iterator[tuple[bool, str, int]]:  # on the left?, a sentence with what joins it to the text inside, its tokens
     """Sentences from the inside out: passages in random order, on the right from their first sentence, on the left from their last."""
-    order, filled, waiting = _shuffled(len(pool), rng), [0, 0], [[], []]  # type: ignore[var-annotated]
+    order, filled, waiting = shuffled_numbers(len(pool), rng), [0, 0], [[], []]  # type: ignore[var-annotated]
     while True:
         left = filled[1] < share * (sum(filled) + 1)
         if not waiting[left]:
@@ -265,7 +265,7 @@ def _padded(
 ) -> tuple[str, int, tuple[int, int], float | None]:  # text, tokens, the passage's characters, depth in percent
     """A passage with as many sentences around it as fit."""
     units: list[tuple[bool, str, int]] = []
-    fixed, before = _n_tokens(tok, [core])[0], [0]
+    fixed, before = count_tokens(tok, [core])[0], [0]
 
     def text(n: int) -> tuple[str, str]:
         return "".join(t for left, t, _ in units[:n][::-1] if left), "".join(t for left, t, _ in units[:n] if not left)
@@ -275,7 +275,7 @@ def _padded(
         while fixed + before[-1] <= goal and (unit := next(around, None)):
             units.append(unit)
             before.append(before[-1] + unit[2])
-        n, total = _largest(lambda k: _n_tokens(tok, [core.join(text(k))])[0], np.array(before), length, fixed)
+        n, total = _largest(lambda k: count_tokens(tok, [core.join(text(k))])[0], np.array(before), length, fixed)
         if n < len(units) or unit is None: break  # else sentences have fewer tokens together than alone
     if n == len(units) and total < length:
         raise ValueError(f"{length:,} tokens were asked for, and all passages that hold no answer make {total:,} with a passage of "
@@ -308,13 +308,13 @@ def padded_passages(
     seed: int | str = 0,  # the same seed gives the same questions and padding at every length
 ) -> RetrievalTask:
     """Which document answers this? Passages padded with sentences of passages that answer other questions."""
-    tok = _tokenizer_of(model)
+    tok = tokenizer_of(model)
     asked = _fitting(questions, tok, n_queries, max_passage, seed)
     chosen = [questions[i] for i in asked]
-    gold = [_passage(q.gold) for q in chosen]
-    _check_room(chosen, _n_tokens(tok, gold), length)
+    gold = [passage_text(q.gold) for q in chosen]
+    _check_room(chosen, count_tokens(tok, gold), length)
     pool, cores = _harmless(questions, chosen), list(dict.fromkeys(gold))
-    sizes = functools.cache(lambda p: _n_tokens(tok, split_sentences(p)[0], special=False))
+    sizes = functools.cache(lambda p: count_tokens(tok, split_sentences(p)[0], special=False))
     rngs = [Random(f"padding {seed} {core}") for core in cores]
     made = [_padded(core, _neighbours(pool, sizes, rng.random(), rng), tok, length) for core, rng in zip(cores, rngs, strict=True)]
     texts, counts, spans, depths = zip(*made, strict=True)
@@ -379,7 +379,7 @@ def evaluate_retrieval(
     if queries.shape[1] != documents.shape[1]:
         raise ValueError(f"queries have {queries.shape[1]} dimensions and documents {documents.shape[1]}: use one encoder for both")
     scores = np.round(queries @ documents.T, 12)  # equal embeddings tie, however they are multiplied
-    ties = [_best_tie(row, right) for row, right in zip(scores, task.relevant, strict=True)]
+    ties = [best_tie(row, right) for row, right in zip(scores, task.relevant, strict=True)]
     ranks = [above + (tied + 1) / (good + 1) for above, tied, good in ties]
     return pl.DataFrame({"query": range(len(ranks)), "rank": ranks, "ndcg_10": ndcg_at(scores, task.relevant, 10),
                          "hit_1": accuracy_at_1(scores, task.relevant)}).select(

@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from ..prompts.needle import _enough
+from ..prompts.needle import enough_sentences
 from ..models.forward import HFTokenizer
 from ..prompts.haystack import Haystack
-from ..prompts.compose import _reader
+from ..prompts.compose import prompt_reader
 
 # %% auto #0
-__all__ = ['CutTexts', 'cut_texts', 'long_texts']
+__all__ = ['nonempty_texts', 'tokenizer_of', 'count_tokens', 'CutTexts', 'cut_texts', 'long_texts']
 
 # %% ../../nbs/retrieval_eval/00_truncate.ipynb #80bfbef0
-def _some_texts(
+def nonempty_texts(
     texts: Iterable[str],  # one or more, none of them blank
     what: str,  # what they are called
 ) -> tuple[str, ...]:
@@ -34,17 +34,17 @@ def _some_texts(
     return out
 
 # %% ../../nbs/retrieval_eval/00_truncate.ipynb #07a3dc0b
-def _tokenizer_of(
+def tokenizer_of(
     model: Any,  # a Hugging Face fast tokenizer, or anything with one: an encoder, a LongModel, a SentenceTransformer
 ) -> HFTokenizer:
     """The tokenizer."""
     tok = model if hasattr(model, "is_fast") else getattr(model, "tokenizer", None)
     if not hasattr(tok, "is_fast"):
         raise TypeError(f"lengths are counted by a Hugging Face tokenizer, or an encoder that has one, and {type(model).__name__} has none")
-    return _reader(tok).tok
+    return prompt_reader(tok).tok
 
 
-def _n_tokens(
+def count_tokens(
     tok: HFTokenizer,  # counts
     texts: Sequence[str],  # one or more
     special: bool = True,  # count the tokens that it adds to every text
@@ -66,7 +66,7 @@ def _prefix(
     near = [at, *(at + d for i in range(1, 9) for d in (i, -i))]
     best = ("", 0)
     for cut in dict.fromkeys(text[: ends[i]] for i in near if 0 <= i < len(ends)):
-        n = _n_tokens(tok, [cut])[0] if cut.strip() else 0
+        n = count_tokens(tok, [cut])[0] if cut.strip() else 0
         if best[1] < n <= length: best = (cut, n)
         if n == length: break
     return best
@@ -112,8 +112,8 @@ def cut_texts(
     drop_short: bool = False,  # leave out texts that are too short, instead of refusing them
 ) -> CutTexts:  # length -> texts, in the order of the texts
     """The same texts cut to several lengths; a shorter one is the beginning of a longer one."""
-    texts, tok, wanted = _some_texts(texts, "texts"), _tokenizer_of(model), sorted({index(n) for n in lengths})
-    counts = _n_tokens(tok, texts)
+    texts, tok, wanted = nonempty_texts(texts, "texts"), tokenizer_of(model), sorted({index(n) for n in lengths})
+    counts = count_tokens(tok, texts)
     if not wanted: raise ValueError("lengths is empty: give one length or more")
     keep = _long_enough(counts, wanted[-1], drop_short)
     cut: dict[int, list[tuple[str, int]]] = {n: [] for n in wanted}
@@ -131,9 +131,9 @@ def cut_texts(
 # %% ../../nbs/retrieval_eval/00_truncate.ipynb #23114d3a
 def _grown(tok: HFTokenizer, length: int, seed: str) -> str:
     """Generated sentences with `length` tokens or a few more."""
-    straw = _enough(_reader(tok), Haystack.generated(seed), length)
+    straw = enough_sentences(prompt_reader(tok), Haystack.generated(seed), length)
     n = int(np.searchsorted(straw.before, length))
-    while _n_tokens(tok, [text := " ".join(straw.units[:n])])[0] < length: n += 1
+    while count_tokens(tok, [text := " ".join(straw.units[:n])])[0] < length: n += 1
     return text
 
 
@@ -141,9 +141,9 @@ def _joined_up(tok: HFTokenizer, length: int, texts: Sequence[str]) -> Iterator[
     """Runs of texts with `length` tokens or more; what remains at the end is left out."""
     run: list[str] = []
     size = 0
-    for text, n in zip(texts, _n_tokens(tok, texts, special=False), strict=True):
+    for text, n in zip(texts, count_tokens(tok, texts, special=False), strict=True):
         run, size = [*run, text.strip()], size + n
-        if size >= length and _n_tokens(tok, [joined := "\n\n".join(run)])[0] >= length:
+        if size >= length and count_tokens(tok, [joined := "\n\n".join(run)])[0] >= length:
             yield joined
             run, size = [], 0
 
@@ -158,9 +158,9 @@ def long_texts(
 ) -> list[str]:
     """Documents of some length and more, to be cut."""
     if n < 1 or length < 1: raise ValueError(f"{n} texts of {length} tokens were asked for: one or more of each")
-    tok = _tokenizer_of(model)
+    tok = tokenizer_of(model)
     if texts is None: return [_grown(tok, length, f"{seed} {i}") for i in range(n)]
-    texts = _some_texts(texts, "texts")
+    texts = nonempty_texts(texts, "texts")
     out = [t for t, _ in zip(_joined_up(tok, length, texts), range(n), strict=False)]
     if len(out) < n:
         raise ValueError(f"{n} documents of {length:,} tokens were asked for, and {len(texts):,} texts make {len(out)}: ask for fewer or "

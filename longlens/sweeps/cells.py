@@ -16,7 +16,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from ..interventions.heads import _ACTIVE, Intervention, intervene
+from ..interventions.base import _ACTIVE, intervene, Intervention
 from ..attention.hf_interface import hf_model
 
 # %% auto #0
@@ -147,8 +147,8 @@ class Start:
 
     def fork(self) -> Any:
         """The cache, to be continued without changing this one."""
-        from longlens.models.kv_cache import _fork
-        return _fork(self.cache)
+        from longlens.models.kv_cache import fork_cache
+        return fork_cache(self.cache)
 
 # %% ../../nbs/sweeps/00_cells.ipynb #aab85eb6
 Tables = dict[str, pl.DataFrame]

@@ -17,8 +17,8 @@ import polars as pl
 from fastcore.basics import patch
 
 from .cells import Cell, Condition, Task, content
-from ..models.memory import MemoryEstimate, _bytes
-from ..models.kv_cache import _rope_regime, _shared
+from ..models.memory import MemoryEstimate, size_text
+from ..models.kv_cache import rope_regime, shared_length
 
 # %% auto #0
 __all__ = ['branch_points', 'Batch', 'make_batches', 'same_condition', 'chain_tokens', 'tokens_of', 'Plan']
@@ -28,7 +28,7 @@ def _common(ids: Sequence[np.ndarray]) -> np.ndarray:  # (k - 1,)
     """How many tokens neighbours begin with in common."""
     import torch
 
-    return np.array([_shared(torch.from_numpy(a), torch.from_numpy(b)) for a, b in pairwise(ids)], dtype=np.int64)
+    return np.array([shared_length(torch.from_numpy(a), torch.from_numpy(b)) for a, b in pairwise(ids)], dtype=np.int64)
 
 
 def branch_points(
@@ -85,8 +85,8 @@ def _cuts(cells: Sequence[Cell], mine: Sequence[int], grain: int, config: Any, t
     ids = {i: cells[i].ids.numpy() for i in mine}
     order = sorted(mine, key=lambda i: ids[i].astype(">u4").tobytes())
     found = dict(zip(order, branch_points([ids[i] for i in order], grain), strict=True))
-    turned = {i: _rope_regime(config, len(ids[i]) + task.new_tokens(cells[i])) for i in mine}
-    return [tuple(p for p in found[i] if _rope_regime(config, p) == turned[i]) for i in mine]
+    turned = {i: rope_regime(config, len(ids[i]) + task.new_tokens(cells[i])) for i in mine}
+    return [tuple(p for p in found[i] if rope_regime(config, p) == turned[i]) for i in mine]
 
 
 def _by_condition(cells: Sequence[Cell]) -> list[tuple[Condition | None, list[int]]]:
@@ -131,7 +131,7 @@ def chain_tokens(
     for b in batches:
         cell = cells[b.cells[0]]
         alike = before is not None and same_condition(before.condition, cell.condition)
-        held = min(last, _shared(before.ids, cell.ids)) if alike else 0
+        held = min(last, shared_length(before.ids, cell.ids)) if alike else 0
         held = max([c for c in b.cuts if c <= held], default=0)
         out.append(b.shared - held)
         if b.cuts: before, last = cell, b.shared
@@ -195,7 +195,7 @@ def __repr__(self: Plan) -> str:
         lines.append(f"{self.tokens:,} tokens to compute{share}, in {len(self.left):,} batches")
         if self.memory is not None:
             scarce = self.memory.available is not None and self.memory.needed > self.memory.available / 4
-            free = f", {_bytes(self.memory.available or 0)} free" * scarce
-            lines.append(f"{_bytes(self.memory.needed)} of memory on top of {_bytes(self.memory.weights)} of weights{free}")
+            free = f", {size_text(self.memory.available or 0)} free" * scarce
+            lines.append(f"{size_text(self.memory.needed)} of memory on top of {size_text(self.memory.weights)} of weights{free}")
     lines.append(f"results in {self.folder}" if self.folder else "results in memory only (out= keeps them)")
     return "Plan: " + "\n      ".join(lines)

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from .cells import Cell, Task, fingerprint
-from ..interventions.heads import interventions
+from ..interventions.base import interventions
 from .plan import Plan, chain_tokens, tokens_of
-from .serialize import ClusterError, Job, _loads, _ray, cut_jobs, pack_model, unpack_model
+from .serialize import ClusterError, Job, load_bytes, ray_module, cut_jobs, pack_model, unpack_model
 from .sweep import Done, Runner, SweepWarning, do_batch
 
 # %% auto #0
@@ -47,7 +47,7 @@ def _model_there(brief: _Brief, sent: Sequence[Any]) -> Any:
     if brief.gpus and not torch.cuda.is_available():
         raise ClusterError("this worker has reserved a GPU, and its torch sees none: install a torch with CUDA there, or say gpus=0")
     if callable(brief.load): lm = brief.load()
-    elif brief.load is None: lm = unpack_model(_ray().get(sent[0]), "cuda" if brief.gpus else "cpu")
+    elif brief.load is None: lm = unpack_model(ray_module().get(sent[0]), "cuda" if brief.gpus else "cpu")
     else:
         said = dict(brief.load)
         if not brief.gpus and not said.keys() & {"device", "device_map"}: said["device"] = "cpu"
@@ -81,16 +81,16 @@ class Worker:
 
     def ready(self) -> str:
         """Load the model; what the worker is called."""
-        brief: _Brief = _loads(self.brief)
+        brief: _Brief = load_bytes(self.brief)
         torch.set_num_threads(brief.threads)
-        name = f"ray-{self.number} ({_ray().util.get_node_ip_address()})"
+        name = f"ray-{self.number} ({ray_module().util.get_node_ip_address()})"
         self.runner = Runner(_model_there(brief, self.sent), brief.task, brief.chunk, name)
         return name
 
     def run(self, job: bytes) -> Iterator[tuple[Done | None, Said]]:
         """Batch after batch of a job."""
         try:
-            for batch, cells, keys, chain in _loads(job):
+            for batch, cells, keys, chain in load_bytes(job):
                 done, said, error = _listen(do_batch, self.runner, batch, cells, keys, chain)
                 yield done, said
                 if error is not None: raise error
@@ -107,7 +107,7 @@ def pack_job(
 ) -> bytes:  # for `Worker.run`
     """The batches of a job with their cells, to be sent."""
     steps = zip(job.batches, chain_tokens(job.batches, plan.cells), strict=True)
-    return _ray().cloudpickle.dumps([(b, [_light(plan.cells[i]) for i in b.cells], [keys[i] for i in b.cells], c) for b, c in steps])
+    return ray_module().cloudpickle.dumps([(b, [_light(plan.cells[i]) for i in b.cells], [keys[i] for i in b.cells], c) for b, c in steps])
 
 # %% ../../nbs/sweeps/06_ray_engine.ipynb #76eb5c81
 @dataclass
@@ -124,7 +124,7 @@ class Crew:
     """Workers of a cluster, what they do, and what is left to do."""
 
     def __init__(self, start: Callable[[int], Any], pack: Callable[[Job], bytes], jobs: Sequence[Job], cells: Sequence[Cell], retries: int):
-        self.ray, self.start, self.pack, self.cells, self.retries = _ray(), start, pack, cells, retries
+        self.ray, self.start, self.pack, self.cells, self.retries = ray_module(), start, pack, cells, retries
         self.jobs, self.many, self.lost = deque(jobs), len(jobs), 0
         self.busy: dict[Any, _Hand] = {}  # what is waited for -> who does it
         self.idle: list[_Hand] = []
@@ -216,7 +216,7 @@ def _work(crew: Crew, size: int) -> Iterator[Done]:
 # %% ../../nbs/sweeps/06_ray_engine.ipynb #0b482ff3
 def _deaths() -> tuple[type[Exception], ...]:
     """What Ray raises for a worker or a node that is gone."""
-    e = _ray().exceptions
+    e = ray_module().exceptions
     return e.RayActorError, e.WorkerCrashedError, e.NodeDiedError, e.OutOfMemoryError, e.ObjectLostError
 
 
@@ -261,7 +261,7 @@ class Cluster:
         """Batches as workers finish them."""
         if not plan.left: return
         _check_unchanged(lm)
-        ray, ours, crew = _ray(), _connect(self.address), None
+        ray, ours, crew = ray_module(), _connect(self.address), None
         try:
             crew, size = _crew(self, lm, plan, keys)
             planned = {b.cells: t for b, t in zip(plan.left, tokens_of(plan.left, plan.cells), strict=True)}
@@ -281,7 +281,7 @@ def _check_unchanged(lm: Any) -> None:
 
 def _connect(address: str | None) -> bool:
     """Connect to a cluster, if this process is not yet; was it done here?"""
-    ray = _ray()
+    ray = ray_module()
     if (address or os.environ.get("RAY_ADDRESS", "")).startswith("ray://") or ray.util.client.ray.is_connected():
         raise ClusterError("results cannot be streamed through the Ray client (ray://...): run this script on the cluster, with "
                            "`ray job submit -- python script.py`, and leave out the address")
@@ -298,7 +298,7 @@ def start_ray(
     **kw: Any,  # handed to ray.init: num_cpus, object_store_memory (bytes), runtime_env, ...
 ) -> None:
     """Connect to Ray or start it, quietly; `ray.shutdown()` ends it."""
-    ray = _ray()
+    ray = ray_module()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     quiet = dict(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     for left in (2, 1, 0):
@@ -324,7 +324,7 @@ def _room(cluster: Cluster, nodes: Sequence[Mapping[str, float]]) -> tuple[int, 
 
 def _crew(cluster: Cluster, lm: Any, plan: Plan, keys: Sequence[str]) -> tuple[Crew, int]:
     """The crew for a sweep, and how many it will be."""
-    ray = _ray()
+    ray = ray_module()
     room, gpus = _room(cluster, [n["Resources"] for n in ray.nodes() if n["Alive"]])
     jobs = cut_jobs(plan.left, plan.cells, cluster.workers or room)
     threads = cluster.threads or max(1, int(cluster.cpus))

@@ -22,14 +22,14 @@ from .cells import Cell
 from .plan import Batch, chain_tokens, tokens_of
 
 # %% auto #0
-__all__ = ['ClusterError', 'Job', 'cut_jobs', 'pack_model', 'unpack_model']
+__all__ = ['ClusterError', 'ray_module', 'Job', 'cut_jobs', 'pack_model', 'load_bytes', 'unpack_model']
 
 # %% ../../nbs/sweeps/03_serialize.ipynb #a03ef4e0
 class ClusterError(RuntimeError):
     """A sweep cannot run on this cluster, or not any further; the message says why, and the way out"""
 
 
-def _ray() -> Any:
+def ray_module() -> Any:
     """The module ray. It is not to say on the screen that a worker died: the sweep does."""
     if "ray" not in sys.modules: os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed while executing")
     try: return import_module("ray")
@@ -126,13 +126,13 @@ def pack_model(
     memo: dict[int, Any] = {id(x): _departing(name, x) for name, x in _tensors(lm.hf)}
     weights: list[Any] = []
     parts = (copy.deepcopy(lm.hf, memo), lm.tokenizer, lm.name, lm.allow_longer)
-    modules = _ray().cloudpickle.dumps(parts, protocol=5, buffer_callback=weights.append)
+    modules = ray_module().cloudpickle.dumps(parts, protocol=5, buffer_callback=weights.append)
     return modules, [np.frombuffer(w, dtype=np.uint8) for w in weights]
 
 # %% ../../nbs/sweeps/03_serialize.ipynb #748242ed
-def _loads(data: bytes, buffers: Sequence[np.ndarray] = ()) -> Any:
+def load_bytes(data: bytes, buffers: Sequence[np.ndarray] = ()) -> Any:
     """What was sent; an error that helps if it needs a module that is not here."""
-    try: return _ray().cloudpickle.loads(data, buffers=buffers)
+    try: return ray_module().cloudpickle.loads(data, buffers=buffers)
     except (ImportError, AttributeError) as e:
         raise ClusterError(f"{e}: what was sent needs a module that workers cannot import. Install it on every node, or hand it over: "
                            f"ray.init(runtime_env={{'working_dir': '.'}}) before the sweep") from e
@@ -145,5 +145,5 @@ def unpack_model(
     """The model again."""
     from longlens.models.load import LongModel
 
-    hf, tokenizer, name, allow_longer = _loads(*packed)
+    hf, tokenizer, name, allow_longer = load_bytes(*packed)
     return LongModel(hf.to(device), tokenizer, name, allow_longer)

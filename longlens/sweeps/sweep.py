@@ -19,10 +19,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .cells import Cell, Start, Tables, Task, cell_key, fingerprint
-from ..models.forward import _check_length
+from ..models.forward import check_length
 from ..attention.hf_interface import attach
 from .plan import Batch, Plan, chain_tokens, make_batches, same_condition
-from ..models.kv_cache import Prefix, _fork, _new_cache, _rope_regime, _shared
+from ..models.kv_cache import Prefix, fork_cache, new_cache, rope_regime, shared_length
 from .store import COSTS, Store, as_row
 
 # %% auto #0
@@ -69,7 +69,7 @@ class Runner:
 def _grown(self: Runner, ids: Tensor, cuts: Sequence[int]) -> Prefix | None:
     """The shared beginning of a batch, as far as it is there cropped, the rest of it computed."""
     chain = self.chain
-    held = 0 if chain is None else max([c for c in cuts if c <= _shared(chain.ids, ids[: cuts[-1]])], default=0) if cuts else 0
+    held = 0 if chain is None else max([c for c in cuts if c <= shared_length(chain.ids, ids[: cuts[-1]])], default=0) if cuts else 0
     if not cuts: return None
     chain = chain.crop(held) if chain is not None and held else None
     for cut in (c for c in cuts if c > held):
@@ -82,8 +82,8 @@ def _started(self: Runner, cells: Sequence[Cell], cuts: Sequence[int]) -> Start:
     ids = torch.stack([c.ids for c in cells])
     self.chain = chain = _grown(self, ids[0], cuts) or self.chain
     shared, n, config = cuts[-1] if cuts else 0, ids.shape[1], self.lm.config
-    cache = _fork(chain.cache, len(cells)) if cuts and chain is not None else _new_cache(config, "all")
-    chunk = self.chunk if _rope_regime(config, n) == _rope_regime(config, min(shared + self.chunk, n)) else n
+    cache = fork_cache(chain.cache, len(cells)) if cuts and chain is not None else new_cache(config, "all")
+    chunk = self.chunk if rope_regime(config, n) == rope_regime(config, min(shared + self.chunk, n)) else n
     if _whole(cells[0]): chunk = n
     _fill(self.lm, cache, ids[:, shared : n - 1], chunk)
     return Start(cache, ids[:, n - 1 :], n)
@@ -225,11 +225,11 @@ def _check_cells(lm: Any, cells: Sequence[Cell], task: Task) -> None:
     for c in cells:
         if len(c) < 2: raise ValueError(f"{c!r} has {len(c)} tokens: a prompt has two or more")
         n, total = len(c), len(c) + task.new_tokens(c)
-        _check_length(lm, n, None)
+        check_length(lm, n, None)
         if lm.max_length is not None and not lm.allow_longer and total > lm.max_length:
             raise ValueError(f"{c!r} and the {task.new_tokens(c)} tokens that may follow are more than the {lm.max_length:,} positions "
                              f"that {lm.name} was made for: take shorter contexts, or say allow_longer=True")
-        if _rope_regime(lm.config, n) != _rope_regime(lm.config, total):
+        if rope_regime(lm.config, n) != rope_regime(lm.config, total):
             raise ValueError(f"{lm.name} turns its positions otherwise in longer texts, and {c!r} would cross that border as it answers: "
                              f"take a context that is a little shorter or longer")
         task.check(lm, c)
@@ -248,7 +248,7 @@ def make_plan(
     grain: int | None = None,  # shared beginnings are multiples of this many tokens
 ) -> Plan:
     """What there is to do, and what it takes."""
-    reuse = reuse and _new_cache(lm.config, "all").is_croppable  # some models keep a state that cannot be taken back
+    reuse = reuse and new_cache(lm.config, "all").is_croppable  # some models keep a state that cannot be taken back
     while True:
         batches = make_batches(cells, task, lm.config, reuse, batch_size, grain)
         b = max(batches, key=lambda b: len(b.cells) * b.n)

@@ -13,16 +13,17 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from ...encoders.load import Encoder
-from ...retrieval_eval.truncate import CutTexts, _some_texts
+from ...encoders.encode import Encoder
+from ...retrieval_eval.truncate import CutTexts, nonempty_texts
 from ...prompts.multi_document import Question, read_questions
 from longlens.retrieval_eval.tasks import (
-    RetrievalTask, _passage, cut_texts, long_texts, needle_retrieval, own_prompt, padded_passages, passkey_retrieval,
+    needle_retrieval, own_prompt, padded_passages, passage_text, passkey_retrieval, RetrievalTask,
 )
+from ...retrieval_eval.truncate import cut_texts, long_texts
 
 # %% auto #0
-__all__ = ['TASKS', 'CollapseSettings', 'check_settings', 'own_words', 'room', 'default_lengths', 'check_lengths', 'Inputs',
-           'get_inputs']
+__all__ = ['TASKS', 'CollapseSettings', 'as_values', 'whole_numbers', 'whole_number', 'checked_temperatures', 'check_settings',
+           'own_words', 'room', 'default_lengths', 'check_lengths', 'Inputs', 'token_counts', 'get_inputs']
 
 # %% ../../../nbs/probes/collapse/01_inputs.ipynb #b7a598f7
 @dataclass(frozen=True)
@@ -53,26 +54,26 @@ class CollapseSettings:
 TASKS = ("passkey", "needle", "passages")
 
 
-def _each(values: Any) -> Iterable[Any]: return values if isinstance(values, Iterable) else [values]
+def as_values(values: Any) -> Iterable[Any]: return values if isinstance(values, Iterable) else [values]
 
 
-def _whole(values: Any, what: str) -> tuple[int, ...]:
+def whole_numbers(values: Any, what: str) -> tuple[int, ...]:
     """Whole numbers above 0, each once, in order."""
-    try: out = tuple(sorted({index(v) for v in _each(values)}))
+    try: out = tuple(sorted({index(v) for v in as_values(values)}))
     except TypeError: raise TypeError(f"{what} is {values!r:.60}: give whole numbers, such as (64, 256)") from None
     if not out or out[0] < 1: raise ValueError(f"{what} is {list(out)}: give whole numbers above 0, one at least")
     return out
 
 
-def _number(value: Any, what: str) -> int:
+def whole_number(value: Any, what: str) -> int:
     """One whole number."""
     try: return index(value)
     except TypeError: raise TypeError(f"{what} is {value!r:.60}: give a whole number") from None
 
 
-def _temperatures(values: Any) -> tuple[float, ...]:
+def checked_temperatures(values: Any) -> tuple[float, ...]:
     """Those beside 1, each once."""
-    try: return tuple({f"{t:g}": t for v in _each(values) if f"{(t := float(v)):g}" != "1"}.values())
+    try: return tuple({f"{t:g}": t for v in as_values(values) if f"{(t := float(v)):g}" != "1"}.values())
     except (TypeError, ValueError): raise TypeError(f"taus is {values!r:.60}: give numbers above 0, such as (0.5, 0.75)") from None
 
 # %% ../../../nbs/probes/collapse/01_inputs.ipynb #7fbf76d5
@@ -156,7 +157,7 @@ class Inputs:
 # %% ../../../nbs/probes/collapse/01_inputs.ipynb #f87deef0
 def _passages(questions: Sequence[Question], seed: int) -> list[str]:
     """Their passages, each once, in a random order."""
-    every = list(dict.fromkeys(_passage(q.gold) for q in questions))
+    every = list(dict.fromkeys(passage_text(q.gold) for q in questions))
     Random(f"documents {seed}").shuffle(every)
     return every
 
@@ -201,7 +202,7 @@ def _natural(
 ) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Documents of natural length; how many were left out because they are too long, or copies."""
     given = others if natural is None else natural
-    counts, keep = _counts(enc, given) if given else [], _different(given)
+    counts, keep = token_counts(enc, given) if given else [], _different(given)
     copies = len(given) - len(keep)
     if natural is not None:
         if len(natural) < 8: raise ValueError(f"natural has {len(natural)} texts: 8 or more are needed")
@@ -215,7 +216,7 @@ def _natural(
 
 
 # %% ../../../nbs/probes/collapse/01_inputs.ipynb #38948717
-def _counts(enc: Encoder, texts: Sequence[str]) -> list[int]:
+def token_counts(enc: Encoder, texts: Sequence[str]) -> list[int]:
     """Tokens of every text, special ones counted."""
     return [len(row) for row in enc._tokenize(list(texts))["input_ids"]]
 
@@ -250,7 +251,7 @@ def get_inputs(
     """All texts, made and checked."""
     asked = read_questions(questions, drop_empty=True) if isinstance(questions, (str, Path)) else list(questions or ())
     if questions is not None and not asked: raise ValueError("questions is empty: give some that have passages, or leave questions= out")
-    given, whole = (None if x is None else _some_texts(x, name) for x, name in ((texts, "texts"), (natural, "natural")))
+    given, whole = (None if x is None else nonempty_texts(x, name) for x, name in ((texts, "texts"), (natural, "natural")))
     passages, most = _passages(asked, s.seed), room(enc, s.document_prompt)
     cut, said = _documents(enc, given, passages, s)
     own, left_out = _natural(enc, whole, passages[: 4 * s.documents] if given is None else given, s, most)

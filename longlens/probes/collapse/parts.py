@@ -17,12 +17,12 @@ import polars as pl
 import torch
 
 from ...sweeps.cells import Tables, content, fingerprint
-from ...encoders.load import Encoder
+from ...encoders.encode import Encoder
 from ...attention.hf_interface import WAY_OUT, UnsupportedModel
 from ...measure.capture import capture
 from ...measure.spectral import SpectralNorm, TokenSpread
 from ...interventions.heads import temperature
-from ...interventions.positions import _set
+from ...interventions.positions import set_until_closed
 from ...measure.statistics import Entropy
 from .inputs import CollapseSettings, Inputs, room
 from .geometry import pair_cosines
@@ -98,7 +98,7 @@ class Change:
         """The encoder is changed while the block runs."""
         with ExitStack() as stack:
             if self.tau != 1: stack.enter_context(temperature(enc, self.tau))
-            if self.cut: _set(enc, "max_length", reach(enc), stack)
+            if self.cut: set_until_closed(enc, "max_length", reach(enc), stack)
             if self.window is not None and length is not None:
                 from longlens.interventions.extend import extended
                 stack.enter_context(extended(enc, self.window, length=length))

@@ -15,15 +15,17 @@ from typing import Any
 import polars as pl
 from tqdm.auto import tqdm
 
-from ...encoders.load import Encoder, load_encoder
+from ...encoders.encode import Encoder
+from ...encoders.load import load_encoder
 from ...attention.hf_interface import UnsupportedModel
-from ...interventions.heads import interventions, temperature
+from ...interventions.base import interventions
+from ...interventions.heads import temperature
 from longlens.probes.collapse.frames import (
     by_document, changes_frame, effects_frame, geometry_frame, heads_frame, layer_effects_frame, layers_frame, plane, raw_table,
     retrieval_frame, separability_frame, similarity_frame, spectrum_frame, taus_frame, vectors_of,
 )
 from longlens.probes.collapse.inputs import (
-    CollapseSettings, Inputs, _counts, _each, _number, _temperatures, _whole, check_lengths, check_settings, default_lengths, get_inputs,
+    CollapseSettings, Inputs, token_counts, as_values, whole_number, checked_temperatures, whole_numbers, check_lengths, check_settings, default_lengths, get_inputs,
     own_words, room,
 )
 from .parts import Part, all_parts, changes, encoder_key, obstacle, reach
@@ -49,7 +51,7 @@ def _windows(enc: Encoder, windows: str | Sequence[str], beyond: int | Iterable[
                          f"{'there are ' + ', '.join(fit) if fit else 'there is none, so leave out windows='}")
     end = enc.positions_limit or enc.max_length
     if end is None: raise ValueError(f"{enc.name} has no end that could be gone past: leave out windows=")
-    lengths = _whole([2 * end] if beyond is None else beyond, "beyond")
+    lengths = whole_numbers([2 * end] if beyond is None else beyond, "beyond")
     for w in names:
         for n in lengths: WINDOWS[w].make(n).prepare(enc)
     return names, lengths
@@ -58,17 +60,17 @@ def _windows(enc: Encoder, windows: str | Sequence[str], beyond: int | Iterable[
 def _layers_and_dims(enc: Encoder, layers: Iterable[int] | None, dims: Iterable[int] | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """2D truncation: at most seven layers from the input to the last, and five numbers of dimensions."""
     some = sorted({round(i * enc.n_layers / min(6, enc.n_layers)) for i in range(min(6, enc.n_layers) + 1)})
-    chosen = tuple(sorted({index(k) for k in _each(some if layers is None else layers)}))
+    chosen = tuple(sorted({index(k) for k in as_values(some if layers is None else layers)}))
     for k in chosen: enc._check_layer(k)
     width = enc.dims or enc.width
-    few = _whole([n for k in (16, 8, 4, 2, 1) if (n := width // k)] if dims is None else dims, "dims")
+    few = whole_numbers([n for k in (16, 8, 4, 2, 1) if (n := width // k)] if dims is None else dims, "dims")
     if few[-1] > width: raise ValueError(f"dims go up to {few[-1]}: embeddings of {enc.name} have {width} numbers")
     return chosen, few
 
 # %% ../../../nbs/probes/collapse/05_probe.ipynb #2de7d34b
 def _retrieval_lengths(asked: int | Iterable[int] | None, lengths: Sequence[int]) -> tuple[int, ...]:
     """Where retrieval is measured: where sentences have room."""
-    return tuple(n for n in lengths if n >= 64) if asked is None else _whole(asked, "retrieval_lengths")
+    return tuple(n for n in lengths if n >= 64) if asked is None else whole_numbers(asked, "retrieval_lengths")
 
 
 def _tasks(asked: str | Sequence[str] | None, questions: Any, where: Sequence[int]) -> tuple[str, ...]:
@@ -82,11 +84,11 @@ def _tasks(asked: str | Sequence[str] | None, questions: Any, where: Sequence[in
 # %% ../../../nbs/probes/collapse/05_probe.ipynb #8ad6f0b2
 def _settings(enc: Encoder, lengths: Any, retrieval: Any, retrieval_lengths: Any, questions: Any, **rest: Any) -> CollapseSettings:
     """What was asked for, whole, and checked."""
-    for what in ("documents", "layer_documents", "queries", "candidates", "max_passage", "seed"): rest[what] = _number(rest[what], what)
+    for what in ("documents", "layer_documents", "queries", "candidates", "max_passage", "seed"): rest[what] = whole_number(rest[what], what)
     rest["layer_documents"] = min(rest["layer_documents"], rest["documents"])
     for kind in ("query", "document"): rest[f"{kind}_prompt"] = own_words(enc, kind, rest[f"{kind}_prompt"])
     most = room(enc, rest["document_prompt"])
-    cut_to = _whole(default_lengths(most) if lengths is None else lengths, "lengths")
+    cut_to = whole_numbers(default_lengths(most) if lengths is None else lengths, "lengths")
     where = _retrieval_lengths(retrieval_lengths, cut_to)
     s = CollapseSettings(lengths=cut_to, retrieval=_tasks(retrieval, questions, where), retrieval_lengths=where, **rest)
     check_settings(s, questions is not None)
@@ -140,10 +142,10 @@ def length_collapse(
     ways, past = _windows(enc, windows, beyond)
     few = _layers_and_dims(enc, layers, dims)
     s = _settings(enc, lengths, retrieval, retrieval_lengths, questions, documents=documents, windows=ways, beyond=past, queries=queries,
-                  layer_documents=layer_documents, taus=_temperatures((0.5, 0.75) if taus is None else taus), candidates=candidates,
+                  layer_documents=layer_documents, taus=checked_temperatures((0.5, 0.75) if taus is None else taus), candidates=candidates,
                   everywhere=everywhere, layers=few[0], dims=few[1], max_passage=max_passage, query_prompt=query_prompt,
                   document_prompt=document_prompt, truncate=truncate, seed=seed)
-    x, batch_size = get_inputs(enc, texts, natural, questions, s), _number(batch_size, "batch_size")
+    x, batch_size = get_inputs(enc, texts, natural, questions, s), whole_number(batch_size, "batch_size")
     s, unmeasured = _possible(enc, s, x.cut[s.lengths[0]][0], taus is not None)
     run = Run(enc, s, x, out, batch_size, unmeasured)
     if dry_run: return run.plan()
@@ -175,7 +177,7 @@ class Run:
         """Tokens that a part embeds, without prompts."""
         own = reach(self.enc) if p.change.cut else self.enc.max_length
         limit = (p.context_length if p.change.window else None) or own or 10**9
-        return sum(min(n, limit) for n in _counts(self.enc, p.texts()))
+        return sum(min(n, limit) for n in token_counts(self.enc, p.texts()))
 
     def plan(self) -> pl.DataFrame:
         """A row for each part."""
@@ -230,7 +232,7 @@ def _assemble(run: Run) -> CollapseReport:
     """Tables of all finished parts."""
     table = lambda name: raw_table(run.store, run.parts, run.keys, name)
     s, limit, raw = run.s, run.enc.max_length or 10**9, table("vectors")
-    vectors = vectors_of(raw, [min(n, limit) for n in _counts(run.enc, run.x.natural)] if run.x.natural else [])
+    vectors = vectors_of(raw, [min(n, limit) for n in token_counts(run.enc, run.x.natural)] if run.x.natural else [])
     heads, queries = table("heads"), table("queries")
     documents = by_document(heads, table("spread"))
     points, share = plane(vectors)

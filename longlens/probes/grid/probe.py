@@ -16,7 +16,7 @@ import polars as pl
 from ...sweeps.cells import Cell
 from ...prompts.needle import needle_context, needle_depths
 from ...prompts.haystack import NIAH_TASKS, Haystack, Wording
-from ...interventions.heads import interventions
+from ...interventions.base import interventions
 from ..metrics import METRICS, effective_length, read_niah_scores
 from ..generate import Ask
 from .report import GridReport
@@ -25,7 +25,7 @@ from ..remedies import Remedy, find_remedies
 from ...sweeps.sweep import sweep
 
 # %% auto #0
-__all__ = ['KINDS', 'GRID', 'GridSettings', 'grid_frames', 'needle_grid', 'published_grid']
+__all__ = ['KINDS', 'GRID', 'GridSettings', 'cell_context', 'grid_frames', 'needle_grid', 'published_grid']
 
 # %% ../../../nbs/probes/grid/01_probe.ipynb #ceae38bc
 KINDS: dict[str, dict[str, Any]] = {  # name -> arguments of needle_context
@@ -67,7 +67,7 @@ class GridSettings:
         if self.metric not in METRICS: raise ValueError(f"a metric is one of {', '.join(METRICS)}, not {self.metric!r}")
 
 # %% ../../../nbs/probes/grid/01_probe.ipynb #78ba5da5
-def _needle(lm: Any, kind: str, n: int, depth: float, trial: int, s: GridSettings, how: Mapping[str, Any]) -> Any:
+def cell_context(lm: Any, kind: str, n: int, depth: float, trial: int, s: GridSettings, how: Mapping[str, Any]) -> Any:
     """The context of one cell: the haystack is the same for all, the needle for all depths of a trial."""
     args = {"haystack": Haystack.generated(s.seed), **how, **KINDS[kind]}
     return needle_context(lm, n, depth, seed=f"{s.seed} {kind} {trial}", chat=s.chat or None, **args)
@@ -78,7 +78,7 @@ def _cells(lm: Any, s: GridSettings, remedies: Mapping[str, Remedy], how: Mappin
         for n in s.lengths:
             for depth in s.depths:
                 for trial in range(s.trials):
-                    ctx = _needle(lm, kind, n, depth, trial, s, how)
+                    ctx = cell_context(lm, kind, n, depth, trial, s, how)
                     found = ctx.meta["depth_percent"]
                     real = found if isinstance(found, float) else sum(found) / len(found)
                     axes = dict(kind=kind, context_length=n, depth_percent=float(depth), trial=trial, realised_depth=real, tokens=len(ctx))

@@ -16,8 +16,8 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from ...interventions.heads import head_sizes, interventions
-from ...measure.statistics import tidy
+from ...interventions.base import head_sizes, interventions
+from ...measure.statistic import tidy
 from .ablation import ablation_curve
 from .duo_gates import GateSettings, duo_gates, fact_text
 from .report import VIEWS, HeadReport

@@ -20,7 +20,7 @@ from ...measure.capture import capture
 from ...measure.statistic import tidy
 from ...interventions.base import head_sizes
 from ...measure.statistics import DistanceProfile, Received, Rows
-from ...models.kv_cache import _end_ids
+from ...models.kv_cache import end_ids
 from ...sweeps.sweep import sweep
 
 # %% auto #0
@@ -101,7 +101,7 @@ def decoded(
     max_new_tokens: int = 50,  # steps at most
 ) -> list[Steps]:  # of each
     "Greedy decoding, one row a step"
-    cache, token, end, n = start.fork(), start.last, _end_ids(lm), start.n
+    cache, token, end, n = start.fork(), start.last, end_ids(lm), start.n
     steps = max_new_tokens if lm.max_length is None or lm.allow_longer else min(max_new_tokens, lm.max_length + 1 - n)
     if steps < 1: raise ValueError(f"the prompt has {n:,} tokens, and {lm.name} was made for {lm.max_length:,}: no room for an answer")
     said: list[list[int]] = [[] for _ in cells]

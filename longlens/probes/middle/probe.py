@@ -15,7 +15,7 @@ from typing import Any
 import polars as pl
 
 from ...sweeps.cells import Cell
-from ...interventions.heads import interventions
+from ...interventions.base import interventions
 from longlens.probes.metrics import (
     METRICS, Interval, bootstrap_interval, paired_ends_against_middle, position_indices, sign_flip_p, wilson_interval,
 )
@@ -28,9 +28,9 @@ from longlens.prompts.multi_document import (
 from ...sweeps.sweep import sweep
 
 # %% auto #0
-__all__ = ['POSITIONS', 'Item', 'KEYS', 'gold_positions', 'get_items', 'MiddleSettings', 'top_heads', 'score_interval',
-           'curve_frame', 'indices_frame', 'effects_frame', 'lost_in_the_middle', 'longer', 'check_metric',
-           'reply_length']
+__all__ = ['POSITIONS', 'Item', 'KEYS', 'gold_positions', 'get_items', 'MiddleSettings', 'question_cell', 'top_heads',
+           'score_interval', 'curve_frame', 'indices_frame', 'effects_frame', 'lost_in_the_middle', 'longer',
+           'check_metric', 'reply_length']
 
 # %% ../../../nbs/probes/middle/01_probe.ipynb #d7783ab7
 POSITIONS = {10: (0, 4, 9), 20: (0, 4, 9, 14, 19), 30: (0, 4, 9, 14, 19, 24, 29), 75: (0, 24, 49, 74), 140: (0, 34, 69, 104, 139),
@@ -149,7 +149,7 @@ class MiddleSettings:
     what: str = "documents"  # or "pairs"
 
 # %% ../../../nbs/probes/middle/01_probe.ipynb #d12e854e
-def _cell(lm: Any, item: Item, number: int, gold: int, variant: str, remedy: tuple[str, Remedy], s: MiddleSettings,
+def question_cell(lm: Any, item: Item, number: int, gold: int, variant: str, remedy: tuple[str, Remedy], s: MiddleSettings,
           allow_longer: bool | None) -> Cell:
     """A question with its answer at a place."""
     name, what = remedy
@@ -164,14 +164,14 @@ def _cells(lm: Any, items: Sequence[Item], s: MiddleSettings, remedies: Mapping[
     for number, item in enumerate(items):
         for variant in s.variants:
             for remedy in remedies.items():
-                for gold in s.positions: yield _cell(lm, item, number, gold, variant, remedy, s, allow_longer)
+                for gold in s.positions: yield question_cell(lm, item, number, gold, variant, remedy, s, allow_longer)
 
 
 def _baselines(lm: Any, items: Sequence[Item], s: MiddleSettings, allow_longer: bool | None) -> Iterator[Cell]:
     """Every question without documents, and with the right one only."""
     for number, item in enumerate(items):
         for variant in ("closed_book", "oracle") if isinstance(item, Question) else ():
-            cell = _cell(lm, item, number, 0, variant, ("none", Remedy("")), s, allow_longer)
+            cell = question_cell(lm, item, number, 0, variant, ("none", Remedy("")), s, allow_longer)
             yield replace(cell, axes={**cell.axes, "gold_index": None, "placed_index": None})
 
 # %% ../../../nbs/probes/middle/01_probe.ipynb #ad3d66eb

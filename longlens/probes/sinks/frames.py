@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ...attention.operator import log_windows
 from ...measure.capture import Capture, capture
+from ...measure.statistic import Statistic, tidy
 from longlens.measure.statistics import (
-    Distance, Entropy, MassiveActivations, Received, ResidualNorm, SinkMass, Statistic, Support, ValueNorm, tidy,
+    Distance, Entropy, MassiveActivations, Received, ResidualNorm, SinkMass, Support, ValueNorm,
 )
 
 # %% auto #0

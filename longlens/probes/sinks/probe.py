@@ -11,7 +11,7 @@ from typing import Any
 
 import polars as pl
 
-from ...interventions.heads import interventions
+from ...interventions.base import interventions
 from .frames import SinkSettings, made_sequences, metric_frame, natural_sequences, text_frames
 from .report import SinkReport
 

@@ -12,12 +12,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ...models.kv_cache import _rope_regime
+from ...models.kv_cache import rope_regime
 from .sources import TracePrompt
 
 # %% auto #0
-__all__ = ['ROWS', 'MOST_TOKENS', 'PADDING', 'MIX', 'ValueFunction', 'Branch', 'branches', 'ScoreCosts', 'Step', 'SegmentBits',
-           'first_alike', 'make_steps', 'step_costs']
+__all__ = ['ROWS', 'MOST_TOKENS', 'PADDING', 'MIX', 'ValueFunction', 'Branch', 'common_start', 'branches', 'ScoreCosts', 'Step',
+           'SegmentBits', 'first_alike', 'make_steps', 'step_costs']
 
 # %% ../../../nbs/probes/traceback/02_prefix_tree.ipynb #6c082e12
 class ValueFunction(Protocol):
@@ -43,7 +43,7 @@ class Branch:
     one: int  # a subset that begins so
 
 
-def _alike(a: np.ndarray, b: np.ndarray) -> int:
+def common_start(a: np.ndarray, b: np.ndarray) -> int:
     """How many entries two rows begin with in common."""
     n = min(len(a), len(b))
     differ = np.flatnonzero(a[:n] != b[:n])
@@ -216,8 +216,8 @@ def make_steps(
     """What is run for some subsets, in order."""
     n, t = rows.tokens.tolist(), prompt.traced.stop
     if 0 in n: raise ValueError("without any source the prompt has no token: put something before or after the context in the template")
-    short = _rope_regime(config, 1)
-    like = {k: reuse and _rope_regime(config, k + t - 1) == short for k in set(n)}  # positions are turned as in a short text
+    short = rope_regime(config, 1)
+    like = {k: reuse and rope_regime(config, k + t - 1) == short for k in set(n)}  # positions are turned as in a short text
     steps = [Step(i, 0, ((0, (i,)),)) for i in range(len(n)) if not like[n[i]]]
     mine = [i for i in range(len(n)) if like[n[i]]]
     for b in branches(rows.bits[mine], rows.size) if mine else ():

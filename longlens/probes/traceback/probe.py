@@ -17,14 +17,14 @@ import numpy as np
 import polars as pl
 
 from ...models.forward import TokenIds
-from ...interventions.heads import interventions
+from ...interventions.base import interventions
 from ...prompts.compose import Context
 from ..middle.probe import longer
 from .tracer import TraceCost, Tracer, TraceJob, TraceScores, check_budget, counted, find_tracer, load_methods
 from .sources import TracePrompt, answer_tokens, cut_context
-from .scorer import FLOOR, _follow, _routed, reusable
+from .scorer import FLOOR, forget_if_changed, through_longlens, reusable
 from .prefix_tree import ScoreCosts
-from .prompts import _written, answer_limits, ready_prompt, trace_prompt, unwritten
+from .prompts import own_answer, answer_limits, ready_prompt, trace_prompt, unwritten
 from .report import Trace, make_trace
 
 # %% auto #0
@@ -89,12 +89,12 @@ def write_answer(
     """Let the model answer the prompt of a job."""
     lm, p, most = job.lm, job.prompt, job.max_memory
     chunk = None if most is None else lm.best_chunk(len(p.whole), most=most, copies=2)  # type: ignore[union-attr]
-    with _routed(lm):
+    with through_longlens(lm):
         before = lm.prefill(p.tokens, chunk, allow_longer=allow_longer)  # type: ignore[union-attr]
-        said = _written(lm, before, *limits, allow_longer)
+        said = own_answer(lm, before, *limits, allow_longer)
     job.prompt = replace(p, answer=said, traced=answer_tokens(said, span), meta={**p.meta, "generated": True})  # type: ignore
     vars(job).pop("scorer", None)
-    _follow(scorer := job.scorer)  # type: ignore[arg-type]
+    forget_if_changed(scorer := job.scorer)  # type: ignore[arg-type]
     if reusable(scorer): scorer.walker.at, scorer.walker.chain = np.arange(len(p)), before  # type: ignore
     return len(p) + min(len(said), limits[0] - 1)  # type: ignore[arg-type]
 

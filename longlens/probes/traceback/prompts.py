@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...models.forward import TokenIds, Tokens, _check_length
-from ...prompts.compose import Context, Piece, _solid, compose
-from ...models.kv_cache import _cut, _stops
-from .sources import Sources, TracePrompt, _checked_size, _spans_of, cut_context, placed
+from ...models.forward import TokenIds, Tokens, check_length
+from ...prompts.compose import Context, Piece, solid_tokens, compose
+from ...models.kv_cache import cut_at_stops, stop_texts
+from .sources import Sources, TracePrompt, checked_size, segment_spans, cut_context, placed
 
 # %% auto #0
-__all__ = ['TEMPLATES', 'KINDS', 'answer_limits', 'unwritten', 'trace_prompt', 'ready_prompt']
+__all__ = ['TEMPLATES', 'KINDS', 'generated_tokens', 'answer_limits', 'unwritten', 'own_answer', 'trace_prompt', 'context_span',
+           'ready_prompt']
 
 # %% ../../../nbs/probes/traceback/01_prompts.ipynb #5ff0cfbb
 TEMPLATES: dict[str, str] = {  # name -> a text with {context} and {question}
@@ -59,11 +60,11 @@ def _composed(lm: Any, sources: Sources, question: str, template: str, answer_pr
     ctx = compose(lm, pieces, answer_prefix=answer_prefix, question=question, **how)
     offsets: Any = ctx.tokens.offsets
     span = ctx.spans["context"]
-    _, first, _ = _solid(ctx.text, offsets[span.start : span.stop].numpy())
+    _, first, _ = solid_tokens(ctx.text, offsets[span.start : span.stop].numpy())
     return ctx.tokens, int(first[0]) - len(sources.text) + len(sources.text.lstrip())
 
 # %% ../../../nbs/probes/traceback/01_prompts.ipynb #9b228114
-def _spoken(lm: Any, ids: Tensor) -> Tokens:
+def generated_tokens(lm: Any, ids: Tensor) -> Tokens:
     """Tokens that were generated, with the characters each adds to the text."""
     if lm.tokenizer is None: return Tokens(ids)
     ends = [*accumulate((len(lm.decode(ids[: k + 1])) for k in range(len(ids))), max)]
@@ -78,7 +79,7 @@ def answer_limits(
     """How many tokens an answer gets, and the texts that end it."""
     if max_new_tokens is not None and max_new_tokens < 1: raise ValueError(f"max_new_tokens is {max_new_tokens}: an answer has 1 or more")
     tiny = lm.name == "needle-lm"
-    return max_new_tokens or (32 if tiny else 100), ((".", "\n") if tiny else ()) if stop is None else tuple(_stops(stop))
+    return max_new_tokens or (32 if tiny else 100), ((".", "\n") if tiny else ()) if stop is None else tuple(stop_texts(stop))
 
 
 def unwritten(
@@ -90,15 +91,15 @@ def unwritten(
     return [word] * answer_limits(lm, max_new_tokens, None)[0]
 
 # %% ../../../nbs/probes/traceback/01_prompts.ipynb #0eb8f0a3
-def _written(lm: Any, prompt: Any, max_new_tokens: int, stop: Sequence[str], allow_longer: bool | None) -> Tokens:
+def own_answer(lm: Any, prompt: Any, max_new_tokens: int, stop: Sequence[str], allow_longer: bool | None) -> Tokens:
     """The model's own answer to Tokens or a Prefix, up to a stop text."""
     ids = lm.generate_ids(prompt, max_new_tokens, list(stop), allow_longer=allow_longer)
     if lm.tokenizer is not None:
-        size = len(_cut(lm.decode(ids), stop))
+        size = len(cut_at_stops(lm.decode(ids), stop))
         while len(ids) and len(lm.decode(ids[:-1])) >= size: ids = ids[:-1]
     if not len(ids):
         raise ValueError(f"{lm.name} says nothing to this prompt, its answer ends at once: end the text with a question, or give answer=")
-    return _spoken(lm, ids)
+    return generated_tokens(lm, ids)
 
 # %% ../../../nbs/probes/traceback/01_prompts.ipynb #67ad40ba
 def _going_on(lm: Any, prompt: str, answer: str) -> Tokens:
@@ -118,7 +119,7 @@ def _answered(lm: Any, prompt: Tokens, answer: str | Tokens | TokenIds, chat: bo
         raise TypeError(f"an answer is a text or token ids, and this is a list of texts, {answer!r:.60}: join them, or trace each alone")
     if isinstance(answer, (bytes, Mapping)) or not hasattr(answer, "__len__"):
         raise TypeError(f"an answer is a text or token ids, and this is a {type(answer).__name__}, {answer!r:.40}")
-    if not isinstance(answer, str): return _spoken(lm, lm.tokens(answer, add_special_tokens=False, allow_longer=True).ids)
+    if not isinstance(answer, str): return generated_tokens(lm, lm.tokens(answer, add_special_tokens=False, allow_longer=True).ids)
     if not answer.strip(): raise ValueError("the answer is empty: give a text that the model said, or None to let it answer")
     glued = prompt.text and not prompt.text[-1].isspace() and not answer[0].isspace()
     if glued and not chat and _spaced(answer[0]): answer = " " + answer
@@ -176,13 +177,13 @@ def _finished(lm: Any, tokens: Tokens, at: int, sources: Sources, answer: Any, s
               stop: str | Sequence[str] | None, allow_longer: bool | None, question: str, **meta: Any) -> TracePrompt:
     """The prompt with its answer."""
     generated = answer is None
-    if generated: said = _written(lm, tokens, *answer_limits(lm, max_new_tokens, stop), allow_longer)
+    if generated: said = own_answer(lm, tokens, *answer_limits(lm, max_new_tokens, stop), allow_longer)
     else: said = _answered(lm, tokens, answer, bool(meta.get("chat")))
-    _check_length(lm, len(tokens) + len(said), allow_longer)
+    check_length(lm, len(tokens) + len(said), allow_longer)
     return placed(tokens, at, sources, said, span, question=question, meta={**meta, "generated": generated})
 
 # %% ../../../nbs/probes/traceback/01_prompts.ipynb #a3ff34c5
-def _context_span(ctx: Context) -> tuple[int, int]:
+def context_span(ctx: Context) -> tuple[int, int]:
     """Characters of what stands between the instruction, if there is one, and the question."""
     chars: Any = ctx.tokens.offsets
     before = [int(chars[s.stop - 1, 1]) for k, s in ctx.spans.items() if k in ("instruction", "question_before")]
@@ -219,12 +220,12 @@ def _known_parts(ctx: Context, by: Any, span: Sequence[int] | None) -> tuple[str
 def _of_parts(text: str, parts: Sequence[tuple[int, int]], kind: str, by: str, size: int | None) -> Sources:
     """The parts of a context as its sources, `size` at a time, or what each of them is cut into."""
     if by == kind:
-        size = _checked_size(1 if size is None else size, kind)
+        size = checked_size(1 if size is None else size, kind)
         first = range(0, len(parts), size)
         return Sources(text, tuple((parts[i][0], parts[i : i + size][-1][1]) for i in first), by, tuple(first))
     if by == "tokens": _one_token(size)
     cut = [(i, (a + x, a + y)) for i, (a, b) in enumerate(parts)
-           for x, y in ([(0, b - a)] if by == "tokens" else _spans_of(text[a:b], by, size))]
+           for x, y in ([(0, b - a)] if by == "tokens" else segment_spans(text[a:b], by, size))]
     return Sources(text, tuple(s for _, s in cut), by, tuple(i for i, _ in cut))
 
 # %% ../../../nbs/probes/traceback/01_prompts.ipynb #f6b8daec
@@ -237,7 +238,7 @@ def _around_inserts(ctx: Context, a: int, b: int, size: int | None) -> Sources |
     if not edges: return None
     whole, at = [], a
     for x, y in [*edges, (b, b)]:
-        if ctx.text[at:x].strip(): whole += [(at - a + s, at - a + t) for s, t in _spans_of(ctx.text[at:x], "words", size)]
+        if ctx.text[at:x].strip(): whole += [(at - a + s, at - a + t) for s, t in segment_spans(ctx.text[at:x], "words", size)]
         elif whole: whole[-1] = (whole[-1][0], x - a)
         if x < y: whole.append((x - a, y - a))
         at = y
@@ -262,7 +263,7 @@ def ready_prompt(
     ctx = prompt if isinstance(prompt, Context) else None
     text, question = (ctx.text, ctx.question) if ctx else (str(prompt), "")
     kind, parts = _known_parts(ctx, by, span) if ctx else ("", [])
-    if span is None: span = (parts[0][0], parts[-1][1]) if parts else _context_span(ctx) if ctx else (0, len(text))
+    if span is None: span = (parts[0][0], parts[-1][1]) if parts else context_span(ctx) if ctx else (0, len(text))
     a, b = span
     if not 0 <= a < b <= len(text): raise ValueError(f"the context is ({a}, {b}), and the prompt has the characters 0 to {len(text):,}")
     tokens = ctx.tokens if ctx else compose(lm, [Piece(text, special=special)], allow_longer=allow_longer).tokens

@@ -21,7 +21,7 @@ from ...report import Report, report_html
 
 # %% auto #0
 __all__ = ['OWN_TABLES', 'TRACE_EXPLAINED', 'scored_frame', 'answer_frame', 'Trace', 'trace_sections', 'finer_sources',
-           'source_bars', 'excerpt', 'said_probability', 'make_trace']
+           'source_bars', 'excerpt', 'excerpts', 'said_probability', 'make_trace']
 
 # %% ../../../nbs/probes/traceback/05_report.ipynb #9cd67dde
 def scored_frame(
@@ -72,7 +72,7 @@ class Trace(Report):
         k = int(self.meta["k"]) if k is None else k
         if k < 1: raise ValueError(f"k is {k}: one source or more")
         f = self.frames["sources"].sort("rank", "source", nulls_last=True).head(k)
-        return f.select("rank", "source", "document", "start", "end", "tokens", "score", "error", excerpt=_excerpts(f["text"]))
+        return f.select("rank", "source", "document", "start", "end", "tokens", "score", "error", excerpt=excerpts(f["text"]))
 
     def finer(self, k: int | None = None) -> pl.DataFrame:
         """Of `coarse_to_fine`: the k best of each level inside the best sources, with `start` and `end` in the context. None: as `top`."""
@@ -81,7 +81,7 @@ class Trace(Report):
     def _repr_html_(self) -> str:
         """What a notebook shows: the best first, and of their texts what can be shown"""
         f = self.frames["sources"].sort("rank", "source", nulls_last=True)
-        return report_html(Trace({**self.frames, "sources": f.with_columns(text=_excerpts(f["text"]))}, self.meta))
+        return report_html(Trace({**self.frames, "sources": f.with_columns(text=excerpts(f["text"]))}, self.meta))
 
     def findings(self) -> list[str]:
         """What was found, a sentence each"""
@@ -114,7 +114,7 @@ def _shaded(r: Trace, text: str) -> Any:
     part = range(at[0], at[-1] + 1) if len(at) < len(a) else None
     words = a.select(token="text", logprob="logprob")
     question = r.meta["question"].removeprefix("Question:").strip()
-    return trace_section(r.context, f.with_columns(text=_excerpts(f["text"])), question, words, text=f"{text}\n\n{READING}",
+    return trace_section(r.context, f.with_columns(text=excerpts(f["text"])), question, words, text=f"{text}\n\n{READING}",
                          traced=part)
 
 # %% ../../../nbs/probes/traceback/05_report.ipynb #cc233cec
@@ -131,7 +131,7 @@ def finer_sources(
     if (f := _levels(r)).is_empty():
         raise ValueError(f"{r.meta['method']} has scored the sources of one level only: method='coarse_to_fine' goes on inside the best")
     f = f.sort("level", "rank", nulls_last=True).filter(pl.int_range(pl.len()).over("level") < k)
-    return f.select("level", "by", "rank", "start", "end", "score", "error", excerpt=_excerpts(f["text"]), parent="parent")
+    return f.select("level", "by", "rank", "start", "end", "score", "error", excerpt=excerpts(f["text"]), parent="parent")
 
 # %% ../../../nbs/probes/traceback/05_report.ipynb #0f68a01c
 def _finest(r: Trace) -> list[Any]:
@@ -141,7 +141,7 @@ def _finest(r: Trace) -> list[Any]:
     f = f.filter(level=f["level"].max())
     text = (f"The best sources were cut again, and their parts scored while everything else was left out. Shaded: the {f['by'][0]} of the "
             "last level; what has no shade was not in the race there. The table has the best of every level, with their characters.")
-    shown = f.drop("token_start", "token_end").with_columns(text=_excerpts(f["text"]))
+    shown = f.drop("token_start", "token_end").with_columns(text=excerpts(f["text"]))
     return [replace(trace_section(r.context, shown, title="Inside the best", text=text), table=r.finer())]
 
 # %% ../../../nbs/probes/traceback/05_report.ipynb #c473d14b
@@ -188,7 +188,7 @@ def _around(text: str, word: str, limit: int) -> str:    # so much of a text as 
     return excerpt("… " + text[text.rfind(" ", 0, max(0, found.start() - limit // 2)) + 1:], limit)
 
 
-def _excerpts(texts: pl.Series) -> pl.Series: return pl.Series([excerpt(t) for t in texts], dtype=pl.String)
+def excerpts(texts: pl.Series) -> pl.Series: return pl.Series([excerpt(t) for t in texts], dtype=pl.String)
 
 # %% ../../../nbs/probes/traceback/05_report.ipynb #ee3935ef
 def said_probability(

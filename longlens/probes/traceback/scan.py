@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import polars as pl
 
-from .report import Trace, _excerpts, excerpt
+from .report import Trace, excerpts, excerpt
 from .probe import trace_context
 from ...report import report_html
 
@@ -49,7 +49,7 @@ class ScanReport(Trace):
     def flagged(self) -> pl.DataFrame:
         """The sources that the detector flagged, with what can be shown of their texts, which are whole in `frames["sources"]`."""
         f = self.frames["scan"].filter("flagged").join(self.frames["sources"], "source", how="left", maintain_order="left", suffix="_trace")
-        return f.select(*SCAN_SCHEMA, "start", "end", excerpt=_excerpts(f["text"]))
+        return f.select(*SCAN_SCHEMA, "start", "end", excerpt=excerpts(f["text"]))
 
     def _repr_html_(self) -> str: return report_html(self)
 

@@ -22,18 +22,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...sweeps.cells import content, fingerprint
-from ...models.forward import _check_logits
+from ...models.forward import check_logits
 from ...attention.hf_interface import UnsupportedModel, attach
-from ...interventions.heads import _ACTIVE
-from ...models.kv_cache import Prefix, _bytes, _fork, _new_cache, _rope_regime
+from ...interventions.base import _ACTIVE
+from ...models.kv_cache import fork_cache, new_cache, Prefix, rope_regime
+from ...models.memory import size_text
 from .sources import TracePrompt, subset_tokens
-from .prefix_tree import ScoreCosts, SegmentBits, Step, _alike, first_alike, make_steps, step_costs
+from .prefix_tree import ScoreCosts, SegmentBits, Step, common_start, first_alike, make_steps, step_costs
 from ...sweeps.store import Store, as_row
 from ...sweeps.sweep import SweepWarning, out_of_memory
 
 # %% auto #0
 __all__ = ['FLOOR', 'answer_measures', 'Walker', 'SubsetScorer', 'ScorePlan', 'plan_subsets', 'expect_whole', 'shares',
-           'reusable', 'measure_subsets', 'plain_scores']
+           'reusable', 'through_longlens', 'forget_if_changed', 'measure_subsets', 'plain_scores']
 
 # %% ../../../nbs/probes/traceback/03_scorer.ipynb #ace6cbd6
 def _said_logits(lm: Any, cache: Any, ids: Tensor, rows: Tensor, chunk: int) -> Tensor:  # (b, t, vocab), float32
@@ -44,7 +45,7 @@ def _said_logits(lm: Any, cache: Any, ids: Tensor, rows: Tensor, chunk: int) -> 
         here = wanted[(wanted >= start) & (wanted < start + chunk)] - start
         at = here if len(here) else torch.tensor([part.shape[1] - 1])
         out = lm._logits_at(at, input_ids=part, past_key_values=cache, use_cache=True)
-        if len(here): parts.append(_check_logits(out, lm.name, (start + at).tolist()))
+        if len(here): parts.append(check_logits(out, lm.name, (start + at).tolist()))
     where = torch.searchsorted(wanted, rows).to(lm.device)
     return torch.cat(parts, 1).take_along_dim(where[..., None], 1)
 
@@ -76,7 +77,7 @@ class Walker:
 
     def grow(self, at: np.ndarray, chunk: int) -> None:
         """Have at least this beginning in memory."""
-        held = _alike(self.at, at)
+        held = common_start(self.at, at)
         if held == len(at): return
         ids, chain = self.prompt.ids[torch.from_numpy(at)], self.chain
         if chain is None or not held: self.chain = self.lm.prefill(ids, chunk, allow_longer=True)
@@ -90,8 +91,8 @@ class Walker:
         for row, at in zip(ids, ats, strict=True):
             new = torch.cat([self.prompt.ids[torch.from_numpy(at[start:])], a[:-1]])
             row[: len(new)] = new
-        if start and self.chain is not None: cache = _fork(self.chain.crop(start).cache, len(ats))
-        else: cache = _new_cache(lm.config, "all")
+        if start and self.chain is not None: cache = fork_cache(self.chain.crop(start).cache, len(ats))
+        else: cache = new_cache(lm.config, "all")
         ends = torch.tensor([len(at) - start - 1 for at in ats])
         rows = ends[:, None] + torch.arange(self.prompt.traced.start, len(a))
         return answer_measures(_said_logits(lm, cache, ids, rows, chunk), a[self.prompt.traced.start :])
@@ -117,7 +118,7 @@ class _Scorer:
         if batch_size is not None and batch_size < 1: raise ValueError(f"batch_size is {batch_size}: 1 or more")
         self.lm, self.prompt, self.n, self.costs = lm, prompt, prompt.n, ScoreCosts()
         self.batch_size, self.max_memory, self.progress = batch_size or 8, max_memory, progress
-        self.reuse = reuse and _new_cache(lm.config, "all").is_croppable  # some models keep a state that cannot be taken back
+        self.reuse = reuse and new_cache(lm.config, "all").is_croppable  # some models keep a state that cannot be taken back
         self.walker, self.store = Walker(lm, prompt), None if out is None else Store(out)
         self.known: dict[bytes, np.ndarray] = {}  # key of a subset -> log p and log-odds of the traced tokens, (2, t)
         self.floored: set[bytes] = set()  # subsets with which the answer has no probability at all
@@ -194,8 +195,8 @@ def _fitting(s: SubsetScorer, n: int) -> tuple[int, int]:
         total = need.needed + need.cache // batch  # the shared beginning is there too
         if total <= s.max_memory if s.max_memory is not None else need.available is None or total <= 0.9 * need.available:
             return batch, chunk
-    limit = f"max_memory is {_bytes(s.max_memory)}" if s.max_memory is not None else f"{_bytes(need.available or 0)} are free"
-    raise MemoryError(f"{s.lm.name} cannot run {n:,} tokens in chunks of 32: it takes {_bytes(total)} on top of the weights, and {limit}: "
+    limit = f"max_memory is {size_text(s.max_memory)}" if s.max_memory is not None else f"{size_text(need.available or 0)} are free"
+    raise MemoryError(f"{s.lm.name} cannot run {n:,} tokens in chunks of 32: it takes {size_text(total)} on top of the weights, and {limit}: "
                       f"take a shorter context, {'more max_memory' if s.max_memory is not None else 'or a device with more memory'}")
 
 # %% ../../../nbs/probes/traceback/03_scorer.ipynb #999cc596
@@ -219,7 +220,7 @@ def plan_subsets(
     kept: Any,  # (m, n), bool
 ) -> ScorePlan:
     """What has to run for some subsets, and what that costs."""
-    _follow(s)
+    forget_if_changed(s)
     asked, t = _masks(s.prompt, kept), s.prompt.traced.stop
     masks = asked[_unknown(s, asked)]
     rows = SegmentBits(s.prompt, masks)
@@ -240,13 +241,13 @@ def expect_whole(
     if not first.steps: return first.costs
     tokens = step_costs(first.steps, SegmentBits(s.prompt, every), s.prompt.traced.stop, held)
     at = np.arange(first.steps[0].size)
-    s.ahead = held if _alike(held, at) == len(at) else at
+    s.ahead = held if common_start(held, at) == len(at) else at
     return replace(first.costs, tokens=sum(tokens))
 
 
 def shares(lm: Any, n: int) -> bool:  # LongModel
     """Can prompts of up to n tokens go on from a beginning that they share?"""
-    return bool(_new_cache(lm.config, "all").is_croppable) and _rope_regime(lm.config, n) == _rope_regime(lm.config, 1)
+    return bool(new_cache(lm.config, "all").is_croppable) and rope_regime(lm.config, n) == rope_regime(lm.config, 1)
 
 
 def reusable(s: SubsetScorer) -> bool:
@@ -275,12 +276,12 @@ def _run_step(s: SubsetScorer, step: Step, masks: np.ndarray, chunk: int) -> Ite
 # %% ../../../nbs/probes/traceback/03_scorer.ipynb #eacca9d8
 def _turned(lm: Any, at: np.ndarray, answer: Tensor) -> bool:
     """Are positions turned otherwise than in a short text, so that the prompt has to run in one piece?"""
-    return _rope_regime(lm.config, len(at) + len(answer) - 1) != _rope_regime(lm.config, 1)
+    return rope_regime(lm.config, len(at) + len(answer) - 1) != rope_regime(lm.config, 1)
 
 
 def _as_short(lm: Any) -> None:
     """Have positions turned as in a short text: with dynamic scaling, transformers goes on with what the longest text so far needed."""
-    if 10**9 in _rope_regime(lm.config, 10**9): lm._logits_at(torch.tensor([0]), input_ids=torch.zeros(1, 1).long().to(lm.device))
+    if 10**9 in rope_regime(lm.config, 10**9): lm._logits_at(torch.tensor([0]), input_ids=torch.zeros(1, 1).long().to(lm.device))
 
 # %% ../../../nbs/probes/traceback/03_scorer.ipynb #999ee1f5
 def _shrink(s: SubsetScorer, error: BaseException, chunk: int, batch: int, n: int) -> int:
@@ -296,7 +297,7 @@ def _shrink(s: SubsetScorer, error: BaseException, chunk: int, batch: int, n: in
     return max(32, min(chunk, n) // 2)
 
 # %% ../../../nbs/probes/traceback/03_scorer.ipynb #5c74f16c
-def _routed(lm: Any) -> ExitStack:
+def through_longlens(lm: Any) -> ExitStack:
     """Attention through longlens, where the model allows it."""
     stack = ExitStack()
     try: stack.enter_context(attach(lm))
@@ -304,7 +305,7 @@ def _routed(lm: Any) -> ExitStack:
     return stack
 
 
-def _follow(s: SubsetScorer) -> None:
+def forget_if_changed(s: SubsetScorer) -> None:
     """Forget everything if the model is not what it was."""
     now = json.dumps([content(i, "intervention") for i in _ACTIVE.get(id(s.lm.hf), [])])
     if now == s.state: return
@@ -351,7 +352,7 @@ def measure_subsets(
     keys = [_subset_key(s.prompt, m) for m in plan.masks]
     bar = tqdm(total=plan.costs.tokens, unit="tok", unit_scale=True, desc=s.doing, disable=not s.progress or not keys)
     try:
-        with bar, torch.no_grad(), _routed(s.lm):
+        with bar, torch.no_grad(), through_longlens(s.lm):
             _as_short(s.lm)
             for step, tokens in zip(plan.steps, plan.tokens, strict=True):
                 for batch, values in _run_step(s, step, plan.masks, plan.chunk): _keep(s, [keys[i] for i in batch], values)

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from ...models.forward import TokenIds, Tokens, check_unicode
 from ...prompts.haystack import split_sentences
-from ...prompts.compose import BoundaryError, _solid
+from ...prompts.compose import BoundaryError, solid_tokens
 
 # %% auto #0
-__all__ = ['SEGMENTERS', 'UNITS', 'Sources', 'cut_context', 'token_owners', 'TracePrompt', 'subset_tokens', 'subset_ids',
-           'answer_tokens', 'placed', 'token_prompt', 'narrowed', 'source_frame']
+__all__ = ['SEGMENTERS', 'UNITS', 'segment_spans', 'checked_size', 'Sources', 'cut_context', 'token_owners', 'TracePrompt',
+           'subset_tokens', 'subset_ids', 'answer_tokens', 'placed', 'token_prompt', 'narrowed', 'source_frame']
 
 # %% ../../../nbs/probes/traceback/00_sources.ipynb #134525e0
 def _sentence_ends(text: str) -> list[int]:
@@ -60,14 +60,14 @@ def _grouped(text: str, ends: Sequence[int], size: int) -> list[tuple[int, int]]
     return out
 
 # %% ../../../nbs/probes/traceback/00_sources.ipynb #50f3a484
-def _spans_of(text: str, by: str, size: int | None) -> list[tuple[int, int]]:
+def segment_spans(text: str, by: str, size: int | None) -> list[tuple[int, int]]:
     """Spans of a text in one of the ways of SEGMENTERS."""
     if by not in SEGMENTERS:
         raise ValueError(f'a context is cut by {", ".join(map(repr, SEGMENTERS))}, "tokens", or spans of your own, not {by!r}')
-    return _grouped(text, SEGMENTERS[by](text), _checked_size(UNITS.get(by, 1) if size is None else size, by))
+    return _grouped(text, SEGMENTERS[by](text), checked_size(UNITS.get(by, 1) if size is None else size, by))
 
 
-def _checked_size(size: Any, by: str) -> int:
+def checked_size(size: Any, by: str) -> int:
     """So many units, if one can have so many."""
     if isinstance(size, bool) or not isinstance(size, Integral):
         raise TypeError(f"size is {size!r}: how many {by} make one source is a whole number")
@@ -140,8 +140,8 @@ def cut_context(
     by = by if by is not None else "words" if isinstance(context, str) else "documents"
     if not isinstance(by, str) and size is not None:
         raise TypeError(f"size is {size!r}, and by gives spans of your own, which are sources as they are: leave size out, or name a way")
-    if by == "documents": spans = _several(documents, _checked_size(1 if size is None else size, by))
-    elif isinstance(by, str): spans = [(a + x, a + y) for a, b in documents for x, y in _spans_of(text[a:b], by, size)]
+    if by == "documents": spans = _several(documents, checked_size(1 if size is None else size, by))
+    elif isinstance(by, str): spans = [(a + x, a + y) for a, b in documents for x, y in segment_spans(text[a:b], by, size)]
     else: spans = _own(text, by)
     if not spans: raise ValueError("there are no sources: give at least one span of the context")
     of = tuple(bisect_right([a for a, _ in documents], a) - 1 for a, _ in spans)
@@ -161,7 +161,7 @@ def token_owners(
 ) -> np.ndarray:  # (n,): the source of each token; -1: of none
     """Which source each token belongs to."""
     key = offsets[:, 0].copy()
-    solid, first, _ = _solid(text, offsets)
+    solid, first, _ = solid_tokens(text, offsets)
     key[solid] = first
     blank = np.ones(len(key), bool)
     blank[solid] = False
@@ -314,7 +314,7 @@ def placed(
 # %% ../../../nbs/probes/traceback/00_sources.ipynb #38939d91
 def _token_starts(tokens: Tokens, at: int) -> np.ndarray:
     """Characters of the context, which begins at `at`, where a token begins that is more than white space."""
-    return np.unique(_solid(tokens.text or "", tokens.offsets.numpy())[1] - at)  # type: ignore[union-attr]
+    return np.unique(solid_tokens(tokens.text or "", tokens.offsets.numpy())[1] - at)  # type: ignore[union-attr]
 
 
 def _token_sources(tokens: Tokens, known: np.ndarray, at: int, a: int, b: int) -> list[tuple[int, int]]:
@@ -371,7 +371,7 @@ def _parts(old: Sources, tokens: Tokens, starts: np.ndarray, at: int, span: tupl
     a, b = span
     if by is None: return [span]
     if by == "tokens": return _token_sources(tokens, starts, at, a, b)
-    return [(a + x, a + y) for x, y in _spans_of(old.text[a:b], by, size)]
+    return [(a + x, a + y) for x, y in segment_spans(old.text[a:b], by, size)]
 
 # %% ../../../nbs/probes/traceback/00_sources.ipynb #abae7120
 def source_frame(

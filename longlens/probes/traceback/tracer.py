@@ -19,7 +19,7 @@ import numpy as np
 import polars as pl
 
 from .sources import TracePrompt
-from .scorer import SubsetScorer, _follow
+from .scorer import SubsetScorer, forget_if_changed
 from .prefix_tree import PADDING, ScoreCosts, ValueFunction
 
 # %% auto #0
@@ -65,7 +65,7 @@ class TraceJob:
     def held(self) -> tuple[np.ndarray, Any]:
         """The beginning of the prompt that is in memory, or will be when the method runs: positions, and the Prefix if it is there."""
         if not isinstance(made := vars(self).get("scorer"), SubsetScorer): return np.empty(0, np.int64), None
-        _follow(made)
+        forget_if_changed(made)
         return made.held(), made.walker.chain
 
     def release(self) -> None:

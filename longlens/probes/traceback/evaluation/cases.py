@@ -15,7 +15,7 @@ from typing import Any
 
 from ....prompts.haystack import split_sentences
 from ..sources import Sources, cut_context
-from ....prompts.multi_document import Question, _field, _named, _opened
+from ....prompts.multi_document import Question, json_field, unique_keys, open_maybe_gzip
 
 # %% auto #0
 __all__ = ['CONFLICTS', 'ATTACKS', 'cut_out', 'TraceCase', 'clean_context', 'span_truth', 'text_truth', 'inject', 'fact_cases',
@@ -244,8 +244,8 @@ def injection_cases(
 # %% ../../../../nbs/probes/traceback/evaluation/00_cases.ipynb #f73c4a33
 def _json(path: str | Path, kind: type) -> Any:
     """What a JSON file holds, if it is of a kind and not empty."""
-    with _opened(Path(path)) as f: data = f.read()
-    try: made = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_named)
+    with open_maybe_gzip(Path(path)) as f: data = f.read()
+    try: made = json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as e: raise ValueError(f"{path} cannot be read as JSON: {e}") from e
     wanted = "named entries" if kind is dict else "a list"
     if not isinstance(made, kind) or not made: raise ValueError(f"{path} holds {made!r:.40} where {wanted} were expected")
@@ -263,7 +263,7 @@ def read_targets(
 ) -> dict[str, str]:
     """What models are to be made to say (TracLLM's files)."""
     made = _json(path, dict)
-    return {q: _field(made, q, str, str(path)) for q in _first([*made], limit)}
+    return {q: json_field(made, q, str, str(path)) for q in _first([*made], limit)}
 
 # %% ../../../../nbs/probes/traceback/evaluation/00_cases.ipynb #dc9489d4
 def needle_cases(
@@ -277,7 +277,7 @@ def needle_cases(
     out = []
     for i, row in enumerate(_first(_json(path, list), limit)):
         where = f"{path}, entry {i}"
-        question, needles, answers = (_field(row, k, t, where) for k, t in (("question", str), ("needles", list), ("gt_answers", list)))
+        question, needles, answers = (json_field(row, k, t, where) for k, t in (("question", str), ("needles", list), ("gt_answers", list)))
         if not needles or len(answers) != 1 or not all(isinstance(x, str) and x.strip() for x in [*needles, *answers]):
             raise ValueError(f"{where}: one text or more in needles and exactly one in gt_answers were expected")
         text = texts[i % len(texts)]
@@ -312,8 +312,8 @@ def _passage(q: Question) -> str:
 def _poisoned(row: Any, where: str, pool: Mapping[str, str], documents: int, poisoned: int, seed: str) -> TraceCase:
     """One case of PoisonedRAG."""
     if not isinstance(row, dict): raise ValueError(f"{where} holds {row!r:.40} where named entries were expected")
-    question, truth, target = (_field(row, k, str, where) for k in ("question", "correct answer", "incorrect answer"))
-    bad, rng, own = _field(row, "adv_texts", list, where)[:poisoned], Random(seed), _asked(question)
+    question, truth, target = (json_field(row, k, str, where) for k in ("question", "correct answer", "incorrect answer"))
+    bad, rng, own = json_field(row, "adv_texts", list, where)[:poisoned], Random(seed), _asked(question)
     if not bad or not all(isinstance(t, str) and t.strip() for t in bad): raise ValueError(f"{where}: adv_texts holds no texts")
     others = [t for q, t in pool.items() if q != own]
     good = [pool[own]] if own in pool else []

@@ -24,7 +24,7 @@ from ...middle.probe import longer
 from ..tracer import Tracer, TraceJob, counted, find_tracer, load_methods
 from ..sources import TracePrompt
 from .metrics import answer_without, found_scores, replied, says
-from ..prompts import _spoken, answer_limits, trace_prompt
+from ..prompts import generated_tokens, answer_limits, trace_prompt
 from ..report import excerpt, scored_frame
 from ..probe import LARGE_COST, LargeTrace, check_needs
 from .report import MEASURES, RUN_COSTS, make_traceback_report
@@ -84,7 +84,7 @@ def ask_case(
     ids, answer = replied(lm, before, limits)
     truth = tuple(span_truth(draft.sources, case.injected))
     if why := _why(case, truth, answer, clean, keep): return AskedCase(case, draft, truth, answer, clean, float("nan"), why)
-    prompt = replace(draft, answer=_spoken(lm, ids), traced=range(len(ids)))
+    prompt = replace(draft, answer=generated_tokens(lm, ids), traced=range(len(ids)))
     return AskedCase(case, prompt, truth, answer, clean, float(lm.score(before, ids).total))
 
 # %% ../../../../nbs/probes/traceback/evaluation/03_evaluate.ipynb #66eb2ab4

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from ....models.kv_cache import _cut
+from ....models.kv_cache import cut_at_stops
 from ...metrics import Interval, bootstrap_interval, wilson_interval
 from ..sources import TracePrompt, subset_ids
 from ..scorer import FLOOR
@@ -71,7 +71,7 @@ def replied(
 ) -> tuple[Tensor, str]:  # token ids up to a stop text, and what they say before it
     """What a model says to a prompt."""
     ids = lm.generate_ids(prompt, limits[0], list(limits[1]))
-    text = _cut(lm.decode(ids), limits[1])
+    text = cut_at_stops(lm.decode(ids), limits[1])
     while len(ids) and len(lm.decode(ids[:-1])) >= len(text): ids = ids[:-1]
     return ids, text
 

@@ -19,7 +19,8 @@ from ....measure.mean_rows import attention_of, check_head_weights, covers, rows
 from ....attention.hf_interface import attach
 from ....measure.capture import capture
 from ....measure.rollout import Rollout
-from ....models.kv_cache import _bytes, _new_cache, _shared
+from ....models.kv_cache import new_cache, shared_length
+from ....models.memory import size_text
 from ..tracer import TRACERS, Meter, Room, TraceCost, TraceJob, Tracer, TraceScores
 from ..sources import TracePrompt, subset_tokens
 from ..prefix_tree import ScoreCosts
@@ -63,7 +64,7 @@ def glance(
 
 def _in_common(before: torch.Tensor, front: torch.Tensor) -> int:
     "Tokens of a beginning that need not be run: all, or one less where they are not the beginning of what was run before"
-    shared = _shared(before, front)
+    shared = shared_length(before, front)
     return shared if shared == len(front) else max(0, min(shared, len(front) - 1))
 
 # %% ../../../../nbs/probes/traceback/methods/02_attention.ipynb #896fff04
@@ -114,7 +115,7 @@ def glance_costs(
     held: np.ndarray | None = None,  # the beginning that is in memory: positions in the prompt
 ) -> ScoreCosts:
     "What `glances` is going to run, exactly"
-    reuse, before = _new_cache(lm.config, "all").is_croppable, prompt.ids[torch.from_numpy(np.empty(0, int) if held is None else held)]
+    reuse, before = new_cache(lm.config, "all").is_croppable, prompt.ids[torch.from_numpy(np.empty(0, int) if held is None else held)]
     costs, found = ScoreCosts(asked=len(subsets)), _in_order(subsets)
     for kept, numbers in found.items():
         ids = prompt.ids[torch.from_numpy(subset_tokens(prompt, np.array(kept, int)))]
@@ -308,9 +309,9 @@ def _rollout_room(lm: Any, n_tokens: int, n_sources: int, max_memory: int | None
     need = (lm.n_layers + 3) * columns
     for chunk in (c for c in (4096, 2048, 1024, 512, 256, 128, 64, 32) if c < n_tokens):
         if lm.memory(n_tokens, chunk).needed + need <= limit: return chunk, need
-    have = f"{_bytes(whole.available or 0)} are free" if max_memory is None else f"max_memory is {_bytes(max_memory)}"
+    have = f"{size_text(whole.available or 0)} are free" if max_memory is None else f"max_memory is {size_text(max_memory)}"
     raise MemoryError(f"rollout keeps a number for each of {n_tokens:,} tokens and {n_sources:,} sources in {lm.n_layers} layers, "
-                      f"{_bytes(need)}, and {have}: take fewer sources (a larger size=), or coarse_to_fine")
+                      f"{size_text(need)}, and {have}: take fewer sources (a larger size=), or coarse_to_fine")
 
 # %% ../../../../nbs/probes/traceback/methods/02_attention.ipynb #2da9e638
 def roll_out(

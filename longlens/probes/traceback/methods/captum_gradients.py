@@ -17,7 +17,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from ....models.kv_cache import _bytes
+from ....models.memory import size_text
 from ..tracer import TRACERS, Room, TraceCost, TraceJob, Tracer, TraceScores
 from ..sources import TracePrompt
 from ..prefix_tree import ScoreCosts
@@ -117,8 +117,8 @@ def steps_at_once(
     limit = max_memory if max_memory is not None else None if free is None else 0.9 * free
     fit = most if limit is None else int(limit // need)
     if fit < 1:
-        have = f"max_memory is {_bytes(max_memory)}" if max_memory is not None else f"{_bytes(free)} are free"
-        raise MemoryError(f"{what} needs about {_bytes(need)} for a backward pass over {len(ids):,} tokens, and {have}: "
+        have = f"max_memory is {size_text(max_memory)}" if max_memory is not None else f"{size_text(free)} are free"
+        raise MemoryError(f"{what} needs about {size_text(need)} for a backward pass over {len(ids):,} tokens, and {have}: "
                           "narrow the context down first (coarse_to_fine), or take a method without gradients, such as loo or attntrace")
     return min(fit, most)
 
