@@ -2,7 +2,7 @@
 
 from .report import Report as Report
 from .models.load import load as load
-from .models.load import LongModel as LongModel
+from .models.forward import LongModel as LongModel
 from .encoders.load import load_encoder as load_encoder
 from .encoders.encode import Encoder as Encoder
 from .prompts.haystack import Haystack as Haystack

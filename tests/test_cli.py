@@ -15,7 +15,7 @@ import torch
 
 import longlens
 from longlens.cli import main as cli
-from longlens.models.forward import Tokens
+from longlens.models.tokens import Tokens
 from longlens.report import Report
 
 COMMAND = Path(sys.executable).with_name("longlens")

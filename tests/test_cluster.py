@@ -15,7 +15,7 @@ import torch
 
 import longlens as ll
 from longlens.interventions.heads import Ablate, Temperature
-from longlens.models.load import LongModel
+from longlens.models.forward import LongModel
 from longlens.prompts.haystack import Haystack
 from longlens.prompts.needle import needle_context
 from longlens.sweeps import ray_engine as cluster

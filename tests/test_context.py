@@ -19,7 +19,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from zoo import zoo_model
 
-from longlens.models.load import LongModel, load
+from longlens.models.forward import LongModel
+from longlens.models.load import load
 from longlens.prompts.compose import BoundaryError, Context, Piece, compose
 from longlens.prompts.haystack import NIAH_TASKS, WORDINGS, Haystack, Wording
 from longlens.prompts.key_value import kv_json, threads

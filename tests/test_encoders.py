@@ -21,7 +21,7 @@ from longlens.interventions.base import interventions
 from longlens.interventions.heads import ablate, temperature
 from longlens.measure.capture import capture
 from longlens.measure.statistics import Entropy, SinkMass
-from longlens.models.load import LongModel
+from longlens.models.forward import LongModel
 
 pytest.importorskip("sentence_transformers", reason="the reference is sentence-transformers: pip install longlens[embed]")
 from sentence_transformers import SentenceTransformer

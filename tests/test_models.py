@@ -13,7 +13,8 @@ import torch
 from zoo import CAUSAL, VOCAB, ZOO, token_ids, zoo_model
 
 from longlens.models.kv_cache import Prefix
-from longlens.models.load import LongModel, load
+from longlens.models.forward import LongModel
+from longlens.models.load import load
 
 N = 40  # several windows long
 
@@ -105,7 +106,7 @@ def test_cache_bytes_are_exact(name):
 @pytest.mark.parametrize("name", CAUSAL)
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_padding_changes_nothing(name, side):
-    from longlens.models.forward import Tokens
+    from longlens.models.tokens import Tokens
 
     lm = model(name)
     short, long = token_ids(11)[0], token_ids(N, seed=1)[0]

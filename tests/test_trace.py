@@ -112,7 +112,7 @@ def test_words_are_tracllms_segments() -> None:
 @pytest.mark.parametrize("by", ["words", "sentences", "paragraphs", "tokens"])
 def test_every_token_of_the_context_has_one_source(tok: str, by: str) -> None:
     lm = ll.load(zoo_model("llama"), MAKE[tok]())
-    lm._rows = 10_000  # type: ignore[misc]  # these tokenizers have more tokens than the model
+    lm.n_embeddings = 10_000  # type: ignore[misc]  # these tokenizers have more tokens than the model
     text = "\n\n".join(DOCUMENTS[:3]) + "\n\n  And (so) on: 12345 …  "
     p = trace_prompt(lm, text, "Who?", "nobody", by=by, size=7 if by == "words" else None, allow_longer=True)
     spans = np.array(p.sources.spans)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from longlens.cli import main as cli
-from longlens.models.load import LongModel
+from longlens.models.forward import LongModel
 from longlens.report import Report
 
 COMMAND = Path(sys.executable).with_name("longlens")

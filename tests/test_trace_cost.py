@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from zoo import zoo_model
 
 import longlens as ll
-from longlens.models.load import LongModel
+from longlens.models.forward import LongModel
 from longlens.needle_lm.data import filler
 from longlens.probes.traceback import coarse_to_fine
 from longlens.probes.traceback import tracer as trace_jobs

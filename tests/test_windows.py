@@ -22,7 +22,8 @@ from longlens.interventions.heads import ablate, temperature
 from longlens.measure.capture import capture
 from longlens.measure.spectral import SpectralNorm
 from longlens.measure.statistics import Entropy, Received
-from longlens.models.load import LongModel, load
+from longlens.models.forward import LongModel
+from longlens.models.load import load
 from longlens.sweeps.cells import fingerprint
 
 KNOWN, LONG, N = 16, 48, 40  # positions of the small models, length that is asked for, tokens of the test text

@@ -29,6 +29,7 @@ from .head_panels import SHARE
 from ..charts.page import say
 from .linked_chart import VegaView, classed, picture, told, with_pick
 from .sections import SectionsExplorer
+from ..models.forward import LongModel
 
 # %% auto #0
 __all__ = ['CURVES', 'PLACED', 'Places', 'grid_places', 'middle_places', 'place_chart', 'looking_chart', 'documents_chart',
@@ -64,7 +65,7 @@ def grid_places(
     from longlens.probes.grid.probe import GridSettings, cell_context
     from longlens.probes.remedies import find_remedies
     by, s, f = ("kind", "remedy", "context_length"), r.meta["settings"], r.frames
-    def ask(lm: Any, place: int, where: Mapping[str, Any]) -> Cell:
+    def ask(lm: LongModel, place: int, where: Mapping[str, Any]) -> Cell:
         how, remedy = {"wording": s["wording"], "allow_longer": None}, find_remedies([where["remedy"]])[where["remedy"]]
         ctx = cell_context(lm, where["kind"], where["context_length"], place, 0, _settings(GridSettings, s), how)
         return Cell.of(ctx, remedy.condition, **where)
@@ -84,7 +85,7 @@ def middle_places(
     from longlens.probes.middle.probe import MiddleSettings, question_cell, get_items
     from longlens.probes.remedies import find_remedies
     by, s, f = ("variant", "remedy"), r.meta["settings"], r.frames
-    def ask(lm: Any, place: int, where: Mapping[str, Any]) -> Cell:
+    def ask(lm: LongModel, place: int, where: Mapping[str, Any]) -> Cell:
         if s["task"] not in ("documents", "kv"):
             raise ValueError(f"the questions of {s['task']} are not in the report: only measured places can be shown")
         item = get_items(lm, s["task"], s["n"], 1, s["seed"])[0]
@@ -323,7 +324,7 @@ def _ask(self: PlaceExplorer) -> None:
 
 # %% ../../nbs/apps/07_needle.ipynb #d1b90310
 def asked_at(
-    lm: Any,                         # LongModel
+    lm: LongModel,                         # LongModel
     p: Places,                       # how it is asked
     place: int,                      # depth in percent, or index of the right document
     where: Mapping[str, Any],        # conditions

@@ -18,6 +18,7 @@ from ..probes.traceback.prompts import context_span, trace_prompt
 from .app import Progress
 from .linked_chart import classed, told
 from .reading import Reading, read_text
+from ..models.forward import LongModel
 
 # %% auto #0
 __all__ = ['ASKED_TOKENS', 'ASK_SAYS', 'answer_room', 'asked_context', 'text_asked', 'read_asked', 'QuestionBar']
@@ -27,7 +28,7 @@ ASKED_TOKENS = 32    # of an answer that the model writes
 
 
 def answer_room(
-    lm: Any,                    # LongModel
+    lm: LongModel,                    # LongModel
     n: int,                     # tokens of its prompt
     most: int = ASKED_TOKENS,   # tokens that are wanted
 ) -> int:                       # 1 or more
@@ -45,7 +46,7 @@ def _prompt_spans(prompt: TracePrompt) -> dict[str, range]:    # name -> tokens
 
 # %% ../../nbs/apps/09_prompt_form.ipynb #c2b9c92f
 def asked_context(
-    lm: Any,                       # LongModel with a tokenizer
+    lm: LongModel,                       # LongModel with a tokenizer
     text: str,                     # the context
     question: str,                 # what is asked about it
     answer: str = "",              # what was said, or is right; "": the model answers
@@ -82,7 +83,7 @@ def text_asked(
 
 
 def read_asked(
-    lm: Any,                       # LongModel with a tokenizer
+    lm: LongModel,                       # LongModel with a tokenizer
     text: str,                     # the context
     question: str,                 # what is asked about it
     answer: str = "",              # what was said, or is right; "": the model answers

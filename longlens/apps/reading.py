@@ -23,13 +23,14 @@ from ..models.kv_cache import Prefix, new_cache, rope_regime
 from ..probes.heads.scores import copy_scores, pattern_scores
 from ..probes.sinks.frames import heads_frame, judged, mean_received
 from ..report import Report, plain
+from ..models.forward import LongModel
 
 # %% auto #0
 __all__ = ['KEPT', 'BINS', 'SAID', 'RULES', 'ASKED', 'read_through', 'Live', 'Reading', 'profile_frame', 'bands_frame',
            'answered', 'Rule', 'read_text', 'revive']
 
 # %% ../../nbs/apps/03_reading.ipynb #4958ac5f
-def _chunk(lm: Any, n: int) -> int:    # tokens
+def _chunk(lm: LongModel, n: int) -> int:    # tokens
     "How many tokens run at a time"
     size = max(32, min(lm.best_chunk(n), 2**28 // (4 * lm.vocab_size)))
     return n if rope_regime(lm.config, n) != rope_regime(lm.config, min(size, n)) else size
@@ -42,7 +43,7 @@ def _surprise(logits: Tensor, ids: Tensor) -> Tensor:    # (k, vocab), the token
 # %% ../../nbs/apps/03_reading.ipynb #4394b77f
 @torch.no_grad()
 def read_through(
-    lm: Any,                                    # LongModel
+    lm: LongModel,                                    # LongModel
     ids: Tensor,                                # (n,)
     tell: Callable[[float, str], None] = lambda share, text: None,    # is told how far it is
 ) -> tuple[Prefix, Tensor]:                     # the text in a cache; surprise of every token in bits, (n,), NaN for the first
@@ -52,7 +53,7 @@ def read_through(
     for start in range(0, n, size):
         tell(start / n, f"{start:,} of {n:,} tokens")
         part = ids[start:start + size]
-        logits = lm._logits_at(torch.arange(len(part)), input_ids=part[None].to(lm.device), past_key_values=cache, use_cache=True)[0]
+        logits = lm.logits_at(torch.arange(len(part)), input_ids=part[None].to(lm.device), past_key_values=cache, use_cache=True)[0]
         known = ids[start + 1:start + len(part) + 1]
         surprise[start + 1:start + len(part) + 1] = _surprise(logits[:len(known)], known)
         last = logits[-1].float()
@@ -62,7 +63,7 @@ def read_through(
 @dataclass(eq=False, repr=False)
 class Live:
     "A model with a text in its cache"
-    lm: Any                    # LongModel
+    lm: LongModel                    # LongModel
     tokens: Any                # Tokens of the text
     context: Any               # a Context, or None
     prefix: Prefix             # the text, already run
@@ -194,7 +195,7 @@ def bands_frame(
 SAID = 8    # tokens of an answer, if nothing is known of its length
 
 
-def _decode(lm: Any, ids: Tensor) -> str: return lm.decode(ids) if lm.tokenizer is not None else " ".join(map(str, ids.tolist()))
+def _decode(lm: LongModel, ids: Tensor) -> str: return lm.decode(ids) if lm.tokenizer is not None else " ".join(map(str, ids.tolist()))
 
 
 def answered(
@@ -305,10 +306,10 @@ def _places(tokens: Any) -> dict[str, Any]:    # start and end of every token, c
 # %% ../../nbs/apps/03_reading.ipynb #16d4bc94
 def revive(
     r: Reading,      # from a folder
-    lm: Any,         # its LongModel
+    lm: LongModel,         # its LongModel
 ) -> Reading:        # the same, with `.live`
     "A reading with its model and cache again"
-    from longlens.models.forward import Tokens
+    from longlens.models.tokens import Tokens
     from longlens.prompts.compose import Context
     f, text, asked = r.frames["tokens"], r.frames["text"]["text"][0], r.meta["context"]
     if r.meta["model"] != lm.name: raise ValueError(f"this text was read by {r.meta['model']}, and the model is {lm.name}")

@@ -20,7 +20,7 @@ import traitlets
 from fastcore.basics import patch
 from ipywidgets import Button, Checkbox, Dropdown, HBox, Layout, SelectionRangeSlider, VBox
 
-from ..models.forward import Tokens
+from ..models.tokens import Tokens
 from ..probes.traceback.tracer import load_methods
 from ..probes.traceback.sources import TracePrompt, subset_ids
 from ..probes.traceback.prompts import trace_prompt
@@ -33,6 +33,7 @@ from .linked_chart import classed, picture, told
 from .sections import SectionsExplorer
 from ..text import visible
 from ..charts.sources import trace_view
+from ..models.forward import LongModel
 
 # %% auto #0
 __all__ = ['Span', 'TRACED', 'trace_span', 'asked_without', 'prompt_of', 'usable', 'TraceExplorer', 'scored_html', 'copies_html',
@@ -43,7 +44,7 @@ Span = tuple[int, int]    # first token of the answer, one past the last
 
 
 def trace_span(
-    lm: Any,                              # LongModel
+    lm: LongModel,                              # LongModel
     prompt: TracePrompt,                  # with its answer
     span: Span,                           # what is traced
     method: str = "loo",                  # one of TRACERS
@@ -57,7 +58,7 @@ def trace_span(
 
 # %% ../../nbs/apps/10_trace.ipynb #76a511db
 def asked_without(
-    lm: Any,                       # LongModel
+    lm: LongModel,                       # LongModel
     prompt: TracePrompt,           # with its answer
     removed: Sequence[int],        # numbers of sources that are taken away
 ) -> dict[str, Any]:               # said, logprob of the answer
@@ -72,7 +73,7 @@ def asked_without(
 
 # %% ../../nbs/apps/10_trace.ipynb #a840475f
 def prompt_of(
-    lm: Any,          # LongModel
+    lm: LongModel,          # LongModel
     r: Trace,         # a trace
 ) -> TracePrompt:
     "The prompt of a trace, made again"
@@ -88,7 +89,7 @@ def prompt_of(
     return found
 
 
-def _answer_of(lm: Any, r: Trace) -> Tokens | None:
+def _answer_of(lm: LongModel, r: Trace) -> Tokens | None:
     "The answer of a trace as it was traced; None for a report of an older version, which has its text only"
     f = r.frames["answer"]
     if "id" not in f.columns: return None
@@ -96,7 +97,7 @@ def _answer_of(lm: Any, r: Trace) -> Tokens | None:
 
 # %% ../../nbs/apps/10_trace.ipynb #bfdcd692
 def usable(
-    lm: Any,          # LongModel
+    lm: LongModel,          # LongModel
 ) -> list[str]:
     "The methods that need nothing but the prompt"
     chat = bool(getattr(lm.tokenizer, "chat_template", None))

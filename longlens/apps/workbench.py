@@ -24,6 +24,7 @@ from .prompt_form import QuestionBar, answer_room, read_asked, text_asked
 from .reading import Reading, read_text, revive
 from .heads_on_text import ReadingExplorer
 from ..charts.token_view import Shade, token_view
+from ..models.forward import LongModel
 
 # %% auto #0
 __all__ = ['TASKS_BY_PLACE', 'ABOUT_TEXT', 'TextExplorer', 'trace_tab', 'needle_tab', 'collapse_tab', 'Workbench',
@@ -108,7 +109,7 @@ def trace_tab(
     "Which passages made the model say that?"
     from longlens.probes.traceback.probe import trace_context
     from longlens.apps.trace import TraceExplorer, usable
-    lm: Any = r.live.lm if r.live else None
+    lm: LongModel = r.live.lm if r.live else None
     methods = usable(lm) if lm else [""]
     by, method = _menu("sources", ["sentences", "words", "paragraphs"]), _menu("method", methods)
     prompts: dict[int, Any] = {}    # of the trace that was measured
@@ -149,7 +150,7 @@ TASKS_BY_PLACE = {"a needle, by depth and length": "grid", "the right document, 
 
 # %% ../../nbs/apps/11_workbench.ipynb #94fbf616
 def needle_tab(
-    lm: Any,                       # LongModel, or None
+    lm: LongModel,                       # LongModel, or None
     n: int,                        # tokens of the text
     report: Report | None,         # that was kept
 ) -> Pending:

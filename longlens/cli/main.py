@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from ..models.forward import LongModel
 
 # %% auto #0
 __all__ = ['REPORTS', 'ENCODER_REPORTS', 'MENDABLE', 'parser', 'read_text', 'first_tokens', 'example_text', 'check_path',
@@ -86,7 +87,7 @@ def first_tokens(
 
 # %% ../../nbs/cli/02_main.ipynb #bd09360e
 def example_text(
-    lm: Any,                # `LongModel`: whose tokens are counted
+    lm: LongModel,                # `LongModel`: whose tokens are counted
     n: int | None = None,   # tokens, about; None: 2,048, or as many as the model can read
 ) -> str:                   # always the same for the same model and number
     "A text that needs no file"
@@ -124,7 +125,7 @@ def the_encoder(
 
 # %% ../../nbs/cli/02_main.ipynb #391447bc
 def sinks_report(
-    lm: Any,        # `LongModel`
+    lm: LongModel,        # `LongModel`
     tokens: Any,    # `Tokens`: the text
     **_: Any,
 ) -> Any:           # `SinkReport`
@@ -146,7 +147,7 @@ def check_size(
                      f"give a longer text (--text, --context){way}")
 
 # %% ../../nbs/cli/02_main.ipynb #4d1c0e72
-def _haystack(lm: Any, tokens: Any, probe: str) -> Any:
+def _haystack(lm: LongModel, tokens: Any, probe: str) -> Any:
     "The text as a haystack"
     import longlens
     if lm.tokenizer is None: raise ValueError(f"{lm.name} has no tokenizer, so it cannot be asked anything: leave {probe} out of --probes")
@@ -163,13 +164,13 @@ def _short(text: str, most: int = 40) -> Iterator[tuple[str, str]]:    # needles
         yield parts[-1], gap
 
 
-def _lengths(lm: Any, n: int) -> list[int]:    # a quarter, a half and all of the text
+def _lengths(lm: LongModel, n: int) -> list[int]:    # a quarter, a half and all of the text
     least = min(256, lm.max_length or 256)
     return sorted({max(least, n // k) for k in (4, 2, 1)})
 
 
 def heads_report(
-    lm: Any,        # `LongModel`
+    lm: LongModel,        # `LongModel`
     tokens: Any,    # `Tokens`: the text
     **how: Any,     # out, engine, progress
 ) -> Any:           # `HeadReport`
@@ -180,7 +181,7 @@ def heads_report(
 
 # %% ../../nbs/cli/02_main.ipynb #56d462ff
 def middle_report(
-    lm: Any,        # `LongModel`
+    lm: LongModel,        # `LongModel`
     tokens: Any,    # `Tokens`: the text, of which the length counts
     **how: Any,     # out, engine, progress
 ) -> Any:           # `MiddleReport`
@@ -199,7 +200,7 @@ def middle_report(
 
 
 def grid_report(
-    lm: Any,        # `LongModel`
+    lm: LongModel,        # `LongModel`
     tokens: Any,    # `Tokens`: the text
     **how: Any,     # out, engine, progress
 ) -> Any:           # `GridReport`
@@ -210,7 +211,7 @@ def grid_report(
 
 # %% ../../nbs/cli/02_main.ipynb #a1f0c9d2
 def needle_trace(
-    lm: Any,                      # `LongModel`
+    lm: LongModel,                      # `LongModel`
     tokens: Any,                  # `Tokens`: the text
     out: Path | None = None,      # a folder for scores
     progress: bool = False,       # show a bar

@@ -17,7 +17,9 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .inputs import EncoderTokens, TokenRows
-from ..models.forward import HFModel, HFTokenizer, TokenIds, Tokens, first_setting, pad_rows
+from ..models.forward import pad_rows
+from ..models.text_model import first_setting
+from ..models.tokens import HFModel, HFTokenizer, TokenIds, Tokens
 from .pooling import Pooling, DenseLayer, unit_length
 
 # %% auto #0

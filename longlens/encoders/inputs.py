@@ -14,7 +14,8 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..models.forward import HFModel, HFTokenizer, ModelFacts, TokenModel, Tokens, as_ids
+from ..models.text_model import TextModel
+from ..models.tokens import as_ids, HFModel, HFTokenizer, Tokens
 
 # %% auto #0
 __all__ = ['TokenRows', 'EncoderTokens']
@@ -33,7 +34,7 @@ def _positions_limit(
 
 # %% ../../nbs/encoders/00_inputs.ipynb #e61316c1
 def _configured_limit(
-    m: ModelFacts,  # the model
+    m: TextModel,  # the model
     positions: int | None,  # tokens it has positions for
     configured: int | None,  # what sentence-transformers' config says
     wanted: int | None,  # what the user says
@@ -79,7 +80,7 @@ class TokenRows:
     prompt: int = 0  # first tokens that belong to a prompt
 
 # %% ../../nbs/encoders/00_inputs.ipynb #a4da1fe0
-class EncoderTokens(TokenModel):
+class EncoderTokens(TextModel):
     """A text encoder's model and tokenizer: texts in, checked token ids out."""
 
     extended_by: str | None = None  # what lets it read past its positions at the moment

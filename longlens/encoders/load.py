@@ -16,7 +16,8 @@ from torch import nn
 from .sentence_transformers import folder_steps, after_pooling, object_steps, read_json, pooling_settings
 from .inputs import EncoderTokens
 from .encode import Encoded, Encoder
-from ..models.forward import HFModel, HFTokenizer, ModelFacts
+from ..models.text_model import TextModel
+from ..models.tokens import HFModel, HFTokenizer
 from longlens.models.files import (
     CONFIG_FILES, check_device, check_dtype, check_folder, check_weights, model_folder, locate, quiet_loading, read_config, read_tokenizer,
 )
@@ -186,8 +187,8 @@ def _from_object(
         tokenizer = read_tokenizer(model_folder(tokenizer, CONFIG_FILES, revision=None, download=True, trust_remote_code=False), False)
     if type(model).__module__.startswith("sentence_transformers."):
         return _unwrap(model, tokenizer, pooling)
-    name = model.name if isinstance(model, ModelFacts) else None
-    if isinstance(model, ModelFacts):
+    name = model.name if isinstance(model, TextModel) else None
+    if isinstance(model, TextModel):
         model, tokenizer = model.hf, tokenizer or model.tokenizer
     if not isinstance(model, PreTrainedModel):
         raise TypeError("load_encoder takes a folder, a hub id, a Hugging Face model (with a tokenizer and pooling=) or a "

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..models.forward import count_kv_heads
+from ..models.text_model import count_kv_heads
 from ..attention.hf_interface import _EDITS, WAY_OUT, LayerCall, UnsupportedModel, attach, hf_model
 
 # %% auto #0

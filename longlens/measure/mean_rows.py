@@ -17,6 +17,7 @@ from torch import Tensor
 from .capture import Capture, capture
 from .statistic import Call, Statistic, check_queries, missing_queries, register
 from .statistics import grow_last, note_places
+from ..models.forward import LongModel
 
 # %% auto #0
 __all__ = ['asked_queries', 'check_head_weights', 'MeanRows', 'mean_over_layers', 'rows_after', 'covers', 'attention_of']
@@ -161,7 +162,7 @@ def covers(
 
 # %% ../../nbs/measure/03_mean_rows.ipynb #6c0d9864
 def attention_of(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     ids: Tensor,  # the text, prompt and answer, (n,)
     rows: range,  # positions of the rows wanted
     weights: Mapping[tuple[int, int], float] | None = None,  # of heads (layer, head) in the mean; None: all alike

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .metrics import bootstrap_interval
 from ..report import Report
+from ..models.forward import LongModel
 
 # %% auto #0
 __all__ = ['GAIN_EXPLAINED', 'GainSettings', 'with_context', 'gain_rows', 'gain_frame', 'enough', 'GainReport', 'context_gain']
@@ -35,7 +36,7 @@ class GainSettings:
         object.__setattr__(self, "windows", tuple(sorted(set(self.windows))))
 
 # %% ../../nbs/probes/03_context_gain.ipynb #aa0c3f39
-def _front(lm: Any, ids: Tensor) -> int:
+def _front(lm: LongModel, ids: Tensor) -> int:
     """How many special tokens a text begins with."""
     special = set(getattr(lm.tokenizer, "all_special_ids", None) or [])
     return next((i for i, x in enumerate(ids.tolist()) if x not in special), len(ids))
@@ -54,7 +55,7 @@ def with_context(
 
 # %% ../../nbs/probes/03_context_gain.ipynb #e7e9660e
 def gain_rows(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     texts: Sequence[Tensor],  # token ids, (n,) each
     settings: GainSettings,
     batch_size: int = 8,  # prompts that run together
@@ -128,7 +129,7 @@ class GainReport(Report):
         return position_curve(f, "missing", "context_length", title="Missing to the whole context", unit="nats a token")
 
 # %% ../../nbs/probes/03_context_gain.ipynb #c512c57f
-def _checked(lm: Any, texts: Sequence[Any], settings: GainSettings, allow_longer: bool | None) -> list[Tensor]:
+def _checked(lm: LongModel, texts: Sequence[Any], settings: GainSettings, allow_longer: bool | None) -> list[Tensor]:
     """Token ids of the texts; each must have as much context as the largest window."""
     ids = [lm.tokens(t, allow_longer=allow_longer).ids for t in texts]
     if not ids: raise ValueError("there are no texts: give one or more")

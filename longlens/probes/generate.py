@@ -18,17 +18,18 @@ from ..sweeps.cells import Cell, Start, Tables, Task
 from ..measure.capture import capture
 from ..measure.statistics import SpanMass
 from ..models.kv_cache import cut_at_stops, end_ids, stop_texts
+from ..models.forward import LongModel
 
 # %% auto #0
 __all__ = ['greedy', 'answer_rows', 'Ask']
 
 # %% ../../nbs/probes/01_generate.ipynb #b12b1002
-def _texts(lm: Any, rows: Sequence[Sequence[int]]) -> list[str]:
+def _texts(lm: LongModel, rows: Sequence[Sequence[int]]) -> list[str]:
     """Token ids as texts; as numbers where there is no tokenizer."""
     return [lm.decode(r) if lm.tokenizer is not None else " ".join(map(str, r)) for r in rows]
 
 
-def _next(lm: Any, token: Tensor, cache: Any) -> Tensor:  # (batch, 1)
+def _next(lm: LongModel, token: Tensor, cache: Any) -> Tensor:  # (batch, 1)
     """The most probable token after each row of a cache and one token more."""
     logits = lm.hf(input_ids=token.to(lm.device), past_key_values=cache, use_cache=True).logits[:, -1]
     if logits.isnan().any(): raise FloatingPointError(f"{lm.name} gives NaN logits: look at its weights and number format")
@@ -36,7 +37,7 @@ def _next(lm: Any, token: Tensor, cache: Any) -> Tensor:  # (batch, 1)
 
 # %% ../../nbs/probes/01_generate.ipynb #50e278e4
 def greedy(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     start: Start,  # prompts in a cache, all but their last tokens
     max_new_tokens: int,  # at most
     stop: str | Sequence[str] = (),  # texts that end an answer
@@ -61,7 +62,7 @@ def greedy(
 
 # %% ../../nbs/probes/01_generate.ipynb #6a0d32e5
 def answer_rows(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     cells: Sequence[Cell],  # of one batch
     start: Start,  # their prompts
     spans: Sequence[Mapping[str, range]],  # of each cell: name -> token positions
@@ -71,8 +72,8 @@ def answer_rows(
     rows = range(start.n - 1, start.n - 1 + ids.shape[1])
     inputs = dict(input_ids=ids.to(lm.device), past_key_values=start.fork(), use_cache=True)
     wanted = {f"{s.start}:{s.stop}": (s.start, s.stop) for of in spans for s in of.values()}
-    if not wanted: return lm._logits_at(torch.arange(len(rows)), **inputs), [{} for _ in cells]
-    with capture(lm, SpanMass(wanted, queries=rows)) as seen: logits = lm._logits_at(torch.arange(len(rows)), **inputs)
+    if not wanted: return lm.logits_at(torch.arange(len(rows)), **inputs), [{} for _ in cells]
+    with capture(lm, SpanMass(wanted, queries=rows)) as seen: logits = lm.logits_at(torch.arange(len(rows)), **inputs)
     f = seen.frame("span_mass")
     f = (f if "sample" in f.columns else f.with_columns(sample=pl.lit(0))).sort("sample", "layer", "head")
     mass = {key[0]: torch.from_numpy(g["mass"].to_numpy().copy()).view(len(cells), lm.n_layers, lm.n_heads)
@@ -92,11 +93,11 @@ class Ask(Task):
     def new_tokens(self, cell: Cell) -> int: return max(1, len(cell.completion))
     def alike(self, cell: Cell) -> Hashable: return len(cell.completion)
 
-    def check(self, lm: Any, cell: Cell) -> None:
+    def check(self, lm: LongModel, cell: Cell) -> None:
         if not len(cell.completion) and not self.max_new_tokens:
             raise ValueError(f"{cell!r} has no completion, and max_new_tokens is 0: there is nothing to ask")
 
-    def run(self, lm: Any, cells: Sequence[Cell], start: Start) -> list[Tables]:
+    def run(self, lm: LongModel, cells: Sequence[Cell], start: Start) -> list[Tables]:
         spans = [{n: s for n, s in c.spans.items() if re.fullmatch(f"{self.heads_on}|{self.mean_on}", n)} for c in cells]
         said = self._said(lm, start) if self.max_new_tokens else [(None, None)] * len(cells)
         if not len(cells[0].completion): return [{"answers": _answer(s, None, c)} for s, c in zip(said, cells, strict=True)]
@@ -104,7 +105,7 @@ class Ask(Task):
         rows = [_answer(s, x, c) for s, x, c in zip(said, logits, cells, strict=True)]
         return [{"answers": r, **_masses(m, self.heads_on)} for r, m in zip(rows, masses, strict=True)]
 
-    def _said(self, lm: Any, start: Start) -> list[tuple[str, str]]:
+    def _said(self, lm: LongModel, start: Start) -> list[tuple[str, str]]:
         """What is written, up to a stop text, and how it ended."""
         made = greedy(lm, start, self.max_new_tokens, self.stop)
         return [(cut_at_stops(t, stop_texts(self.stop)), ended) for t, (_, ended) in zip(_texts(lm, [ids for ids, _ in made]), made, strict=True)]

@@ -22,6 +22,7 @@ from ..interventions.positions import ms_poe, rescaled_positions, set_based
 from ..interventions.calibrate import redistribute
 from ..measure.statistics import SpanMass
 from .metrics import rag_order
+from ..models.forward import LongModel
 
 # %% auto #0
 __all__ = ['REMEDIES', 'Rescaled', 'PerHead', 'document_spans', 'AsSet', 'mean_attention', 'relevance', 'Calibrated', 'Remedy',
@@ -38,10 +39,10 @@ class Rescaled(Condition):
     def __post_init__(self) -> None:
         if self.kind not in ("linear", "ntk", "yarn"): raise ValueError(f'kind is "linear", "ntk" or "yarn", not {self.kind!r}')
 
-    def check(self, lm: Any, cell: Cell) -> None: Turner(lm)
+    def check(self, lm: LongModel, cell: Cell) -> None: Turner(lm)
 
     @contextmanager
-    def apply(self, lm: Any, cell: Cell) -> Iterator[None]:
+    def apply(self, lm: LongModel, cell: Cell) -> Iterator[None]:
         with rescaled_positions(lm, self.kind, self.factor): yield
 
 # %% ../../nbs/probes/02_remedies.ipynb #297a8974
@@ -54,10 +55,10 @@ class PerHead(Condition):
     high: float = 1.8  # just above the ratio of the least
     first_layer: int = 2  # this and all later layers are changed
 
-    def check(self, lm: Any, cell: Cell) -> None: Turner(lm)
+    def check(self, lm: LongModel, cell: Cell) -> None: Turner(lm)
 
     @contextmanager
-    def apply(self, lm: Any, cell: Cell) -> Iterator[None]:
+    def apply(self, lm: LongModel, cell: Cell) -> Iterator[None]:
         with ms_poe(lm, self.low, self.high, self.first_layer) as active:
             found: Any = active[0]
             lm.logits(cell.ids, -1)
@@ -82,12 +83,12 @@ class AsSet(Condition):
 
     shared = False
 
-    def check(self, lm: Any, cell: Cell) -> None:
+    def check(self, lm: LongModel, cell: Cell) -> None:
         Turner(lm)
         document_spans(cell)
 
     @contextmanager
-    def apply(self, lm: Any, cell: Cell) -> Iterator[None]:
+    def apply(self, lm: LongModel, cell: Cell) -> Iterator[None]:
         spans = list(document_spans(cell).values())
         gap, end = cell.ids[spans[-2].stop : spans[-1].start], spans[-1].stop
         alike = torch.equal(cell.ids[end : end + len(gap)], gap)  # does the same follow the last one as the others?
@@ -96,7 +97,7 @@ class AsSet(Condition):
 
 # %% ../../nbs/probes/02_remedies.ipynb #2f2b8366
 def mean_attention(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     ids: Tensor,  # a prompt, (n,)
     spans: Mapping[str, range],  # documents
     like: Any = None,  # a Prefix that may begin alike
@@ -110,7 +111,7 @@ def mean_attention(
 
 
 def relevance(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     cell: Cell,  # a prompt with documents
     dummy: str,  # stands in their places
 ) -> dict[str, float]:  # name -> attention above that of the dummy in its place
@@ -136,10 +137,10 @@ class Calibrated(Condition):
     last_layers: int = 16  # layers that are changed, from the last
     dummy: str = " This document is empty."  # stands in the place of each document once
 
-    def check(self, lm: Any, cell: Cell) -> None: document_spans(cell)
+    def check(self, lm: LongModel, cell: Cell) -> None: document_spans(cell)
 
     @contextmanager
-    def apply(self, lm: Any, cell: Cell) -> Iterator[None]:
+    def apply(self, lm: LongModel, cell: Cell) -> Iterator[None]:
         spans, found = document_spans(cell), relevance(lm, cell, self.dummy)
         alpha = (torch.tensor(list(found.values()), dtype=torch.float64) / self.t).softmax(0).tolist()
         shares = dict(zip(found, alpha, strict=True))

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..models.forward import HFTokenizer, TokenModel, Tokens, check_unicode
+from ..models.text_model import TextModel
+from ..models.tokens import check_unicode, HFTokenizer, Tokens
 
 # %% auto #0
 __all__ = ['Piece', 'join_pieces', 'BoundaryError', 'solid_tokens', 'PromptReader', 'prompt_reader', 'Context', 'compose']
@@ -148,7 +149,7 @@ class PromptReader:
     """How texts become tokens: the tokenizer, and a chat template if there is one."""
 
     tok: HFTokenizer
-    lm: TokenModel | None = None  # checks ids and lengths
+    lm: TextModel | None = None  # checks ids and lengths
     chat: bool = False
     system: str | None = None
     head: str = ""  # what the template says before the user's text
@@ -176,7 +177,7 @@ def prompt_reader(
     system: str | None = None,  # the system message of a chat
 ) -> PromptReader:
     """A reader for a model or a tokenizer."""
-    lm = model if isinstance(model, TokenModel) else None
+    lm = model if isinstance(model, TextModel) else None
     tok: Any = lm.tokenizer if lm else model
     if lm and tok is None:
         raise ValueError(f"{lm.name} has no tokenizer, and a context is made of text: load(model, tokenizer)")

@@ -16,7 +16,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..prompts.needle import enough_sentences, SentenceSupply
-from ..models.forward import HFTokenizer
+from ..models.tokens import HFTokenizer
 from ..prompts.haystack import NOISE_SENTENCES, Haystack, draw_distinct, split_sentences
 from .truncate import CutTexts, count_tokens, nonempty_texts, tokenizer_of, cut_texts, long_texts
 from ..prompts.compose import prompt_reader

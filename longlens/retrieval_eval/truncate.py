@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..prompts.needle import enough_sentences
-from ..models.forward import HFTokenizer
+from ..models.tokens import HFTokenizer
 from ..prompts.haystack import Haystack
 from ..prompts.compose import prompt_reader
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..interventions.base import _ACTIVE, intervene, Intervention
 from ..attention.hf_interface import hf_model
+from ..models.forward import LongModel
 
 # %% auto #0
 __all__ = ['Tables', 'FORMAT', 'content', 'fingerprint', 'Cell', 'Condition', 'Changed', 'Start', 'Task', 'cell_key']
@@ -115,10 +116,10 @@ class Condition:
     shared: ClassVar[bool] = True  # the same for all cells? False: it looks at the cell
     whole: ClassVar[bool] = False  # must a prompt run in one piece? Only where it is not shared
 
-    def check(self, lm: Any, cell: Cell) -> None:
+    def check(self, lm: LongModel, cell: Cell) -> None:
         """Raise if the model or the cell cannot take it; called for all cells before any of them runs."""
 
-    def apply(self, lm: Any, cell: Cell) -> AbstractContextManager[Any]:
+    def apply(self, lm: LongModel, cell: Cell) -> AbstractContextManager[Any]:
         """A block in which the model is changed."""
         raise NotImplementedError(f"{type(self).__name__} must define apply(lm, cell), which returns a context manager")
 
@@ -129,11 +130,11 @@ class Changed(Condition):
 
     interventions: tuple[Intervention, ...]
 
-    def check(self, lm: Any, cell: Cell) -> None:
+    def check(self, lm: LongModel, cell: Cell) -> None:
         for i in self.interventions: i.prepare(lm)
 
     @contextmanager
-    def apply(self, lm: Any, cell: Cell) -> Iterator[None]:
+    def apply(self, lm: LongModel, cell: Cell) -> Iterator[None]:
         with intervene(lm, *self.interventions): yield
 
 # %% ../../nbs/sweeps/00_cells.ipynb #3156d1aa
@@ -167,10 +168,10 @@ class Task:
         """Cells run in one batch if they have equally many tokens, and this is equal too."""
         return len(cell.completion)
 
-    def check(self, lm: Any, cell: Cell) -> None:
+    def check(self, lm: LongModel, cell: Cell) -> None:
         """Raise if this cell cannot be done; called for all cells before any of them runs."""
 
-    def run(self, lm: Any, cells: Sequence[Cell], start: Start) -> list[Tables]:
+    def run(self, lm: LongModel, cells: Sequence[Cell], start: Start) -> list[Tables]:
         """Do it, for cells of one batch; what comes of each."""
         raise NotImplementedError(f"{type(self).__name__} must define run(lm, cells, start), which returns tables for each cell")
 

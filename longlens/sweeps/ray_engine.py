@@ -21,6 +21,7 @@ from ..interventions.base import interventions
 from .plan import Plan, chain_tokens, tokens_of
 from .serialize import ClusterError, Job, load_bytes, ray_module, cut_jobs, pack_model, unpack_model
 from .sweep import Done, Runner, SweepWarning, do_batch
+from ..models.forward import LongModel
 
 # %% auto #0
 __all__ = ['Said', 'PATIENCE', 'Worker', 'pack_job', 'Crew', 'Cluster', 'start_ray']
@@ -42,7 +43,8 @@ class _Brief:
 # %% ../../nbs/sweeps/06_ray_engine.ipynb #4da859f3
 def _model_there(brief: _Brief, sent: Sequence[Any]) -> Any:
     """The model of a worker."""
-    from longlens.models.load import LongModel, load
+    from longlens.models.forward import LongModel
+    from longlens.models.load import load
 
     if brief.gpus and not torch.cuda.is_available():
         raise ClusterError("this worker has reserved a GPU, and its torch sees none: install a torch with CUDA there, or say gpus=0")
@@ -257,7 +259,7 @@ class Cluster:
         if (self.gpus or 0) > 1 and not callable(self.load) and "device_map" not in (self.load or {}):
             raise ValueError(f"gpus={self.gpus} for each worker, and its model would use one: add load=dict(model=..., device_map='auto')")
 
-    def __call__(self, lm: Any, plan: Plan, keys: Sequence[str]) -> Iterator[Done]:
+    def __call__(self, lm: LongModel, plan: Plan, keys: Sequence[str]) -> Iterator[Done]:
         """Batches as workers finish them."""
         if not plan.left: return
         _check_unchanged(lm)
@@ -271,7 +273,7 @@ class Cluster:
             if ours: ray.shutdown()
 
 # %% ../../nbs/sweeps/06_ray_engine.ipynb #05e6929d
-def _check_unchanged(lm: Any) -> None:
+def _check_unchanged(lm: LongModel) -> None:
     """Raise if interventions are at work that workers would not have."""
     if found := interventions(lm):
         names = ", ".join(i["intervention"] for i in found)
@@ -322,7 +324,7 @@ def _room(cluster: Cluster, nodes: Sequence[Mapping[str, float]]) -> tuple[int, 
     return min(sum(fit), max(1, int(sum(cpus) // 4))) if not each and cluster.workers is None else sum(fit), each
 
 
-def _crew(cluster: Cluster, lm: Any, plan: Plan, keys: Sequence[str]) -> tuple[Crew, int]:
+def _crew(cluster: Cluster, lm: LongModel, plan: Plan, keys: Sequence[str]) -> tuple[Crew, int]:
     """The crew for a sweep, and how many it will be."""
     ray = ray_module()
     room, gpus = _room(cluster, [n["Resources"] for n in ray.nodes() if n["Alive"]])

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .cells import Cell
 from .plan import Batch, chain_tokens, tokens_of
+from ..models.forward import LongModel
 
 # %% auto #0
 __all__ = ['ClusterError', 'ray_module', 'Job', 'cut_jobs', 'pack_model', 'load_bytes', 'unpack_model']
@@ -117,7 +118,7 @@ def _tensors(hf: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def pack_model(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
 ) -> tuple[bytes, list[np.ndarray]]:  # the pickled modules, the weights
     """A model to be sent to workers."""
     if len(set((getattr(lm.hf, "hf_device_map", None) or {}).values())) > 1:
@@ -143,7 +144,7 @@ def unpack_model(
     device: str = "cpu",  # where it goes
 ) -> Any:  # LongModel
     """The model again."""
-    from longlens.models.load import LongModel
+    from longlens.models.forward import LongModel
 
     hf, tokenizer, name, allow_longer = load_bytes(*packed)
     return LongModel(hf.to(device), tokenizer, name, allow_longer)

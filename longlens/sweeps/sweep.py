@@ -19,11 +19,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .cells import Cell, Start, Tables, Task, cell_key, fingerprint
-from ..models.forward import check_length
+from ..models.text_model import check_length
 from ..attention.hf_interface import attach
 from .plan import Batch, Plan, chain_tokens, make_batches, same_condition
 from ..models.kv_cache import Prefix, fork_cache, new_cache, rope_regime, shared_length
 from .store import COSTS, Store, as_row
+from ..models.forward import LongModel
 
 # %% auto #0
 __all__ = ['ENGINES', 'Runner', 'SweepWarning', 'out_of_memory', 'run_batch', 'Done', 'do_batch', 'local_engine', 'Swept',
@@ -31,7 +32,7 @@ __all__ = ['ENGINES', 'Runner', 'SweepWarning', 'out_of_memory', 'run_batch', 'D
 
 # %% ../../nbs/sweeps/05_sweep.ipynb #643cd344
 def _fill(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     cache: Any,  # its cache, which grows
     ids: Tensor,  # what comes next, (batch, n)
     chunk: int,  # tokens a step
@@ -39,13 +40,13 @@ def _fill(
     """Run tokens into a cache, for several prompts at once."""
     for start in range(0, ids.shape[1], chunk):
         part = ids[:, start : start + chunk].to(lm.device)
-        lm._logits_at(torch.tensor([part.shape[1] - 1]), input_ids=part, past_key_values=cache, use_cache=True)
+        lm.logits_at(torch.tensor([part.shape[1] - 1]), input_ids=part, past_key_values=cache, use_cache=True)
 
 # %% ../../nbs/sweeps/05_sweep.ipynb #a0c813ca
 class Runner:
     """A model at work on batches, with what it has computed last."""
 
-    def __init__(self, lm: Any, task: Task, chunk: int = 4096, worker: str = "local"):
+    def __init__(self, lm: LongModel, task: Task, chunk: int = 4096, worker: str = "local"):
         self.lm, self.task, self.chunk, self.worker = lm, task, chunk, worker
         self.chain: Prefix | None = None  # the shared beginning that is in memory
         self.condition: Any = None
@@ -163,7 +164,7 @@ def do_batch(
 
 # %% ../../nbs/sweeps/05_sweep.ipynb #14dfd0dc
 def local_engine(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     plan: Plan,  # what is left to do
     keys: Sequence[str],  # of all cells
 ) -> Iterator[Done]:
@@ -219,7 +220,7 @@ def _keep(done: Iterator[Done], store: Store, bar: Any) -> None:
     store.tidy()
 
 # %% ../../nbs/sweeps/05_sweep.ipynb #8de9876d
-def _check_cells(lm: Any, cells: Sequence[Cell], task: Task) -> None:
+def _check_cells(lm: LongModel, cells: Sequence[Cell], task: Task) -> None:
     """Raise if a cell cannot be run."""
     if not cells: raise ValueError("no cells: there is nothing to sweep")
     for c in cells:
@@ -237,7 +238,7 @@ def _check_cells(lm: Any, cells: Sequence[Cell], task: Task) -> None:
 
 # %% ../../nbs/sweeps/05_sweep.ipynb #aeb911dd
 def make_plan(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     cells: Sequence[Cell],  # all cells
     task: Task,  # what is done with them
     store: Store | None = None,  # where finished ones may be

@@ -23,6 +23,7 @@ from .report import GridReport
 from ..middle.probe import check_metric, longer, reply_length, score_interval
 from ..remedies import Remedy, find_remedies
 from ...sweeps.sweep import sweep
+from ...models.forward import LongModel
 
 # %% auto #0
 __all__ = ['KINDS', 'GRID', 'GridSettings', 'cell_context', 'grid_frames', 'needle_grid', 'published_grid']
@@ -67,13 +68,13 @@ class GridSettings:
         if self.metric not in METRICS: raise ValueError(f"a metric is one of {', '.join(METRICS)}, not {self.metric!r}")
 
 # %% ../../../nbs/probes/grid/01_probe.ipynb #78ba5da5
-def cell_context(lm: Any, kind: str, n: int, depth: float, trial: int, s: GridSettings, how: Mapping[str, Any]) -> Any:
+def cell_context(lm: LongModel, kind: str, n: int, depth: float, trial: int, s: GridSettings, how: Mapping[str, Any]) -> Any:
     """The context of one cell: the haystack is the same for all, the needle for all depths of a trial."""
     args = {"haystack": Haystack.generated(s.seed), **how, **KINDS[kind]}
     return needle_context(lm, n, depth, seed=f"{s.seed} {kind} {trial}", chat=s.chat or None, **args)
 
 
-def _cells(lm: Any, s: GridSettings, remedies: Mapping[str, Remedy], how: Mapping[str, Any]) -> Iterator[Cell]:
+def _cells(lm: LongModel, s: GridSettings, remedies: Mapping[str, Remedy], how: Mapping[str, Any]) -> Iterator[Cell]:
     for kind in s.kinds:
         for n in s.lengths:
             for depth in s.depths:
@@ -121,7 +122,7 @@ def _remedies(asked: Sequence[str] | Mapping[str, Remedy]) -> dict[str, Remedy]:
     return chosen
 
 
-def _settings(lm: Any, lengths: Any, depths: Any, max_new_tokens: int | None, metric: str, **rest: Any) -> GridSettings:
+def _settings(lm: LongModel, lengths: Any, depths: Any, max_new_tokens: int | None, metric: str, **rest: Any) -> GridSettings:
     """What was asked for, and where nothing was said, what suits the model."""
     tiny, most = lm.name == "needle-lm", min(16384, lm.max_length or 16384)
     lengths = sorted({max(128, most // k) for k in (8, 4, 2, 1)}) if lengths is None else lengths
@@ -169,7 +170,7 @@ def needle_grid(
         return done if dry_run else _assemble(lm, s, cells, done, chosen)
 
 # %% ../../../nbs/probes/grid/01_probe.ipynb #0701e341
-def _assemble(lm: Any, s: GridSettings, cells: Sequence[Cell], done: Any, remedies: Mapping[str, Remedy]) -> GridReport:
+def _assemble(lm: LongModel, s: GridSettings, cells: Sequence[Cell], done: Any, remedies: Mapping[str, Remedy]) -> GridReport:
     """The report of a finished sweep."""
     answers, heads = done.table("answers"), done.table("attention")
     scores = [METRICS[s.metric](said, c.answers) for said, c in zip(answers["said"], cells, strict=True)]

@@ -17,13 +17,14 @@ from tqdm.auto import tqdm
 
 from ...interventions.heads import Ablate, mean_outputs
 from ...interventions.base import head_sizes, intervene
+from ...models.forward import LongModel
 
 # %% auto #0
 __all__ = ['Heads', 'perplexity', 'answer_quality', 'random_orders', 'ablation_curve']
 
 # %% ../../../nbs/probes/heads/02_ablation.ipynb #85b494f6
 def perplexity(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     text: Any,  # a text, or token ids (n,)
 ) -> float:
     "exp of the mean negative log-probability of every token but the first"
@@ -33,7 +34,7 @@ def perplexity(
 
 
 def answer_quality(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     contexts: Sequence[Any],  # Context, each with a completion
     batch_size: int = 8,  # contexts run together
 ) -> tuple[float, float]:  # accuracy 0 to 1; log-probability per token, in nats
@@ -48,7 +49,7 @@ Heads = Sequence[tuple[int, int]]
 
 
 def random_orders(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     best: Heads,  # (layer, head) that are never drawn
     n: int,  # how many draws
     seed: int = 0,  # of the draws
@@ -79,7 +80,7 @@ def _arms(order: Heads, draws: list[list[tuple[int, int]]], counts: Sequence[int
 
 # %% ../../../nbs/probes/heads/02_ablation.ipynb #29fce15a
 def ablation_curve(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     order: Heads,  # (layer, head), best first
     contexts: Sequence[Any],  # Context, each with a completion
     control: Any,  # ordinary text, or token ids (n,)

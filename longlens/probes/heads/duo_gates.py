@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from ...attention.hf_interface import LayerCall, UnsupportedModel
 from ...interventions.base import Intervention, head_sizes, intervene
 from ...attention.masks import Stream
+from ...models.forward import LongModel
 
 # %% auto #0
 __all__ = ['Labelled', 'Gated', 'fact_text', 'passkey_text', 'GateSettings', 'rate_multiplier', 'gate_loss', 'GateFit',
@@ -52,7 +53,7 @@ Labelled = tuple[Tensor, Tensor]  # token ids (n,), positions of answer tokens (
 
 
 def fact_text(
-    lm: Any,  # LongModel that knows the questions of needle-lm
+    lm: LongModel,  # LongModel that knows the questions of needle-lm
     n_tokens: int,  # at most
     seed: int | str = 0,  # of the text
     n_facts: int = 8,  # facts, each of them asked for
@@ -69,7 +70,7 @@ def fact_text(
 
 
 def passkey_text(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     n_tokens: int,  # at most
     seed: int | str = 0,  # of the text
 ) -> Labelled:
@@ -103,13 +104,13 @@ def rate_multiplier(
     return min(1, max((step + 1) / fifth, 0.1), max((steps - step) / fifth, 0.1))
 
 # %% ../../../nbs/probes/heads/03_duo_gates.ipynb #b6600289
-def _states(lm: Any, ids: Tensor, at: Tensor) -> Tensor:
+def _states(lm: LongModel, ids: Tensor, at: Tensor) -> Tensor:
     "Last hidden states in front of the answer tokens, (m, d_model)"
     return lm.hf.base_model(ids[None].to(lm.device), use_cache=False).last_hidden_state[0, at.to(lm.device) - 1].float()
 
 
 def gate_loss(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     gates: Tensor,  # (layers, kv_heads)
     text: Labelled,  # what is read
     settings: GateSettings,  # of which penalty, sink and recent count
@@ -121,7 +122,7 @@ def gate_loss(
 
 
 @contextmanager
-def _frozen(lm: Any) -> Any:
+def _frozen(lm: LongModel) -> Any:
     "While open, no weight of the model asks for a gradient"
     before = [(p, p.requires_grad) for p in lm.hf.parameters()]
     try:
@@ -150,7 +151,7 @@ class GateFit:
 
 # %% ../../../nbs/probes/heads/03_duo_gates.ipynb #8e1eec46
 def duo_gates(
-    lm: Any,  # LongModel, small enough to be differentiated through
+    lm: LongModel,  # LongModel, small enough to be differentiated through
     texts: Callable[[int], Labelled] | Sequence[Labelled] | None = None,  # of step i, or in turn; None: passkeys (needle-lm: facts)
     settings: GateSettings | None = None,  # the published ones if not given
     progress: bool = True,  # show a bar
@@ -179,7 +180,7 @@ def _gate_frame(gates: Tensor) -> pl.DataFrame:
     return pl.DataFrame([dict(layer=i, kv_head=h, gate=v) for i, row in enumerate(gates.tolist()) for h, v in enumerate(row)])
 
 
-def _text_source(lm: Any, texts: Any, s: GateSettings) -> Callable[[int], Labelled]:
+def _text_source(lm: LongModel, texts: Any, s: GateSettings) -> Callable[[int], Labelled]:
     "What text a step reads: of 50 lengths up to the model's own, if none are given"
     if callable(texts): return texts
     if texts is not None and len(texts): return lambda i: texts[i % len(texts)]

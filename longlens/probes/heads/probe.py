@@ -22,6 +22,7 @@ from .ablation import ablation_curve
 from .duo_gates import GateSettings, duo_gates, fact_text
 from .report import VIEWS, HeadReport
 from .scores import Trial, Watch, pattern_scores, qr_scores, run_trials
+from ...models.forward import LongModel
 
 # %% auto #0
 __all__ = ['METHODS', 'HeadSettings', 'trial_frame', 'scores_frame', 'score_frame', 'grid_frame', 'rank_agreement',
@@ -50,7 +51,7 @@ class HeadSettings:
         if not 0 < self.threshold: raise ValueError(f"threshold is {self.threshold}: it must be above 0")
 
 
-def _defaults(lm: Any, given: dict[str, Any]) -> HeadSettings:
+def _defaults(lm: LongModel, given: dict[str, Any]) -> HeadSettings:
     "Settings where nothing was said: an eighth to all of the model's length (4,096 at most), ten depths; needle-lm's own wording"
     most = min(4096, lm.max_length or 4096)
     said = {k: v for k, v in given.items() if v is not None}
@@ -60,7 +61,7 @@ def _defaults(lm: Any, given: dict[str, Any]) -> HeadSettings:
     return HeadSettings(**said)
 
 # %% ../../../nbs/probes/heads/05_probe.ipynb #6893a506
-def _grid_contexts(lm: Any, s: HeadSettings, haystack: Any) -> Iterator[tuple[int, float, Any]]:
+def _grid_contexts(lm: LongModel, s: HeadSettings, haystack: Any) -> Iterator[tuple[int, float, Any]]:
     "Length, depth and context of every trial; depths from the deepest up"
     from longlens.prompts.needle import needle_context
     for n in s.lengths:
@@ -87,7 +88,7 @@ def trial_frame(
 
 # %% ../../../nbs/probes/heads/05_probe.ipynb #e2f5a405
 def scores_frame(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     trials: Sequence[Trial],  # what came of all trials
     keep_all: bool = False,  # count all of them
 ) -> pl.DataFrame:  # trial, layer, head, score
@@ -97,13 +98,13 @@ def scores_frame(
     return tidy({"trial": kept, **_head_axes(lm)}, {"score": _stacked([trials[i] for i in kept], "retrieval_score").numpy()})
 
 
-def _head_axes(lm: Any) -> dict[str, Sequence]:
+def _head_axes(lm: LongModel) -> dict[str, Sequence]:
     n_layers, n_heads, _ = head_sizes(lm)
     return {"layer": range(n_layers), "head": range(n_heads)}
 
 # %% ../../../nbs/probes/heads/05_probe.ipynb #27940fa2
 def score_frame(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     trials: Sequence[Trial],  # those that count
 ) -> pl.DataFrame:  # layer, head, kv_head, retrieval_score, standard_error, copy_score, active
     "One row a head"
@@ -120,7 +121,7 @@ def score_frame(
 
 # %% ../../../nbs/probes/heads/05_probe.ipynb #e18e8139
 def grid_frame(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     contexts: Sequence[tuple[int, float, Any]],  # length and depth that were asked for, Context
     trials: Sequence[Trial],  # what came of them
     keep_all: bool = False,  # count all trials
@@ -165,12 +166,12 @@ def stability_frame(
     return pl.DataFrame(rows, schema=dict(split=pl.Int64, trials=pl.Int64, spearman=pl.Float64, overlap=pl.Float64, top=pl.Int64))
 
 # %% ../../../nbs/probes/heads/05_probe.ipynb #41d0e1e6
-def _qr(lm: Any, s: HeadSettings, progress: bool) -> dict[str, Tensor]:
+def _qr(lm: LongModel, s: HeadSettings, progress: bool) -> dict[str, Tensor]:
     pairs, gold = qr_examples(lm, wording=s.wording, seed=s.seed)
     return {"qr_score": qr_scores(lm, pairs, gold)}
 
 
-def _gates(lm: Any, s: HeadSettings, progress: bool) -> dict[str, Tensor]:
+def _gates(lm: LongModel, s: HeadSettings, progress: bool) -> dict[str, Tensor]:
     if lm.name == "needle-lm":  # a minute's run for a model of this size
         short = GateSettings(steps=80, lr=.05, penalty=3.0, sink=16, recent=64)
         fit = duo_gates(lm, lambda i: fact_text(lm, 320 + 16 * (i % 20), seed=i), short, progress)
@@ -187,7 +188,7 @@ METHODS: dict[str, Callable[[Any, HeadSettings, bool], dict[str, Tensor]]] = {
 
 # %% ../../../nbs/probes/heads/05_probe.ipynb #4486b035
 def qr_examples(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     n: int = 8,  # examples
     n_documents: int = 8,  # in each
     wording: str = "ruler",  # how needle and question are worded
@@ -228,7 +229,7 @@ def agreement_frame(
     return pl.DataFrame(rows)
 
 # %% ../../../nbs/probes/heads/05_probe.ipynb #543c7c57
-def _prove(lm: Any, report: HeadReport, contexts: Sequence[tuple[int, float, Any]], trials: Sequence[Trial], ablation: str,
+def _prove(lm: LongModel, report: HeadReport, contexts: Sequence[tuple[int, float, Any]], trials: Sequence[Trial], ablation: str,
            n_random: int, control: Any, progress: bool) -> None:
     "Add the ablation to a report: the shortest contexts that were answered right, 10 at most"
     from longlens.needle_lm.data import filler
@@ -282,7 +283,7 @@ def retrieval_heads(
     return report
 
 # %% ../../../nbs/probes/heads/05_probe.ipynb #547ef997
-def _cells(lm: Any, contexts: Sequence[Any] | None, given: dict[str, Any], haystack: Any,
+def _cells(lm: LongModel, contexts: Sequence[Any] | None, given: dict[str, Any], haystack: Any,
            ) -> tuple[HeadSettings, list[tuple[int, float, Any]]]:
     "Settings, and every trial's length, depth and context"
     if contexts is None:
@@ -300,7 +301,7 @@ def _cells(lm: Any, contexts: Sequence[Any] | None, given: dict[str, Any], hayst
     return _defaults(lm, given | asked), cells
 
 
-def _assemble(lm: Any, s: HeadSettings, cells: list, done: list[Trial], methods: Sequence[str], progress: bool) -> HeadReport:
+def _assemble(lm: LongModel, s: HeadSettings, cells: list, done: list[Trial], methods: Sequence[str], progress: bool) -> HeadReport:
     "Frames and metadata without the ablation"
     counted = [t for t in done if t.kept or s.keep_all]
     heads = score_frame(lm, counted)

@@ -22,6 +22,7 @@ from ...interventions.base import head_sizes
 from ...measure.statistics import DistanceProfile, Received, Rows
 from ...models.kv_cache import end_ids
 from ...sweeps.sweep import sweep
+from ...models.forward import LongModel
 
 # %% auto #0
 __all__ = ['Steps', 'rouge1_recall', 'Trial', 'copy_scores', 'teacher_forced', 'decoded', 'Watch', 'as_trial', 'run_trials',
@@ -80,7 +81,7 @@ Steps = tuple[Tensor, Tensor]  # tokens the model says, (steps,); positions look
 
 
 def teacher_forced(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     cells: Sequence[Cell],  # prompts of equal length, with completions of equal length
     start: Start,  # the prompts in a cache
 ) -> list[Steps]:  # of each; position -1 where the model says something else
@@ -95,7 +96,7 @@ def teacher_forced(
 
 # %% ../../../nbs/probes/heads/00_scores.ipynb #d147d5b4
 def decoded(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     cells: Sequence[Cell],  # prompts of equal length
     start: Start,  # the prompts in a cache
     max_new_tokens: int = 50,  # steps at most
@@ -131,12 +132,12 @@ class Watch(Task):
     def __post_init__(self) -> None:
         if self.mode not in ("teacher", "decode"): raise ValueError(f'mode is "teacher" or "decode", not {self.mode!r}')
 
-    def check(self, lm: Any, cell: Cell) -> None:
+    def check(self, lm: LongModel, cell: Cell) -> None:
         if "needle" not in cell.spans: raise ValueError(f"{cell!r} has no span 'needle'; it has {', '.join(cell.spans) or 'none'}")
         if self.mode == "teacher" and not len(cell.completion):
             raise ValueError(f"teacher forcing needs the true completion, and {cell!r} has none")
 
-    def run(self, lm: Any, cells: Sequence[Cell], start: Start) -> list[dict[str, pl.DataFrame]]:
+    def run(self, lm: LongModel, cells: Sequence[Cell], start: Start) -> list[dict[str, pl.DataFrame]]:
         done = teacher_forced(lm, cells, start) if self.mode == "teacher" else decoded(lm, cells, start, self.max_new_tokens)
         return [{"said": tidy({"step": range(len(s))}, {"token": s.numpy()}), "looked": _looked_table(at)} for s, at in done]
 
@@ -146,11 +147,11 @@ def _looked_table(at: Tensor) -> pl.DataFrame:
     return tidy({"layer": layers, "head": heads, "step": steps}, {"position": at.numpy()})
 
 # %% ../../../nbs/probes/heads/00_scores.ipynb #9d550015
-def _text(lm: Any, ids: Tensor) -> str: return lm.decode(ids) if lm.tokenizer is not None else " ".join(map(str, ids.tolist()))
+def _text(lm: LongModel, ids: Tensor) -> str: return lm.decode(ids) if lm.tokenizer is not None else " ".join(map(str, ids.tolist()))
 
 
 def as_trial(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     ctx: Any,  # Context: spans with "needle"
     said_ids: Tensor,  # what the model said at every step, (steps,)
     looked: Tensor,  # position that each head attended to most, (layers, heads, steps)
@@ -165,7 +166,7 @@ def as_trial(
 
 # %% ../../../nbs/probes/heads/00_scores.ipynb #33c94b75
 def run_trials(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     contexts: Sequence[Any],  # Context: spans with "needle", a completion
     task: Watch = Watch(),
     **how: Any,  # out, engine, progress and others, as for `sweep`
@@ -180,7 +181,7 @@ def run_trials(
     return [trial(i, c) for i, c in enumerate(contexts)]
 
 # %% ../../../nbs/probes/heads/00_scores.ipynb #a6eb1e78
-def _repeated(lm: Any, period: int, sequences: int, seed: int) -> Tensor:  # (sequences, 1 + 2 * period) or without the 1
+def _repeated(lm: LongModel, period: int, sequences: int, seed: int) -> Tensor:  # (sequences, 1 + 2 * period) or without the 1
     "Random tokens twice, behind the tokenizer's beginning-of-sequence token if it has one"
     g = torch.Generator().manual_seed(seed)
     special = set(getattr(lm.tokenizer, "all_special_ids", None) or [])
@@ -193,7 +194,7 @@ def _repeated(lm: Any, period: int, sequences: int, seed: int) -> Tensor:  # (se
 # %% ../../../nbs/probes/heads/00_scores.ipynb #0d51eee4
 @torch.no_grad()
 def pattern_scores(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     period: int = 64,  # tokens before the repetition
     sequences: int = 8,  # how many
     seed: int = 0,  # of the random tokens
@@ -204,7 +205,7 @@ def pattern_scores(
     start = ids.shape[1] - period
     both = (DistanceProfile((1, 2), label="near"),
             DistanceProfile((period - 1, period), queries=range(start, ids.shape[1]), label="far"))
-    with capture(lm, *both) as seen: lm(ids, logits_to_keep=1) if lm._takes("logits_to_keep") else lm(ids)
+    with capture(lm, *both) as seen: lm(ids, logits_to_keep=1) if lm.accepts("logits_to_keep") else lm(ids)
     def between(name: str) -> Tensor:
         f = seen.frame(name).group_by("layer", "head", "window").mean().sort("layer", "head", "window")
         n = f["layer"].n_unique()
@@ -215,7 +216,7 @@ def pattern_scores(
 # %% ../../../nbs/probes/heads/00_scores.ipynb #fb598d6b
 @torch.no_grad()
 def query_attention(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     ctx: Any,  # Context, with a span "query"
     like: Any = None,  # a Prefix that may begin alike
 ) -> tuple[Tensor, Any]:  # (layers, heads, n), and the prefix in front of the query
@@ -241,7 +242,7 @@ def document_scores(
 
 # %% ../../../nbs/probes/heads/00_scores.ipynb #79f91e37
 def qr_scores(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     pairs: Sequence[tuple[Any, Any]],  # (context with the query, the same documents with the query "N/A")
     gold: Sequence[Sequence[int]],  # indices of the right documents of each
 ) -> Tensor:  # (layers, heads)
@@ -250,7 +251,7 @@ def qr_scores(
     return torch.stack([one[..., list(g)].sum(-1) for one, g in zip(_calibrated(lm, pairs), gold, strict=True)]).mean(0)
 
 
-def _calibrated(lm: Any, pairs: Sequence[tuple[Any, Any]]) -> Iterator[Tensor]:
+def _calibrated(lm: LongModel, pairs: Sequence[tuple[Any, Any]]) -> Iterator[Tensor]:
     for ctx, null in pairs:
         names = sorted((n for n in ctx.spans if re.fullmatch(r"document_\d+", n)), key=lambda n: int(n.split("_")[1]))
         spans = [ctx.spans[n] for n in names]

@@ -26,6 +26,7 @@ from longlens.prompts.multi_document import (
     VARIANTS, KeyValue, Question, fact_pairs, fact_questions, place, read_key_values, read_questions, with_distractors,
 )
 from ...sweeps.sweep import sweep
+from ...models.forward import LongModel
 
 # %% auto #0
 __all__ = ['POSITIONS', 'Item', 'KEYS', 'gold_positions', 'get_items', 'MiddleSettings', 'question_cell', 'top_heads',
@@ -64,7 +65,7 @@ def _from_file(path: Path, limit: int | None) -> list[Item]:
     return list((read_key_values if '"ordered_kv_records"' in first else read_questions)(path, limit))
 
 
-def _made(lm: Any, task: str, n: int, count: int, seed: int) -> list[Item]:
+def _made(lm: LongModel, task: str, n: int, count: int, seed: int) -> list[Item]:
     """Questions that need no file."""
     if task == "documents": return list(fact_questions(count, n, seed=seed))
     if lm.name == "needle-lm": return list(fact_pairs(count, n, seed))
@@ -75,7 +76,7 @@ def _made(lm: Any, task: str, n: int, count: int, seed: int) -> list[Item]:
 
 # %% ../../../nbs/probes/middle/01_probe.ipynb #d55663c7
 def get_items(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     task: Any,  # "documents", "kv", a file, or questions
     n: int | None,  # documents or pairs of each; None: those they have
     count: int,  # how many questions, at most
@@ -149,7 +150,7 @@ class MiddleSettings:
     what: str = "documents"  # or "pairs"
 
 # %% ../../../nbs/probes/middle/01_probe.ipynb #d12e854e
-def question_cell(lm: Any, item: Item, number: int, gold: int, variant: str, remedy: tuple[str, Remedy], s: MiddleSettings,
+def question_cell(lm: LongModel, item: Item, number: int, gold: int, variant: str, remedy: tuple[str, Remedy], s: MiddleSettings,
           allow_longer: bool | None) -> Cell:
     """A question with its answer at a place."""
     name, what = remedy
@@ -160,14 +161,14 @@ def question_cell(lm: Any, item: Item, number: int, gold: int, variant: str, rem
                    depth_percent=depth, context_length=len(ctx))
 
 
-def _cells(lm: Any, items: Sequence[Item], s: MiddleSettings, remedies: Mapping[str, Remedy], allow_longer: bool | None) -> Iterator[Cell]:
+def _cells(lm: LongModel, items: Sequence[Item], s: MiddleSettings, remedies: Mapping[str, Remedy], allow_longer: bool | None) -> Iterator[Cell]:
     for number, item in enumerate(items):
         for variant in s.variants:
             for remedy in remedies.items():
                 for gold in s.positions: yield question_cell(lm, item, number, gold, variant, remedy, s, allow_longer)
 
 
-def _baselines(lm: Any, items: Sequence[Item], s: MiddleSettings, allow_longer: bool | None) -> Iterator[Cell]:
+def _baselines(lm: LongModel, items: Sequence[Item], s: MiddleSettings, allow_longer: bool | None) -> Iterator[Cell]:
     """Every question without documents, and with the right one only."""
     for number, item in enumerate(items):
         for variant in ("closed_book", "oracle") if isinstance(item, Question) else ():
@@ -298,7 +299,7 @@ def lost_in_the_middle(
 # %% ../../../nbs/probes/middle/01_probe.ipynb #646acbd0
 @contextmanager
 def longer(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     allow_longer: bool | None,  # None: as it is
 ) -> Iterator[None]:
     """The model as if it had been loaded with allow_longer, while the block runs."""
@@ -325,7 +326,7 @@ def reply_length(
     return usual if asked is None else asked
 
 # %% ../../../nbs/probes/middle/01_probe.ipynb #f77fd613
-def _settings(lm: Any, task: Any, items: Sequence[Item], positions: Any, variants: Sequence[str], remedies: tuple[str, ...],
+def _settings(lm: LongModel, task: Any, items: Sequence[Item], positions: Any, variants: Sequence[str], remedies: tuple[str, ...],
               metric: str | None, max_new_tokens: int | None, seed: int, chat: bool) -> MiddleSettings:
     """Settings, where nothing was said."""
     kv, tiny = isinstance(items[0], KeyValue), lm.name == "needle-lm"
@@ -345,7 +346,7 @@ def _settings(lm: Any, task: Any, items: Sequence[Item], positions: Any, variant
                           chat, "pairs" if kv else "documents")
 
 # %% ../../../nbs/probes/middle/01_probe.ipynb #70be84d7
-def _assemble(lm: Any, s: MiddleSettings, cells: Sequence[Cell], done: Any, remedies: Mapping[str, Remedy]) -> MiddleReport:
+def _assemble(lm: LongModel, s: MiddleSettings, cells: Sequence[Cell], done: Any, remedies: Mapping[str, Remedy]) -> MiddleReport:
     """The report of a finished sweep."""
     heads, spans = done.table("attention"), _documents(done.table("spans"))
     top = top_heads(heads.filter(pl.col("gold_index").is_not_null()))  # not the right document alone, which any head looks at

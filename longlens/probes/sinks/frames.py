@@ -20,6 +20,7 @@ from ...measure.statistic import Statistic, tidy
 from longlens.measure.statistics import (
     Distance, Entropy, MassiveActivations, Received, ResidualNorm, SinkMass, Support, ValueNorm,
 )
+from ...models.forward import LongModel
 
 # %% auto #0
 __all__ = ['MEANS', 'SinkSettings', 'sink_rate', 'natural_sequences', 'made_sequences', 'mean_received', 'metric_frame',
@@ -52,7 +53,7 @@ def sink_rate(
     return 100 * (alpha > epsilon).double().mean((0, 1, 2))
 
 # %% ../../../nbs/probes/sinks/00_frames.ipynb #d8c995fd
-def _front(lm: Any) -> list[int]:
+def _front(lm: LongModel) -> list[int]:
     "The special tokens that the tokenizer puts before a text"
     if lm.tokenizer is None: return []
     ids = lm.tokenizer("a", add_special_tokens=True)["input_ids"]
@@ -69,7 +70,7 @@ def _windows(ids: Tensor, front: list[int], room: int) -> list[Tensor]:
 
 # %% ../../../nbs/probes/sinks/00_frames.ipynb #63d50f03
 def natural_sequences(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     texts: Sequence[Any],  # Tokens
     settings: SinkSettings,  # of which T and sequences count
 ) -> Tensor:  # token ids, (sequences or fewer, T)
@@ -86,7 +87,7 @@ def natural_sequences(
 
 # %% ../../../nbs/probes/sinks/00_frames.ipynb #35dda6be
 def made_sequences(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     settings: SinkSettings,  # of which T, sequences and seed count
 ) -> dict[str, Tensor]:  # "random" and "repeated", token ids, (sequences, T)
     "Random and repeated tokens"
@@ -109,7 +110,7 @@ def mean_received(
 
 
 def metric_frame(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     sequences: dict[str, Tensor],  # kind -> token ids, (sequences, T)
     settings: SinkSettings,  # of which epsilon counts
     batch: int = 25,  # sequences run at once
@@ -139,7 +140,7 @@ def _statistics(n: int, settings: SinkSettings) -> list[Statistic]:
 
 
 def measure_text(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     tokens: Any,  # Tokens of one text
     settings: SinkSettings,  # of which first and chunk count
 ) -> Capture:
@@ -256,7 +257,7 @@ def _all_layers(seen: Capture, name: str, key: str) -> Tensor:
 
 
 def text_frames(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     tokens: Any,  # Tokens of one text
     settings: SinkSettings,  # of which epsilon, first and chunk count
 ) -> dict[str, pl.DataFrame]:  # heads, positions, lengths, tokens, massive, values, residual

@@ -14,12 +14,13 @@ import polars as pl
 from ...interventions.base import interventions
 from .frames import SinkSettings, made_sequences, metric_frame, natural_sequences, text_frames
 from .report import SinkReport
+from ...models.forward import LongModel
 
 # %% auto #0
 __all__ = ['attention_sinks']
 
 # %% ../../../nbs/probes/sinks/02_probe.ipynb #168db352
-def _texts(lm: Any, texts: Any) -> list[Any]:
+def _texts(lm: LongModel, texts: Any) -> list[Any]:
     "The Tokens of every text, whether one or several were given"
     several = isinstance(texts, Sequence) and not isinstance(texts, str) and not (len(texts) and isinstance(texts[0], int))
     tokens = [lm.tokens(t) for t in (texts if several else [texts])]
@@ -29,7 +30,7 @@ def _texts(lm: Any, texts: Any) -> list[Any]:
     return tokens
 
 
-def _steps(lm: Any, tokens: list[Any], settings: SinkSettings) -> Iterator[tuple[str, dict[str, pl.DataFrame]]]:
+def _steps(lm: LongModel, tokens: list[Any], settings: SinkSettings) -> Iterator[tuple[str, dict[str, pl.DataFrame]]]:
     "What is done, step by step: a name for the progress bar, and the tables"
     kinds = {"natural": natural_sequences(lm, tokens, settings)} | made_sequences(lm, settings)
     for kind, ids in kinds.items(): yield f"{kind} tokens", {"metric": metric_frame(lm, {kind: ids}, settings)}
@@ -39,7 +40,7 @@ def _steps(lm: Any, tokens: list[Any], settings: SinkSettings) -> Iterator[tuple
         yield f"text {i} ({len(t):,} tokens)", frames
 
 
-def _what_was_run(lm: Any, tokens: list[Any], settings: SinkSettings) -> dict[str, Any]:
+def _what_was_run(lm: LongModel, tokens: list[Any], settings: SinkSettings) -> dict[str, Any]:
     return {"model": lm.name, "lengths": [len(t) for t in tokens], "settings": vars(settings), "dtype": str(lm.dtype),
             "device": str(lm.device), "layers": lm.n_layers, "heads": lm.n_heads, "kv_heads": lm.n_kv_heads,
             "interventions": interventions(lm)}

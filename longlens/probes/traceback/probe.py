@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from ...models.forward import TokenIds
+from ...models.tokens import TokenIds
 from ...interventions.base import interventions
 from ...prompts.compose import Context
 from ..middle.probe import longer
@@ -26,6 +26,7 @@ from .scorer import FLOOR, forget_if_changed, through_longlens, reusable
 from .prefix_tree import ScoreCosts
 from .prompts import own_answer, answer_limits, ready_prompt, trace_prompt, unwritten
 from .report import Trace, make_trace
+from ...models.forward import LongModel
 
 # %% auto #0
 __all__ = ['LARGE_COST', 'PUT', 'check_needs', 'LargeTrace', 'say_large', 'planned_trace', 'write_answer', 'run_tracer',
@@ -158,7 +159,7 @@ def _check_numbers(k: int, seed: int) -> None:
     if seed < 0: raise ValueError(f"seed is {seed}: 0 or more")
 
 
-def _traced_prompt(lm: Any, context: Any, question: str, answer: Any, span: Any, said: dict[str, Any], put: dict[str, Any]) -> TracePrompt:
+def _traced_prompt(lm: LongModel, context: Any, question: str, answer: Any, span: Any, said: dict[str, Any], put: dict[str, Any]) -> TracePrompt:
     """The prompt that is meant: one that is ready, or what becomes of a context and a question."""
     if isinstance(context, TracePrompt): return context
     if answer is None: answer, said = unwritten(lm, said["max_new_tokens"]), {**said, "answer_span": None}

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...models.forward import TokenIds, Tokens, check_length
+from ...models.text_model import check_length
+from ...models.tokens import TokenIds, Tokens
 from ...prompts.compose import Context, Piece, solid_tokens, compose
 from ...models.kv_cache import cut_at_stops, stop_texts
 from .sources import Sources, TracePrompt, checked_size, segment_spans, cut_context, placed
+from ...models.forward import LongModel
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'KINDS', 'generated_tokens', 'answer_limits', 'unwritten', 'own_answer', 'trace_prompt', 'context_span',
@@ -38,7 +40,7 @@ def _lead(question: str) -> str:
     return ""
 
 # %% ../../../nbs/probes/traceback/01_prompts.ipynb #05690818
-def _template(lm: Any, template: str | None, question: str) -> str:
+def _template(lm: LongModel, template: str | None, question: str) -> str:
     """The template that is meant."""
     name = template or ("needle" if lm.name == "needle-lm" else "raw")
     found = TEMPLATES.get(name, name)
@@ -53,7 +55,7 @@ def _template(lm: Any, template: str | None, question: str) -> str:
     return found
 
 # %% ../../../nbs/probes/traceback/01_prompts.ipynb #04537bb6
-def _composed(lm: Any, sources: Sources, question: str, template: str, answer_prefix: str, special: bool, **how: Any) -> tuple[Tokens, int]:
+def _composed(lm: LongModel, sources: Sources, question: str, template: str, answer_prefix: str, special: bool, **how: Any) -> tuple[Tokens, int]:
     """The prompt's tokens, and the character at which the context begins."""
     before, after = (part.replace("{question}", question) for part in template.split("{context}"))
     pieces = [Piece(before)] * bool(before) + [Piece(sources.text, "context", special=special)] + [Piece(after)] * bool(after)
@@ -64,7 +66,7 @@ def _composed(lm: Any, sources: Sources, question: str, template: str, answer_pr
     return ctx.tokens, int(first[0]) - len(sources.text) + len(sources.text.lstrip())
 
 # %% ../../../nbs/probes/traceback/01_prompts.ipynb #9b228114
-def generated_tokens(lm: Any, ids: Tensor) -> Tokens:
+def generated_tokens(lm: LongModel, ids: Tensor) -> Tokens:
     """Tokens that were generated, with the characters each adds to the text."""
     if lm.tokenizer is None: return Tokens(ids)
     ends = [*accumulate((len(lm.decode(ids[: k + 1])) for k in range(len(ids))), max)]
@@ -72,7 +74,7 @@ def generated_tokens(lm: Any, ids: Tensor) -> Tokens:
 
 # %% ../../../nbs/probes/traceback/01_prompts.ipynb #64344129
 def answer_limits(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     max_new_tokens: int | None = None,  # None: 100, as TracLLM (32 for needle-lm)
     stop: str | Sequence[str] | None = None,  # None: none, and the end of the sentence for needle-lm
 ) -> tuple[int, tuple[str, ...]]:
@@ -83,7 +85,7 @@ def answer_limits(
 
 
 def unwritten(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     max_new_tokens: int | None = None,  # that the answer may have
 ) -> list[int]:
     """Stands for an answer while it is planned what writing and tracing it costs: so many tokens, of a word."""
@@ -91,7 +93,7 @@ def unwritten(
     return [word] * answer_limits(lm, max_new_tokens, None)[0]
 
 # %% ../../../nbs/probes/traceback/01_prompts.ipynb #0eb8f0a3
-def own_answer(lm: Any, prompt: Any, max_new_tokens: int, stop: Sequence[str], allow_longer: bool | None) -> Tokens:
+def own_answer(lm: LongModel, prompt: Any, max_new_tokens: int, stop: Sequence[str], allow_longer: bool | None) -> Tokens:
     """The model's own answer to Tokens or a Prefix, up to a stop text."""
     ids = lm.generate_ids(prompt, max_new_tokens, list(stop), allow_longer=allow_longer)
     if lm.tokenizer is not None:
@@ -102,7 +104,7 @@ def own_answer(lm: Any, prompt: Any, max_new_tokens: int, stop: Sequence[str], a
     return generated_tokens(lm, ids)
 
 # %% ../../../nbs/probes/traceback/01_prompts.ipynb #67ad40ba
-def _going_on(lm: Any, prompt: str, answer: str) -> Tokens:
+def _going_on(lm: LongModel, prompt: str, answer: str) -> Tokens:
     """The tokens of an answer as they are behind a prompt; by itself, if a token spans both."""
     read = lambda text: lm.tokens(text, add_special_tokens=False, allow_longer=True)
     alone, tail = read(answer), re.search(r"\S*\s*$", prompt[-40:])[0]  # type: ignore[index]
@@ -113,7 +115,7 @@ def _going_on(lm: Any, prompt: str, answer: str) -> Tokens:
     return replace(both, ids=both.ids[n:], text=answer, offsets=(both.offsets[n:] - len(tail)).clamp(min=0))
 
 # %% ../../../nbs/probes/traceback/01_prompts.ipynb #cd89c196
-def _answered(lm: Any, prompt: Tokens, answer: str | Tokens | TokenIds, chat: bool) -> Tokens:
+def _answered(lm: LongModel, prompt: Tokens, answer: str | Tokens | TokenIds, chat: bool) -> Tokens:
     """An answer that is given, as it goes on from the prompt."""
     if isinstance(answer, (list, tuple)) and any(isinstance(t, str) for t in answer):
         raise TypeError(f"an answer is a text or token ids, and this is a list of texts, {answer!r:.60}: join them, or trace each alone")
@@ -145,7 +147,7 @@ def _one_token(size: int | None) -> None:
 
 # %% ../../../nbs/probes/traceback/01_prompts.ipynb #4247bbae
 def trace_prompt(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     context: str | Sequence[str],  # a text, or documents
     question: str = "",  # what is asked about it
     answer: str | TokenIds | None = None,  # what was said; None: the model answers
@@ -173,7 +175,7 @@ def trace_prompt(
                      template=found, answer_prefix=prefix, system=system, special=special)
 
 # %% ../../../nbs/probes/traceback/01_prompts.ipynb #a465af1f
-def _finished(lm: Any, tokens: Tokens, at: int, sources: Sources, answer: Any, span: Any, max_new_tokens: int | None,
+def _finished(lm: LongModel, tokens: Tokens, at: int, sources: Sources, answer: Any, span: Any, max_new_tokens: int | None,
               stop: str | Sequence[str] | None, allow_longer: bool | None, question: str, **meta: Any) -> TracePrompt:
     """The prompt with its answer."""
     generated = answer is None
@@ -246,7 +248,7 @@ def _around_inserts(ctx: Context, a: int, b: int, size: int | None) -> Sources |
 
 # %% ../../../nbs/probes/traceback/01_prompts.ipynb #9d3529f6
 def ready_prompt(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     prompt: str | Context,  # everything before the answer
     span: Sequence[int] | None = None,  # characters of the context in it; None: all of a text; what a Context has before its question
     answer: str | TokenIds | None = None,  # what was said; None: the model answers

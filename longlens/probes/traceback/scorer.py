@@ -31,20 +31,21 @@ from .sources import TracePrompt, subset_tokens
 from .prefix_tree import ScoreCosts, SegmentBits, Step, common_start, first_alike, make_steps, step_costs
 from ...sweeps.store import Store, as_row
 from ...sweeps.sweep import SweepWarning, out_of_memory
+from ...models.forward import LongModel
 
 # %% auto #0
 __all__ = ['FLOOR', 'answer_measures', 'Walker', 'SubsetScorer', 'ScorePlan', 'plan_subsets', 'expect_whole', 'shares',
            'reusable', 'through_longlens', 'forget_if_changed', 'measure_subsets', 'plain_scores']
 
 # %% ../../../nbs/probes/traceback/03_scorer.ipynb #ace6cbd6
-def _said_logits(lm: Any, cache: Any, ids: Tensor, rows: Tensor, chunk: int) -> Tensor:  # (b, t, vocab), float32
+def _said_logits(lm: LongModel, cache: Any, ids: Tensor, rows: Tensor, chunk: int) -> Tensor:  # (b, t, vocab), float32
     """Logits at the rows (b, t) of ids (b, n) that come after a cache."""
     wanted, parts = rows.unique(), []
     for start in range(0, ids.shape[1], chunk):
         part = ids[:, start : start + chunk].to(lm.device)
         here = wanted[(wanted >= start) & (wanted < start + chunk)] - start
         at = here if len(here) else torch.tensor([part.shape[1] - 1])
-        out = lm._logits_at(at, input_ids=part, past_key_values=cache, use_cache=True)
+        out = lm.logits_at(at, input_ids=part, past_key_values=cache, use_cache=True)
         if len(here): parts.append(check_logits(out, lm.name, (start + at).tolist()))
     where = torch.searchsorted(wanted, rows).to(lm.device)
     return torch.cat(parts, 1).take_along_dim(where[..., None], 1)
@@ -65,7 +66,7 @@ def answer_measures(
 class Walker:
     """A model that goes from branch to branch with one cache."""
 
-    def __init__(self, lm: Any, prompt: TracePrompt):
+    def __init__(self, lm: LongModel, prompt: TracePrompt):
         self.lm, self.prompt = lm, prompt
         self.answer = prompt.answer.ids[: prompt.traced.stop]  # what comes after is not needed
         self.forget()
@@ -106,7 +107,7 @@ class _Scorer:
 
     def __init__(
         self,
-        lm: Any,  # LongModel
+        lm: LongModel,  # LongModel
         prompt: TracePrompt,  # the sources and the answer
         *,
         batch_size: int | None = None,  # subsets that run together, at most; None: 8
@@ -245,7 +246,7 @@ def expect_whole(
     return replace(first.costs, tokens=sum(tokens))
 
 
-def shares(lm: Any, n: int) -> bool:  # LongModel
+def shares(lm: LongModel, n: int) -> bool:  # LongModel
     """Can prompts of up to n tokens go on from a beginning that they share?"""
     return bool(new_cache(lm.config, "all").is_croppable) and rope_regime(lm.config, n) == rope_regime(lm.config, 1)
 
@@ -274,14 +275,14 @@ def _run_step(s: SubsetScorer, step: Step, masks: np.ndarray, chunk: int) -> Ite
             todo = [(start, b) for b in (batch[:half], batch[half:]) if b] + todo if half else [(start, batch), *todo]
 
 # %% ../../../nbs/probes/traceback/03_scorer.ipynb #eacca9d8
-def _turned(lm: Any, at: np.ndarray, answer: Tensor) -> bool:
+def _turned(lm: LongModel, at: np.ndarray, answer: Tensor) -> bool:
     """Are positions turned otherwise than in a short text, so that the prompt has to run in one piece?"""
     return rope_regime(lm.config, len(at) + len(answer) - 1) != rope_regime(lm.config, 1)
 
 
-def _as_short(lm: Any) -> None:
+def _as_short(lm: LongModel) -> None:
     """Have positions turned as in a short text: with dynamic scaling, transformers goes on with what the longest text so far needed."""
-    if 10**9 in rope_regime(lm.config, 10**9): lm._logits_at(torch.tensor([0]), input_ids=torch.zeros(1, 1).long().to(lm.device))
+    if 10**9 in rope_regime(lm.config, 10**9): lm.logits_at(torch.tensor([0]), input_ids=torch.zeros(1, 1).long().to(lm.device))
 
 # %% ../../../nbs/probes/traceback/03_scorer.ipynb #999ee1f5
 def _shrink(s: SubsetScorer, error: BaseException, chunk: int, batch: int, n: int) -> int:
@@ -297,7 +298,7 @@ def _shrink(s: SubsetScorer, error: BaseException, chunk: int, batch: int, n: in
     return max(32, min(chunk, n) // 2)
 
 # %% ../../../nbs/probes/traceback/03_scorer.ipynb #5c74f16c
-def through_longlens(lm: Any) -> ExitStack:
+def through_longlens(lm: LongModel) -> ExitStack:
     """Attention through longlens, where the model allows it."""
     stack = ExitStack()
     try: stack.enter_context(attach(lm))
@@ -365,7 +366,7 @@ def measure_subsets(
 
 # %% ../../../nbs/probes/traceback/03_scorer.ipynb #01c26e63
 def plain_scores(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     prompt: TracePrompt,
     kept: Any,  # (m, n), bool
 ) -> np.ndarray:  # (m,)

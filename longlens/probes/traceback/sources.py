@@ -20,7 +20,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from ...models.forward import TokenIds, Tokens, check_unicode
+from ...models.tokens import check_unicode, TokenIds, Tokens
 from ...prompts.haystack import split_sentences
 from ...prompts.compose import BoundaryError, solid_tokens
 

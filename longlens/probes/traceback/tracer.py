@@ -21,6 +21,7 @@ import polars as pl
 from .sources import TracePrompt
 from .scorer import SubsetScorer, forget_if_changed
 from .prefix_tree import PADDING, ScoreCosts, ValueFunction
+from ...models.forward import LongModel
 
 # %% auto #0
 __all__ = ['TRACE_FRAMES', 'TRACERS', 'TRACER_MODULES', 'MOST_BITS', 'TraceJob', 'TraceScores', 'TraceCost', 'Room', 'room_of',
@@ -31,7 +32,7 @@ __all__ = ['TRACE_FRAMES', 'TRACERS', 'TRACER_MODULES', 'MOST_BITS', 'TraceJob',
 class TraceJob:
     """What a method may use. `lm` and `prompt` are missing where a game is played instead (`game`)."""
 
-    lm: Any = None  # LongModel
+    lm: LongModel | None = None  # LongModel
     prompt: TracePrompt | None = None
     game: ValueFunction | None = None  # in place of the model: any function of sets
     seed: int = 0

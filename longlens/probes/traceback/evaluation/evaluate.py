@@ -29,6 +29,7 @@ from ..report import excerpt, scored_frame
 from ..probe import LARGE_COST, LargeTrace, check_needs
 from .report import MEASURES, RUN_COSTS, make_traceback_report
 from ....sweeps.store import Store, as_row
+from ....models.forward import LongModel
 
 # %% auto #0
 __all__ = ['KEEP', 'RUN_SCHEMA', 'Run', 'AskedCase', 'case_prompts', 'ask_case', 'case_frame', 'run_case', 'named_tracers',
@@ -60,7 +61,7 @@ def _why(case: TraceCase, truth: Sequence[int], answer: str, clean: str, keep: s
 
 
 def case_prompts(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     case: TraceCase,
     **how: Any,  # of `trace_prompt`: by, size, template, chat, ...
 ) -> tuple[TracePrompt, TracePrompt]:  # with what was injected, and without
@@ -71,7 +72,7 @@ def case_prompts(
 
 
 def ask_case(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     case: TraceCase,
     limits: tuple[int, Sequence[str]],  # of the answer, from `answer_limits`
     keep: str = "changed",  # which cases count: those whose answer was changed, or all in which the target is said ("said")
@@ -103,7 +104,7 @@ RUN_SCHEMA = {"case": pl.Int64, "method": pl.String, "k": pl.Int64, **dict.fromk
               **dict.fromkeys(RUN_COSTS, pl.Float64), "error": pl.String}
 
 
-def _judged(lm: Any, x: AskedCase, found: Sequence[int], limits: tuple[int, Sequence[str]]) -> dict[str, Any]:
+def _judged(lm: LongModel, x: AskedCase, found: Sequence[int], limits: tuple[int, Sequence[str]]) -> dict[str, Any]:
     """The measures of what was found."""
     after, logprob = answer_without(lm, x.prompt, found, limits)
     scores, case = found_scores(found, x.truth), x.case
@@ -147,7 +148,7 @@ def named_tracers(
 class _Kept:
     """Finished runs, in a folder or in memory."""
 
-    def __init__(self, lm: Any, out: str | Path | None, said: Mapping[str, Any]):
+    def __init__(self, lm: LongModel, out: str | Path | None, said: Mapping[str, Any]):
         self.store = Store(out)
         self.said = None if out is None else content({**said, "format": 1, "model": fingerprint(lm)}, "settings")
 
@@ -178,7 +179,7 @@ def _todo(asked: Sequence[AskedCase], tracers: Mapping[str, Tracer], kept: _Kept
     return todo
 
 
-def _runs(lm: Any, todo: Sequence[Run], kept: _Kept, k: int | None, limits: Any, on_error: str, progress: bool,
+def _runs(lm: LongModel, todo: Sequence[Run], kept: _Kept, k: int | None, limits: Any, on_error: str, progress: bool,
           **job: Any) -> Iterator[tuple[dict[str, Any], pl.DataFrame]]:
     """What each run gives."""
     for key, i, x, name, tracer in (bar := tqdm(todo, desc="traces", disable=not progress)):
@@ -192,7 +193,7 @@ def _runs(lm: Any, todo: Sequence[Run], kept: _Kept, k: int | None, limits: Any,
     kept.store.tidy()
 
 # %% ../../../../nbs/probes/traceback/evaluation/03_evaluate.ipynb #a597f72a
-def _planned(lm: Any, run: Run, job: Mapping[str, Any]) -> dict[str, Any]:
+def _planned(lm: LongModel, run: Run, job: Mapping[str, Any]) -> dict[str, Any]:
     """What a run takes, at most; why it is not known, if the method cannot run or does not say."""
     _, case, x, method, tracer = run
     made = TraceJob(lm, x.prompt, **job)
@@ -208,7 +209,7 @@ def _planned(lm: Any, run: Run, job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def planned_runs(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     runs: Sequence[Run],  # those that are not finished
     **job: Any,  # of TraceJob: seed, heads, batch_size, max_memory
 ) -> pl.DataFrame:  # method, cases, evaluations, tokens (at most; null where it is not known), error (why not), the dearest first
@@ -301,7 +302,7 @@ def _tops(frames: Sequence[pl.DataFrame]) -> pl.DataFrame:
     return pl.concat([f.select(pl.col(c).cast(t) for c, t in kinds.items()) for f in frames] or [pl.DataFrame(schema=kinds)])
 
 
-def _check_request(lm: Any, cases: Sequence[TraceCase], k: int | None, by: Any, keep: str, on_error: str) -> None:
+def _check_request(lm: LongModel, cases: Sequence[TraceCase], k: int | None, by: Any, keep: str, on_error: str) -> None:
     """Raise, before anything runs, if this cannot be done."""
     if lm.tokenizer is None: raise ValueError(f"cases are texts, and {lm.name} has no tokenizer")
     if not cases: raise ValueError("there are no cases: make some with fact_cases, injection_cases, poisoned_cases or needle_cases")

@@ -16,6 +16,7 @@ from ...metrics import Interval, bootstrap_interval, wilson_interval
 from ..sources import TracePrompt, subset_ids
 from ..scorer import FLOOR
 from ..prompts import answer_limits
+from ....models.forward import LongModel
 
 # %% auto #0
 __all__ = ['FoundScores', 'found_scores', 'f1_range', 'plain_answer', 'says', 'replied', 'answer_without', 'case_interval']
@@ -65,7 +66,7 @@ def says(
 
 # %% ../../../../nbs/probes/traceback/evaluation/01_metrics.ipynb #6135bb9e
 def replied(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     prompt: Any,  # Tokens, or a Prefix
     limits: tuple[int, Sequence[str]],  # from `answer_limits`
 ) -> tuple[Tensor, str]:  # token ids up to a stop text, and what they say before it
@@ -77,7 +78,7 @@ def replied(
 
 # %% ../../../../nbs/probes/traceback/evaluation/01_metrics.ipynb #1d0f76d4
 def answer_without(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     prompt: TracePrompt,
     removed: Sequence[int],  # numbers of sources
     limits: tuple[int, Sequence[str]] | None = None,  # of the answer; None: as `answer_limits` has them

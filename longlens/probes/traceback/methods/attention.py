@@ -24,6 +24,7 @@ from ....models.memory import size_text
 from ..tracer import TRACERS, Meter, Room, TraceCost, TraceJob, Tracer, TraceScores
 from ..sources import TracePrompt, subset_tokens
 from ..prefix_tree import ScoreCosts
+from ....models.forward import LongModel
 
 # %% auto #0
 __all__ = ['HOW_TO_FIND', 'Glance', 'glance', 'pool_sources', 'glances', 'glance_costs', 'draw_sources', 'mean_of_draws',
@@ -41,7 +42,7 @@ class Glance(NamedTuple):
 
 # %% ../../../../nbs/probes/traceback/methods/02_attention.ipynb #bfcc8465
 def glance(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     prompt: TracePrompt,
     kept: Any = None,  # numbers of the sources that are there; None: all
     weights: Mapping[tuple[int, int], float] | None = None,  # of heads (layer, head) in the mean; None: all alike
@@ -92,7 +93,7 @@ def _in_order(subsets: Sequence[np.ndarray]) -> dict[tuple[int, ...], list[int]]
 
 # %% ../../../../nbs/probes/traceback/methods/02_attention.ipynb #c4cb5ef1
 def glances(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     prompt: TracePrompt,
     subsets: Sequence[np.ndarray],  # numbers of the sources of each, ascending
     weights: Mapping[tuple[int, int], float] | None = None,  # of heads (layer, head) in the mean; None: all alike
@@ -109,7 +110,7 @@ def glances(
 
 # %% ../../../../nbs/probes/traceback/methods/02_attention.ipynb #6d172382
 def glance_costs(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     prompt: TracePrompt,
     subsets: Sequence[np.ndarray],  # numbers of the sources of each, ascending
     held: np.ndarray | None = None,  # the beginning that is in memory: positions in the prompt
@@ -150,7 +151,7 @@ def mean_of_draws(
 
 # %% ../../../../nbs/probes/traceback/methods/02_attention.ipynb #458e2d2c
 def layer_weights(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     layers: Sequence[int] | None,  # numbers of layers; None: all
 ) -> dict[tuple[int, int], float] | None:  # (layer, head) -> 1; None: all alike
     "All heads of some layers"
@@ -165,7 +166,7 @@ HOW_TO_FIND = "report = retrieval_heads(lm) finds them; or give heads as [(layer
 
 
 def retrieval_weights(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     heads: Any,  # a HeadReport; or (layer, head) pairs, or a mapping of them to weights
 ) -> dict[tuple[int, int], float]:  # (layer, head) -> weight
     "Weights of heads that copy: the found heads of a report with their retrieval scores, given heads alike, or the weights given"
@@ -299,7 +300,7 @@ class RetrievalAttention(MeanAttention):
         return some
 
 # %% ../../../../nbs/probes/traceback/methods/02_attention.ipynb #6c37a207
-def _rollout_room(lm: Any, n_tokens: int, n_sources: int, max_memory: int | None = None) -> tuple[int, int]:
+def _rollout_room(lm: LongModel, n_tokens: int, n_sources: int, max_memory: int | None = None) -> tuple[int, int]:
     "How many tokens go at a time, and bytes for the columns; raises where they do not fit"
     columns = 4 * n_tokens * n_sources
     whole = lm.memory(n_tokens)
@@ -315,7 +316,7 @@ def _rollout_room(lm: Any, n_tokens: int, n_sources: int, max_memory: int | None
 
 # %% ../../../../nbs/probes/traceback/methods/02_attention.ipynb #2da9e638
 def roll_out(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     prompt: TracePrompt,
     skip: float = 0.5,  # share of each state that the residual connection passes on
     total: bool = True,  # share of each source; False: for each of its tokens

@@ -22,6 +22,7 @@ from ..tracer import TRACERS, Room, TraceCost, TraceJob, Tracer, TraceScores
 from ..sources import TracePrompt
 from ..prefix_tree import ScoreCosts
 from .contextcite import extra_module
+from ....models.forward import LongModel
 
 # %% auto #0
 __all__ = ['PROBES', 'answer_target', 'backward_bytes', 'neutral_id', 'steps_at_once', 'TokenScores', 'integrated_tokens',
@@ -30,14 +31,14 @@ __all__ = ['PROBES', 'answer_target', 'backward_bytes', 'neutral_id', 'steps_at_
 
 # %% ../../../../nbs/probes/traceback/methods/04_captum_gradients.ipynb #e3a00f6b
 def answer_target(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     prompt: TracePrompt,
 ) -> Callable[[Tensor], Tensor]:  # ids (batch, n) -> (batch,)
     """Log-probability of the traced tokens, for prompts with their answer; it keeps what a backward pass needs."""
     rows, said = torch.tensor(prompt.answer_rows), prompt.answer.ids[prompt.traced.start : prompt.traced.stop].to(lm.device)
 
     def target(ids: Tensor) -> Tensor:
-        logs = lm._logits_at(rows, input_ids=ids).float().log_softmax(-1)  # (batch, traced, vocab)
+        logs = lm.logits_at(rows, input_ids=ids).float().log_softmax(-1)  # (batch, traced, vocab)
         return logs.gather(-1, said.expand(len(ids), -1)[..., None]).sum((1, 2))
 
     return target
@@ -53,7 +54,7 @@ def _frozen(hf: Any) -> Iterator[None]:
         for p in some: p.requires_grad_(True)
 
 # %% ../../../../nbs/probes/traceback/methods/04_captum_gradients.ipynb #f2f96e64
-def _saved_bytes(lm: Any, ids: Tensor) -> int:
+def _saved_bytes(lm: LongModel, ids: Tensor) -> int:
     """What a forward pass over ids (1, n) saves for the backward one, weights and logits apart."""
     there = {t.untyped_storage().data_ptr() for t in (*lm.hf.parameters(), *lm.hf.buffers())}
     kept: dict[int, Tensor] = {}
@@ -65,7 +66,7 @@ def _saved_bytes(lm: Any, ids: Tensor) -> int:
     hook = lm.hf.get_input_embeddings().register_forward_hook(lambda module, args, out: out.detach().requires_grad_())
     try:
         with _frozen(lm.hf), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-            lm._logits_at(torch.tensor([-1]) % ids.shape[1], input_ids=ids)
+            lm.logits_at(torch.tensor([-1]) % ids.shape[1], input_ids=ids)
             return sum(t.untyped_storage().nbytes() for t in kept.values())
     finally: hook.remove()
 
@@ -74,7 +75,7 @@ PROBES = (64, 128, 256)  # tokens of the short passes
 
 
 def backward_bytes(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     ids: Tensor,  # prompt and answer, (n,)
     rows: int = 1,  # tokens of the answer
 ) -> int:
@@ -88,16 +89,16 @@ def backward_bytes(
 
 # %% ../../../../nbs/probes/traceback/methods/04_captum_gradients.ipynb #95131408
 def neutral_id(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     token: str | int,  # a text, whose last token is meant, or a token id
 ) -> int:
     """The token that stands for nothing."""
     if isinstance(token, str): return int(lm.tokens(token, add_special_tokens=False).ids[-1])
-    if not 0 <= token < lm._rows: raise ValueError(f"baseline {token} is no token: {lm.name} has 0 to {lm._rows - 1}")
+    if not 0 <= token < lm.n_embeddings: raise ValueError(f"baseline {token} is no token: {lm.name} has 0 to {lm.n_embeddings - 1}")
     return token
 
 # %% ../../../../nbs/probes/traceback/methods/04_captum_gradients.ipynb #5b03005f
-def _inputs(lm: Any, prompt: TracePrompt, baseline: str | int) -> tuple[Tensor, Tensor]:  # ids and baseline ids, (1, n)
+def _inputs(lm: LongModel, prompt: TracePrompt, baseline: str | int) -> tuple[Tensor, Tensor]:  # ids and baseline ids, (1, n)
     ids = prompt.whole[: prompt.answer_rows.stop].clone()
     empty = ids.clone()
     empty[: len(prompt)][torch.from_numpy(prompt.owner >= 0)] = neutral_id(lm, baseline)
@@ -105,7 +106,7 @@ def _inputs(lm: Any, prompt: TracePrompt, baseline: str | int) -> tuple[Tensor, 
 
 # %% ../../../../nbs/probes/traceback/methods/04_captum_gradients.ipynb #97b7e839
 def steps_at_once(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     ids: Tensor,  # prompt and answer, (n,)
     rows: int,  # tokens of the answer
     what: str,  # the method, for the error
@@ -132,7 +133,7 @@ class TokenScores(NamedTuple):
 
 # %% ../../../../nbs/probes/traceback/methods/04_captum_gradients.ipynb #78f3936d
 def integrated_tokens(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     prompt: TracePrompt,
     steps: int = 50,  # points on the way from the baseline to the input
     baseline: str | int = ".",  # a neutral token, or its id
@@ -150,7 +151,7 @@ def integrated_tokens(
 
 # %% ../../../../nbs/probes/traceback/methods/04_captum_gradients.ipynb #6b8ed778
 def gradient_tokens(
-    lm: Any,  # LongModel
+    lm: LongModel,  # LongModel
     prompt: TracePrompt,
     max_memory: int | None = None,  # bytes on top of the weights; None: nine tenths of what is free
 ) -> TokenScores:

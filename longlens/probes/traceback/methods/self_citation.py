@@ -17,6 +17,7 @@ from ....prompts.compose import Context, compose
 from ..sources import TracePrompt
 from ..tracer import TRACERS, Room, TraceCost, TraceJob, Tracer, TraceScores
 from ..prefix_tree import ScoreCosts
+from ....models.forward import LongModel
 
 # %% auto #0
 __all__ = ['ASK', 'NoCitation', 'read_citations', 'citation_scores', 'citation_prompt', 'SelfCitation']
@@ -58,7 +59,7 @@ ASK = ("Below are {n} numbered texts, a query, and an answer that was given from
 
 # %% ../../../../nbs/probes/traceback/methods/05_self_citation.ipynb #ed59c73b
 def citation_prompt(
-    lm: Any,  # LongModel, with a chat template
+    lm: LongModel,  # LongModel, with a chat template
     prompt: TracePrompt,
     k: int,  # how many texts are asked for
 ) -> Context:
