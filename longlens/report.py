@@ -27,8 +27,7 @@ import polars as pl
 
 # %% auto #0
 __all__ = ['MARK', 'FORMAT', 'HEAD', 'REPORTS', 'ReportError', 'atomic_write', 'free_place', 'new_folder', 'plain', 'stamp',
-           'check_name', 'check_frames', 'write_frames', 'read_frame', 'read_head', 'Tables', 'Report',
-           'finding_shapes', 'report_html', 'write_report', 'save_report', 'kind_class', 'load_report']
+           'check_name', 'check_frames', 'Tables', 'Report', 'report_html', 'write_report', 'load_report']
 
 # %% ../nbs/00_report.ipynb #76dafdee
 class ReportError(ValueError):
@@ -176,7 +175,7 @@ def _said(frame: pl.DataFrame, data: bytes) -> dict[str, Any]:
             "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 # %% ../nbs/00_report.ipynb #b63635bd
-def write_frames(
+def _write_frames(
     frames: Mapping[str, pl.DataFrame],    # tables by name
     folder: Path,                          # where NAME.parquet is written for each
 ) -> dict[str, dict[str, Any]]:            # by name: rows, columns, bytes, sha256
@@ -196,7 +195,7 @@ def _check_bytes(file: Path, data: bytes, said: Mapping[str, Any]) -> None:
         raise ReportError(f"{file} is not the file that was written: its checksum differs")
 
 # %% ../nbs/00_report.ipynb #4323947a
-def read_frame(
+def _read_frame(
     folder: Path,             # the report's folder
     name: str,                # the frame's name
     said: Mapping[str, Any],  # what report.json says of it: bytes, sha256
@@ -210,7 +209,7 @@ def read_frame(
     except (pl.exceptions.PolarsError, OSError) as e: raise ReportError(f"{file} cannot be read as parquet: {e}") from e
 
 # %% ../nbs/00_report.ipynb #3057762f
-def read_head(
+def _read_head(
     folder: Path,        # the report's folder
 ) -> dict[str, Any]:     # longlens (the format), kind, meta, frames
     "What report.json says, once it is known to say it"
@@ -260,7 +259,7 @@ class Report(Tables):
 
     def findings(self) -> list[str]:
         "What was found, a sentence each"
-        return finding_shapes(self)
+        return _finding_shapes(self)
 
     def highlights(self) -> list[str]:
         "Those of the findings that a page begins with"
@@ -277,7 +276,7 @@ class Report(Tables):
 
     def save(self, path: str | Path, overwrite: bool = False) -> Path:
         "Keep it as a new folder of parquet and JSON (`save_report`)"
-        return save_report(self, path, overwrite)
+        return _save_report(self, path, overwrite)
 
     @classmethod
     def load(cls, path: str | Path) -> Any:
@@ -292,7 +291,7 @@ class Report(Tables):
 REPORTS["Report"] = Report
 
 # %% ../nbs/00_report.ipynb #6dacfe1c
-def finding_shapes(
+def _finding_shapes(
     report: Tables,    # any report
 ) -> list[str]:        # a line for each frame
     "What is in the frames, for a report that knows nothing about their meaning"
@@ -316,12 +315,12 @@ def write_report(
     folder: Path,      # that is there
 ) -> None:
     "Write a report's parquet files and its report.json into a folder"
-    said = write_frames(report.frames, folder)
+    said = _write_frames(report.frames, folder)
     head = {"longlens": FORMAT, "kind": report.meta["kind"], "meta": plain(report.meta), "frames": said}
     atomic_write(folder / HEAD, json.dumps(head, indent=1, allow_nan=False))
 
 
-def save_report(
+def _save_report(
     report: Report,            # what to keep
     path: str | Path,          # a new folder
     overwrite: bool = False,   # may a folder that longlens made be replaced?
@@ -331,7 +330,7 @@ def save_report(
     return Path(path)
 
 # %% ../nbs/00_report.ipynb #486ecacd
-def kind_class(
+def _kind_class(
     kind: str,          # a name from a report.json
 ) -> type[Report]:      # the class of that name
     "The class that a report was saved from, its module loaded if longlens has it"
@@ -349,8 +348,8 @@ def load_report(
 ) -> Any:                          # a report of the class that was saved
     "A report from its folder; what cannot be trusted raises `ReportError`"
     folder = Path(path)
-    head = read_head(folder)
-    try: cls = expect if expect.__name__ == head["kind"] else kind_class(head["kind"])    # a class may be defined twice in a notebook
+    head = _read_head(folder)
+    try: cls = expect if expect.__name__ == head["kind"] else _kind_class(head["kind"])    # a class may be defined twice in a notebook
     except ReportError as e: raise ReportError(f"{folder / HEAD}: {e}") from e
     if not issubclass(cls, expect): raise ReportError(f"{folder} holds a {cls.__name__}, not a {expect.__name__}")
-    return cls({name: read_frame(folder, name, said) for name, said in head["frames"].items()}, head["meta"])
+    return cls({name: _read_frame(folder, name, said) for name, said in head["frames"].items()}, head["meta"])

@@ -8,18 +8,18 @@ from __future__ import annotations
 from unicodedata import category, combining
 
 # %% auto #0
-__all__ = ['SIGNS', 'SELECTORS', 'BLANK', 'visible']
+__all__ = ['SIGNS', 'visible']
 
 # %% ../nbs/01_text.ipynb #2aa450a2
 SIGNS = {"\n": "⏎", "\t": "⇥"}    # what has a sign of its own
-SELECTORS = frozenset(map(chr, (*range(0xfe00, 0xfe0e), *range(0xe0100, 0xe01f0))))    # of variants; those of emoji are left
-BLANK = SELECTORS | set("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")    # letters or marks by their class, and yet nothing is drawn
+_SELECTORS = frozenset(map(chr, (*range(0xfe00, 0xfe0e), *range(0xe0100, 0xe01f0))))    # of variants; those of emoji are left
+_BLANK = _SELECTORS | set("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")    # letters or marks by their class, and yet nothing is drawn
 
 
 def _sign(char: str) -> str:
     if char in SIGNS: return SIGNS[char]
     kind, n = category(char), ord(char)
-    if char == " " or (kind[0] != "C" and kind not in ("Zs", "Zl", "Zp") and char not in BLANK): return char
+    if char == " " or (kind[0] != "C" and kind not in ("Zs", "Zl", "Zp") and char not in _BLANK): return char
     return f"\\x{n:02x}" if n < 0x100 else f"\\u{n:04x}" if n < 0x10000 else f"\\U{n:08x}"
 
 # %% ../nbs/01_text.ipynb #76a5b065

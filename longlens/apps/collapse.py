@@ -21,11 +21,10 @@ from .linked_chart import VegaView, classed, picture, told
 from .sections import SectionsExplorer
 
 # %% auto #0
-__all__ = ['SERIES', 'AGAINST', 'SAYS', 'MEASURES', 'cosine_chart', 'spectrum_chart', 'map_chart', 'passed_chart',
-           'CollapseExplorer', 'embedded', 'unit', 'explore_collapse']
+__all__ = ['MEASURES', 'CollapseExplorer', 'embedded', 'unit', 'explore_collapse']
 
 # %% ../../nbs/apps/08_collapse.ipynb #3cc0531b
-SERIES = "chosen temperature", "temperature 1"    # what the colours mean
+_SERIES = "chosen temperature", "temperature 1"    # what the colours mean
 
 
 def _wide(chart: Any, height: int = 190) -> Any: return chart.properties(width="container", height=height)
@@ -36,7 +35,7 @@ def _series(names: Sequence[str]) -> alt.Color:
     return alt.Color("series:N", scale=scale, legend=legend_style(title=None, orient="top", direction="horizontal", offset=2))
 
 # %% ../../nbs/apps/08_collapse.ipynb #e8117f7d
-def cosine_chart(
+def _cosine_chart(
     lengths: Sequence[int],    # tokens
 ) -> alt.LayerChart:
     "Cosine of two texts by length: over curve (context_length, mean, q05, q95, series) and picked (context_length)"
@@ -45,27 +44,27 @@ def cosine_chart(
     rows, axis = alt.Chart(alt.NamedData("curve")), axis_style(title="cosine", tickCount=5)
     tips = tooltips(("context_length", "quantitative", "tokens"), ("mean", "quantitative", "mean cosine"), ("series", "nominal", "which"),
                  ("q05", "quantitative", "5 % of pairs below"), ("q95", "quantitative", "5 % of pairs above"))
-    band = rows.transform_filter(f"datum.series == '{SERIES[0]}'").mark_area(opacity=.18, color=COLOURS[0], tooltip=None).encode(
+    band = rows.transform_filter(f"datum.series == '{_SERIES[0]}'").mark_area(opacity=.18, color=COLOURS[0], tooltip=None).encode(
         x=x, y=alt.Y("q05:Q", axis=axis), y2="q95:Q")
     y = alt.Y("mean:Q", axis=axis, scale=alt.Scale(domainMax=1))
-    line = rows.mark_line(point=True).encode(x=x, y=y, color=_series(SERIES), tooltip=tips)
+    line = rows.mark_line(point=True).encode(x=x, y=y, color=_series(_SERIES), tooltip=tips)
     rule = alt.Chart(alt.NamedData("picked")).mark_rule(strokeDash=[4, 4], tooltip=None).encode(x=x)
     return _wide(alt.layer(band, rule, line))
 
 # %% ../../nbs/apps/08_collapse.ipynb #29944316
-AGAINST = "chosen", "shortest, temperature 1"
+_AGAINST = "chosen", "shortest, temperature 1"
 
 
-def spectrum_chart() -> alt.Chart:
+def _spectrum_chart() -> alt.Chart:
     "Share of each direction: over spectrum (direction, share, series)"
     tips = tooltips(("direction", "quantitative", "direction"), ("share", "quantitative", "share"), ("series", "nominal", "which"))
     x = alt.X("direction:Q", scale=alt.Scale(type="log", nice=False), axis=axis_style(title="direction, largest first", format="d", tickCount=6))
     y = alt.Y("share:Q", scale=alt.Scale(type="log"), axis=axis_style(title="share of the whole", format="~g", tickCount=4))
     lines = alt.Chart(alt.NamedData("spectrum")).mark_line(point=True)
-    return _wide(lines.encode(x=x, y=y, color=_series(AGAINST), tooltip=tips))
+    return _wide(lines.encode(x=x, y=y, color=_series(_AGAINST), tooltip=tips))
 
 # %% ../../nbs/apps/08_collapse.ipynb #04a18ea3
-def map_chart(
+def _map_chart(
     points: pl.DataFrame,    # x, y of all texts
 ) -> alt.LayerChart:
     "Texts on two axes: over others and points (x, y, document, context_length)"
@@ -78,7 +77,7 @@ def map_chart(
     return _wide(alt.layer(others, chosen), 260)
 
 # %% ../../nbs/apps/08_collapse.ipynb #00b89bf9
-def passed_chart(
+def _passed_chart(
     heads: pl.DataFrame,    # layer, head, sigma_a, of all lengths and temperatures
 ) -> alt.Chart:
     "sigma_a of every head: over cells (layer, head, sigma_a)"
@@ -112,10 +111,10 @@ class CollapseExplorer(Explorer):
         self.embed = Button(description="Embed at this temperature", layout=Layout(width="200px"))
         self.table, self.note = told(), told()
         self.maps: dict[tuple[float, int], np.ndarray] = {}    # temperature and length -> x, y
-        self.cosine = VegaView(cosine_chart(self.lengths), fields=["context_length"], label="Cosine by length")
-        self.spectrum = VegaView(spectrum_chart())
-        self.map = VegaView(map_chart(f["points"]))
-        self.heads = VegaView(passed_chart(f["heads"])) if "heads" in f else None    # None: attention was not measured
+        self.cosine = VegaView(_cosine_chart(self.lengths), fields=["context_length"], label="Cosine by length")
+        self.spectrum = VegaView(_spectrum_chart())
+        self.map = VegaView(_map_chart(f["points"]))
+        self.heads = VegaView(_passed_chart(f["heads"])) if "heads" in f else None    # None: attention was not measured
         super().__init__(self._laid_out())
         self._wire()
         self._fill()
@@ -124,7 +123,7 @@ class CollapseExplorer(Explorer):
         def __getattr__(self, name: str) -> Any: ...    # methods are added below
 
 # %% ../../nbs/apps/08_collapse.ipynb #f949ecb5
-SAYS = {    # how to read the pictures
+_SAYS = {    # how to read the pictures
     "cosine": "Mean cosine of two different texts, cut to each length; band: nine tenths of the pairs. If embeddings collapse, it rises. "
               "Averages of more words rise without any attention, too.",
     "spectrum": "How much of the embeddings lies in each direction. A steeper fall is fewer directions in use; with the mean taken off, "
@@ -139,10 +138,10 @@ SAYS = {    # how to read the pictures
 def _laid_out(self: CollapseExplorer) -> list[Any]:
     "Boxes"
     half = ["lx-half"]
-    shown = [picture("How alike are two texts", self.cosine, SAYS["cosine"], classes=half),
-             picture("In how many directions they differ", self.spectrum, SAYS["spectrum"], self.centred, classes=half),
-             picture("Where they lie", self.map, SAYS["map"], *([self.embed] if self.encoder is not None else []), self.note, classes=half)]
-    if self.heads is not None: shown.append(picture("What each head passes on", self.heads, SAYS["heads"], classes=half))
+    shown = [picture("How alike are two texts", self.cosine, _SAYS["cosine"], classes=half),
+             picture("In how many directions they differ", self.spectrum, _SAYS["spectrum"], self.centred, classes=half),
+             picture("Where they lie", self.map, _SAYS["map"], *([self.embed] if self.encoder is not None else []), self.note, classes=half)]
+    if self.heads is not None: shown.append(picture("What each head passes on", self.heads, _SAYS["heads"], classes=half))
     return [classed(HBox([self.length, self.tau]), "lx-bar", "lx-sliders"), self.table, classed(HBox(shown), "lx-row")]
 
 
@@ -166,12 +165,12 @@ def _fill(self: CollapseExplorer) -> None:
     now, f = self.taus[tau], self.report.frames
     cut = f["similarity"].filter(kind="cut").select("condition", "context_length", pl.col("mean_cosine", "q05", "q95").round_sig_figs(4))
     cut = cut.rename({"mean_cosine": "mean"})
-    curves = [cut.filter(condition=c).with_columns(series=pl.lit(s)) for c, s in ((now, SERIES[0]), ("none", SERIES[1]))]
+    curves = [cut.filter(condition=c).with_columns(series=pl.lit(s)) for c, s in ((now, _SERIES[0]), ("none", _SERIES[1]))]
     self.cosine.picked = {"context_length": n}
     self.cosine.rows = {"curve": pl.concat(curves if tau != 1 else curves[:1]).to_dicts()}
     some = f["spectrum"].filter(pl.col("share") > 1e-6, kind="cut", centred=self.centred.value)
     lines = [some.filter(condition=c, context_length=m).select("direction", pl.col("share").round_sig_figs(4), series=pl.lit(s))
-             for c, m, s in ((now, n, AGAINST[0]), ("none", self.lengths[0], AGAINST[1]))]
+             for c, m, s in ((now, n, _AGAINST[0]), ("none", self.lengths[0], _AGAINST[1]))]
     self.spectrum.rows = {"spectrum": pl.concat(lines).to_dicts()}
     if self.heads is not None:
         cells = f["heads"].filter(condition=now, context_length=n).select("layer", "head", pl.col("sigma_a").round_sig_figs(4))

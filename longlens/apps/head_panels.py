@@ -18,9 +18,8 @@ from .reading import Reading
 from ..text import visible
 
 # %% auto #0
-__all__ = ['QUANTITIES', 'HIDDEN_COLUMNS', 'SOME_MODELS', 'SHARE', 'PANELS', 'CURVES', 'quantities', 'Panel', 'position_chart',
-           'band_chart', 'row_chart', 'profile_rows', 'row_rows', 'attention_row', 'reading_panels', 'depth_chart',
-           'curve_chart', 'retrieval_panels', 'sink_panels']
+__all__ = ['QUANTITIES', 'SHARE', 'CURVES', 'quantities', 'Panel', 'row_rows', 'attention_row', 'reading_panels',
+           'retrieval_panels', 'sink_panels']
 
 # %% ../../nbs/apps/04_head_panels.ipynb #c10cc731
 QUANTITIES: dict[str, tuple[str, str, str]] = {    # column -> name, unit, what it is
@@ -47,17 +46,17 @@ QUANTITIES: dict[str, tuple[str, str, str]] = {    # column -> name, unit, what 
 }
 
 # %% ../../nbs/apps/04_head_panels.ipynb #dcd2037c
-HIDDEN_COLUMNS = {"layer", "head", "kv_head", "sample", "top_position", "retrieval_head"}
-SOME_MODELS = {"learned_sink"}    # columns of what most models do not have: 0 in all heads
+_HIDDEN_COLUMNS = {"layer", "head", "kv_head", "sample", "top_position", "retrieval_head"}
+_SOME_MODELS = {"learned_sink"}    # columns of what most models do not have: 0 in all heads
 
 
 def quantities(
     heads: pl.DataFrame,    # one row a head
 ) -> dict[str, str]:        # what a menu says -> column
     "The columns that a map can show, those that are known first"
-    able = [c for c, t in heads.schema.items() if (t.is_numeric() or t == pl.Boolean) and c not in HIDDEN_COLUMNS]
+    able = [c for c, t in heads.schema.items() if (t.is_numeric() or t == pl.Boolean) and c not in _HIDDEN_COLUMNS]
     able = [c for c in able if heads[c].cast(pl.Float64).is_finite().any()]
-    able = [c for c in able if c not in SOME_MODELS or heads[c].max() > 1e-6]
+    able = [c for c in able if c not in _SOME_MODELS or heads[c].max() > 1e-6]
     known = [c for c in QUANTITIES if c in able]
     others = [c for c in able if c not in QUANTITIES]
     return {QUANTITIES[c][0] if c in QUANTITIES else c.replace("_", " "): c for c in [*known, *others]}
@@ -80,7 +79,7 @@ SHARE = ".3~g"    # how ticks are written; without a number of digits, Vega roun
 def _filling(chart: Any, height: int = 150) -> Any: return chart.properties(width="container", height=height)
 
 # %% ../../nbs/apps/04_head_panels.ipynb #1f6dde44
-def position_chart(
+def _position_chart(
     n: int,       # positions of the text
 ) -> alt.LayerChart:
     "Attention along the text: over the data profile (first, end, mean, top, at, where) and spans (span, start, stop)"
@@ -103,7 +102,7 @@ def position_chart(
     return _filling(alt.layer(spans, line("top", "highest of a stretch", 1.2), line("mean", "mean", 1.8), strips), 170)
 
 # %% ../../nbs/apps/04_head_panels.ipynb #168726c4
-def band_chart() -> alt.Chart:
+def _band_chart() -> alt.Chart:
     "Attention by distance: over the data bands (band, mass)"
     tips = tooltips(("band", "nominal", "tokens back"), ("mass", "quantitative", "share of attention"))
     return _filling(alt.Chart(alt.NamedData("bands")).mark_bar(color=COLOURS[0]).encode(
@@ -111,7 +110,7 @@ def band_chart() -> alt.Chart:
         y=alt.Y("mass:Q", axis=axis_style(title="share of attention", tickCount=4, format=SHARE)), tooltip=tips), 170)
 
 
-def row_chart() -> alt.Chart:
+def _row_chart() -> alt.Chart:
     "What one token attends to most: over the data row (label, weight, position, token)"
     tips = tooltips(("token", "nominal", "token"), ("position", "quantitative", "position"), ("weight", "quantitative", "weight"))
     x = alt.X("weight:Q", axis=axis_style(title="share of attention", tickCount=4, format=SHARE), scale=alt.Scale(domainMin=0))
@@ -123,7 +122,7 @@ def row_chart() -> alt.Chart:
 def _told_token(token: str, position: int) -> str: return f"{visible(token, 18)}  {position:,}"
 
 
-def profile_rows(
+def _profile_rows(
     r: Reading,    # of a text
     layer: int,    # of the head
     head: int,     # in its layer
@@ -173,15 +172,15 @@ def reading_panels(
     spans = [dict(span=visible(k, 30), start=s.start, stop=s.stop, where=f"{s.start:,} to {s.stop - 1:,}") for k, s in r.spans.items()]
     f = r.frames["distance"].with_columns(pl.col("mass").round_sig_figs(4))
     return [
-        Panel("Where in the text", PANELS["where"], position_chart(len(r.strings)),
-              lambda layer, head: {"profile": profile_rows(r, layer, head), "spans": spans}, wide=True, fields=["at"]),
-        Panel("How far back", PANELS["back"], band_chart(), lambda layer, head: {"bands": f.filter(layer=layer, head=head).to_dicts()}),
-        Panel("From one token", PANELS["token"], row_chart(), lambda layer, head: {"row": row_rows(r, layer, head, token())},
+        Panel("Where in the text", _PANELS["where"], _position_chart(len(r.strings)),
+              lambda layer, head: {"profile": _profile_rows(r, layer, head), "spans": spans}, wide=True, fields=["at"]),
+        Panel("How far back", _PANELS["back"], _band_chart(), lambda layer, head: {"bands": f.filter(layer=layer, head=head).to_dicts()}),
+        Panel("From one token", _PANELS["token"], _row_chart(), lambda layer, head: {"row": row_rows(r, layer, head, token())},
               fields=["position"]),
     ]
 
 # %% ../../nbs/apps/04_head_panels.ipynb #88fafec9
-PANELS = {    # how to read them
+_PANELS = {    # how to read them
     "where": "The share of its attention that each stretch of the text gets, averaged over the queries that see it; the last tokens "
              "are seen by too few. Shaded: named parts of the text. Click a place to let its strongest token look.",
     "back": "The share of its attention at each distance, averaged over all queries; 0 is the token itself.",
@@ -189,7 +188,7 @@ PANELS = {    # how to read them
 }
 
 # %% ../../nbs/apps/04_head_panels.ipynb #d4811480
-def depth_chart(
+def _depth_chart(
     lengths: Sequence[int],      # context lengths, tokens
     depths: Sequence[float],     # percent
 ) -> alt.Chart:
@@ -204,7 +203,7 @@ def depth_chart(
     return _filling(cells.encode(x=x, y=y, color=colour, tooltip=tips), max(120, 20 * len(depths)))
 
 # %% ../../nbs/apps/04_head_panels.ipynb #be62e134
-def curve_chart(
+def _curve_chart(
     title: str,    # of the axis
 ) -> alt.Chart:
     "A head's mean by context length: over the data curve (context_length, value)"
@@ -219,7 +218,7 @@ def retrieval_panels(r: Any) -> list[Panel]:    # of a HeadReport
     "A head's score by depth and length"
     f = r.frames["grid"].with_columns(pl.col("depth_percent").round(1), score=pl.col("retrieval_score").round_sig_figs(4))
     if f.is_empty(): return []
-    chart = depth_chart(*(f[c].unique().sort().to_list() for c in ("context_length", "depth_percent")))
+    chart = _depth_chart(*(f[c].unique().sort().to_list() for c in ("context_length", "depth_percent")))
     rows = lambda layer, head: {"cells": f.filter(layer=layer, head=head).select("context_length", "depth_percent", "score").to_dicts()}
     says = "Its retrieval score by where the needle stood and how long the context was: a retrieval head copies from everywhere."
     return [Panel("By depth and length", says, chart, rows, wide=True)]
@@ -231,7 +230,7 @@ def sink_panels(r: Any) -> list[Panel]:    # of a SinkReport
     def rows(column: str) -> Callable[[int, int], dict[str, list[dict]]]:
         some = f.filter(pl.col(column).is_finite()).select("layer", "head", "context_length", value=pl.col(column).round_sig_figs(4))
         return lambda layer, head: {"curve": some.filter(layer=layer, head=head).drop("layer", "head").to_dicts()}
-    return [Panel(title, f"{says}, by how many tokens a query sees.", curve_chart(axis), rows(c)) for c, title, axis, says in CURVES]
+    return [Panel(title, f"{says}, by how many tokens a query sees.", _curve_chart(axis), rows(c)) for c, title, axis, says in CURVES]
 
 # %% ../../nbs/apps/04_head_panels.ipynb #083eca0f
 CURVES = [    # column, title, axis, sentence

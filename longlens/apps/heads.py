@@ -23,7 +23,7 @@ from .reading import RULES, Rule
 from .sections import SectionsExplorer
 
 # %% auto #0
-__all__ = ['NO_KIND', 'Choice', 'strongest', 'HeadExplorer', 'head_html', 'explore_sinks', 'explore_heads']
+__all__ = ['Choice', 'strongest', 'HeadExplorer', 'explore_sinks', 'explore_heads']
 
 # %% ../../nbs/apps/05_heads.ipynb #55596b62
 class Choice(traitlets.HasTraits):
@@ -128,25 +128,25 @@ def _fill(self: HeadExplorer) -> None:
     layer, head = self.choice.head
     self.map.picked = {"layer": layer, "head": head}
     for panel, view in zip(self.panels, self.views, strict=True): view.rows = panel.rows(layer, head)
-    self.who.value = head_html(self.heads.row(by_predicate=(pl.col("layer") == layer) & (pl.col("head") == head), named=True), self.rules)
+    self.who.value = _head_html(self.heads.row(by_predicate=(pl.col("layer") == layer) & (pl.col("head") == head), named=True), self.rules)
     about = [QUANTITIES.get(self.quantity.value, ("", "", ""))[2], self.read]
     self.says.value = f'<p class="lx-says">{" ".join(say(text, 600) for text in about if text)}</p>'
 
 # %% ../../nbs/apps/05_heads.ipynb #5c446898
-def head_html(
+def _head_html(
     row: Mapping[str, Any],      # of the table of heads
     rules: Sequence[Rule],       # kinds of heads
 ) -> str:                        # HTML
     "What is said of one head: its kinds, their rules, its numbers"
     kinds = [r for r in rules if r.holds(row)]
-    chips = "".join(f'<span class="lx-chip">{say(r.label)}</span>' for r in kinds) or NO_KIND
+    chips = "".join(f'<span class="lx-chip">{say(r.label)}</span>' for r in kinds) or _NO_KIND
     why = "".join(f"<li>{say(r.label)}: {say(r.says)}; here {row[r.column]:.2f}</li>" for r in kinds)
     shown = [(name, row[c]) for name, c in quantities(pl.DataFrame([row])).items() if c in QUANTITIES]
     title = f"<h4 aria-live='polite'>Layer {row['layer']}, head {row['head']}</h4>"
     return f'{title}{f"<div class=lx-chips>{chips}</div>" if rules else ""}<ul class="lx-rules">{why}</ul>{numbers(shown)}'
 
 
-NO_KIND = '<span class="lx-chip lx-none">no kind by these rules</span>'
+_NO_KIND = '<span class="lx-chip lx-none">no kind by these rules</span>'
 
 # %% ../../nbs/apps/05_heads.ipynb #72a14a27
 @patch

@@ -25,7 +25,7 @@ from .reading import RULES, Reading, answered
 from ..text import visible
 
 # %% auto #0
-__all__ = ['ReadingExplorer', 'token_html', 'answer_html', 'row_frame']
+__all__ = ['ReadingExplorer']
 
 # %% ../../nbs/apps/06_heads_on_text.ipynb #74d0e744
 class ReadingExplorer(HeadExplorer):
@@ -90,7 +90,7 @@ def _look(self: ReadingExplorer, position: int | None) -> None:
     if position is not None: self.choice.token = position
 
 # %% ../../nbs/apps/06_heads_on_text.ipynb #13dbe513
-def token_html(
+def _token_html(
     words: Sequence[str],    # every token
     position: int,           # the chosen one
     around: int = 9,         # tokens on each side
@@ -111,7 +111,7 @@ def _from_token(self: ReadingExplorer) -> None:
     "Another token looks"
     layer, head = self.choice.head
     self.token.value = self.choice.token
-    self.around.value = token_html(self.report.strings, self.choice.token)
+    self.around.value = _token_html(self.report.strings, self.choice.token)
     self.views[2].rows = self.panels[2].rows(layer, head)
 
 
@@ -119,9 +119,9 @@ def _from_token(self: ReadingExplorer) -> None:
 def _fill(self: ReadingExplorer) -> None:
     "Another head"
     HeadExplorer._fill(self)
-    self.around.value = token_html(self.report.strings, self.choice.token)
+    self.around.value = _token_html(self.report.strings, self.choice.token)
     self.switch.value = self.choice.head in self.choice.silenced
-    self.answer.value = answer_html(self.report, self.choice.silenced)
+    self.answer.value = _answer_html(self.report, self.choice.silenced)
 
 # %% ../../nbs/apps/06_heads_on_text.ipynb #d53b1e3b
 @patch
@@ -136,7 +136,7 @@ def _ask(self: ReadingExplorer) -> None:
     "Ask again, without those that are silenced"
     heads, live = self.choice.silenced, self.report.live
     self.switch.value = self.choice.head in heads
-    show = lambda _: setattr(self.answer, "value", answer_html(self.report, self.choice.silenced))
+    show = lambda _: setattr(self.answer, "value", _answer_html(self.report, self.choice.silenced))
     if not heads or (live and heads in live.silenced): return show(None)
     if live is None: return show(None)
     self.app.run(f"asking without {_named(heads)}", lambda progress: answered(live, heads), show, live.lm)
@@ -145,7 +145,7 @@ def _ask(self: ReadingExplorer) -> None:
 def _named(heads: Sequence[tuple[int, int]]) -> str: return ", ".join(f"{layer}-{head}" for layer, head in heads)
 
 # %% ../../nbs/apps/06_heads_on_text.ipynb #20f03805
-def answer_html(
+def _answer_html(
     r: Reading,                              # of a text
     silenced: Sequence[tuple[int, int]],     # heads
 ) -> str:                                    # HTML
@@ -178,12 +178,12 @@ def state(self: ReadingExplorer) -> dict[str, Any]:
     "What was chosen; the rows that were looked at go into the report"
     live = self.report.live
     parts = [] if "rows" not in self.report.frames else [self.report.frames["rows"]]
-    for query, row in (vars(live).get("rows", {}) if live else {}).items(): parts.append(row_frame(row, query))
+    for query, row in (vars(live).get("rows", {}) if live else {}).items(): parts.append(_row_frame(row, query))
     if parts: self.report.frames["rows"] = pl.concat(parts).unique(["layer", "head", "query", "position"], maintain_order=True)
     return HeadExplorer.state(self)
 
 # %% ../../nbs/apps/06_heads_on_text.ipynb #7018062c
-def row_frame(
+def _row_frame(
     row: Any,          # weights, (layers, heads, positions)
     query: int,        # position of the token that looks
     most: int = 24,    # tokens that are kept

@@ -16,11 +16,11 @@ from ipywidgets import HTML, HBox, VBox
 from ..charts.page import drawing, say, static
 
 # %% auto #0
-__all__ = ['PICKED', 'vega_library', 'VegaView', 'with_pick', 'told', 'classed', 'picture', 'numbers']
+__all__ = ['VegaView', 'with_pick', 'told', 'classed', 'picture', 'numbers']
 
 # %% ../../nbs/apps/00_linked_chart.ipynb #2ab1d761
 @lru_cache(1)
-def vega_library() -> bytes:    # JavaScript
+def _vega_library() -> bytes:    # JavaScript
     "Vega, Vega-Lite and vega-embed as one module that sets `longlensVegaEmbed`"
     import vl_convert
     return vl_convert.javascript_bundle("globalThis.longlensVegaEmbed = vegaEmbed;").encode()
@@ -50,10 +50,10 @@ class VegaView(anywidget.AnyWidget):
             self.renderer, self.label, self.chart = made["renderer"], label or self.label or str(spec.get("description", "")), spec
 
     def _hand_over(self, _: Any, content: Any, buffers: Any) -> None:
-        if content == {"kind": "vega"}: self.send({"kind": "vega"}, [vega_library()])
+        if content == {"kind": "vega"}: self.send({"kind": "vega"}, [_vega_library()])
 
 # %% ../../nbs/apps/00_linked_chart.ipynb #8c6c2918
-PICKED = "#ff4f2e"    # seen on every colour of the maps, and on both papers
+_PICKED = "#ff4f2e"    # seen on every colour of the maps, and on both papers
 
 
 def with_pick(
@@ -62,7 +62,7 @@ def with_pick(
     "A map in which the choice is seen"
     spec = drawing(chart)["spec"]
     place = {k: spec["layer"][0]["encoding"][k] for k in ("x", "y")}
-    mark = {"type": "rect", "filled": False, "stroke": PICKED, "strokeWidth": 3, "cornerRadius": 2, "aria": False, "tooltip": None}
+    mark = {"type": "rect", "filled": False, "stroke": _PICKED, "strokeWidth": 3, "cornerRadius": 2, "aria": False, "tooltip": None}
     return {**spec, "layer": [*spec["layer"], {"data": {"name": "picked"}, "mark": mark, "encoding": place}]}
 
 # %% ../../nbs/apps/00_linked_chart.ipynb #d711d543

@@ -32,8 +32,7 @@ from .sections import SectionsExplorer
 from ..models.forward import LongModel
 
 # %% auto #0
-__all__ = ['CURVES', 'PLACED', 'Places', 'grid_places', 'middle_places', 'place_chart', 'looking_chart', 'documents_chart',
-           'PlaceExplorer', 'said_html', 'asked_at', 'explore_grid', 'explore_middle']
+__all__ = ['CURVES', 'Places', 'grid_places', 'middle_places', 'PlaceExplorer', 'said_html', 'explore_grid', 'explore_middle']
 
 # %% ../../nbs/apps/07_needle.ipynb #708ebfc4
 @dataclass
@@ -102,7 +101,7 @@ def middle_places(
 CURVES = {"score": "score", "probability": "probability of the answer", "attention": "attention on it, mean of all heads"}
 
 # %% ../../nbs/apps/07_needle.ipynb #9dd1855b
-def place_chart(
+def _place_chart(
     p: Places,                 # what a report says
     columns: Sequence[str],    # of CURVES
 ) -> Any:
@@ -125,7 +124,7 @@ def place_chart(
     return alt.vconcat(*parts, spacing=6)
 
 # %% ../../nbs/apps/07_needle.ipynb #ec4988d6
-def looking_chart(
+def _looking_chart(
     heads: pl.DataFrame,    # layer, head
 ) -> alt.Chart:
     "Attention of every head on the fact: over cells (layer, head, mass)"
@@ -139,7 +138,7 @@ def looking_chart(
     return cells.properties(width=alt.Step(w), height=alt.Step(h))
 
 # %% ../../nbs/apps/07_needle.ipynb #9f9b4e21
-def documents_chart(
+def _documents_chart(
     what: str,    # document or pair
 ) -> alt.Chart:
     "Attention on every document: over documents (document, mass, right)"
@@ -170,11 +169,11 @@ class PlaceExplorer(Explorer):
                                        layout=Layout(width="240px"), style=dict(description_width="100px")) for c in places.by}
         self.ask = Button(description="Ask the model here", icon="play", layout=Layout(width="170px"))
         self.columns = [c for c in CURVES if {"probability": "logprob"}.get(c, c) in places.curve.columns]
-        self.curve = VegaView(place_chart(places, self.columns), fields=["place"], label=f"Answers by {places.name}")
+        self.curve = VegaView(_place_chart(places, self.columns), fields=["place"], label=f"Answers by {places.name}")
         grid = dict(fields=["context_length", "depth_percent"], label="By depth and length")
         self.map = VegaView(self._grid(), **grid) if self._is_grid() else None
-        self.looking = VegaView(looking_chart(places.heads)) if len(places.heads) else None
-        self.documents = None if places.documents is None else VegaView(documents_chart(report.meta["settings"]["what"][:-1]))
+        self.looking = VegaView(_looking_chart(places.heads)) if len(places.heads) else None
+        self.documents = None if places.documents is None else VegaView(_documents_chart(report.meta["settings"]["what"][:-1]))
         self.said, self.near = told(), told()
         super().__init__(self._laid_out())
         self._wire()
@@ -184,7 +183,7 @@ class PlaceExplorer(Explorer):
         def __getattr__(self, name: str) -> Any: ...    # methods are added below
 
 # %% ../../nbs/apps/07_needle.ipynb #5a28c633
-PLACED = {    # how to read the pictures
+_PLACED = {    # how to read the pictures
     "curve": "Means of what was measured at each place; diamonds were asked here, once. The broken line is where the slider stands.",
     "map": "Score by depth and length, 0 % at the top. Click a cell to go there.",
     "looking": "Attention of every head on the fact, from the rows that say the answer.",
@@ -201,10 +200,10 @@ def _laid_out(self: PlaceExplorer) -> list[Any]:
     "Boxes"
     some = [d for d in self.conditions.values() if len(d.options) > 1]
     ask = [self.ask] if self.model is not None else []
-    left = picture("How the answer depends on the place", self.curve, PLACED["curve"], classes=["lx-fixed"])
+    left = picture("How the answer depends on the place", self.curve, _PLACED["curve"], classes=["lx-fixed"])
     views = [("Where it was measured", self.map, "map"), ("Which heads look at it", self.looking, "looking"),
              ("What the documents get", self.documents, "documents")]
-    shown = VBox([picture(t, v, PLACED[k]) for t, v, k in views if v is not None])
+    shown = VBox([picture(t, v, _PLACED[k]) for t, v, k in views if v is not None])
     bar = classed(HBox([self.place, *some, *ask]), "lx-bar", "lx-sliders")
     return [bar, self.near, classed(self.said, "lx-box"), classed(HBox([left, classed(shown, "lx-side")]), "lx-row")]
 
@@ -320,10 +319,10 @@ def _ask(self: PlaceExplorer) -> None:
     def show(found: dict[str, Any]) -> None:
         self.asked = [a for a in self.asked if any(a[c] != v for c, v in [*where.items(), ("place", at)])] + [found]
         self._fill()
-    self.app.run(f"asking at {at:,}", lambda progress: asked_at(self.model, self.p, at, where), show, self.model)
+    self.app.run(f"asking at {at:,}", lambda progress: _asked_at(self.model, self.p, at, where), show, self.model)
 
 # %% ../../nbs/apps/07_needle.ipynb #d1b90310
-def asked_at(
+def _asked_at(
     lm: LongModel,                         # LongModel
     p: Places,                       # how it is asked
     place: int,                      # depth in percent, or index of the right document

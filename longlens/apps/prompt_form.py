@@ -21,16 +21,16 @@ from .reading import Reading, read_text
 from ..models.forward import LongModel
 
 # %% auto #0
-__all__ = ['ASKED_TOKENS', 'ASK_SAYS', 'answer_room', 'asked_context', 'text_asked', 'read_asked', 'QuestionBar']
+__all__ = ['answer_room', 'asked_context', 'text_asked', 'read_asked', 'QuestionBar']
 
 # %% ../../nbs/apps/09_prompt_form.ipynb #80b221ef
-ASKED_TOKENS = 32    # of an answer that the model writes
+_ASKED_TOKENS = 32    # of an answer that the model writes
 
 
 def answer_room(
     lm: LongModel,                    # LongModel
     n: int,                     # tokens of its prompt
-    most: int = ASKED_TOKENS,   # tokens that are wanted
+    most: int = _ASKED_TOKENS,   # tokens that are wanted
 ) -> int:                       # 1 or more
     "How long an answer can be: to the end of the model's positions, unless it may go past them"
     return most if lm.max_length is None or lm.allow_longer else max(1, min(most, lm.max_length - n))
@@ -100,7 +100,7 @@ def read_asked(
     return out
 
 # %% ../../nbs/apps/09_prompt_form.ipynb #a65f89bc
-ASK_SAYS = "The text becomes the context of the question, and all tabs follow. Where no answer is given, it is the model's own."
+_ASK_SAYS = "The text becomes the context of the question, and all tabs follow. Where no answer is given, it is the model's own."
 
 
 class QuestionBar(VBox):
@@ -119,7 +119,7 @@ class QuestionBar(VBox):
         self.go.on_click(lambda _: ask())
         for field in (self.question, self.answer): field.on_msg(lambda _, content, buffers: self._typed(content, ask))
         bar = classed(HBox([self.question, self.answer, self.chat, self.go]), "lx-bar")
-        super().__init__([bar, told(f'<p class="lx-says">{ASK_SAYS}</p>')])
+        super().__init__([bar, told(f'<p class="lx-says">{_ASK_SAYS}</p>')])
         classed(self, "lx-asking")
 
     if TYPE_CHECKING:

@@ -26,8 +26,7 @@ from ..report import Report, plain
 from ..models.forward import LongModel
 
 # %% auto #0
-__all__ = ['KEPT', 'BINS', 'SAID', 'RULES', 'ASKED', 'read_through', 'Live', 'Reading', 'profile_frame', 'bands_frame',
-           'answered', 'Rule', 'read_text', 'revive']
+__all__ = ['KEPT', 'BINS', 'RULES', 'Live', 'Reading', 'answered', 'Rule', 'read_text', 'revive']
 
 # %% ../../nbs/apps/03_reading.ipynb #4958ac5f
 def _chunk(lm: LongModel, n: int) -> int:    # tokens
@@ -42,7 +41,7 @@ def _surprise(logits: Tensor, ids: Tensor) -> Tensor:    # (k, vocab), the token
 
 # %% ../../nbs/apps/03_reading.ipynb #4394b77f
 @torch.no_grad()
-def read_through(
+def _read_through(
     lm: LongModel,                                    # LongModel
     ids: Tensor,                                # (n,)
     tell: Callable[[float, str], None] = lambda share, text: None,    # is told how far it is
@@ -164,7 +163,7 @@ def _heads_table(live: Live, seen: Capture, patterns: Mapping[str, Tensor]) -> p
 BINS = 240
 
 
-def profile_frame(
+def _profile_frame(
     alpha: Tensor,                          # (layers, heads, n)
     bins: int = BINS,                       # at most
 ) -> pl.DataFrame:                          # layer, head, first, last, mean, top, at
@@ -180,7 +179,7 @@ def profile_frame(
     return tidy(axes, {k: v.numpy() for k, v in values.items()})
 
 # %% ../../nbs/apps/03_reading.ipynb #855b14b3
-def bands_frame(
+def _bands_frame(
     seen: Capture,       # with a distance_profile
 ) -> pl.DataFrame:       # layer, head, band, from, mass
     "Attention by distance: what each window adds to the one before"
@@ -192,7 +191,7 @@ def bands_frame(
     return f.select("layer", "head", band=band, **{"from": pl.col("near")}, mass=pl.col("mass"))
 
 # %% ../../nbs/apps/03_reading.ipynb #1b30d17c
-SAID = 8    # tokens of an answer, if nothing is known of its length
+_SAID = 8    # tokens of an answer, if nothing is known of its length
 
 
 def _decode(lm: LongModel, ids: Tensor) -> str: return lm.decode(ids) if lm.tokenizer is not None else " ".join(map(str, ids.tolist()))
@@ -214,7 +213,7 @@ def answered(
 def _answer(live: Live, prefix: Prefix) -> dict[str, Any]:
     lm, ctx = live.lm, live.context
     want = None if ctx is None or not len(ctx.completion_ids) else ctx.completion_ids
-    room = SAID if lm.max_length is None or lm.allow_longer else min(SAID, lm.max_length - len(prefix))
+    room = _SAID if lm.max_length is None or lm.allow_longer else min(_SAID, lm.max_length - len(prefix))
     said = lm.generate_ids(prefix, max(1, len(want) + 1 if want is not None else room), stop=[".", "\n"] if want is not None else None)
     target = want if want is not None else live.silenced[()]["ids"] if () in live.silenced else said
     score = lm.score(prefix, target) if len(target) else None
@@ -270,7 +269,7 @@ def read_text(
     lm, context = load(model), text if isinstance(text, Context) else None
     tokens = lm.tokens(text.tokens if context else text)
     if len(tokens) < 4: raise ValueError(f"a text of {len(tokens)} tokens: 4 or more are needed to see where heads look")
-    with capture(lm, *_statistics(len(tokens))) as seen: prefix, surprise = read_through(lm, tokens.ids, tell)
+    with capture(lm, *_statistics(len(tokens))) as seen: prefix, surprise = _read_through(lm, tokens.ids, tell)
     live = Live(lm, tokens, context, prefix, mean_received(seen)[:, 0].nan_to_num(0), surprise)
     tell(.8, "patterns of repeated tokens")
     return _reading(live, seen, pattern_scores(lm) if lm.max_length is None or lm.max_length >= 8 else {})
@@ -285,10 +284,10 @@ def _reading(live: Live, seen: Capture, patterns: Mapping[str, Tensor]) -> Readi
              "surprisal": live.surprise.numpy(), **_places(tokens)}
     names = pl.DataFrame({"span": list(spans), "start": [s.start for s in spans.values()], "stop": [s.stop for s in spans.values()]},
                          schema={"span": pl.String, "start": pl.Int64, "stop": pl.Int64})
-    frames = {"heads": _heads_table(live, seen, patterns), "profile": profile_frame(live.alpha), "distance": bands_frame(seen),
+    frames = {"heads": _heads_table(live, seen, patterns), "profile": _profile_frame(live.alpha), "distance": _bands_frame(seen),
               "tokens": pl.DataFrame(table), "spans": names, "text": pl.DataFrame({"text": [tokens.text]}, schema={"text": pl.String})}
     answer = {k: v for k, v in answered(live).items() if k != "ids"}
-    asked = None if ctx is None else {k: plain(getattr(ctx, k)) for k in ASKED}
+    asked = None if ctx is None else {k: plain(getattr(ctx, k)) for k in _ASKED}
     meta = {"model": lm.name, "lengths": [len(tokens)], "answer": answer, "context": asked, "layers": lm.n_layers,
             "heads": lm.n_heads, "kv_heads": lm.n_kv_heads, "dtype": str(lm.dtype), "device": str(lm.device),
             "interventions": interventions(lm)}
@@ -297,7 +296,7 @@ def _reading(live: Live, seen: Capture, patterns: Mapping[str, Tensor]) -> Readi
     return out
 
 # %% ../../nbs/apps/03_reading.ipynb #55388f6f
-ASKED = "question", "answers", "completion", "kind", "add_special_tokens"    # of a Context, beside its tokens and spans
+_ASKED = "question", "answers", "completion", "kind", "add_special_tokens"    # of a Context, beside its tokens and spans
 
 
 def _places(tokens: Any) -> dict[str, Any]:    # start and end of every token, characters of the text; nothing without offsets
@@ -316,7 +315,7 @@ def revive(
     offsets = torch.from_numpy(f.select("start", "end").to_numpy().copy()) if "start" in f.columns else None
     tokens = lm.tokens(Tokens(torch.tensor(f["id"].to_list()), text, offsets, lm.tokenizer))
     ctx = None if asked is None else Context(tokens, r.spans, **{**asked, "answers": tuple(asked["answers"])})
-    with capture(lm, Received()) as seen: prefix, surprise = read_through(lm, tokens.ids)
+    with capture(lm, Received()) as seen: prefix, surprise = _read_through(lm, tokens.ids)
     r.live = Live(lm, tokens, ctx, prefix, mean_received(seen)[:, 0].nan_to_num(0), surprise)
     answered(r.live)
     return r

@@ -16,7 +16,7 @@ from ..charts.page import Section, apart, say, sections_of, table_html
 from .linked_chart import VegaView, classed, picture, told
 
 # %% auto #0
-__all__ = ['SectionsExplorer', 'section_box', 'explore_sections']
+__all__ = ['SectionsExplorer', 'explore_sections']
 
 # %% ../../nbs/apps/02_sections.ipynb #9e905de5
 class SectionsExplorer(Explorer):
@@ -45,14 +45,14 @@ class SectionsExplorer(Explorer):
     def _draw(self) -> None:
         "Draw the section that is chosen"
         if (i := self.menu.index) is None: return
-        if i not in self.made: self.made[i] = section_box(self.sections[i])
+        if i not in self.made: self.made[i] = _section_box(self.sections[i])
         self.place.children = [self.made[i]]
 
     def state(self) -> dict[str, Any]: return {"section": self.menu.index if self.sections else self.wanted}
     def restore(self, state: Mapping[str, Any]) -> None: self.wanted = max(0, int(state.get("section", 0)))
 
 # %% ../../nbs/apps/02_sections.ipynb #659aa1ac
-def section_box(
+def _section_box(
     s: Section,    # of a report
 ) -> VBox:
     "A section as a picture with its table below"

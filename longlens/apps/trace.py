@@ -36,17 +36,16 @@ from ..charts.sources import trace_view
 from ..models.forward import LongModel
 
 # %% auto #0
-__all__ = ['Span', 'TRACED', 'trace_span', 'asked_without', 'prompt_of', 'usable', 'TraceExplorer', 'scored_html', 'copies_html',
-           'token_scores', 'without_html', 'explore_trace']
+__all__ = ['trace_span', 'prompt_of', 'usable', 'TraceExplorer', 'without_html', 'explore_trace']
 
 # %% ../../nbs/apps/10_trace.ipynb #bfd0e92e
-Span = tuple[int, int]    # first token of the answer, one past the last
+_Span = tuple[int, int]    # first token of the answer, one past the last
 
 
 def trace_span(
     lm: LongModel,                              # LongModel
     prompt: TracePrompt,                  # with its answer
-    span: Span,                           # what is traced
+    span: _Span,                           # what is traced
     method: str = "loo",                  # one of TRACERS
     progress: Progress | None = None,     # is told how much there is to do
 ) -> Trace:
@@ -57,7 +56,7 @@ def trace_span(
     return trace_context(lm, mine, method=method, budget=planned)
 
 # %% ../../nbs/apps/10_trace.ipynb #76a511db
-def asked_without(
+def _asked_without(
     lm: LongModel,                       # LongModel
     prompt: TracePrompt,           # with its answer
     removed: Sequence[int],        # numbers of sources that are taken away
@@ -121,7 +120,7 @@ class TraceExplorer(Explorer):
         f = report.frames["answer"]
         self.words, traced = f["text"].to_list(), f.with_row_index("i").filter("traced")["i"]
         first = (traced[0], traced[-1] + 1)
-        self.traces: dict[Span, Trace] = {first: report}
+        self.traces: dict[_Span, Trace] = {first: report}
         ends = [(visible(w, 14), i) for i, w in enumerate(self.words)]
         self.span = SelectionRangeSlider(options=ends, value=(first[0], first[1] - 1), description="span of the answer", readout=False,
                                          layout=Layout(width="420px"), style=dict(description_width="130px"))
@@ -141,7 +140,7 @@ class TraceExplorer(Explorer):
         def __getattr__(self, name: str) -> Any: ...    # methods are added below
 
 # %% ../../nbs/apps/10_trace.ipynb #e8847775
-TRACED = {    # how to read it
+_TRACED = {    # how to read it
     "view": "A click on a row below the text shows that source; a span of the answer that was traced can be clicked above it.",
     "list": "The sources with the highest scores: number, from 0, score, and beginning. Take some away and ask again. An answer that "
             "stands without a source can still come from it, where another source says the same.",
@@ -155,8 +154,8 @@ def _laid_out(self: TraceExplorer) -> list[Any]:
     how = "model=lm, prompt=prompt" if self.report.meta.get("template") == "ready" else "model=lm"
     ask = [classed(HBox([self.ask, self.back]), "lx-bar") if self.model is not None else told(needs_model("To ask again", how))]
     pick = [classed(HBox([self.span, *more]), "lx-bar", "lx-sliders"), self.quote]
-    left = picture("Where the answer comes from", VBox([self.found, self.how]), TRACED["view"], classes=["lx-main"])
-    right = picture("What if they were not there", VBox([self.list, self.twice, *ask, self.result]), TRACED["list"], classes=["lx-side"])
+    left = picture("Where the answer comes from", VBox([self.found, self.how]), _TRACED["view"], classes=["lx-main"])
+    right = picture("What if they were not there", VBox([self.list, self.twice, *ask, self.result]), _TRACED["list"], classes=["lx-side"])
     return [*pick, classed(HBox([left, right]), "lx-row")]
 
 # %% ../../nbs/apps/10_trace.ipynb #32088565
@@ -170,7 +169,7 @@ def _wire(self: TraceExplorer) -> None:
 
 # %% ../../nbs/apps/10_trace.ipynb #1fad3bac
 @patch
-def _now(self: TraceExplorer) -> Span:
+def _now(self: TraceExplorer) -> _Span:
     "The span that is picked"
     a, b = self.span.value
     return a, b + 1
@@ -186,7 +185,7 @@ def _picked(self: TraceExplorer) -> None:
 
 # %% ../../nbs/apps/10_trace.ipynb #4495e231
 @patch
-def _quoted(self: TraceExplorer, span: Span, note: str = "") -> None:
+def _quoted(self: TraceExplorer, span: _Span, note: str = "") -> None:
     "The answer, with the span that is picked"
     part = lambda a, b: escape("".join(visible(w, 40).replace("␣", " ") for w in self.words[a:b]))
     marked = f'<mark class="lx-chosen">{part(*span)}</mark>'
@@ -194,7 +193,7 @@ def _quoted(self: TraceExplorer, span: Span, note: str = "") -> None:
 
 # %% ../../nbs/apps/10_trace.ipynb #dc69bc60
 @patch
-def _show(self: TraceExplorer, span: Span) -> None:
+def _show(self: TraceExplorer, span: _Span) -> None:
     "The sources of a span"
     self.report, spans = self.traces[span], {span: self.traces[span], **self.traces}
     answer = self.report.frames["answer"].select(token="text", logprob="logprob")
@@ -204,9 +203,9 @@ def _show(self: TraceExplorer, span: Span) -> None:
     self.view = trace_view(self.report.context, tables, question, answer, height=height, top=6)
     self.found.children = [self.view]
     if self._now() != span: self.span.value = (span[0], span[1] - 1)
-    self.how.value, self.twice.value = scored_html(self.report), copies_html(self.report)
+    self.how.value, self.twice.value = _scored_html(self.report), _copies_html(self.report)
     self._listed()
-    if self.prompt is not None: self.scores = token_scores(self.prompt, self.report.frames["sources"])
+    if self.prompt is not None: self.scores = _token_scores(self.prompt, self.report.frames["sources"])
     self._quoted(span)
 
 # %% ../../nbs/apps/10_trace.ipynb #780a1a2d
@@ -219,7 +218,7 @@ def unit(self: TraceExplorer) -> str:
 def _unit(r: Trace) -> str: return "" if r.meta.get("unit", "score") == "score" else str(r.meta["unit"])
 
 
-def scored_html(
+def _scored_html(
     r: Trace,      # a trace
 ) -> str:          # HTML
     "What the shades mean, in the words of the method"
@@ -228,7 +227,7 @@ def scored_html(
     return f'<p class="lx-says">{say(note, 400)}</p>'
 
 # %% ../../nbs/apps/10_trace.ipynb #19b014fa
-def copies_html(
+def _copies_html(
     r: Trace,          # a trace
     most: int = 6,     # numbers of sources that are named
 ) -> str:              # HTML; nothing where one source at most has them
@@ -244,7 +243,7 @@ def copies_html(
     return f'<p class="lx-soft">{say(note, 300)}</p>'
 
 # %% ../../nbs/apps/10_trace.ipynb #aebb8247
-def token_scores(
+def _token_scores(
     prompt: TracePrompt,         # with n tokens
     sources: pl.DataFrame,       # source, score
 ) -> np.ndarray:                 # (n,); NaN outside of the context
@@ -290,8 +289,8 @@ def _without(self: TraceExplorer) -> None:
     removed = sorted(self.removed)
     if not removed: raise ValueError("every source is still there: take the tick from one of the boxes first")
     def job(progress: Progress) -> dict[str, Any]:
-        self.whole = self.whole or asked_without(self.model, self.prompt, [])
-        return asked_without(self.model, self.prompt, removed)
+        self.whole = self.whole or _asked_without(self.model, self.prompt, [])
+        return _asked_without(self.model, self.prompt, removed)
     show = lambda found: setattr(self.result, "value", without_html(self.report.meta["answer"], removed, self.whole, found))
     self.app.run(f"asking without {len(removed)} of {self.prompt.n} sources", job, show, self.model)
 

@@ -27,8 +27,7 @@ from ..charts.token_view import Shade, token_view
 from ..models.forward import LongModel
 
 # %% auto #0
-__all__ = ['TASKS_BY_PLACE', 'ABOUT_TEXT', 'TextExplorer', 'trace_tab', 'needle_tab', 'collapse_tab', 'Workbench',
-           'explore_reading', 'explore']
+__all__ = ['TextExplorer', 'Workbench', 'explore_reading', 'explore']
 
 # %% ../../nbs/apps/11_workbench.ipynb #0ecd00b8
 class TextExplorer(Explorer):
@@ -101,7 +100,7 @@ def _menu(label: str, options: Mapping[str, Any] | Sequence[Any], width: str = "
     return Dropdown(options=shown, description=label, layout=Layout(width=width), style=dict(description_width="60px"))
 
 # %% ../../nbs/apps/11_workbench.ipynb #0064d2b3
-def trace_tab(
+def _trace_tab(
     r: Reading,                    # of a text
     text: TextExplorer,            # is shaded by the scores
     report: Report | None,         # that was kept
@@ -146,10 +145,10 @@ def _again(r: Reading, found: Trace) -> Any:
     return ready_prompt(r.live.lm, r.live.context or r.live.tokens.text, answer=found.meta["answer"], by=spans)
 
 # %% ../../nbs/apps/11_workbench.ipynb #b9d9ca2f
-TASKS_BY_PLACE = {"a needle, by depth and length": "grid", "the right document, by place": "middle"}
+_TASKS_BY_PLACE = {"a needle, by depth and length": "grid", "the right document, by place": "middle"}
 
 # %% ../../nbs/apps/11_workbench.ipynb #94fbf616
-def needle_tab(
+def _needle_tab(
     lm: LongModel,                       # LongModel, or None
     n: int,                        # tokens of the text
     report: Report | None,         # that was kept
@@ -158,7 +157,7 @@ def needle_tab(
     from longlens.probes.grid.probe import needle_grid
     from longlens.probes.middle.probe import lost_in_the_middle
     from longlens.apps.needle import PlaceExplorer, grid_places, middle_places
-    what, fine = _menu("what", TASKS_BY_PLACE, "310px"), _menu("places", {"5": 5, "9": 9, "3": 3}, "140px")
+    what, fine = _menu("what", _TASKS_BY_PLACE, "310px"), _menu("places", {"5": 5, "9": 9, "3": 3}, "140px")
 
     def measure(progress: Progress) -> Report:
         most = min(n, lm.max_length or n)
@@ -177,7 +176,7 @@ def needle_tab(
     return Pending("needle", "Needle", says, [what, fine], measure, make, lm, report)
 
 # %% ../../nbs/apps/11_workbench.ipynb #a5eb62b8
-def collapse_tab(
+def _collapse_tab(
     encoder: Any,                  # an Encoder, or None
     report: Report | None,         # that was kept
 ) -> Pending:
@@ -194,7 +193,7 @@ def collapse_tab(
     return Pending("collapse", "Collapse", says, [documents], measure, lambda found: CollapseExplorer(found, encoder), encoder, report)
 
 # %% ../../nbs/apps/11_workbench.ipynb #3377b136
-ABOUT_TEXT = ("heads", "tokens", "trace")    # tabs that a question changes
+_ABOUT_TEXT = ("heads", "tokens", "trace")    # tabs that a question changes
 
 
 class Workbench(App):
@@ -213,7 +212,7 @@ class Workbench(App):
 
     def _turn(self, index: int | None) -> None:
         super()._turn(index)
-        shown = index is not None and self.explorers[index].name in ABOUT_TEXT and text_asked(self.report) is not None
+        shown = index is not None and self.explorers[index].name in _ABOUT_TEXT and text_asked(self.report) is not None
         self.asking.layout.display = None if shown else "none"
 
     if TYPE_CHECKING:
@@ -235,7 +234,7 @@ def _answered(self: Workbench, reading: Reading) -> None:
     "Show the prompt that was made of the question"
     kept = {e.name: {k: v for k, v in e.state().items() if k in ("head", "quantity")} for e in self.explorers if e.name != "trace"}
     reading.meta["view"] = {**kept, "tab": self.explorers[self.tabs.index or 0].name}
-    parts = {e.name: e.report for e in self.explorers if e.name not in ABOUT_TEXT and e.report is not None}
+    parts = {e.name: e.report for e in self.explorers if e.name not in _ABOUT_TEXT and e.report is not None}
     self.open_report(reading, parts)
 
 # %% ../../nbs/apps/11_workbench.ipynb #c27575da
@@ -253,9 +252,9 @@ def explore_reading(
         mine, choice = r.live.lm if r.live else None, Choice(token=len(r.strings) - 1, head=strongest(r.frames["heads"]))
         text = TextExplorer(r, choice)
         out: list[Explorer] = [ReadingExplorer(r, choice), text]
-        if "trace" in parts or (mine and r.live.tokens.text): out.append(trace_tab(r, text, parts.get("trace")))
-        if "needle" in parts or (mine and mine.tokenizer): out.append(needle_tab(mine, len(r.strings), parts.get("needle")))
-        if "collapse" in parts or enc is not None: out.append(collapse_tab(enc, parts.get("collapse")))
+        if "trace" in parts or (mine and r.live.tokens.text): out.append(_trace_tab(r, text, parts.get("trace")))
+        if "needle" in parts or (mine and mine.tokenizer): out.append(_needle_tab(mine, len(r.strings), parts.get("needle")))
+        if "collapse" in parts or enc is not None: out.append(_collapse_tab(enc, parts.get("collapse")))
         return out
     return Workbench(reading, build, "longlens workbench", parts)
 

@@ -20,8 +20,7 @@ from .reducers import DistanceSum, EntropySum, Product, ReceivedSum, Reducer, Sq
 from .logits import TILE, Scores, Tile, check_mask, check_shapes, score_tile, tiles
 
 # %% auto #0
-__all__ = ['LOG2E', 'HIDDEN', 'AttentionOperator', 'span_columns', 'log_windows', 'fused_entropy', 'fused_squares',
-           'fused_received']
+__all__ = ['LOG2E', 'HIDDEN', 'AttentionOperator', 'log_windows', 'fused_entropy', 'fused_squares', 'fused_received']
 
 # %% ../../nbs/attention/06_operator.ipynb #ee28bda1
 class AttentionOperator:
@@ -236,7 +235,7 @@ def alpha(self: AttentionOperator) -> Tensor:  # (batch, heads, n_keys); NaN whe
     return self.received() / seen.masked_fill(seen == 0, torch.nan)
 
 # %% ../../nbs/attention/06_operator.ipynb #fd22bbcf
-def span_columns(
+def _span_columns(
     spans: Mapping[str, tuple[int, int]],  # name -> (start, stop) in tokens
     n_keys: int,  # tokens there are
     dtype: torch.dtype = torch.float32,  # of the columns
@@ -257,7 +256,7 @@ def span_mass(
     spans: Mapping[str, tuple[int, int]],  # name -> (start, stop) in key positions
 ) -> Tensor:  # (batch, heads, n_queries, spans)
     "Attention mass every query puts on each span"
-    return self.matmul(span_columns(spans, self.shape[3], self.scores.dtype).to(self.scores.q.device))
+    return self.matmul(_span_columns(spans, self.shape[3], self.scores.dtype).to(self.scores.q.device))
 
 # %% ../../nbs/attention/06_operator.ipynb #68279187
 def log_windows(

@@ -19,8 +19,8 @@ from longlens.charts.base import (
 )
 
 # %% auto #0
-__all__ = ['colour_scale', 'head_map', 'bin_positions', 'position_profile', 'summarise', 'line_layers', 'line_series',
-           'spread_text', 'length_curve', 'layer_profile', 'bars', 'arrange']
+__all__ = ['colour_scale', 'head_map', 'position_profile', 'summarise', 'line_layers', 'line_series', 'spread_text',
+           'length_curve', 'layer_profile', 'bars', 'arrange']
 
 # %% ../../nbs/charts/01_common.ipynb #cb5077aa
 def _grid(frame: pl.DataFrame, value: str) -> pl.DataFrame:    # every layer with every head; null: not measured
@@ -95,7 +95,7 @@ def _reading(known: pl.DataFrame, lost: pl.DataFrame, threshold: float | None, u
     return text + (f" Grey: not measured ({lost.height:,})." if lost.height else "")
 
 # %% ../../nbs/charts/01_common.ipynb #d9f9fa6e
-def bin_positions(
+def _bin_positions(
     frame: pl.DataFrame,    # columns position, value, peak
     bins: int = 300,        # at most so many
     log: bool = False,      # bins that grow with the position, single tokens at the start
@@ -195,7 +195,7 @@ def position_profile(
 ) -> alt.LayerChart:
     "A value along the text: its mean, and the highest, so that no single token is averaged away"
     rows = _positions(frame, value, position, peak or value, log_value)
-    few = bin_positions(rows, bins, log).with_columns(middle=(pl.col("first") + pl.col("last")) / 2, end=pl.col("last") + 1)
+    few = _bin_positions(rows, bins, log).with_columns(middle=(pl.col("first") + pl.col("last")) / 2, end=pl.col("last") + 1)
     one = pl.col("first") == pl.col("last")
     few = few.with_columns(where=pl.when(one).then(pl.col("first").cast(pl.String)).otherwise(pl.format("{} to {}", "first", "last")))
     n, what = rows["position"].max() + 1, label(name or value, unit)

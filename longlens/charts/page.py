@@ -23,10 +23,8 @@ from ..report import Report, atomic_write
 from ..text import visible
 
 # %% auto #0
-__all__ = ['INK', 'PAGE', 'MANY', 'Part', 'NO_SCRIPT', 'Section', 'sections_of', 'say', 'paragraphs', 'table_html', 'as_json',
-           'drawing', 'apart', 'beside', 'figure', 'section_html', 'facts', 'leaves', 'run_html', 'all_findings_html',
-           'findings_html', 'contents_html', 'vega_script', 'static', 'policy', 'scripts_html', 'part_html',
-           'page_html', 'write_page']
+__all__ = ['PAGE', 'Part', 'Section', 'sections_of', 'say', 'paragraphs', 'table_html', 'as_json', 'drawing', 'apart', 'beside',
+           'figure', 'facts', 'leaves', 'vega_script', 'static', 'policy', 'page_html', 'write_page']
 
 # %% ../../nbs/charts/06_page.ipynb #a01e0ce3
 @dataclass
@@ -94,14 +92,14 @@ def as_json(
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 # %% ../../nbs/charts/06_page.ipynb #6b5b2a4d
-INK = "currentColor"
+_INK = "currentColor"
 PAGE = {    # Vega-Lite's config: ink from the page
     "background": "transparent",
-    "axis": {"labelColor": INK, "titleColor": INK, "gridColor": INK, "gridOpacity": 0.12, "domainColor": INK, "domainOpacity": 0.5,
-             "tickColor": INK, "tickOpacity": 0.5},
-    "legend": {"labelColor": INK, "titleColor": INK}, "header": {"labelColor": INK, "titleColor": INK},
-    "title": {"color": INK, "subtitleColor": INK}, "text": {"color": INK}, "rule": {"color": INK},
-    "view": {"stroke": INK, "strokeOpacity": 0.25},
+    "axis": {"labelColor": _INK, "titleColor": _INK, "gridColor": _INK, "gridOpacity": 0.12, "domainColor": _INK, "domainOpacity": 0.5,
+             "tickColor": _INK, "tickOpacity": 0.5},
+    "legend": {"labelColor": _INK, "titleColor": _INK}, "header": {"labelColor": _INK, "titleColor": _INK},
+    "title": {"color": _INK, "subtitleColor": _INK}, "text": {"color": _INK}, "rule": {"color": _INK},
+    "view": {"stroke": _INK, "strokeOpacity": 0.25},
     "font": "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', 'Liberation Sans', sans-serif",
 }
 
@@ -111,7 +109,7 @@ def _over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:   
     return {**base, **own, **both}
 
 # %% ../../nbs/charts/06_page.ipynb #6d65ef9d
-MANY = 3000    # marks: above this, a chart is drawn on a canvas, below it as SVG
+_MANY = 3000    # marks: above this, a chart is drawn on a canvas, below it as SVG
 
 
 def drawing(
@@ -122,7 +120,7 @@ def drawing(
     with alt.data_transformers.enable("default", max_rows=None): spec = chart.to_dict()
     spec["config"] = _over(PAGE, spec.get("config", {}))
     rows = max(map(len, spec.get("datasets", {}).values()), default=0)
-    return {"spec": spec, "renderer": "canvas" if rows > MANY else "svg"}
+    return {"spec": spec, "renderer": "canvas" if rows > _MANY else "svg"}
 
 # %% ../../nbs/charts/06_page.ipynb #472c1314
 def apart(
@@ -162,7 +160,7 @@ def figure(
     return f'<figure class="{pairs}" aria-label="{say(section.title, 200)}">{"".join(places)}</figure>'
 
 # %% ../../nbs/charts/06_page.ipynb #9c8b1727
-def section_html(
+def _section_html(
     section: Section,               # what to show
     anchor: str,                    # its id
     level: int,                     # of its heading
@@ -199,7 +197,7 @@ def leaves(
     else: yield path, value if isinstance(value, str) else json.dumps(value)
 
 
-def run_html(
+def _run_html(
     report: Report,    # any report
 ) -> str:              # HTML
     "What was run, as a table"
@@ -210,8 +208,8 @@ def run_html(
 
 
 def _folded(reports: Sequence[Report]) -> str:
-    if len(reports) == 1: return run_html(reports[0])
-    return "".join(f"<details><summary>{say(_name(r))}</summary>{run_html(r)}</details>" for r in reports)
+    if len(reports) == 1: return _run_html(reports[0])
+    return "".join(f"<details><summary>{say(_name(r))}</summary>{_run_html(r)}</details>" for r in reports)
 
 
 def _name(report: Report) -> str:    # its title, or ToyReport: Toy report; with the method, if there is one
@@ -223,7 +221,7 @@ def _name(report: Report) -> str:    # its title, or ToyReport: Toy report; with
 def _list(lines: Sequence[str]) -> str: return f'<ul>{"".join(f"<li>{say(line)}</li>" for line in lines)}</ul>'
 
 
-def all_findings_html(
+def _all_findings_html(
     report: Report,    # any report
 ) -> str:              # HTML; nothing, where its highlights are all
     "The findings that a page does not begin with, with those that it does, folded"
@@ -232,7 +230,7 @@ def all_findings_html(
     return f"<details class='found'><summary>All {len(found)} findings</summary>{_list(found)}</details>"
 
 
-def findings_html(
+def _findings_html(
     reports: Sequence[Report],    # those of the page
     few: int = 6,                 # so many of a single report are all shown
 ) -> str:                         # HTML
@@ -241,14 +239,14 @@ def findings_html(
         return f'<div class="probe"><h3><a href="#report-{i}">{say(_name(report))}</a></h3>{_list(report.highlights())}</div>'
     if len(reports) > 1: main = "".join(told(i, r) for i, r in enumerate(reports, 1))
     elif len(found := reports[0].findings()) <= few: main = _list(found)
-    else: main = _list(reports[0].highlights()) + all_findings_html(reports[0])
+    else: main = _list(reports[0].highlights()) + _all_findings_html(reports[0])
     return f'<section class="findings"><h2>Main findings</h2>{main}</section>'
 
 # %% ../../nbs/charts/06_page.ipynb #2f6a90d4
 Part = tuple[str, list[tuple[str, str]]]    # what a report is called; anchor and title of each of its sections
 
 
-def contents_html(
+def _contents_html(
     parts: Sequence[Part],    # of the page
     least: int = 4,           # fewer sections need no list
 ) -> str:                     # HTML
@@ -284,7 +282,7 @@ def policy(
     return f"default-src 'none'; script-src {sums}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
 # %% ../../nbs/charts/06_page.ipynb #3c1f0b7a
-def scripts_html(
+def _scripts_html(
     drawings: list[dict[str, Any]],    # all charts of the page
     texts: list[dict[str, Any]],       # all shaded texts
 ) -> tuple[str, list[str]]:            # HTML; what the policy must allow
@@ -296,7 +294,7 @@ def scripts_html(
     return "\n".join([data, *code]), charts + module
 
 # %% ../../nbs/charts/06_page.ipynb #194ce08f
-def part_html(
+def _part_html(
     report: Report,                    # what to show
     number: int,                       # of the report on its page, from 1; 0: it is the only one
     drawings: list[dict[str, Any]],    # all charts; filled here
@@ -304,12 +302,12 @@ def part_html(
 ) -> tuple[str, Part]:                 # HTML, and what stands in it
     "Every section of a report"
     sections = [(f"section-{number or 1}-{i}", s) for i, s in enumerate(sections_of(report), 1)]
-    head = f'<h2 id="report-{number}">{say(_name(report))}</h2>{all_findings_html(report)}' if number else ""
-    body = "".join(section_html(s, anchor, 3 if number else 2, drawings, texts) for anchor, s in sections)
+    head = f'<h2 id="report-{number}">{say(_name(report))}</h2>{_all_findings_html(report)}' if number else ""
+    body = "".join(_section_html(s, anchor, 3 if number else 2, drawings, texts) for anchor, s in sections)
     return head + body, (_name(report), [(anchor, s.title) for anchor, s in sections])
 
 # %% ../../nbs/charts/06_page.ipynb #772aa488
-NO_SCRIPT = "<noscript><p class='note'>The pictures need JavaScript, which is off here. Words and tables do not.</p></noscript>"
+_NO_SCRIPT = "<noscript><p class='note'>The pictures need JavaScript, which is off here. Words and tables do not.</p></noscript>"
 
 
 def page_html(
@@ -319,9 +317,9 @@ def page_html(
     "Reports as one HTML page that needs no network"
     drawings: list[dict[str, Any]] = []
     texts: list[dict[str, Any]] = []
-    parts = [part_html(r, i if len(reports) > 1 else 0, drawings, texts) for i, r in enumerate(reports, 1)]
+    parts = [_part_html(r, i if len(reports) > 1 else 0, drawings, texts) for i, r in enumerate(reports, 1)]
     body = "".join(html for html, _ in parts)
-    code, scripts = scripts_html(drawings, texts)
+    code, scripts = _scripts_html(drawings, texts)
     style = static("page.css") + static("tokens.css") * bool(texts)
     line = "".join(f"<span>{say(fact, 120)}</span>" for fact in facts(reports[0].meta))
     return f"""<!DOCTYPE html>
@@ -330,8 +328,8 @@ def page_html(
 <meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">
 <title>{say(title, 200)}</title><link rel="icon" href="data:,">
 <style>{style}</style></head>
-<body><header><h1>{say(title, 200)}</h1><p class="facts">{line}</p></header>{NO_SCRIPT if scripts else ""}
-<main>{findings_html(reports)}{contents_html([part for _, part in parts])}{body}
+<body><header><h1>{say(title, 200)}</h1><p class="facts">{line}</p></header>{_NO_SCRIPT if scripts else ""}
+<main>{_findings_html(reports)}{_contents_html([part for _, part in parts])}{body}
 <section id="run"><h2>What was run</h2>{_folded(reports)}</section></main>
 <footer>Made by longlens. This page is one file: nothing is loaded, nothing is sent.</footer>
 {code}

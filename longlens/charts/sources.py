@@ -26,8 +26,7 @@ from ..text import visible
 from .token_view import Shade, TextData, TokenView, quantity_state, as_u32, utf16_at
 
 # %% auto #0
-__all__ = ['Spans', 'READING', 'Box', 'trace_data', 'trace_view', 'trace_section', 'TracePage', 'trace_page', 'spans_page',
-           'cost_chart']
+__all__ = ['Spans', 'READING', 'trace_data', 'trace_view', 'trace_section', 'TracePage', 'trace_page', 'spans_page', 'cost_chart']
 
 # %% ../../nbs/charts/08_sources.ipynb #c95a44d8
 def _source_table(context: str, sources: pl.DataFrame) -> pl.DataFrame:    # in the order of the text
@@ -210,15 +209,15 @@ def _part_of(answer: pl.DataFrame) -> tuple[int, int]:    # tokens of the answer
     return int(at[0]), int(at[-1]) + 1
 
 # %% ../../nbs/charts/08_sources.ipynb #c7305665
-Box = tuple[float, float, float, float]    # left, right, top, bottom, in pixels
+_Box = tuple[float, float, float, float]    # left, right, top, bottom, in pixels
 
 
-def _boxes(points: Sequence[tuple[float, float, float, float]]) -> list[Box]:
+def _boxes(points: Sequence[tuple[float, float, float, float]]) -> list[_Box]:
     "What is drawn at each point (x, y, top and bottom of its interval)"
     return [(x - 6, x + 6, min(top, y - 6), max(bottom, y + 6)) for x, y, top, bottom in points]
 
 
-def _front(points: Sequence[tuple[float, float]]) -> list[Box]:
+def _front(points: Sequence[tuple[float, float]]) -> list[_Box]:
     "The steps that join points from left to right"
     flat = [(a, c, b - 1, b + 1) for (a, b), (c, _) in pairwise(points)]
     return flat + [(c - 1, c + 1, min(b, d), max(b, d)) for (_, b), (c, d) in pairwise(points)]
@@ -229,7 +228,7 @@ def _spots(
     texts: Sequence[str],     # what is to be written beside each
     width: float,             # of the plot
     height: float,
-    others: Sequence[Box],    # what else is drawn
+    others: Sequence[_Box],    # what else is drawn
 ) -> list[tuple[float, float, str]]:    # where each text begins (align "left") or ends ("right"), and the middle of its line
     "Places for labels, none over another, a point, an interval or a line, as near as there is room"
     taken, found = [*_boxes(points), *others], []

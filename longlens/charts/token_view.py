@@ -19,8 +19,8 @@ from traitlets import Dict, HasTraits, Int, List, TraitError, Unicode, observe, 
 from .page import as_json, static
 
 # %% auto #0
-__all__ = ['KINDS', 'EMPTY', 'MOST_SPANS', 'Shade', 'quantity_state', 'utf16', 'utf16_at', 'as_u32', 'TextData', 'token_data',
-           'TokenView', 'token_view', 'text_html', 'tokens_html']
+__all__ = ['KINDS', 'Shade', 'quantity_state', 'utf16', 'utf16_at', 'as_u32', 'TextData', 'token_data', 'TokenView', 'token_view',
+           'text_html']
 
 # %% ../../nbs/charts/07_token_view.ipynb #5b2f1c36
 KINDS = "sequential", "diverging", "log"
@@ -97,7 +97,7 @@ def _pieces(tokens: Any) -> tuple[list[str], list[str]]:    # what stands before
     return gaps, strings
 
 # %% ../../nbs/charts/07_token_view.ipynb #386c4c17
-EMPTY = "∅"    # stands for a token that says nothing
+_EMPTY = "∅"    # stands for a token that says nothing
 
 
 def _token_context(tokens: Any) -> dict[str, Any]:
@@ -106,9 +106,9 @@ def _token_context(tokens: Any) -> dict[str, Any]:
     gaps, strings = _pieces(tokens)
     if not strings: raise ValueError("there are no tokens to show")
     empty = [i for i, s in enumerate(strings) if not s]
-    text = "".join(part for gap, s in zip(gaps, strings, strict=True) for part in (gap, s or EMPTY))
-    ends = np.cumsum([len(g) + len(s or EMPTY) for g, s in zip(gaps, strings, strict=True)])
-    starts = ends - [len(s or EMPTY) for s in strings]
+    text = "".join(part for gap, s in zip(gaps, strings, strict=True) for part in (gap, s or _EMPTY))
+    ends = np.cumsum([len(g) + len(s or _EMPTY) for g, s in zip(gaps, strings, strict=True)])
+    starts = ends - [len(s or _EMPTY) for s in strings]
     at = {name: as_u32(utf16_at(text, places)) for name, places in (("starts", starts), ("ends", ends))}
     return {"unit": "token", "text": text, **at, "empty": empty, **({"ids": as_u32(tokens.ids)} if hasattr(tokens, "ids") else {})}
 
@@ -116,7 +116,7 @@ def _token_context(tokens: Any) -> dict[str, Any]:
 def as_u32(numbers: Any) -> bytes: return np.asarray(numbers).astype(np.uint32).tobytes()
 
 # %% ../../nbs/charts/07_token_view.ipynb #2d513d12
-MOST_SPANS = 2000    # in one view
+_MOST_SPANS = 2000    # in one view
 
 
 def _span_rows(spans: Mapping[str, Any], n: int, colours: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
@@ -126,7 +126,7 @@ def _span_rows(spans: Mapping[str, Any], n: int, colours: Mapping[str, str] | No
     if unknown: raise ValueError(f"a colour for {min(unknown)!r}, which is no span: there are {', '.join(spans)}")
     wrong = [c for c in colours.values() if not re.fullmatch("#[0-9a-fA-F]{6}", c)]
     if wrong: raise ValueError(f"{wrong[0]!r} is no colour such as '#d55e00'")
-    if len(spans) > MOST_SPANS: raise ValueError(f"{len(spans):,} spans, and {MOST_SPANS:,} can be shown: leave some out")
+    if len(spans) > _MOST_SPANS: raise ValueError(f"{len(spans):,} spans, and {_MOST_SPANS:,} can be shown: leave some out")
     rows = []
     for name, span in spans.items():
         a, b = (span.start, span.stop) if isinstance(span, range) else map(int, span)
@@ -283,7 +283,7 @@ def text_html(
             f'<script type="module">{static("tokens.js")}\nmountAll("{name}");</script>')
 
 # %% ../../nbs/charts/07_token_view.ipynb #142ca541
-def tokens_html(
+def _tokens_html(
     tokens: Any,    # a Context, Tokens, or a list of strings
     quantities: Mapping[str, Any] | None = None,    # name -> numbers (n,) or a Shade
     spans: Mapping[str, Any] | None = None,         # name -> range, or (start, stop), of token positions; None: those of a Context

@@ -18,10 +18,8 @@ from typing import Any
 from ..models.forward import LongModel
 
 # %% auto #0
-__all__ = ['REPORTS', 'ENCODER_REPORTS', 'MENDABLE', 'parser', 'read_text', 'first_tokens', 'example_text', 'check_path',
-           'load_model', 'the_encoder', 'sinks_report', 'check_size', 'heads_report', 'middle_report', 'grid_report',
-           'needle_trace', 'text_documents', 'collapse_lengths', 'collapse_report', 'probes', 'chosen', 'measure',
-           'report', 'one_line', 'show', 'main']
+__all__ = ['REPORTS', 'parser', 'read_text', 'load_model', 'the_encoder', 'probes', 'chosen', 'measure', 'report', 'one_line',
+           'show', 'main']
 
 # %% ../../nbs/cli/02_main.ipynb #e2b0fcfa
 def parser() -> argparse.ArgumentParser:
@@ -73,7 +71,7 @@ def read_text(
     return text
 
 # %% ../../nbs/cli/02_main.ipynb #bf4abb74
-def first_tokens(
+def _first_tokens(
     tokens: Any,            # `Tokens`: all of the text
     n: int | None = None,   # how many to keep; None: all
 ) -> Any:                   # `Tokens`: the first n, with the text that they cover
@@ -86,7 +84,7 @@ def first_tokens(
     return replace(tokens, ids=tokens.ids[:n], offsets=tokens.offsets[:n], text=tokens.text[:int(tokens.offsets[n - 1, 1])])
 
 # %% ../../nbs/cli/02_main.ipynb #bd09360e
-def example_text(
+def _example_text(
     lm: LongModel,                # `LongModel`: whose tokens are counted
     n: int | None = None,   # tokens, about; None: 2,048, or as many as the model can read
 ) -> str:                   # always the same for the same model and number
@@ -95,7 +93,7 @@ def example_text(
     return make_example(n_tokens=n or min(2048, lm.max_length or 2048), tokenizer=lm.tokenizer).prompt
 
 # %% ../../nbs/cli/02_main.ipynb #b8809eca
-def check_path(
+def _check_path(
     model: str | None,    # what was asked for
 ) -> None:
     "Raise if it looks like a folder and is none"
@@ -108,7 +106,7 @@ def load_model(
 ) -> Any:                         # `LongModel`
     "The model that was asked for"
     import longlens
-    check_path(asked.model)
+    _check_path(asked.model)
     given = {key: getattr(asked, key) for key in ("device", "dtype") if getattr(asked, key)}
     if asked.allow_longer: given["allow_longer"] = True
     return longlens.load(*([asked.model] if asked.model else []), **given)
@@ -119,12 +117,12 @@ def the_encoder(
 ) -> Any:                         # `Encoder`
     "The text encoder that was asked for; MiniLM, where none is named"
     import longlens
-    check_path(asked.encoder)
+    _check_path(asked.encoder)
     given = {key: getattr(asked, key) for key in ("device", "dtype", "max_length") if getattr(asked, key) is not None}
     return longlens.load_encoder(*([asked.encoder] if asked.encoder else []), **given)
 
 # %% ../../nbs/cli/02_main.ipynb #391447bc
-def sinks_report(
+def _sinks_report(
     lm: LongModel,        # `LongModel`
     tokens: Any,    # `Tokens`: the text
     **_: Any,
@@ -134,7 +132,7 @@ def sinks_report(
     return longlens.attention_sinks(lm, [tokens], progress=True)
 
 # %% ../../nbs/cli/02_main.ipynb #c6e9170d
-def check_size(
+def _check_size(
     n: int,             # tokens of the text
     names: list[str],   # of probes
 ) -> None:
@@ -169,7 +167,7 @@ def _lengths(lm: LongModel, n: int) -> list[int]:    # a quarter, a half and all
     return sorted({max(least, n // k) for k in (4, 2, 1)})
 
 
-def heads_report(
+def _heads_report(
     lm: LongModel,        # `LongModel`
     tokens: Any,    # `Tokens`: the text
     **how: Any,     # out, engine, progress
@@ -180,7 +178,7 @@ def heads_report(
                                     haystack=_haystack(lm, tokens, "heads"), control=tokens.ids[:512], **how)
 
 # %% ../../nbs/cli/02_main.ipynb #56d462ff
-def middle_report(
+def _middle_report(
     lm: LongModel,        # `LongModel`
     tokens: Any,    # `Tokens`: the text, of which the length counts
     **how: Any,     # out, engine, progress
@@ -199,7 +197,7 @@ def middle_report(
     return longlens.lost_in_the_middle(lm, fact_questions(10, n, sentences=sentences), positions=5, **how)
 
 
-def grid_report(
+def _grid_report(
     lm: LongModel,        # `LongModel`
     tokens: Any,    # `Tokens`: the text
     **how: Any,     # out, engine, progress
@@ -210,7 +208,7 @@ def grid_report(
     return longlens.needle_grid(lm, _lengths(lm, len(tokens)), (0, 25, 50, 75, 100), trials=2, haystack=haystack, **how)
 
 # %% ../../nbs/cli/02_main.ipynb #a1f0c9d2
-def needle_trace(
+def _needle_trace(
     lm: LongModel,                      # `LongModel`
     tokens: Any,                  # `Tokens`: the text
     out: Path | None = None,      # a folder for scores
@@ -226,7 +224,7 @@ def needle_trace(
     return longlens.trace_context(lm, asked, by="words", size=size, max_new_tokens=32, stop=(".", "\n"), out=out, progress=progress)
 
 # %% ../../nbs/cli/02_main.ipynb #8181ce82
-def text_documents(
+def _text_documents(
     enc: Any,       # `Encoder`, which counts tokens
     text: str,      # paragraphs with an empty line between them
     longest: int,   # tokens of each document, at least
@@ -243,7 +241,7 @@ def text_documents(
                      f"with --context")
 
 # %% ../../nbs/cli/02_main.ipynb #e3ea2d80
-def collapse_lengths(
+def _collapse_lengths(
     enc: Any,                      # `Encoder`
     context: int | None = None,    # tokens of the longest documents; None: 512, or as many as it reads
 ) -> tuple[int, ...]:              # tokens
@@ -260,7 +258,7 @@ def collapse_lengths(
     return tuple(n for k in (16, 8, 4, 2, 1) if (n := context // k) >= 8)
 
 # %% ../../nbs/cli/02_main.ipynb #d246dd97
-def collapse_report(
+def _collapse_report(
     enc: Any,                      # `Encoder`
     text: str | None = None,       # documents are made of it; None: of generated filler
     context: int | None = None,    # tokens of the longest documents; None: 512, or as many as it reads
@@ -272,10 +270,10 @@ def collapse_report(
     "What length does to embeddings"
     import longlens
     from longlens.probes.collapse.inputs import room
-    most, lengths = room(enc, None), collapse_lengths(enc, context)
+    most, lengths = room(enc, None), _collapse_lengths(enc, context)
     ways = [w.strip() for w in windows.split(",") if w.strip()] if windows else []
     longest = 2 * (enc.positions_limit or enc.max_length or 0) if ways else lengths[-1]
-    texts, paragraphs = (None, []) if text is None else text_documents(enc, text, longest)
+    texts, paragraphs = (None, []) if text is None else _text_documents(enc, text, longest)
     fit = [p for p in paragraphs if most is None or len(enc._tokenize([p])["input_ids"][0]) <= most]
     how |= dict(documents=24, candidates=50) if quick else {}
     if questions is not None: how["questions"] = questions
@@ -283,9 +281,9 @@ def collapse_report(
     return longlens.length_collapse(enc, texts, lengths, natural=fit if len(fit) >= 8 else None, **how)
 
 # %% ../../nbs/cli/02_main.ipynb #aedd0f56
-REPORTS = {"sinks": sinks_report, "heads": heads_report, "middle": middle_report, "grid": grid_report,    # on a language model
-           "trace": needle_trace}
-ENCODER_REPORTS = {"collapse": collapse_report}    # on a text encoder
+REPORTS = {"sinks": _sinks_report, "heads": _heads_report, "middle": _middle_report, "grid": _grid_report,    # on a language model
+           "trace": _needle_trace}
+_ENCODER_REPORTS = {"collapse": _collapse_report}    # on a text encoder
 
 
 def probes(
@@ -293,7 +291,7 @@ def probes(
 ) -> list[str]:
     "Which probes to run"
     names = [n.strip() for n in asked.split(",") if n.strip()]
-    known = [*REPORTS, *ENCODER_REPORTS]
+    known = [*REPORTS, *_ENCODER_REPORTS]
     if not names: raise ValueError(f"--probes is empty: choose among {', '.join(known)}")
     for n in names:
         if n not in known: raise ValueError(f"--probes {asked}: there is no probe {n!r}, only {', '.join(known)}")
@@ -305,14 +303,14 @@ def chosen(
 ) -> list[str]:                   # names of probes
     "The probes that were asked for, or that are meant where none is named"
     nothing = not (asked.model or asked.text or asked.context) and asked.encoder is None
-    both = [*REPORTS, *(ENCODER_REPORTS if nothing and _packaged() else ())]
-    names = probes(asked.probes) if asked.probes is not None else both if asked.encoder is None else [*ENCODER_REPORTS]
-    if asked.encoder is not None and not set(names) & set(ENCODER_REPORTS):
+    both = [*REPORTS, *(_ENCODER_REPORTS if nothing and _packaged() else ())]
+    names = probes(asked.probes) if asked.probes is not None else both if asked.encoder is None else [*_ENCODER_REPORTS]
+    if asked.encoder is not None and not set(names) & set(_ENCODER_REPORTS):
         raise ValueError("--encoder is measured by collapse: add it to --probes, or leave --probes out")
     for name in ("questions", "windows", "max_length"):
-        if getattr(asked, name) is not None and not set(names) & set(ENCODER_REPORTS):
+        if getattr(asked, name) is not None and not set(names) & set(_ENCODER_REPORTS):
             raise ValueError(f"--{name.replace('_', '-')} is for collapse: add --encoder, or collapse to --probes")
-    if set(names) <= set(ENCODER_REPORTS):
+    if set(names) <= set(_ENCODER_REPORTS):
         if asked.model: raise ValueError(f"{asked.model} would not be measured: name the encoder with --encoder, or more --probes")
         if asked.engine != "local" or asked.allow_longer:
             raise ValueError("--engine and --allow-longer are for language models, not encoders")
@@ -335,9 +333,9 @@ def measure(
     given, quick = text, asked.probes is None and len(names) > 1
     if any(n in REPORTS for n in names):
         lm = load_model(asked)
-        tokens = first_tokens(lm.tokens(text, allow_longer=True), asked.context) if text else example_text(lm, asked.context)
+        tokens = _first_tokens(lm.tokens(text, allow_longer=True), asked.context) if text else _example_text(lm, asked.context)
         tokens = lm.tokens(tokens)    # says so now, if they are too many
-        check_size(len(tokens), names)
+        _check_size(len(tokens), names)
         text = tokens.text
         title.append(f"{lm.name}, {len(tokens):,} tokens")
         print(f"{lm.name} reads {len(tokens):,} tokens", flush=True)
@@ -346,7 +344,7 @@ def measure(
         print(f"{enc.name} reads documents", flush=True)
     for n in names:
         made[n] = REPORTS[n](lm, tokens, engine=asked.engine, **how) if n in REPORTS else \
-            ENCODER_REPORTS[n](enc, given, asked.context, quick, asked.questions, asked.windows, **how)
+            _ENCODER_REPORTS[n](enc, given, asked.context, quick, asked.questions, asked.windows, **how)
     return made, "; ".join(title), text
 
 # %% ../../nbs/cli/02_main.ipynb #7dd116c3
@@ -358,7 +356,7 @@ def report(
     from longlens.sweeps.store import open_store
     free_place(asked.out, asked.overwrite)
     names, text = chosen(asked), read_text(asked.text) if asked.text else None
-    enc = the_encoder(asked) if set(names) & set(ENCODER_REPORTS) else None    # what is missing is said before anything runs
+    enc = the_encoder(asked) if set(names) & set(_ENCODER_REPORTS) else None    # what is missing is said before anything runs
     if asked.results: open_store(asked.results)
     made, title, text = measure(asked, names, text, enc)
 
@@ -372,13 +370,13 @@ def report(
     return asked.out / "index.html"
 
 # %% ../../nbs/cli/02_main.ipynb #1aa75956
-MENDABLE = OSError, ValueError, LookupError, ArithmeticError, MemoryError, ImportError
+_MENDABLE = OSError, ValueError, LookupError, ArithmeticError, MemoryError, ImportError
 
 
 def one_line(error: BaseException) -> str:
     "What went wrong, in the command's words"
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    if not isinstance(error, MENDABLE): said = f"{type(error).__name__}: {said} (--debug shows where)"
+    if not isinstance(error, _MENDABLE): said = f"{type(error).__name__}: {said} (--debug shows where)"
     said = re.sub(r"\b(overwrite|allow_longer)=True", lambda m: "--" + m[1].replace("_", "-"), said)
     return re.sub(r"\b(?:answer_)?(answer|span|heads|budget|by|size|windows)=(?=[\s,;:)]|$)", r"--\1", said)
 
@@ -401,6 +399,6 @@ def main(
     except Exception as error:
         if asked.debug: traceback.print_exc()
         print(f"longlens: {one_line(error)}", file=sys.stderr)
-        return 2 if isinstance(error, MENDABLE) else 1
+        return 2 if isinstance(error, _MENDABLE) else 1
     if asked.open and page is not None: show(page)
     return 0

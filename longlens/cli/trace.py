@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['FEWEST', 'add_trace_command', 'trace_inputs', 'trace_settings', 'methods_asked', 'way_to_cut', 'plain_warnings',
-           'traces', 'trace_command']
+__all__ = ['add_trace_command', 'traces', 'trace_command']
 
 # %% ../../nbs/cli/01_trace.ipynb #82e888db
 def add_trace_command(
@@ -67,7 +66,7 @@ def _add_run(one: argparse.ArgumentParser) -> None:
     add("--debug", action="store_true", help="when something goes wrong, show where")
 
 # %% ../../nbs/cli/01_trace.ipynb #1f9fc63c
-def trace_inputs(
+def _trace_inputs(
     asked: argparse.Namespace,    # context, question, model
 ) -> tuple[str | list[str], str]:    # a text or documents, and the question
     "What the model is asked about; an example for needle-lm, if nothing is given"
@@ -82,7 +81,7 @@ def trace_inputs(
     return (texts[0] if len(texts) == 1 else texts), asked.question
 
 
-def trace_settings(
+def _trace_settings(
     given: list[str],    # KEY=VALUE
 ) -> dict[str, Any]:
     "Settings of a method; numbers and lists are read as JSON, anything else is a text"
@@ -95,14 +94,14 @@ def trace_settings(
     return out
 
 # %% ../../nbs/cli/01_trace.ipynb #f91e25df
-def methods_asked(
+def _methods_asked(
     asked: argparse.Namespace,       # method, set
 ) -> dict[str, dict[str, Any]]:      # name of a method -> its settings
     "The methods, each with the settings that it has"
     from dataclasses import fields
 
     from longlens.probes.traceback.tracer import find_tracer, load_methods
-    known, settings = load_methods(), trace_settings(asked.set)
+    known, settings = load_methods(), _trace_settings(asked.set)
     names = list(dict.fromkeys(n.strip() for n in (asked.method or "loo").split(",") if n.strip()))
     if not names: raise ValueError(f"--method is empty: choose among {', '.join(known)}")
     has = {n: {f.name for f in fields(find_tracer(n))} for n in names}    # type: ignore[arg-type]
@@ -117,10 +116,10 @@ def methods_asked(
     return made
 
 # %% ../../nbs/cli/01_trace.ipynb #5d776bca
-FEWEST = 3    # sources that are worth comparing
+_FEWEST = 3    # sources that are worth comparing
 
 
-def way_to_cut(
+def _way_to_cut(
     context: str | list[str],     # a text, or documents
     asked: argparse.Namespace,    # by, size
 ) -> str | None:                  # `by` of `trace_prompt`
@@ -128,14 +127,14 @@ def way_to_cut(
     from longlens.probes.traceback.sources import cut_context
     if asked.by is not None or asked.size is not None or not isinstance(context, str): return asked.by
     few, finer = len(cut_context(context)), len(cut_context(context, "sentences"))
-    if few >= FEWEST or finer <= few: return None
+    if few >= _FEWEST or finer <= few: return None
     many = "one source" if few == 1 else f"{few} sources"
     print(f"every sentence is a source, {finer:,} in all: 100 words each would make {many} (--by words cuts so)", flush=True)
     return "sentences"
 
 # %% ../../nbs/cli/01_trace.ipynb #b31b7a08
 @contextmanager
-def plain_warnings() -> Iterator[None]:
+def _plain_warnings() -> Iterator[None]:
     "Warnings as lines of the command, not of Python"
     from longlens.cli.main import one_line
     from longlens.probes.traceback.probe import LargeTrace
@@ -153,9 +152,9 @@ def traces(
     from longlens.cli.main import load_model
     from longlens.probes.traceback.prompts import trace_prompt
     from longlens.text import visible
-    (context, question), methods = trace_inputs(asked), methods_asked(asked)    # what is wrong is said before a model is loaded
+    (context, question), methods = _trace_inputs(asked), _methods_asked(asked)    # what is wrong is said before a model is loaded
     heads = None if asked.heads is None else longlens.Report.load(asked.heads)
-    lm, by = load_model(asked), way_to_cut(context, asked)
+    lm, by = load_model(asked), _way_to_cut(context, asked)
     print(f"{visible(lm.name, 200)} is asked: {visible(question, 1000)}", flush=True)    # a terminal would obey what is hidden in them
     named = [f"{i} {visible(str(f), 200)}" for i, f in enumerate(asked.context or ())]
     if len(named) > 1: print(f"documents: {', '.join(named)}", flush=True)
@@ -167,7 +166,7 @@ def traces(
         costs = {n: longlens.trace_context(lm, context, question, method=n, **draft, **how, **own) for n, own in methods.items()}
         if asked.dry_run: return costs
     prompt = trace_prompt(lm, context, question, asked.answer, answer_span=asked.span, **put)
-    with plain_warnings(): return {n: longlens.trace_context(lm, prompt, method=n, **how, **own) for n, own in methods.items()}
+    with _plain_warnings(): return {n: longlens.trace_context(lm, prompt, method=n, **how, **own) for n, own in methods.items()}
 
 # %% ../../nbs/cli/01_trace.ipynb #d9322a5d
 def trace_command(

@@ -23,11 +23,11 @@ from .base import Intervention, check_heads, intervene, served_heads
 from ..attention.masks import Stream, positions, real_queries
 
 # %% auto #0
-__all__ = ['MODES', 'Ablate', 'ablate', 'mean_outputs', 'Streaming', 'streaming', 'Turner', 'LambdaMask', 'lambda_mask',
-           'Temperature', 'temperature', 'span_ends', 'ScaleSpans', 'scale_spans']
+__all__ = ['Ablate', 'ablate', 'mean_outputs', 'Streaming', 'streaming', 'Turner', 'LambdaMask', 'lambda_mask', 'Temperature',
+           'temperature', 'span_ends', 'ScaleSpans', 'scale_spans']
 
 # %% ../../nbs/interventions/01_heads.ipynb #1eb21931
-MODES = ("zero", "mean", "uniform")
+_MODES = ("zero", "mean", "uniform")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Ablate(Intervention):
     name: ClassVar[str] = "ablate"
 
     def prepare(self, model: Any) -> Ablate:
-        if self.mode not in MODES: raise ValueError(f"mode is {', '.join(MODES)}, not {self.mode!r}")
+        if self.mode not in _MODES: raise ValueError(f"mode is {', '.join(_MODES)}, not {self.mode!r}")
         if self.mode == "mean" and self.means is None:
             raise ValueError('mode "mean" needs the means to put there: pass reference=, texts that are like yours, to ablate()')
         return replace(self, heads=check_heads(model, self.heads))

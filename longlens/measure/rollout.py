@@ -20,10 +20,10 @@ from .statistic import Call, Statistic, check_queries, missing_queries, register
 from .statistics import SpanMass, inside_spans, missing_spans
 
 # %% auto #0
-__all__ = ['BLOCK', 'rolled', 'Rollout']
+__all__ = ['rolled', 'Rollout']
 
 # %% ../../nbs/measure/05_rollout.ipynb #54cac477
-BLOCK = 2**24  # numbers that the products of all heads may hold at a time
+_BLOCK = 2**24  # numbers that the products of all heads may hold at a time
 
 
 def rolled(
@@ -33,7 +33,7 @@ def rolled(
 ) -> Tensor:  # (batch, n_queries, columns)
     "(1 - skip) mean_h(P_h X) + skip X (Abnar and Zuidema 2020, section 3)"
     (b, h, nq, _), first = op.shape, op.mask.offset
-    blocks = -(-x.shape[-1] * b * h * nq // BLOCK)
+    blocks = -(-x.shape[-1] * b * h * nq // _BLOCK)
     mixed = torch.cat([op.matmul(part).mean(1) for part in x.tensor_split(min(blocks, x.shape[-1]), -1)], -1)
     return mixed.mul_(1 - skip).add_(x[:, first:first + nq], alpha=skip)
 

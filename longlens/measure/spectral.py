@@ -20,8 +20,7 @@ from ..attention.reducers import ReceivedSum, TransposedProduct
 from ..attention.logits import TILE, Tile, score_tile, tiles
 
 # %% auto #0
-__all__ = ['ROUNDING', 'CenteredLanczos', 'TopSingular', 'check_whole', 'top_singular', 'collapse_rate', 'SpectralNorm',
-           'TokenSpread']
+__all__ = ['CenteredLanczos', 'TopSingular', 'check_whole', 'top_singular', 'collapse_rate', 'SpectralNorm', 'TokenSpread']
 
 # %% ../../nbs/measure/04_spectral.ipynb #2ed71431
 def _row_blocks(op: AttentionOperator, wanted: Callable[[Tile], bool]) -> Iterator[tuple[Tile, Tensor]]:
@@ -47,7 +46,7 @@ def _both_products(op: AttentionOperator, v: Tensor, off: Tensor, active: Tensor
     return y, z
 
 # %% ../../nbs/measure/04_spectral.ipynb #bc018a60
-ROUNDING = 32  # times the machine epsilon and the norm of P: what rounding of the weights may do to a singular value
+_ROUNDING = 32  # times the machine epsilon and the norm of P: what rounding of the weights may do to a singular value
 
 
 def _unit(x: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,7 +172,7 @@ def _run(lanczos: CenteredLanczos, iterations: int, tol: float, samples: Sequenc
     active = torch.zeros(lanczos.op.shape[:2], dtype=torch.bool)
     active[slice(None) if samples is None else list(samples)] = True
     value, residual = torch.full_like(active, torch.nan, dtype=torch.float64), torch.full_like(active, torch.nan, dtype=torch.float64)
-    floor, eps, steps = ROUNDING * lanczos.floor.cpu().double(), torch.finfo(lanczos.v.dtype).eps, active.long()
+    floor, eps, steps = _ROUNDING * lanczos.floor.cpu().double(), torch.finfo(lanczos.v.dtype).eps, active.long()
     for k in range(1, iterations + 1):
         lanczos.step(active)
         if k % (1 + k // 10) and k < iterations: continue  # looked at less and less often
@@ -182,7 +181,7 @@ def _run(lanczos: CenteredLanczos, iterations: int, tol: float, samples: Sequenc
         steps[active] = k
         active &= ~(residual <= torch.maximum(tol * value, floor))
         if not active.any(): break
-    return TopSingular(value, residual + floor + ROUNDING * eps * value, steps, ~active)
+    return TopSingular(value, residual + floor + _ROUNDING * eps * value, steps, ~active)
 
 # %% ../../nbs/measure/04_spectral.ipynb #fb9c0a61
 def collapse_rate(

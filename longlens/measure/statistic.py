@@ -18,11 +18,11 @@ from ..attention.operator import AttentionOperator
 from ..attention.reducers import Reducer
 
 # %% auto #0
-__all__ = ['STATISTICS', 'MAX_ROWS', 'narrow_operator', 'Call', 'Statistic', 'register', 'check_rows', 'tidy', 'layer_table',
-           'check_queries', 'missing_queries', 'RowStatistic']
+__all__ = ['STATISTICS', 'MAX_ROWS', 'Call', 'Statistic', 'register', 'check_rows', 'tidy', 'layer_table', 'check_queries',
+           'missing_queries', 'RowStatistic']
 
 # %% ../../nbs/measure/00_statistic.ipynb #4a7ddaba
-def narrow_operator(
+def _narrow_operator(
     op: AttentionOperator,  # all queries
     first: int,  # first query to keep
     last: int,  # one past the last
@@ -60,7 +60,7 @@ class Call:
         "The same call with only the queries `[first, last)`: nothing is computed for the others"
         if (first, last) == (0, self.op.shape[2]): return self
         if (first, last) not in self._parts:
-            part = Call(self.layer, narrow_operator(self.op, first, last), self.query_pos[:, first:last], self.key_pos)
+            part = Call(self.layer, _narrow_operator(self.op, first, last), self.query_pos[:, first:last], self.key_pos)
             self._parts[first, last] = part
         return self._parts[first, last]
 

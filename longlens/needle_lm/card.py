@@ -23,8 +23,7 @@ from longlens.needle_lm.data import (
 )
 
 # %% auto #0
-__all__ = ['TABLES', 'evaluate', 'bos_attention', 'copying_heads', 'evaluate_without', 'knock_out', 'export_model', 'measure_all',
-           'write_card']
+__all__ = ['TABLES', 'evaluate', 'bos_attention', 'evaluate_without', 'export_model', 'measure_all', 'write_card']
 
 # %% ../../nbs/needle_lm/02_card.ipynb #657851d6
 @torch.no_grad()
@@ -88,7 +87,7 @@ def bos_attention(
 
 # %% ../../nbs/needle_lm/02_card.ipynb #ddf1576d
 @torch.no_grad()
-def copying_heads(
+def _copying_heads(
     model: LlamaForCausalLM, # the model
     examples: Sequence[Example], # questions with one-token answers, short enough to form patterns
     tokenizer: PreTrainedTokenizerFast | None = None, # the stored one if not given
@@ -133,7 +132,7 @@ def evaluate_without(
     with _without(model, heads): return evaluate(model, **questions)
 
 # %% ../../nbs/needle_lm/02_card.ipynb #b55a7001
-def knock_out(
+def _knock_out(
     model: LlamaForCausalLM, # the model
     order: Sequence[tuple[int, int]], # heads, the first of them silenced first
     counts: Sequence[int] = (0, 1, 2, 3, 4, 6, 8), # how many to silence
@@ -187,9 +186,9 @@ def measure_all(
                               for k, m, w in (("kv", 40, 1), ("docs", 8, 1), ("facts", 8, 2), ("facts", 8, 3), ("facts", 24, 1))])
     t["beyond"] = ask(model, lengths=(3072, 4096), depths=(0, 20, 50, 80, 100), n=max(2, n // 2))
     t["sinks"] = bos_attention(model, [filler(12, seed=s) for s in range(32)])
-    t["copying"] = copying_heads(model, [make_example("facts", 256, seed=f"heads-{i}", n_facts=6) for i in range(60)])
+    t["copying"] = _copying_heads(model, [make_example("facts", 256, seed=f"heads-{i}", n_facts=6) for i in range(60)])
     order = list(t["copying"].select("layer", "head").iter_rows())
-    t["knock_out"] = knock_out(model, order, spare=((0, 0), (0, 1)), lengths=(512,), depths=quarters, n=max(2, n // 2))
+    t["knock_out"] = _knock_out(model, order, spare=((0, 0), (0, 1)), lengths=(512,), depths=quarters, n=max(2, n // 2))
     for name, frame in t.items(): frame.write_csv(Path(folder) / f"{name}.csv", float_precision=4)
     return t
 

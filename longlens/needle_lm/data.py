@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 # %% auto #0
-__all__ = ['DATA', 'NAMES', 'VALUES', 'VOCAB_SIZE', 'KINDS', 'needle_lm_path', 'filler', 'train_tokenizer', 'needle_tokenizer',
-           'ids_of', 'Example', 'make_example', 'needle_model']
+__all__ = ['DATA', 'NAMES', 'VALUES', 'VOCAB_SIZE', 'KINDS', 'needle_lm_path', 'filler', 'needle_tokenizer', 'ids_of', 'Example',
+           'make_example', 'needle_model']
 
 # %% ../../nbs/needle_lm/00_data.ipynb #e5e28a07
 DATA = Path(__file__).parent / "data" if "__file__" in globals() else Path("../longlens/data").resolve()
@@ -72,7 +72,7 @@ def _tokenizer_corpus(seed: int) -> Iterator[str]:
     yield from [forms] * 6000
 
 # %% ../../nbs/needle_lm/00_data.ipynb #7cde32b2
-def train_tokenizer(
+def _train_tokenizer(
     seed: int = 0, # seed of the generated part of the corpus
     vocab_size: int = VOCAB_SIZE, # entries, the 256 bytes and three special tokens among them
 ) -> PreTrainedTokenizerFast: # puts <bos> in front by itself

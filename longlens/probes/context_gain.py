@@ -18,7 +18,7 @@ from ..report import Report
 from ..models.forward import LongModel
 
 # %% auto #0
-__all__ = ['GAIN_EXPLAINED', 'GainSettings', 'with_context', 'gain_rows', 'gain_frame', 'enough', 'GainReport', 'context_gain']
+__all__ = ['GainSettings', 'enough', 'GainReport', 'context_gain']
 
 # %% ../../nbs/probes/03_context_gain.ipynb #d4717552
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def _front(lm: LongModel, ids: Tensor) -> int:
     return next((i for i, x in enumerate(ids.tolist()) if x not in special), len(ids))
 
 
-def with_context(
+def _with_context(
     ids: Tensor,  # a text, (n,)
     window: int,  # tokens of context
     targets: int,  # tokens at its end, which are predicted
@@ -54,7 +54,7 @@ def with_context(
     return torch.cat([ids[:front], ids[start:end]]), ids[end:]
 
 # %% ../../nbs/probes/03_context_gain.ipynb #e7e9660e
-def gain_rows(
+def _gain_rows(
     lm: LongModel,  # LongModel
     texts: Sequence[Tensor],  # token ids, (n,) each
     settings: GainSettings,
@@ -68,14 +68,14 @@ def gain_rows(
     with tqdm(total=len(cells), desc="context gain", unit="prompt", disable=not progress) as bar:
         for at in range(0, len(cells), batch_size):
             part = cells[at : at + batch_size]
-            pairs = [with_context(texts[i], w, settings.targets, _front(lm, texts[i])) for i, w in part]
+            pairs = [_with_context(texts[i], w, settings.targets, _front(lm, texts[i])) for i, w in part]
             scores = lm.score_many([r for r, _ in pairs], [p for _, p in pairs], batch_size=batch_size)
             rows += [dict(text=i, window=w, context=len(r), logprob=s.mean) for (i, w), (r, _), s in zip(part, pairs, scores, strict=True)]
             bar.update(len(part))
     return pl.DataFrame(rows)
 
 # %% ../../nbs/probes/03_context_gain.ipynb #954e5f7b
-def gain_frame(
+def _gain_frame(
     rows: pl.DataFrame,  # from `gain_rows`
     seed: int = 0,  # of the draws
 ) -> pl.DataFrame:  # window, logprob, missing (nats a token that all of the context would add) with its interval, texts
@@ -98,7 +98,7 @@ def enough(
     return int(late.filter("ok")["window"].min())
 
 # %% ../../nbs/probes/03_context_gain.ipynb #23d84860
-GAIN_EXPLAINED = ("The last {targets} tokens of each text, predicted with so many tokens of context before them. The line is how many nats "
+_GAIN_EXPLAINED = ("The last {targets} tokens of each text, predicted with so many tokens of context before them. The line is how many nats "
                   "a token are missing to the largest context, with a 95 % interval over texts; at zero, more context adds nothing.")
 
 
@@ -120,7 +120,7 @@ class GainReport(Report):
     def sections(self) -> list[Any]:
         """The report as a page shows it"""
         from longlens.charts.page import Section
-        return [Section("How much context is used", GAIN_EXPLAINED.format(**self.meta["settings"]), self.chart(), self.frames["gain"])]
+        return [Section("How much context is used", _GAIN_EXPLAINED.format(**self.meta["settings"]), self.chart(), self.frames["gain"])]
 
     def chart(self) -> Any:
         """What is missing, by window"""
@@ -157,6 +157,6 @@ def context_gain(
     from longlens.models.load import load
     lm, settings = load(model), GainSettings(tuple(windows), targets, tolerance, seed)
     ids = _checked(lm, [texts] if isinstance(texts, str) else texts, settings, allow_longer)
-    rows = gain_rows(lm, ids, settings, batch_size, progress)
+    rows = _gain_rows(lm, ids, settings, batch_size, progress)
     meta = {"model": lm.name, "settings": asdict(settings), "context_length": max(map(len, ids)), "texts": len(ids)}
-    return GainReport({"gain": gain_frame(rows, seed), "rows": rows}, meta)
+    return GainReport({"gain": _gain_frame(rows, seed), "rows": rows}, meta)

@@ -25,8 +25,7 @@ from .metrics import rag_order
 from ..models.forward import LongModel
 
 # %% auto #0
-__all__ = ['REMEDIES', 'Rescaled', 'PerHead', 'document_spans', 'AsSet', 'mean_attention', 'relevance', 'Calibrated', 'Remedy',
-           'find_remedies']
+__all__ = ['REMEDIES', 'Rescaled', 'PerHead', 'document_spans', 'AsSet', 'relevance', 'Calibrated', 'Remedy', 'find_remedies']
 
 # %% ../../nbs/probes/02_remedies.ipynb #94a798f0
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class AsSet(Condition):
         with set_based(lm, [range(s.start, stop) for s, stop in zip(spans, upto, strict=True)]): yield
 
 # %% ../../nbs/probes/02_remedies.ipynb #2f2b8366
-def mean_attention(
+def _mean_attention(
     lm: LongModel,  # LongModel
     ids: Tensor,  # a prompt, (n,)
     spans: Mapping[str, range],  # documents
@@ -117,13 +116,13 @@ def relevance(
 ) -> dict[str, float]:  # name -> attention above that of the dummy in its place
     """What the documents get for what they say (Found in the middle, arXiv 2406.16008, section 3)."""
     spans = document_spans(cell)
-    own, like = mean_attention(lm, cell.ids, spans)
+    own, like = _mean_attention(lm, cell.ids, spans)
     filler = lm.tokens(dummy, add_special_tokens=False).ids
     out = {}
     for name, s in reversed(spans.items()):  # the last first: what stands before a dummy is shared
         ids = cell.ids.clone()
         ids[s.start : s.stop] = filler.repeat(-(-len(s) // len(filler)))[: len(s)]
-        found, like = mean_attention(lm, ids, {name: s}, like)
+        found, like = _mean_attention(lm, ids, {name: s}, like)
         out[name] = own[name] - found[name]
     return {n: out[n] for n in spans}
 

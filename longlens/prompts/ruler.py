@@ -20,8 +20,8 @@ from .compose import Context, Piece, compose
 _all_ = ["kv_json", "threads"]
 
 # %% auto #0
-__all__ = ['DocumentLike', 'GENERATIONS', 'SPELLING', 'QRHEAD_LLAMA3', 'variable_tracking', 'title_and_text',
-           'numbered_documents', 'ancestral_chain', 'passkeys', 'retrieval_prompt', 'kv_json', 'threads']
+__all__ = ['DocumentLike', 'QRHEAD_LLAMA3', 'variable_tracking', 'title_and_text', 'numbered_documents', 'ancestral_chain',
+           'passkeys', 'retrieval_prompt', 'kv_json', 'threads']
 
 # %% ../../nbs/prompts/04_ruler.ipynb #0e59141c
 def _chains(
@@ -168,7 +168,7 @@ def numbered_documents(
 # %% ../../nbs/prompts/04_ruler.ipynb #783cab5d
 _PARENTS = ("father", "mother", "dad", "mom")
 _GRANDPARENTS = ("grandfather", "grandmother", *(f"{side} grand{who}" for side in ("maternal", "paternal") for who in ("mother", "father")))
-GENERATIONS = dict.fromkeys(_PARENTS, 1) | dict.fromkeys(_GRANDPARENTS, 2)  # relation -> generations between the two
+_GENERATIONS = dict.fromkeys(_PARENTS, 1) | dict.fromkeys(_GRANDPARENTS, 2)  # relation -> generations between the two
 
 _RELATED = (
     "{a} is {b}'s {relation}.",
@@ -208,9 +208,9 @@ def _family(
     if n < 1:
         raise ValueError(f"a chain has one relation or more, and {n} were asked for")
     people = draw_distinct("people", n + 1, rng)
-    relations = [rng.choice(list(GENERATIONS)) for _ in range(n)]
+    relations = [rng.choice(list(_GENERATIONS)) for _ in range(n)]
     told = [rng.choice(_RELATED).format(a=a, b=b, relation=r) for (a, b), r in zip(pairwise(people), relations, strict=True)]
-    return people, told, sum(GENERATIONS[r] for r in relations)
+    return people, told, sum(_GENERATIONS[r] for r in relations)
 
 # %% ../../nbs/prompts/04_ruler.ipynb #44065023
 def ancestral_chain(
@@ -239,7 +239,7 @@ def ancestral_chain(
                    kind="ancestral_chain", chat=chat, allow_longer=allow_longer)
 
 # %% ../../nbs/prompts/04_ruler.ipynb #70c16490
-SPELLING = ("alpha bravo charlie delta echo foxtrot golf hotel india juliett kilo lima mike november oscar papa quebec romeo sierra tango "
+_SPELLING = ("alpha bravo charlie delta echo foxtrot golf hotel india juliett kilo lima mike november oscar papa quebec romeo sierra tango "
             "uniform victor whiskey xray yankee zulu").split()
 _ORDINALS = ("first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth fifteenth sixteenth "
              "seventeenth eighteenth nineteenth twentieth").split()
@@ -271,7 +271,7 @@ def passkeys(
     if not 1 <= n_passkeys <= len(_ORDINALS) or words_per_passkey < 1:
         raise ValueError(f"there are 1 to 20 passkeys of one word or more, not {n_passkeys} of {words_per_passkey}")
     rng = Random(seed)
-    keys = [" ".join(rng.choices(SPELLING, k=words_per_passkey)) for _ in range(n_passkeys)]
+    keys = [" ".join(rng.choices(_SPELLING, k=words_per_passkey)) for _ in range(n_passkeys)]
     places = sorted(depths[0] + (depths[1] - depths[0]) * i / 999 for i in rng.sample(range(1000), n_passkeys))
     told = [_ending(_VAULT.format(_ORDINALS[i]), k, f"passkey_{i}", f"needle_{i}") for i, k in enumerate(keys)]
     asked = [_ending(_ASK_VAULT.format(_ORDINALS[i]), k, f"answer_{i}", f"question_{i}") for i, k in enumerate(keys)]

@@ -24,7 +24,7 @@ from .sweep import Done, Runner, SweepWarning, do_batch
 from ..models.forward import LongModel
 
 # %% auto #0
-__all__ = ['Said', 'PATIENCE', 'Worker', 'pack_job', 'Crew', 'Cluster', 'start_ray']
+__all__ = ['Said', 'PATIENCE', 'Worker', 'Crew', 'Cluster', 'start_ray']
 
 # %% ../../nbs/sweeps/06_ray_engine.ipynb #a701a3de
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Worker:
 def _light(cell: Cell) -> Cell: return replace(cell, ids=cell.ids.clone(), completion=cell.completion.clone())
 
 
-def pack_job(
+def _pack_job(
     job: Job,  # what is left of it
     plan: Plan,  # of the sweep
     keys: Sequence[str],  # of all cells
@@ -334,5 +334,5 @@ def _crew(cluster: Cluster, lm: LongModel, plan: Plan, keys: Sequence[str]) -> t
                                             lm.allow_longer))
     sent = [ray.put(pack_model(lm))] if cluster.load is None else []
     make = ray.remote(num_cpus=cluster.cpus, num_gpus=gpus, max_restarts=0, scheduling_strategy="SPREAD")(Worker)
-    crew = Crew(lambda number: make.remote(number, brief, sent), lambda job: pack_job(job, plan, keys), jobs, plan.cells, cluster.retries)
+    crew = Crew(lambda number: make.remote(number, brief, sent), lambda job: _pack_job(job, plan, keys), jobs, plan.cells, cluster.retries)
     return crew, min(cluster.workers or room, len(jobs))

@@ -19,7 +19,7 @@ from .cells import FORMAT, Tables
 from ..report import MARK, atomic_write
 
 # %% auto #0
-__all__ = ['COSTS', 'HEAD', 'StoreError', 'as_row', 'table_of', 'open_store', 'Store']
+__all__ = ['COSTS', 'HEAD', 'StoreError', 'as_row', 'open_store', 'Store']
 
 # %% ../../nbs/sweeps/01_store.ipynb #16a8cf8a
 class StoreError(ValueError):
@@ -40,7 +40,7 @@ def as_row(
     return pl.DataFrame(said | {name: t.to_struct("row").implode() for name, t in tables.items()})
 
 
-def table_of(
+def _table_of(
     rows: pl.DataFrame,  # rows of cells, each with its key
     name: str,  # of the table
 ) -> pl.DataFrame:  # key, and the table's columns
@@ -154,4 +154,4 @@ def table(self: Store, name: str, keys: Sequence[str]) -> pl.DataFrame:
     """One table of finished cells, in the order of the keys."""
     held = [self.rows[k] for k in keys if name in self.rows[k].columns]
     if not held: raise StoreError(f"no cell has a table {name!r}: there are {', '.join(self.names(keys)) or 'none'}")
-    return table_of(pl.concat([h.select("key", name) for h in held], how="vertical_relaxed"), name)
+    return _table_of(pl.concat([h.select("key", name) for h in held], how="vertical_relaxed"), name)

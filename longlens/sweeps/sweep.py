@@ -27,8 +27,7 @@ from .store import COSTS, Store, as_row
 from ..models.forward import LongModel
 
 # %% auto #0
-__all__ = ['ENGINES', 'Runner', 'SweepWarning', 'out_of_memory', 'run_batch', 'Done', 'do_batch', 'local_engine', 'Swept',
-           'make_plan', 'sweep']
+__all__ = ['ENGINES', 'Runner', 'SweepWarning', 'out_of_memory', 'Done', 'do_batch', 'Swept', 'make_plan', 'sweep']
 
 # %% ../../nbs/sweeps/05_sweep.ipynb #643cd344
 def _fill(
@@ -121,7 +120,7 @@ def _smaller(self: Runner, cells: Sequence[Cell], error: BaseException) -> bool:
 
 # %% ../../nbs/sweeps/05_sweep.ipynb #ed761028
 @torch.no_grad()
-def run_batch(
+def _run_batch(
     runner: Runner,  # a model at work
     cells: Sequence[Cell],  # of one batch
     cuts: Sequence[int],  # where their shared beginning is cut
@@ -135,7 +134,7 @@ def run_batch(
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error): raise
             if not _smaller(runner, cells, error):
-                return [*run_batch(runner, cells[:half], cuts), *run_batch(runner, cells[half:], cuts)]
+                return [*_run_batch(runner, cells[:half], cuts), *_run_batch(runner, cells[half:], cuts)]
 
 # %% ../../nbs/sweeps/05_sweep.ipynb #a39ff8a9
 @dataclass(frozen=True)
@@ -156,14 +155,14 @@ def do_batch(
 ) -> Done:
     """One batch, timed and made into rows."""
     start = time.perf_counter()
-    made = run_batch(runner, cells, batch.cuts)
+    made = _run_batch(runner, cells, batch.cuts)
     seconds = (time.perf_counter() - start) / len(cells)
     own = [batch.n - batch.shared + chain * (i == 0) for i in range(len(cells))]
     costs = [dict(seconds=seconds, tokens=t, chunk=runner.chunk, batch=len(cells), worker=runner.worker) for t in own]
     return Done(batch.cells, [as_row(k, t, c) for k, t, c in zip(keys, made, costs, strict=True)], sum(own))
 
 # %% ../../nbs/sweeps/05_sweep.ipynb #14dfd0dc
-def local_engine(
+def _local_engine(
     lm: LongModel,  # LongModel
     plan: Plan,  # what is left to do
     keys: Sequence[str],  # of all cells
@@ -176,7 +175,7 @@ def local_engine(
     finally: runner.close()
 
 
-ENGINES: dict[str, Callable[..., Iterator[Done]]] = {"local": local_engine}
+ENGINES: dict[str, Callable[..., Iterator[Done]]] = {"local": _local_engine}
 
 # %% ../../nbs/sweeps/05_sweep.ipynb #cf9651a7
 @dataclass(frozen=True, repr=False)

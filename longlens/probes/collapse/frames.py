@@ -17,9 +17,9 @@ from .geometry import directions, geometry_intervals, length_changes, pair_cosin
 from ...sweeps.store import Store
 
 # %% auto #0
-__all__ = ['Where', 'Vectors', 'QUANTILES', 'LAYER_MEASURES', 'raw_table', 'vectors_of', 'similarity_frame', 'changes_frame',
-           'geometry_frame', 'spectrum_frame', 'separability_frame', 'by_document', 'layers_frame', 'heads_frame',
-           'layer_effects_frame', 'retrieval_frame', 'geometry_effects', 'effects_frame', 'taus_frame', 'plane']
+__all__ = ['Where', 'Vectors', 'raw_table', 'vectors_of', 'similarity_frame', 'changes_frame', 'geometry_frame', 'spectrum_frame',
+           'separability_frame', 'by_document', 'layers_frame', 'heads_frame', 'layer_effects_frame', 'retrieval_frame',
+           'effects_frame', 'taus_frame', 'plane']
 
 # %% ../../../nbs/probes/collapse/03_frames.ipynb #26cacc8a
 Where = tuple[str, str, int]  # kind of texts ("cut" or "natural"), change, tokens
@@ -64,7 +64,7 @@ def _groups(tokens: Sequence[int], most: int) -> Iterator[tuple[int, np.ndarray]
     yield from out.items()
 
 # %% ../../../nbs/probes/collapse/03_frames.ipynb #8e399026
-QUANTILES = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
+_QUANTILES = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
 
 
 def similarity_frame(
@@ -76,9 +76,9 @@ def similarity_frame(
     for (kind, condition, n), x in vectors.items():
         c = pair_cosines(x)
         i = pairs_interval(c, seed=seed)
-        q = np.quantile(c[np.triu_indices(len(c), 1)], [*QUANTILES.values()])
+        q = np.quantile(c[np.triu_indices(len(c), 1)], [*_QUANTILES.values()])
         at = dict(kind=kind, condition=condition, context_length=n, documents=len(x), mean_cosine=i.mean, lower=i.lower, upper=i.upper)
-        rows.append(at | dict(zip(QUANTILES, map(float, q), strict=True)))
+        rows.append(at | dict(zip(_QUANTILES, map(float, q), strict=True)))
     return pl.DataFrame(rows)
 
 # %% ../../../nbs/probes/collapse/03_frames.ipynb #61e9625f
@@ -139,7 +139,7 @@ def separability_frame(
     return pl.DataFrame(rows, schema=schema)
 
 # %% ../../../nbs/probes/collapse/03_frames.ipynb #395c895a
-LAYER_MEASURES = ("high_frequency", "token_similarity", "sigma_a", "entropy_norm")
+_LAYER_MEASURES = ("high_frequency", "token_similarity", "sigma_a", "entropy_norm")
 _AT = ["condition", "context_length", "layer"]
 _BY_DOCUMENT = {"condition": pl.String, "context_length": pl.Int64, "layer": pl.Int64, "document": pl.Int64, "measure": pl.String,
                 "value": pl.Float64}
@@ -156,7 +156,7 @@ def by_document(
     if len(heads):
         mean = heads.group_by(at, maintain_order=True).agg(pl.col("sigma_a", "entropy_norm").mean())
         both = both.join(mean, on=at, maintain_order="left")
-    return both.unpivot([m for m in LAYER_MEASURES if m in both.columns], index=at, variable_name="measure")
+    return both.unpivot([m for m in _LAYER_MEASURES if m in both.columns], index=at, variable_name="measure")
 
 # %% ../../../nbs/probes/collapse/03_frames.ipynb #f888a764
 def layers_frame(
@@ -240,7 +240,7 @@ def _effect(pair: _Pair, task: str | None, measure: str, i: Interval, p: float |
                 measure=measure, difference=i.mean, lower=i.lower, upper=i.upper, p=p, n=n)
 
 
-def geometry_effects(vectors: Vectors, seed: int = 0) -> list[dict[str, Any]]:
+def _geometry_effects(vectors: Vectors, seed: int = 0) -> list[dict[str, Any]]:
     """Effects on how documents lie together."""
     held = {(c, n): x for (kind, c, n), x in vectors.items() if kind == "cut"}
     return [_effect(pair, None, k, i, None, len(held[pair[0]])) for pair in _pairs_of([*held])
@@ -270,7 +270,7 @@ def effects_frame(
     seed: int = 0,  # of the draws
 ) -> pl.DataFrame:  # condition, context_length, reference, reference_length, task, measure, difference, lower, upper, p, n
     """Every change against none at the same length, and the longest texts against the shortest under each."""
-    rows = geometry_effects(vectors, seed)
+    rows = _geometry_effects(vectors, seed)
     for (measure,), g in documents.group_by("measure", maintain_order=True):
         rows += _differences(g, "document", "value", str(measure), None, seed)
     for (task,), g in queries.group_by("kind", maintain_order=True) if len(queries) else ():

@@ -29,11 +29,11 @@ from .geometry import pair_cosines
 from ...retrieval_eval.tasks import RetrievalTask, evaluate_retrieval
 
 # %% auto #0
-__all__ = ['VERSION', 'LayerVectors', 'layer_embeddings', 'reach', 'Change', 'changes', 'obstacle', 'Part', 'VectorPart',
-           'LayerPart', 'SearchPart', 'all_parts', 'encoder_key']
+__all__ = ['layer_embeddings', 'reach', 'Change', 'changes', 'obstacle', 'Part', 'VectorPart', 'LayerPart', 'SearchPart',
+           'all_parts', 'encoder_key']
 
 # %% ../../../nbs/probes/collapse/02_parts.ipynb #cd7b17b7
-class LayerVectors(NamedTuple):
+class _LayerVectors(NamedTuple):
     """Embeddings from several layers."""
 
     vectors: np.ndarray  # (layers, texts, d), float32
@@ -61,7 +61,7 @@ def layer_embeddings(
     truncate: bool = False,  # cut what is too long; False: refuse it
     batch_size: int = 32,  # texts that run together, at most
     advance: Callable[[int], Any] = lambda tokens: None,  # called with the tokens of each batch that is done
-) -> LayerVectors:
+) -> _LayerVectors:
     """Embeddings as `encode` gives them, from the states of several layers in one pass."""
     words, wanted = enc._prompt(prompt, None), list(layers) if layers is not None else [enc.n_layers]
     for layer in wanted: enc._check_layer(layer)
@@ -74,7 +74,7 @@ def layer_embeddings(
         for row, i in enumerate(batch): out[i] = [x[row] for x in got]
         advance(int(mask.sum()))
     flat = enc._checked(np.array(out).reshape(len(out), -1))
-    return LayerVectors(flat.reshape(len(out), len(wanted), -1).swapaxes(0, 1), rows.n_truncated)
+    return _LayerVectors(flat.reshape(len(out), len(wanted), -1).swapaxes(0, 1), rows.n_truncated)
 
 # %% ../../../nbs/probes/collapse/02_parts.ipynb #ee611232
 def reach(
@@ -146,12 +146,12 @@ class Part:
 
     def key(self, encoder: str) -> str:  # 32 hexadecimal digits
         """The name under which its tables are kept."""
-        what = [VERSION, type(self).__name__, encoder, asdict(self.change), self.context_length, self.kind, self.s.truncate, *self.said()]
+        what = [_VERSION, type(self).__name__, encoder, asdict(self.change), self.context_length, self.kind, self.s.truncate, *self.said()]
         prompts = [self.s.query_prompt, self.s.document_prompt]
         return hashlib.sha256(json.dumps([*what, *prompts, *self.texts()], sort_keys=True).encode()).hexdigest()[:32]
 
 # %% ../../../nbs/probes/collapse/02_parts.ipynb #14639a55
-VERSION = 2  # raised when the same key begins to mean something else
+_VERSION = 2  # raised when the same key begins to mean something else
 
 # %% ../../../nbs/probes/collapse/02_parts.ipynb #124a9145
 @dataclass(frozen=True)

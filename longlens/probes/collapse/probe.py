@@ -35,7 +35,7 @@ from ...report import plain
 from ...sweeps.store import Store, as_row
 
 # %% auto #0
-__all__ = ['length_collapse', 'Run', 'do_parts']
+__all__ = ['length_collapse', 'Run']
 
 # %% ../../../nbs/probes/collapse/05_probe.ipynb #24ea5ad4
 def _windows(enc: Encoder, windows: str | Sequence[str], beyond: int | Iterable[int] | None) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -149,7 +149,7 @@ def length_collapse(
     s, unmeasured = _possible(enc, s, x.cut[s.lengths[0]][0], taus is not None)
     run = Run(enc, s, x, out, batch_size, unmeasured)
     if dry_run: return run.plan()
-    do_parts(run, progress)
+    _do_parts(run, progress)
     return _assemble(run)
 
 # %% ../../../nbs/probes/collapse/05_probe.ipynb #c5a72c8f
@@ -195,7 +195,7 @@ def _run_one(self: Run, p: Part, key: str, tokens: int, bar: Any) -> None:
     self.store.add([as_row(key, tables, cost)])
 
 # %% ../../../nbs/probes/collapse/05_probe.ipynb #02d80733
-def do_parts(
+def _do_parts(
     self: Run,  # what is to be done
     progress: bool = False,  # show a bar
 ) -> None:

@@ -12,7 +12,7 @@ import polars as pl
 from ...report import Report
 
 # %% auto #0
-__all__ = ['ROUNDING_ERROR', 'LAYER_NAMES', 'STATES', 'COLLAPSE_EXPLAINED', 'TAU_NAMES', 'CollapseReport']
+__all__ = ['CollapseReport']
 
 # %% ../../../nbs/probes/collapse/04_report.ipynb #2f06fbba
 class CollapseReport(Report):
@@ -67,19 +67,19 @@ def _range(x: dict[str, Any], digits: int = 2) -> str:
     return f"{said} ({x['lower']:+.{digits}f} to {x['upper']:+.{digits}f}{p})"
 
 
-ROUNDING_ERROR = 1e-6  # of differences of embeddings in float32: a difference of less is none
+_ROUNDING_ERROR = 1e-6  # of differences of embeddings in float32: a difference of less is none
 
 
 def _sign(x: dict[str, Any]) -> int:
     """Which way, if the interval leaves out zero, and what rounding makes of it; else 0."""
-    return int(x["lower"] > ROUNDING_ERROR) - int(x["upper"] < -ROUNDING_ERROR)
+    return int(x["lower"] > _ROUNDING_ERROR) - int(x["upper"] < -_ROUNDING_ERROR)
 
 # %% ../../../nbs/probes/collapse/04_report.ipynb #76ef82cd
 def _turns(r: CollapseReport, ends: int) -> str:
     """Rises and falls between any two lengths that the ends (1: up, -1: down, 0: unknown) do not tell."""
     f = r.frames.get("changes", pl.DataFrame())
     if len(f) < 2: return ""
-    up, down = (f.filter(keep).sort("difference") for keep in (pl.col("lower") > ROUNDING_ERROR, pl.col("upper") < -ROUNDING_ERROR))
+    up, down = (f.filter(keep).sort("difference") for keep in (pl.col("lower") > _ROUNDING_ERROR, pl.col("upper") < -_ROUNDING_ERROR))
     found = [(word, x) for way, word, g in ((-1, "falls", down[:1]), (1, "rises", up[-1:])) if way != ends for x in g.iter_rows(named=True)]
     found.sort(key=lambda v: v[1]["short"])
     said = ", and ".join(f"{word} from {x['short']:,} to {x['context_length']:,} tokens, {_range(x)}" for word, x in found)
@@ -143,9 +143,9 @@ def _said_rank(r: CollapseReport) -> str:
             f"documents' texts ({100 * told['lower']:.0f} to {100 * told['upper']:.0f} %; chance {100 * told['chance']:.0f} %)")
 
 # %% ../../../nbs/probes/collapse/04_report.ipynb #44104f1a
-LAYER_NAMES = {"sigma_a": "sigma_a", "high_frequency": "high-frequency share", "token_similarity": "cosine of two tokens",
+_LAYER_NAMES = {"sigma_a": "sigma_a", "high_frequency": "high-frequency share", "token_similarity": "cosine of two tokens",
                "entropy_norm": "attention entropy over log n"}
-STATES = {"high_frequency", "token_similarity"}  # measures of the hidden states after a layer; the others are of its attention
+_STATES = {"high_frequency", "token_similarity"}  # measures of the hidden states after a layer; the others are of its attention
 
 
 def _runs(layers: list[int]) -> str:
@@ -161,7 +161,7 @@ def _said_layers(r: CollapseReport) -> list[str]:
     short, long = _ends(r)
     if short == long or "layer_effects" not in r.frames: return []
     out = []
-    for measure, name in LAYER_NAMES.items():
+    for measure, name in _LAYER_NAMES.items():
         f = r.frames["layer_effects"].filter(measure=measure).sort("layer")
         if f.is_empty(): continue  # attention was not measured
         ways: dict[int, list[int]] = {1: [], -1: [], 0: []}
@@ -297,7 +297,7 @@ def _said_embedded(r: CollapseReport) -> str:
     return f"{m['tokens']:,} tokens were embedded in {m['seconds']:,.0f} s{kept}"
 
 # %% ../../../nbs/probes/collapse/04_report.ipynb #a16490df
-COLLAPSE_EXPLAINED = {
+_COLLAPSE_EXPLAINED = {
     "similarity": "The same {documents} documents ({source}) cut to each length, so that lengths are compared on the same content. If "
                   "embeddings collapse, the curve rises and the wide band narrows. Mean pooling alone makes it rise too: longer texts are "
                   "averages of more words. Documents of natural length differ in content as well.",
@@ -329,7 +329,7 @@ def _section(r: CollapseReport, title: str, key: str, charts: list[Any], table: 
     from longlens.charts.page import Section
     said = {**r.meta["settings"], "source": r.meta["documents_from"], "documents": r.frames["similarity"]["documents"][0]}
     chart = charts[0] if len(charts) == 1 else arrange(charts, columns=columns)
-    return Section(title, COLLAPSE_EXPLAINED[key].format(**said), chart, table)
+    return Section(title, _COLLAPSE_EXPLAINED[key].format(**said), chart, table)
 
 
 def _curve(f: pl.DataFrame, title: str, x: str, by: str | None, unit: str = "", **how: Any) -> Any:
@@ -387,10 +387,10 @@ def _layer_section(r: CollapseReport) -> Any:
     if "layers" not in r.frames: return None
     f = r.frames["layers"].filter(condition="none").filter(pl.col("context_length").is_in(_few(r.meta["settings"]["lengths"])))
     f = f.with_columns(after_layer=pl.col("layer"))
-    x = lambda m: "after_layer" if m in STATES else "layer"
-    shown = {m: name for m, name in LAYER_NAMES.items() if m in {*f["measure"]}}
+    x = lambda m: "after_layer" if m in _STATES else "layer"
+    shown = {m: name for m, name in _LAYER_NAMES.items() if m in {*f["measure"]}}
     charts = [_curve(f.filter(measure=m), _headed(name), x(m), "context_length", name=name) for m, name in shown.items()]
-    return _section(r, "Layer by layer", "layers" if len(charts) == len(LAYER_NAMES) else "states", charts, r.frames["layers"], 2)
+    return _section(r, "Layer by layer", "layers" if len(charts) == len(_LAYER_NAMES) else "states", charts, r.frames["layers"], 2)
 
 # %% ../../../nbs/probes/collapse/04_report.ipynb #3ea1a9d7
 def _head_section(r: CollapseReport) -> Any:
@@ -401,7 +401,7 @@ def _head_section(r: CollapseReport) -> Any:
     return _section(r, "Head by head", "heads", [chart], f.sort("sigma_a", descending=True))
 
 # %% ../../../nbs/probes/collapse/04_report.ipynb #485b7882
-TAU_NAMES = {"mean_cosine": "cosine of two texts", "effective_rank_centred": "effective rank of differences", "sigma_a": "sigma_a",
+_TAU_NAMES = {"mean_cosine": "cosine of two texts", "effective_rank_centred": "effective rank of differences", "sigma_a": "sigma_a",
              "high_frequency": "high-frequency share", "entropy_norm": "attention entropy over log n",
              "centroid_distance": "distance to the centroid"}
 
@@ -412,7 +412,7 @@ def _tau_section(r: CollapseReport) -> Any:
     if f["tau"].n_unique() < 2: return None
     lengths = _few(r.meta["settings"]["lengths"], 3)
     mine = f.filter(pl.col("task").is_null(), pl.col("context_length").is_in(lengths))
-    charts = [tau_curve(mine.filter(measure=m), name, title=_headed(name)) for m, name in TAU_NAMES.items() if m in {*mine["measure"]}]
+    charts = [tau_curve(mine.filter(measure=m), name, title=_headed(name)) for m, name in _TAU_NAMES.items() if m in {*mine["measure"]}]
     for (task,), g in f.filter(measure="ndcg_10").group_by("task", maintain_order=True):
         swept = g.filter(pl.col("tau").n_unique().over("context_length") > 1)
         some = _few(swept["context_length"].unique().sort().to_list(), 3)

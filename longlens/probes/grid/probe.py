@@ -26,7 +26,7 @@ from ...sweeps.sweep import sweep
 from ...models.forward import LongModel
 
 # %% auto #0
-__all__ = ['KINDS', 'GRID', 'GridSettings', 'cell_context', 'grid_frames', 'needle_grid', 'published_grid']
+__all__ = ['KINDS', 'GridSettings', 'cell_context', 'grid_frames', 'needle_grid', 'published_grid']
 
 # %% ../../../nbs/probes/grid/01_probe.ipynb #ceae38bc
 KINDS: dict[str, dict[str, Any]] = {  # name -> arguments of needle_context
@@ -89,7 +89,7 @@ def _cells(lm: LongModel, s: GridSettings, remedies: Mapping[str, Remedy], how: 
 def _once(values: Sequence[Any]) -> tuple[Any, ...]: return tuple(dict.fromkeys(values))  # a value that is said twice is one
 
 # %% ../../../nbs/probes/grid/01_probe.ipynb #2f13da3b
-GRID = ["kind", "remedy"]  # what makes a grid
+_GRID = ["kind", "remedy"]  # what makes a grid
 
 
 def grid_frames(
@@ -98,17 +98,17 @@ def grid_frames(
     seed: int = 0,  # of the draws
 ) -> dict[str, pl.DataFrame]:  # grid, lengths, effective
     """Means over trials, over depths, and how far the model reaches."""
-    cell = [*GRID, "context_length", "depth_percent"]
+    cell = [*_GRID, "context_length", "depth_percent"]
     numbers = [c for c in ("score", "logprob", "needle_attention") if c in answers.columns]
     grid = answers.group_by(cell, maintain_order=True).agg(*(pl.col(c).mean() for c in numbers), trials=pl.len())
     rows, reach = [], []
-    for (*key, n), g in answers.group_by(*GRID, "context_length", maintain_order=True):
+    for (*key, n), g in answers.group_by(*_GRID, "context_length", maintain_order=True):
         i = score_interval(g["score"], seed)
-        rows.append({**dict(zip(GRID, key, strict=True)), "context_length": n, "score": i.mean, "lower": i.lower, "upper": i.upper,
+        rows.append({**dict(zip(_GRID, key, strict=True)), "context_length": n, "score": i.mean, "lower": i.lower, "upper": i.upper,
                      "cells": len(g)})
     lengths = pl.DataFrame(rows)
-    for key, g in lengths.group_by(*GRID, maintain_order=True):
-        reach.append({**dict(zip(GRID, key, strict=True)), "threshold": threshold,
+    for key, g in lengths.group_by(*_GRID, maintain_order=True):
+        reach.append({**dict(zip(_GRID, key, strict=True)), "threshold": threshold,
                       "effective_length": effective_length(g["context_length"].to_list(), g["score"].to_list(), threshold)})
     return {"grid": grid, "lengths": lengths, "effective": pl.DataFrame(reach, infer_schema_length=None)}
 

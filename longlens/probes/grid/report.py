@@ -13,7 +13,7 @@ from ..middle.report import said_cost, said_cut
 from ...report import Report
 
 # %% auto #0
-__all__ = ['GRID_EXPLAINED', 'GridReport']
+__all__ = ['GridReport']
 
 # %% ../../../nbs/probes/grid/00_report.ipynb #9911668f
 class GridReport(Report):
@@ -71,7 +71,7 @@ def _said_help(r: GridReport) -> list[str]:
             for x in f.filter(pl.col("remedy") != "none").iter_rows(named=True)]
 
 # %% ../../../nbs/probes/grid/00_report.ipynb #7c48dd68
-GRID_EXPLAINED = {
+_GRID_EXPLAINED = {
     "grid": "Share of what was asked for that the answer contains ({metric}), by where the needle was to stand and how long the context "
             "is. 0 % is the beginning of the haystack, 100 % its end, where the question follows.",
     "lengths": "Mean over all depths, with a 95 % interval over measurements. Effective length is the longest at which, and below which, "
@@ -86,7 +86,7 @@ def _said(r: GridReport, title: str, key: str, charts: list[Any], table: pl.Data
     from longlens.charts.common import arrange
     from longlens.charts.page import Section
     chart = charts[0] if len(charts) == 1 else arrange(charts, columns=columns)
-    return Section(title, GRID_EXPLAINED[key].format(**r.meta["settings"]), chart, table)
+    return Section(title, _GRID_EXPLAINED[key].format(**r.meta["settings"]), chart, table)
 
 
 def _grid_section(r: GridReport) -> Any:

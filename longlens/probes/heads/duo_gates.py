@@ -22,8 +22,7 @@ from ...attention.masks import Stream
 from ...models.forward import LongModel
 
 # %% auto #0
-__all__ = ['Labelled', 'Gated', 'fact_text', 'passkey_text', 'GateSettings', 'rate_multiplier', 'gate_loss', 'GateFit',
-           'duo_gates']
+__all__ = ['Labelled', 'Gated', 'fact_text', 'GateSettings', 'GateFit', 'duo_gates']
 
 # %% ../../../nbs/probes/heads/03_duo_gates.ipynb #cf6ff227
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def fact_text(
     return t.ids, torch.tensor([i for a, b in answers for i in t.span(a, b)])
 
 
-def passkey_text(
+def _passkey_text(
     lm: LongModel,  # LongModel
     n_tokens: int,  # at most
     seed: int | str = 0,  # of the text
@@ -95,7 +94,7 @@ class GateSettings:
         if self.sink < 0 or self.recent < 1: raise ValueError(f"sink {self.sink} and recent {self.recent}: use 0 or more, and 1 or more")
 
 
-def rate_multiplier(
+def _rate_multiplier(
     step: int,  # from 0
     steps: int,  # in all
 ) -> float:
@@ -109,7 +108,7 @@ def _states(lm: LongModel, ids: Tensor, at: Tensor) -> Tensor:
     return lm.hf.base_model(ids[None].to(lm.device), use_cache=False).last_hidden_state[0, at.to(lm.device) - 1].float()
 
 
-def gate_loss(
+def _gate_loss(
     lm: LongModel,  # LongModel
     gates: Tensor,  # (layers, kv_heads)
     text: Labelled,  # what is read
@@ -165,8 +164,8 @@ def duo_gates(
         for step in range(s.steps):
             gates.data.clamp_(0, 1)
             text = text_of(step)
-            distil, cost = gate_loss(lm, gates, text, s)
-            for g in opt.param_groups: g["lr"] = s.lr * rate_multiplier(step, s.steps)
+            distil, cost = _gate_loss(lm, gates, text, s)
+            for g in opt.param_groups: g["lr"] = s.lr * _rate_multiplier(step, s.steps)
             gates.grad, = torch.autograd.grad(distil + cost, [gates])
             if not gates.grad.isfinite().all(): raise FloatingPointError(f"the gradient of the gates is not finite at step {step}")
             opt.step()
@@ -185,7 +184,7 @@ def _text_source(lm: LongModel, texts: Any, s: GateSettings) -> Callable[[int], 
     if callable(texts): return texts
     if texts is not None and len(texts): return lambda i: texts[i % len(texts)]
     if texts is not None: raise ValueError("no texts to train on: give pairs (token ids, positions of answer tokens)")
-    make, least = (fact_text, 320) if lm.name == "needle-lm" else (passkey_text, 1000)
+    make, least = (fact_text, 320) if lm.name == "needle-lm" else (_passkey_text, 1000)
     most, rng = min(32_000, lm.max_length or 32_000), random.Random(s.seed)
     if most <= s.sink + s.recent:
         raise ValueError(f"{lm.name} reads {most:,} tokens, and streaming heads see {s.sink} + {s.recent} of them: use smaller ones")

@@ -21,9 +21,8 @@ import polars as pl
 from ...report import atomic_write, plain
 
 # %% auto #0
-__all__ = ['SLACK', 'TSV', 'CONFIG', 'FULL_HEADS', 'read_retrieval_scores', 'write_retrieval_scores', 'to_head_list',
-           'DuoPattern', 'read_duo', 'write_duo', 'choose', 'read_qrhead', 'write_qrhead', 'kv_heads', 'query_heads',
-           'list_gates', 'kvpress_pattern']
+__all__ = ['CONFIG', 'read_retrieval_scores', 'write_retrieval_scores', 'to_head_list', 'DuoPattern', 'read_duo', 'write_duo',
+           'choose', 'read_qrhead', 'write_qrhead', 'kv_heads', 'query_heads', 'list_gates', 'kvpress_pattern']
 
 # %% ../../../nbs/probes/heads/01_files.ipynb #f918d37d
 def _text(path: Path) -> str:
@@ -230,15 +229,15 @@ class DuoPattern:
                 f"sink {self.sink}, recent {self.recent}; {self.clipped} gates clipped")
 
 # %% ../../../nbs/probes/heads/01_files.ipynb #526b9e80
-SLACK = .05  # how far outside [0, 1] a gate may lie
+_SLACK = .05  # how far outside [0, 1] a gate may lie
 
 
 def _check_gates(a: np.ndarray, where: str | Path) -> np.ndarray:
     "The gates (layers, kv_heads), if all are near [0, 1]"
-    bad = np.argwhere(~((a >= -SLACK) & (a <= 1 + SLACK)))  # NaN is neither
+    bad = np.argwhere(~((a >= -_SLACK) & (a <= 1 + _SLACK)))  # NaN is neither
     if len(bad):
         i, j = bad[0]
-        raise ValueError(f"{where}: the gate of layer {i}, KV head {j} is {a[i, j]}, and gates lie between 0 and 1 (or {SLACK} beyond)")
+        raise ValueError(f"{where}: the gate of layer {i}, KV head {j} is {a[i, j]}, and gates lie between 0 and 1 (or {_SLACK} beyond)")
     return a
 
 # %% ../../../nbs/probes/heads/01_files.ipynb #fcf543b1
@@ -285,7 +284,7 @@ def _size(config: dict[str, Any], name: str, where: str | Path) -> int | None:
     return None
 
 # %% ../../../nbs/probes/heads/01_files.ipynb #f085bedd
-TSV, CONFIG = "full_attention_heads.tsv", "config.json"  # what DuoAttention calls its files
+_TSV, CONFIG = "full_attention_heads.tsv", "config.json"  # what DuoAttention calls its files
 
 
 def read_duo(
@@ -295,7 +294,7 @@ def read_duo(
 ) -> DuoPattern:
     "Read a pattern as DuoAttention writes it (Xiao et al. 2024, arXiv 2410.10819)"
     tsv = Path(folder_or_tsv)
-    if tsv.is_dir(): tsv = tsv / TSV
+    if tsv.is_dir(): tsv = tsv / _TSV
     a, beside = _tsv(tsv), tsv.with_name(CONFIG)
     config = _json(beside) if beside.exists() else {}
     outside = int(((a < 0) | (a > 1)).sum()) if clip else 0
@@ -322,7 +321,7 @@ def write_duo(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _to_file(folder / CONFIG, text)
-    _to_file(folder / TSV, "".join(rows))
+    _to_file(folder / _TSV, "".join(rows))
     return folder
 
 # %% ../../../nbs/probes/heads/01_files.ipynb #45880c13
@@ -362,13 +361,13 @@ def _yaml(path: Path) -> dict[str, Any]:
     return _parsed(path, "YAML", _plain_yaml, yaml.YAMLError)
 
 # %% ../../../nbs/probes/heads/01_files.ipynb #81ab7998
-FULL_HEADS = "full_heads"  # QRHead's word for all heads
+_FULL_HEADS = "full_heads"  # QRHead's word for all heads
 
 
 def _all_heads(n_layers: int | None, n_heads: int | None, path: Path) -> list[tuple[int, int]]:
     "Every head of a model"
     if n_layers is None or n_heads is None:
-        raise ValueError(f"{path} asks for all heads ({FULL_HEADS}): say how many there are, with n_layers= and n_heads=")
+        raise ValueError(f"{path} asks for all heads ({_FULL_HEADS}): say how many there are, with n_layers= and n_heads=")
     return [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
 
 # %% ../../../nbs/probes/heads/01_files.ipynb #4304ed86
@@ -380,8 +379,8 @@ def read_qrhead(
     "Read a list of heads as QRHead writes it (Zhang et al. 2025, arXiv 2506.09944)"
     path = Path(path)
     told = _yaml(path).get("attn_head_set")
-    if not isinstance(told, str): raise ValueError(f'{path}: attn_head_set is {told!r:.40}: expected "8-21,8-14,..." or "{FULL_HEADS}"')
-    if told == FULL_HEADS: return _all_heads(n_layers, n_heads, path)
+    if not isinstance(told, str): raise ValueError(f'{path}: attn_head_set is {told!r:.40}: expected "8-21,8-14,..." or "{_FULL_HEADS}"')
+    if told == _FULL_HEADS: return _all_heads(n_layers, n_heads, path)
     return _labelled(told.split(","), path, n_layers, n_heads)
 
 # %% ../../../nbs/probes/heads/01_files.ipynb #d28e24d1
@@ -393,7 +392,7 @@ def write_qrhead(
 ) -> Path:  # the file
     "Write a list of heads as QRHead reads it (Zhang et al. 2025, arXiv 2506.09944)"
     import yaml
-    if isinstance(heads, str) and heads != FULL_HEADS: raise ValueError(f'heads is {heads!r:.40}: expected pairs, or "{FULL_HEADS}"')
+    if isinstance(heads, str) and heads != _FULL_HEADS: raise ValueError(f'heads is {heads!r:.40}: expected pairs, or "{_FULL_HEADS}"')
     told = heads if isinstance(heads, str) else ",".join(f"{layer}-{head}" for layer, head in _checked(heads))
     out = {"attn_head_set": told, "model_base_class": base_class, "model_name_or_path": model_name}
     return _to_file(path, yaml.safe_dump(out, sort_keys=False, width=math.inf))

@@ -25,8 +25,7 @@ from .scores import Trial, Watch, pattern_scores, qr_scores, run_trials
 from ...models.forward import LongModel
 
 # %% auto #0
-__all__ = ['METHODS', 'HeadSettings', 'trial_frame', 'scores_frame', 'score_frame', 'grid_frame', 'rank_agreement',
-           'stability_frame', 'qr_examples', 'agreement_frame', 'retrieval_heads']
+__all__ = ['METHODS', 'HeadSettings', 'retrieval_heads']
 
 # %% ../../../nbs/probes/heads/05_probe.ipynb #f2c6502a
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def _stacked(trials: Sequence[Trial], name: str) -> Tensor:  # (trials, layers, 
     return torch.stack([getattr(t, name) for t in trials]).double()
 
 
-def trial_frame(
+def _trial_frame(
     contexts: Sequence[tuple[int, float, Any]],  # length and depth that were asked for, Context
     trials: Sequence[Trial],  # what came of them
 ) -> pl.DataFrame:  # trial, context_length, depth_percent, tokens, kept, right, recall, answer, said
@@ -87,7 +86,7 @@ def trial_frame(
                               recall=t.recall, answer=" ".join(c.answers), said=t.said) for i, ((n, d, c), t) in both])
 
 # %% ../../../nbs/probes/heads/05_probe.ipynb #e2f5a405
-def scores_frame(
+def _scores_frame(
     lm: LongModel,  # LongModel
     trials: Sequence[Trial],  # what came of all trials
     keep_all: bool = False,  # count all of them
@@ -103,7 +102,7 @@ def _head_axes(lm: LongModel) -> dict[str, Sequence]:
     return {"layer": range(n_layers), "head": range(n_heads)}
 
 # %% ../../../nbs/probes/heads/05_probe.ipynb #27940fa2
-def score_frame(
+def _score_frame(
     lm: LongModel,  # LongModel
     trials: Sequence[Trial],  # those that count
 ) -> pl.DataFrame:  # layer, head, kv_head, retrieval_score, standard_error, copy_score, active
@@ -120,7 +119,7 @@ def score_frame(
     return tidy(_head_axes(lm), {"kv_head": kv, **named})
 
 # %% ../../../nbs/probes/heads/05_probe.ipynb #e18e8139
-def grid_frame(
+def _grid_frame(
     lm: LongModel,  # LongModel
     contexts: Sequence[tuple[int, float, Any]],  # length and depth that were asked for, Context
     trials: Sequence[Trial],  # what came of them
@@ -138,7 +137,7 @@ def grid_frame(
     return pl.concat(parts) if parts else pl.DataFrame(schema=empty | dict(retrieval_score=pl.Float32, trials=pl.Int32))
 
 # %% ../../../nbs/probes/heads/05_probe.ipynb #2a442946
-def rank_agreement(
+def _rank_agreement(
     a: Tensor,  # a score for every head, any shape
     b: Tensor,  # another
     top: int,  # how many of the best are compared
@@ -150,7 +149,7 @@ def rank_agreement(
     return float("nan") if rho is None else float(rho), len(best[0] & best[1]) / top
 
 
-def stability_frame(
+def _stability_frame(
     trials: Sequence[Trial],  # those that count
     top: int,  # how many of the best heads are compared
     splits: int = 20,  # random halves
@@ -161,13 +160,13 @@ def stability_frame(
     for i in range(splits if len(trials) > 1 else 0):
         order = rng.sample(range(len(trials)), len(trials))
         half = [torch.stack([trials[j].retrieval_score for j in part]).mean(0) for part in (order[::2], order[1::2])]
-        rho, overlap = rank_agreement(half[0], half[1], top)
+        rho, overlap = _rank_agreement(half[0], half[1], top)
         rows.append(dict(split=i, trials=len(trials), spearman=rho, overlap=overlap, top=top))
     return pl.DataFrame(rows, schema=dict(split=pl.Int64, trials=pl.Int64, spearman=pl.Float64, overlap=pl.Float64, top=pl.Int64))
 
 # %% ../../../nbs/probes/heads/05_probe.ipynb #41d0e1e6
 def _qr(lm: LongModel, s: HeadSettings, progress: bool) -> dict[str, Tensor]:
-    pairs, gold = qr_examples(lm, wording=s.wording, seed=s.seed)
+    pairs, gold = _qr_examples(lm, wording=s.wording, seed=s.seed)
     return {"qr_score": qr_scores(lm, pairs, gold)}
 
 
@@ -187,7 +186,7 @@ METHODS: dict[str, Callable[[Any, HeadSettings, bool], dict[str, Tensor]]] = {
 }
 
 # %% ../../../nbs/probes/heads/05_probe.ipynb #4486b035
-def qr_examples(
+def _qr_examples(
     lm: LongModel,  # LongModel
     n: int = 8,  # examples
     n_documents: int = 8,  # in each
@@ -216,7 +215,7 @@ def _characters(ctx: Any, span: str) -> slice:
     return slice(int(ctx.tokens.offsets[s.start, 0]), int(ctx.tokens.offsets[s.stop - 1, 1]))
 
 # %% ../../../nbs/probes/heads/05_probe.ipynb #83dbca3f
-def agreement_frame(
+def _agreement_frame(
     heads: pl.DataFrame,  # a row for each head
     top: int,  # how many of the best heads are compared
 ) -> pl.DataFrame:  # score, spearman, overlap, top
@@ -224,7 +223,7 @@ def agreement_frame(
     rows = []
     for name in (v for v in VIEWS if v in heads.columns):
         a, b = (torch.from_numpy(heads[c].to_numpy().copy()) for c in ("retrieval_score", name))
-        rho, overlap = rank_agreement(a, b, top) if not a.isnan().any() else (float("nan"), float("nan"))
+        rho, overlap = _rank_agreement(a, b, top) if not a.isnan().any() else (float("nan"), float("nan"))
         rows.append(dict(score=name, spearman=rho, overlap=overlap, top=top))
     return pl.DataFrame(rows)
 
@@ -304,14 +303,14 @@ def _cells(lm: LongModel, contexts: Sequence[Any] | None, given: dict[str, Any],
 def _assemble(lm: LongModel, s: HeadSettings, cells: list, done: list[Trial], methods: Sequence[str], progress: bool) -> HeadReport:
     "Frames and metadata without the ablation"
     counted = [t for t in done if t.kept or s.keep_all]
-    heads = score_frame(lm, counted)
+    heads = _score_frame(lm, counted)
     heads = heads.with_columns(retrieval_head=(pl.col("retrieval_score") >= s.threshold) & pl.col("retrieval_score").is_not_nan())
     for m in methods:
         for name, x in METHODS[m](lm, s, progress).items(): heads = heads.with_columns(pl.Series(name, x.flatten().numpy()))
     top = max(1, int(heads["retrieval_head"].sum()))
-    frames = {"heads": heads, "trials": trial_frame(cells, done), "scores": scores_frame(lm, done, s.keep_all),
-              "grid": grid_frame(lm, cells, done, s.keep_all),
-              "stability": stability_frame(counted, top, seed=s.seed), "agreement": agreement_frame(heads, top)}
+    frames = {"heads": heads, "trials": _trial_frame(cells, done), "scores": _scores_frame(lm, done, s.keep_all),
+              "grid": _grid_frame(lm, cells, done, s.keep_all),
+              "stability": _stability_frame(counted, top, seed=s.seed), "agreement": _agreement_frame(heads, top)}
     meta = {"model": lm.name, "settings": asdict(s), "counted": len(counted), "methods": list(methods), "interventions": interventions(lm),
             "layers": lm.n_layers, "heads": lm.n_heads, "kv_heads": lm.n_kv_heads, "dtype": str(lm.dtype), "device": str(lm.device)}
     return HeadReport(frames, meta)

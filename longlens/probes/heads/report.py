@@ -13,11 +13,11 @@ import polars as pl
 from ...report import Report
 
 VIEWS = "copy_score", "induction", "previous_token", "qr_score", "gate"  # other scores of the same heads
-VIEW_TITLES = {"qr_score": "QR score", "gate": "DuoAttention gate", "induction": "Attention to the induction target",
+_VIEW_TITLES = {"qr_score": "QR score", "gate": "DuoAttention gate", "induction": "Attention to the induction target",
                "previous_token": "Attention to the previous token"}
 
 # %% auto #0
-__all__ = ['VIEWS', 'VIEW_TITLES', 'HEADS_EXPLAINED', 'HeadReport']
+__all__ = ['VIEWS', 'HeadReport']
 
 # %% ../../../nbs/probes/heads/04_report.ipynb #4d681b34
 class HeadReport(Report):
@@ -100,7 +100,7 @@ def _said_proof(r: HeadReport) -> str:
             + "perplexity of the control {:.3g} → {:.3g} (random {:.3g})".format(*ppl))
 
 # %% ../../../nbs/probes/heads/04_report.ipynb #43cb653a
-HEADS_EXPLAINED = {
+_HEADS_EXPLAINED = {
     "map": "A head's score is the share of the needle that it copies: at each step of the answer, the token that it attends to most "
            "must lie in the needle and be the token that the model says (Wu et al. 2024). Only trials in which the needle was found count.",
     "bars": "The strongest heads, with the mean score over the trials and its 95 % interval (1.96 standard errors).",
@@ -116,7 +116,7 @@ HEADS_EXPLAINED = {
 def _page_section(title: str, key: str, charts: list[Any], table: pl.DataFrame, **said: Any) -> Any:
     from longlens.charts.common import arrange
     from longlens.charts.page import Section
-    return Section(title, HEADS_EXPLAINED[key].format(**said), arrange(charts, columns=1) if len(charts) > 1 else charts[0], table)
+    return Section(title, _HEADS_EXPLAINED[key].format(**said), arrange(charts, columns=1) if len(charts) > 1 else charts[0], table)
 
 
 def _map_section(r: HeadReport) -> Any:
@@ -157,7 +157,7 @@ def _views_section(r: HeadReport) -> Any:
     f = r.frames["heads"]
     names = [v for v in VIEWS[1:] if v in f.columns]
     if not names: return None
-    charts = [head_map(f, v, title=VIEW_TITLES[v], unit="" if v == "qr_score" else "share") for v in names]
+    charts = [head_map(f, v, title=_VIEW_TITLES[v], unit="" if v == "qr_score" else "share") for v in names]
     return _page_section("Other views of the same heads", "views", charts, r.frames["agreement"])
 
 

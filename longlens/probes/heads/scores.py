@@ -25,11 +25,10 @@ from ...sweeps.sweep import sweep
 from ...models.forward import LongModel
 
 # %% auto #0
-__all__ = ['Steps', 'rouge1_recall', 'Trial', 'copy_scores', 'teacher_forced', 'decoded', 'Watch', 'as_trial', 'run_trials',
-           'pattern_scores', 'query_attention', 'document_scores', 'qr_scores']
+__all__ = ['Steps', 'Trial', 'copy_scores', 'decoded', 'Watch', 'run_trials', 'pattern_scores', 'qr_scores']
 
 # %% ../../../nbs/probes/heads/00_scores.ipynb #6b75c0d3
-def rouge1_recall(
+def _rouge1_recall(
     truth: str,  # the true answer
     said: str,  # what the model said
 ) -> float:  # 0 to 1
@@ -80,7 +79,7 @@ def copy_scores(
 Steps = tuple[Tensor, Tensor]  # tokens the model says, (steps,); positions looked at, (layers, heads, steps)
 
 
-def teacher_forced(
+def _teacher_forced(
     lm: LongModel,  # LongModel
     cells: Sequence[Cell],  # prompts of equal length, with completions of equal length
     start: Start,  # the prompts in a cache
@@ -138,7 +137,7 @@ class Watch(Task):
             raise ValueError(f"teacher forcing needs the true completion, and {cell!r} has none")
 
     def run(self, lm: LongModel, cells: Sequence[Cell], start: Start) -> list[dict[str, pl.DataFrame]]:
-        done = teacher_forced(lm, cells, start) if self.mode == "teacher" else decoded(lm, cells, start, self.max_new_tokens)
+        done = _teacher_forced(lm, cells, start) if self.mode == "teacher" else decoded(lm, cells, start, self.max_new_tokens)
         return [{"said": tidy({"step": range(len(s))}, {"token": s.numpy()}), "looked": _looked_table(at)} for s, at in done]
 
 
@@ -150,7 +149,7 @@ def _looked_table(at: Tensor) -> pl.DataFrame:
 def _text(lm: LongModel, ids: Tensor) -> str: return lm.decode(ids) if lm.tokenizer is not None else " ".join(map(str, ids.tolist()))
 
 
-def as_trial(
+def _as_trial(
     lm: LongModel,  # LongModel
     ctx: Any,  # Context: spans with "needle"
     said_ids: Tensor,  # what the model said at every step, (steps,)
@@ -161,7 +160,7 @@ def as_trial(
     scores, want = copy_scores(ctx.tokens.ids, ctx.spans["needle"], said_ids, looked), ctx.completion_ids
     right = len(want) > 0 and said_ids[:len(want)].tolist() == want.tolist()
     found = said_ids[said_ids == want] if mode == "teacher" else said_ids  # what was said at its own step
-    recall = rouge1_recall(" ".join(ctx.answers), _text(lm, found))
+    recall = _rouge1_recall(" ".join(ctx.answers), _text(lm, found))
     return Trial(ctx, said_ids, _text(lm, said_ids), looked, *scores, recall=recall, right=right)
 
 # %% ../../../nbs/probes/heads/00_scores.ipynb #33c94b75
@@ -177,7 +176,7 @@ def run_trials(
     shape = head_sizes(lm)[:2]
     def trial(i: int, ctx: Any) -> Trial:
         tokens, at = said[i,]["token"].to_torch(), looked[i,]["position"].to_torch()
-        return as_trial(lm, ctx, tokens, at.view(*shape, -1), task.mode)
+        return _as_trial(lm, ctx, tokens, at.view(*shape, -1), task.mode)
     return [trial(i, c) for i, c in enumerate(contexts)]
 
 # %% ../../../nbs/probes/heads/00_scores.ipynb #a6eb1e78
@@ -215,7 +214,7 @@ def pattern_scores(
 
 # %% ../../../nbs/probes/heads/00_scores.ipynb #fb598d6b
 @torch.no_grad()
-def query_attention(
+def _query_attention(
     lm: LongModel,  # LongModel
     ctx: Any,  # Context, with a span "query"
     like: Any = None,  # a Prefix that may begin alike
@@ -228,7 +227,7 @@ def query_attention(
     return torch.cat(seen.tensors("received", "received"), 1)[:, 0] / len(query), before
 
 
-def document_scores(
+def _document_scores(
     tokens: Tensor,  # calibrated attention, (layers, heads, n)
     documents: Sequence[range],  # token positions of each
 ) -> Tensor:  # (layers, heads, documents)
@@ -257,6 +256,6 @@ def _calibrated(lm: LongModel, pairs: Sequence[tuple[Any, Any]]) -> Iterator[Ten
         spans = [ctx.spans[n] for n in names]
         if not spans or spans != [null.spans.get(n) for n in names]:
             raise ValueError("both contexts of a pair must hold the same documents at the same tokens, in spans document_0, ...")
-        asked, before = query_attention(lm, ctx)
+        asked, before = _query_attention(lm, ctx)
         end = spans[-1].stop
-        yield document_scores(asked[..., :end] - query_attention(lm, null, like=before)[0][..., :end], spans)
+        yield _document_scores(asked[..., :end] - _query_attention(lm, null, like=before)[0][..., :end], spans)

@@ -29,9 +29,9 @@ from ...sweeps.sweep import sweep
 from ...models.forward import LongModel
 
 # %% auto #0
-__all__ = ['POSITIONS', 'Item', 'KEYS', 'gold_positions', 'get_items', 'MiddleSettings', 'question_cell', 'top_heads',
-           'score_interval', 'curve_frame', 'indices_frame', 'effects_frame', 'lost_in_the_middle', 'longer',
-           'check_metric', 'reply_length']
+__all__ = ['POSITIONS', 'Item', 'gold_positions', 'get_items', 'MiddleSettings', 'question_cell', 'top_heads', 'score_interval',
+           'curve_frame', 'indices_frame', 'effects_frame', 'lost_in_the_middle', 'longer', 'check_metric',
+           'reply_length']
 
 # %% ../../../nbs/probes/middle/01_probe.ipynb #d7783ab7
 POSITIONS = {10: (0, 4, 9), 20: (0, 4, 9, 14, 19), 30: (0, 4, 9, 14, 19, 24, 29), 75: (0, 24, 49, 74), 140: (0, 34, 69, 104, 139),
@@ -176,7 +176,7 @@ def _baselines(lm: LongModel, items: Sequence[Item], s: MiddleSettings, allow_lo
             yield replace(cell, axes={**cell.axes, "gold_index": None, "placed_index": None})
 
 # %% ../../../nbs/probes/middle/01_probe.ipynb #ad3d66eb
-KEYS = ["variant", "remedy"]  # what makes a curve
+_KEYS = ["variant", "remedy"]  # what makes a curve
 
 
 def _scored(answers: pl.DataFrame, cells: Sequence[Cell], metric: str) -> pl.DataFrame:
@@ -220,9 +220,9 @@ def curve_frame(
 ) -> pl.DataFrame:  # variant, remedy, gold_index, questions, score, lower, upper, logprob, ..., gold_attention, ...
     """The curves: means over questions, with 95 % intervals over questions."""
     rows = []
-    for (*key, gold), g in answers.group_by(*KEYS, "gold_index", maintain_order=True):
+    for (*key, gold), g in answers.group_by(*_KEYS, "gold_index", maintain_order=True):
         score, log = score_interval(g["score"], seed), bootstrap_interval(g["logprob"], seed=seed)
-        rows.append({**dict(zip(KEYS, key, strict=True)), "gold_index": gold, "depth_percent": g["depth_percent"].mean(),
+        rows.append({**dict(zip(_KEYS, key, strict=True)), "gold_index": gold, "depth_percent": g["depth_percent"].mean(),
                      "questions": len(g), "score": score.mean, "lower": score.lower, "upper": score.upper, "logprob": log.mean,
                      "logprob_lower": log.lower, "logprob_upper": log.upper,
                      **{c: g[c].mean() for c in ("gold_attention", "gold_share", "top_attention")}})
@@ -235,12 +235,12 @@ def indices_frame(
 ) -> pl.DataFrame:  # variant, remedy, measure, index, value, lower, upper, n, p
     """Primacy, recency and U shape of every curve, and the paired test of ends against middle."""
     parts = []
-    for key, g in answers.group_by(*KEYS, maintain_order=True):
+    for key, g in answers.group_by(*_KEYS, maintain_order=True):
         if g["gold_index"].n_unique() < 3: continue
         for measure in ("score", "logprob"):
             p = paired_ends_against_middle(g, measure, seed=seed).p
             f = position_indices(g, measure, seed=seed).with_columns(p=pl.when(pl.col("index") == "u_shape").then(pl.lit(p)))
-            named = zip([*KEYS, "measure"], [*key, measure], strict=True)
+            named = zip([*_KEYS, "measure"], [*key, measure], strict=True)
             parts.append(f.select(*(pl.lit(v).alias(k) for k, v in named), pl.all()))
     return pl.concat(parts) if parts else pl.DataFrame()
 
@@ -252,8 +252,8 @@ def effects_frame(
     """What each remedy changes, question by question: means over all positions, less those without it."""
     rows = []
     for measure in ("score", "logprob"):
-        mean = answers.group_by(*KEYS, "question", maintain_order=True).agg(pl.col(measure).mean())
-        for (variant, remedy), g in mean.group_by(*KEYS, maintain_order=True):
+        mean = answers.group_by(*_KEYS, "question", maintain_order=True).agg(pl.col(measure).mean())
+        for (variant, remedy), g in mean.group_by(*_KEYS, maintain_order=True):
             none = mean.filter(variant=variant, remedy="none").sort("question")[measure]
             d = (g.sort("question")[measure] - none).to_list()
             i = bootstrap_interval(d, seed=seed)
@@ -352,7 +352,7 @@ def _assemble(lm: LongModel, s: MiddleSettings, cells: Sequence[Cell], done: Any
     top = top_heads(heads.filter(pl.col("gold_index").is_not_null()))  # not the right document alone, which any head looks at
     answers = _with_attention(_scored(done.table("answers"), cells, s.metric), spans, heads, top)
     main, alone = answers.filter(pl.col("gold_index").is_not_null()), answers.filter(pl.col("gold_index").is_null())
-    where = [*KEYS, "gold_index"]
+    where = [*_KEYS, "gold_index"]
     frames = {"curve": curve_frame(main, s.seed), "answers": answers, "effects": effects_frame(main, s.seed),
               "attention": _mean_mass(heads, [*where, "layer", "head"]), "documents": _mean_mass(spans, [*where, "document"]),
               "costs": done.costs}

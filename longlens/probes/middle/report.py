@@ -12,7 +12,7 @@ import polars as pl
 from ...report import Report
 
 # %% auto #0
-__all__ = ['MIDDLE_EXPLAINED', 'MiddleReport', 'said_cut', 'said_cost', 'parts_frame']
+__all__ = ['MiddleReport', 'said_cut', 'said_cost', 'parts_frame']
 
 # %% ../../../nbs/probes/middle/00_report.ipynb #9c11199a
 class MiddleReport(Report):
@@ -133,7 +133,7 @@ def said_cost(
     return f"{said}, {100 * done / all_:.0f} % of what they have: the rest was shared"
 
 # %% ../../../nbs/probes/middle/00_report.ipynb #41d1e880
-MIDDLE_EXPLAINED = {
+_MIDDLE_EXPLAINED = {
     "curve": "Share of questions answered right ({metric}), by where the right one of {n} {what} stands. The band is a 95 % "
              "interval over questions. Below: how much attention it got from the heads that look at it most (5 % of all), in the rows that "
              "say the answer, measured in the same pass.",
@@ -149,7 +149,7 @@ MIDDLE_EXPLAINED = {
 def _section(r: MiddleReport, title: str, key: str, chart: Any, table: pl.DataFrame) -> Any:
     from longlens.charts.page import Section
     s = r.meta["settings"]
-    return Section(title, MIDDLE_EXPLAINED[key].format(metric=s["metric"], n=s["n"], what=_what(r)), chart, table)
+    return Section(title, _MIDDLE_EXPLAINED[key].format(metric=s["metric"], n=s["n"], what=_what(r)), chart, table)
 
 
 def _ranked(f: pl.DataFrame) -> pl.DataFrame:

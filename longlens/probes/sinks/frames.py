@@ -23,9 +23,8 @@ from longlens.measure.statistics import (
 from ...models.forward import LongModel
 
 # %% auto #0
-__all__ = ['MEANS', 'SinkSettings', 'sink_rate', 'natural_sequences', 'made_sequences', 'mean_received', 'metric_frame',
-           'measure_text', 'judged', 'tokens_frame', 'heads_frame', 'lengths_frame', 'positions_frame', 'norms_frame',
-           'values_frame', 'activations_frame', 'text_frames']
+__all__ = ['SinkSettings', 'sink_rate', 'natural_sequences', 'made_sequences', 'mean_received', 'metric_frame', 'judged',
+           'heads_frame', 'text_frames']
 
 # %% ../../../nbs/probes/sinks/00_frames.ipynb #66f8c6fd
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ def metric_frame(
     return pl.concat(out)
 
 # %% ../../../nbs/probes/sinks/00_frames.ipynb #854e3367
-MEANS = SinkMass.name, Entropy.name, Support.name, Distance.name  # the frames that hold means over queries
+_MEANS = SinkMass.name, Entropy.name, Support.name, Distance.name  # the frames that hold means over queries
 
 
 def _statistics(n: int, settings: SinkSettings) -> list[Statistic]:
@@ -139,7 +138,7 @@ def _statistics(n: int, settings: SinkSettings) -> list[Statistic]:
     return [*means, *by_length, Received(), ValueNorm(), ResidualNorm(), MassiveActivations()]
 
 
-def measure_text(
+def _measure_text(
     lm: LongModel,  # LongModel
     tokens: Any,  # Tokens of one text
     settings: SinkSettings,  # of which first and chunk count
@@ -156,7 +155,7 @@ def judged(
     return n - min(64, n // 2)
 
 
-def tokens_frame(
+def _tokens_frame(
     alpha: Tensor,  # (layers, heads, n)
     strings: Sequence[str],  # the tokens of the text
     epsilon: float,  # a share of attention, 0 to 1
@@ -191,17 +190,17 @@ def heads_frame(
     best = alpha[..., :judged(alpha.shape[-1])].nan_to_num(-1).max(-1)
     values = {"alpha_first": alpha[..., 0].numpy(), "alpha_top": best.values.numpy(), "top_position": best.indices.numpy()}
     extra = tidy({"layer": range(alpha.shape[0]), "head": range(alpha.shape[1])}, values)
-    return _joined(seen, MEANS, keys).join(extra, on=keys).sort(keys)
+    return _joined(seen, _MEANS, keys).join(extra, on=keys).sort(keys)
 
 # %% ../../../nbs/probes/sinks/00_frames.ipynb #d721eb5a
-def lengths_frame(
+def _lengths_frame(
     seen: Capture,  # of one text
 ) -> pl.DataFrame:  # layer, head, context_length, the means
     "The same means by context length: the queries that see about that many tokens"
-    return _joined(seen, [f"{name}_by_length" for name in MEANS], ["layer", "head", "context_length"])
+    return _joined(seen, [f"{name}_by_length" for name in _MEANS], ["layer", "head", "context_length"])
 
 
-def positions_frame(
+def _positions_frame(
     alpha: Tensor,  # mean attention received, (layers, heads, n)
     received: Tensor,  # its sum over the queries, (layers, heads, n)
 ) -> pl.DataFrame:  # layer, position, alpha_mean, alpha_max, received
@@ -210,7 +209,7 @@ def positions_frame(
     return tidy({"layer": range(alpha.shape[0]), "position": range(alpha.shape[-1])}, values)
 
 # %% ../../../nbs/probes/sinks/00_frames.ipynb #fcc73c40
-def norms_frame(
+def _norms_frame(
     norms: Tensor,  # (layers, n), or (layers, kv_heads, n)
     sinks: Sequence[int],  # positions of the sink tokens
     keys: Sequence[str],  # names of the axes before the last: layer, or layer and kv_head
@@ -223,7 +222,7 @@ def norms_frame(
     return tidy({k: range(n) for k, n in zip(keys, norms.shape, strict=False)}, values)
 
 # %% ../../../nbs/probes/sinks/00_frames.ipynb #5d08db8b
-def values_frame(
+def _values_frame(
     norms: Tensor,  # lengths of value vectors, (layers, kv_heads, n)
     alpha: Tensor,  # mean attention received, (layers, heads, n)
     sinks: Sequence[int],  # positions of the sink tokens
@@ -235,12 +234,12 @@ def values_frame(
     at = norms.gather(-1, best.indices[..., None])[..., 0]
     own = {"heads": (a.amax(-1) > epsilon).sum(-1), "own_position": best.indices, "own_norm": at}
     held = pl.col("heads") > 0
-    f = norms_frame(norms, sinks, ["layer", "kv_head"]).with_columns(**{k: pl.Series(v.flatten().numpy()) for k, v in own.items()})
+    f = _norms_frame(norms, sinks, ["layer", "kv_head"]).with_columns(**{k: pl.Series(v.flatten().numpy()) for k, v in own.items()})
     f = f.with_columns(pl.when(held).then(pl.col(c)).alias(c) for c in ("own_position", "own_norm"))
     return f.with_columns(own_ratio=pl.col("own_norm") / pl.col("median_norm"))
 
 # %% ../../../nbs/probes/sinks/00_frames.ipynb #7733aacc
-def activations_frame(
+def _activations_frame(
     seen: Capture,  # of one text
     strings: Sequence[str],  # the tokens of the text
 ) -> pl.DataFrame:  # layer, rank, position, dim, value, median, ratio, massive, token
@@ -262,16 +261,16 @@ def text_frames(
     settings: SinkSettings,  # of which epsilon, first and chunk count
 ) -> dict[str, pl.DataFrame]:  # heads, positions, lengths, tokens, massive, values, residual
     "All tables of one text"
-    seen, strings = measure_text(lm, tokens, settings), tokens.strings
+    seen, strings = _measure_text(lm, tokens, settings), tokens.strings
     alpha = mean_received(seen)[:, 0]
-    found = tokens_frame(alpha, strings, settings.epsilon)
+    found = _tokens_frame(alpha, strings, settings.epsilon)
     at = found["position"].to_list()
     return {
         "heads": heads_frame(seen, alpha),
-        "positions": positions_frame(alpha, _all_layers(seen, "received", "received")),
-        "lengths": lengths_frame(seen),
+        "positions": _positions_frame(alpha, _all_layers(seen, "received", "received")),
+        "lengths": _lengths_frame(seen),
         "tokens": found,
-        "massive": activations_frame(seen, strings),
-        "values": values_frame(_all_layers(seen, "value_norm", "norm"), alpha, at, settings.epsilon),
-        "residual": norms_frame(_all_layers(seen, "residual_norm", "norm"), at, ["layer"]),
+        "massive": _activations_frame(seen, strings),
+        "values": _values_frame(_all_layers(seen, "value_norm", "norm"), alpha, at, settings.epsilon),
+        "residual": _norms_frame(_all_layers(seen, "residual_norm", "norm"), at, ["layer"]),
     }

@@ -13,7 +13,7 @@ from .frames import judged
 from ...report import Report
 
 # %% auto #0
-__all__ = ['EXPLAINED', 'SinkReport']
+__all__ = ['SinkReport']
 
 # %% ../../../nbs/probes/sinks/01_report.ipynb #11e8b9cc
 class SinkReport(Report):
@@ -90,7 +90,7 @@ def _said_values(r: SinkReport) -> str:
     return said + (f", in the others {rest.median():.2g}" if len(rest) else "")
 
 # %% ../../../nbs/probes/sinks/01_report.ipynb #b236120c
-EXPLAINED = {  # what a section's picture shows; filled in with the settings
+_EXPLAINED = {  # what a section's picture shows; filled in with the settings
     "heads": "The first token's share of each head's attention, averaged over all queries of the text. A head with more than "
              "{epsilon} has a sink there by the published criterion.",
     "tokens": "Sinks can stand anywhere. For every position: its mean share of the attention of the queries that see it, averaged "
@@ -111,7 +111,7 @@ EXPLAINED = {  # what a section's picture shows; filled in with the settings
 def _section(r: SinkReport, title: str, key: str, charts: list[Any], table: pl.DataFrame) -> Any:
     from longlens.charts.common import arrange
     from longlens.charts.page import Section
-    return Section(title, EXPLAINED[key].format(**r.meta["settings"]), arrange(charts) if len(charts) > 1 else charts[0], table)
+    return Section(title, _EXPLAINED[key].format(**r.meta["settings"]), arrange(charts) if len(charts) > 1 else charts[0], table)
 
 # %% ../../../nbs/probes/sinks/01_report.ipynb #7e2069bb
 def _heads_section(r: SinkReport) -> Any:

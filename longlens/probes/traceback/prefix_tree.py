@@ -16,8 +16,8 @@ from ...models.kv_cache import rope_regime
 from .sources import TracePrompt
 
 # %% auto #0
-__all__ = ['ROWS', 'MOST_TOKENS', 'PADDING', 'MIX', 'ValueFunction', 'Branch', 'common_start', 'branches', 'ScoreCosts', 'Step',
-           'SegmentBits', 'first_alike', 'make_steps', 'step_costs']
+__all__ = ['ROWS', 'PADDING', 'ValueFunction', 'common_start', 'branches', 'ScoreCosts', 'Step', 'SegmentBits', 'first_alike',
+           'make_steps', 'step_costs']
 
 # %% ../../../nbs/probes/traceback/02_prefix_tree.ipynb #6c082e12
 class ValueFunction(Protocol):
@@ -35,7 +35,7 @@ class ValueFunction(Protocol):
 
 # %% ../../../nbs/probes/traceback/02_prefix_tree.ipynb #e8c1390f
 @dataclass(frozen=True, eq=False)
-class Branch:
+class _Branch:
     """A shared beginning, and the subsets that go on from it alone."""
 
     depth: int  # tokens of the shared beginning
@@ -73,7 +73,7 @@ def _parting(a: np.ndarray, b: np.ndarray, n: int) -> np.ndarray:  # (m,)
 def branches(
     bits: np.ndarray,  # subsets as bits, one for each segment, packed, (m, bytes); all different
     size: np.ndarray,  # tokens of each segment
-) -> Iterator[Branch]:
+) -> Iterator[_Branch]:
     """Every place where subsets part, each before what comes after it."""
     absent = ~bits
     order = sorted(range(len(bits)), key=[row.tobytes() for row in absent].__getitem__)
@@ -86,7 +86,7 @@ def branches(
         depth = int(between.min()) if len(between) else int(tokens[lo])
         groups = [*pairwise([lo, *(lo + 1 + np.flatnonzero(between == depth)).tolist(), hi])]
         alone = sorted((a for a, b in groups if b - a == 1), key=lambda a: tokens[a] > depth)  # one that ends here is the first
-        yield Branch(depth, tuple(order[a] for a in alone), order[lo])
+        yield _Branch(depth, tuple(order[a] for a in alone), order[lo])
         todo += [g for g in reversed(groups) if g[1] - g[0] > 1]
 
 # %% ../../../nbs/probes/traceback/02_prefix_tree.ipynb #60c73245
@@ -117,7 +117,7 @@ class ScoreCosts:
                 f"{self.plain_tokens:,})")
 
 # %% ../../../nbs/probes/traceback/02_prefix_tree.ipynb #13b1da55
-MOST_TOKENS = 4096  # of a batch, filled up
+_MOST_TOKENS = 4096  # of a batch, filled up
 PADDING = 1.1  # most that filling up may make of a batch
 
 
@@ -127,7 +127,7 @@ def _filled_batches(lengths: Sequence[int], most: int) -> list[list[int]]:
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         now = [*out[-1], i] if out else [i]
         size = len(now) * lengths[now[0]]
-        if out and len(now) <= most and size <= MOST_TOKENS and size <= PADDING * sum(lengths[k] for k in now): out[-1] = now
+        if out and len(now) <= most and size <= _MOST_TOKENS and size <= PADDING * sum(lengths[k] for k in now): out[-1] = now
         else: out.append([i])
     return out
 
@@ -171,7 +171,7 @@ def _owned(masks: np.ndarray, whose: np.ndarray) -> np.ndarray:
 # %% ../../../nbs/probes/traceback/02_prefix_tree.ipynb #9d531c31
 def _fingerprints(prompt: TracePrompt, masks: np.ndarray) -> np.ndarray:  # (m,), uint64: equal where the tokens are equal
     whose, size = _segments(prompt)
-    powers = np.cumprod(np.append(np.uint64(1), np.full(len(prompt), MIX)), dtype=np.uint64)
+    powers = np.cumprod(np.append(np.uint64(1), np.full(len(prompt), _MIX)), dtype=np.uint64)
     at, ends = np.arange(len(prompt)), np.repeat(np.cumsum(size), size)
     own = np.add.reduceat((prompt.ids.numpy() + 1).astype(np.uint64) * powers[ends - 1 - at], np.cumsum(size) - size)
     out = np.empty(len(masks), np.uint64)
@@ -182,7 +182,7 @@ def _fingerprints(prompt: TracePrompt, masks: np.ndarray) -> np.ndarray:  # (m,)
     return out
 
 
-MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, and otherwise any
+_MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, and otherwise any
 
 # %% ../../../nbs/probes/traceback/02_prefix_tree.ipynb #9ffcdec6
 def first_alike(

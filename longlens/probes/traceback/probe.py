@@ -29,8 +29,7 @@ from .report import Trace, make_trace
 from ...models.forward import LongModel
 
 # %% auto #0
-__all__ = ['LARGE_COST', 'PUT', 'check_needs', 'LargeTrace', 'say_large', 'planned_trace', 'write_answer', 'run_tracer',
-           'trace_context']
+__all__ = ['LARGE_COST', 'check_needs', 'LargeTrace', 'run_tracer', 'trace_context']
 
 # %% ../../../nbs/probes/traceback/06_probe.ipynb #fcf61400
 def check_needs(
@@ -53,7 +52,7 @@ class LargeTrace(UserWarning):
     """What is about to run takes long"""
 
 
-def say_large(
+def _say_large(
     tracer: Tracer,
     job: TraceJob,  # with a model and a prompt
     cost: TraceCost,  # of the method on it
@@ -67,7 +66,7 @@ def say_large(
                   LargeTrace, stacklevel=3)
 
 # %% ../../../nbs/probes/traceback/06_probe.ipynb #9353c071
-def planned_trace(
+def _planned_trace(
     tracer: Tracer,
     job: TraceJob,  # with a model and a prompt
     budget: int | None = None,  # tokens through the model, at most
@@ -81,7 +80,7 @@ def planned_trace(
     return replace(cost, exact=cost.exact and not unwritten)
 
 # %% ../../../nbs/probes/traceback/06_probe.ipynb #d1300260
-def write_answer(
+def _write_answer(
     job: TraceJob,  # whose prompt has an answer that stands for one
     limits: tuple[int, Sequence[str]],  # of the answer, from `answer_limits`
     span: str | Sequence[int] | range | None = None,  # the part of it that is traced
@@ -147,8 +146,8 @@ def _run_asked(tracer: Tracer, job: TraceJob, name: str, k: int, cost: TraceCost
     budget, begun = job.budget, time.perf_counter()
     try:
         if ask is None: return run_tracer(tracer, job, name, k, cost=repr(cost), budget=budget)
-        tokens = write_answer(job, answer_limits(job.lm, ask["max_new_tokens"], ask["stop"]), ask["answer_span"], ask["allow_longer"])
-        cost = planned_trace(tracer, job, budget, written=tokens)
+        tokens = _write_answer(job, answer_limits(job.lm, ask["max_new_tokens"], ask["stop"]), ask["answer_span"], ask["allow_longer"])
+        cost = _planned_trace(tracer, job, budget, written=tokens)
         spent = ScoreCosts(tokens=tokens, plain_tokens=tokens, seconds=time.perf_counter() - begun)
         return run_tracer(tracer, job, name, k, spent, cost=repr(cost), budget=budget)
     finally: job.release()
@@ -167,7 +166,7 @@ def _traced_prompt(lm: LongModel, context: Any, question: str, answer: Any, span
     return trace_prompt(lm, context, question, answer, **said, **put)
 
 # %% ../../../nbs/probes/traceback/06_probe.ipynb #dd6e9eb6
-PUT = ("question", "sep", "template", "answer_prefix", "chat", "system")  # how a context becomes a prompt
+_PUT = ("question", "sep", "template", "answer_prefix", "chat", "system")  # how a context becomes a prompt
 
 
 def _check_given(
@@ -177,7 +176,7 @@ def _check_given(
     """Raise if something is asked for that a prompt which is ready cannot be given any more."""
     whole, ctx = isinstance(context, TracePrompt), isinstance(context, Context)
     if not (whole or ctx or given["span"] is not None): return
-    fixed = [name for name in given if name != "allow_longer"] if whole else [*PUT, *["special"] * ctx]
+    fixed = [name for name in given if name != "allow_longer"] if whole else [*_PUT, *["special"] * ctx]
     same = {"sep": "\n\n", "question": getattr(context, "question", "")}  # what changes nothing
     why = "this prompt has its question, its sources and its answer" if whole else "the whole prompt is given, with its question in it"
     for name in fixed:
@@ -234,7 +233,7 @@ def trace_context(
         job = TraceJob(lm, prompt, seed=seed, heads=heads, batch_size=batch_size, max_memory=max_memory, budget=budget, out=out,
                        progress=progress)
         check_needs(tracer, job)
-        cost = planned_trace(tracer, job, budget, asked)
+        cost = _planned_trace(tracer, job, budget, asked)
         if dry_run: return cost
-        if budget is None: say_large(tracer, job, cost)
+        if budget is None: _say_large(tracer, job, cost)
         return _run_asked(tracer, job, method if isinstance(method, str) else "", k, cost, said if asked else None)

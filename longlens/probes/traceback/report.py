@@ -20,8 +20,7 @@ from .sources import TracePrompt, source_frame
 from ...report import Report, report_html
 
 # %% auto #0
-__all__ = ['OWN_TABLES', 'TRACE_EXPLAINED', 'scored_frame', 'answer_frame', 'Trace', 'trace_sections', 'finer_sources',
-           'source_bars', 'excerpt', 'excerpts', 'said_probability', 'make_trace']
+__all__ = ['scored_frame', 'Trace', 'excerpt', 'excerpts', 'said_probability', 'make_trace']
 
 # %% ../../../nbs/probes/traceback/05_report.ipynb #9cd67dde
 def scored_frame(
@@ -43,7 +42,7 @@ def scored_frame(
     return source_frame(prompt).with_columns(**new).with_columns(rank=pl.when(pl.col("score").is_not_null()).then("rank"))
 
 # %% ../../../nbs/probes/traceback/05_report.ipynb #e21512da
-def answer_frame(
+def _answer_frame(
     prompt: TracePrompt,
     logprobs: np.ndarray,  # of the traced tokens, with every source there, (t,)
 ) -> pl.DataFrame:  # one row a token of the answer
@@ -76,7 +75,7 @@ class Trace(Report):
 
     def finer(self, k: int | None = None) -> pl.DataFrame:
         """Of `coarse_to_fine`: the k best of each level inside the best sources, with `start` and `end` in the context. None: as `top`."""
-        return finer_sources(self, int(self.meta["k"]) if k is None else k)
+        return _finer_sources(self, int(self.meta["k"]) if k is None else k)
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the best first, and of their texts what can be shown"""
@@ -89,17 +88,17 @@ class Trace(Report):
 
     def sections(self) -> list[Any]:
         """The report as a page shows it"""
-        return trace_sections(self)
+        return _trace_sections(self)
 
     def chart(self) -> Any:
         """The sources with the highest scores"""
-        return source_bars(self)
+        return _source_bars(self)
 
 # %% ../../../nbs/probes/traceback/05_report.ipynb #92ba337a
-def trace_sections(r: Trace) -> list[Any]:
+def _trace_sections(r: Trace) -> list[Any]:
     """What a page shows of a trace: the context with its sources shaded, the strongest of them, the answer, what it cost."""
     from longlens.charts.page import Section
-    text = TRACE_EXPLAINED.format(says=r.meta["says"], method=r.meta["method"], by=r.meta["by"])
+    text = _TRACE_EXPLAINED.format(says=r.meta["says"], method=r.meta["method"], by=r.meta["by"])
     costs = "Tokens through the model, padding included, and what one whole forward for each subset would have taken."
     answer = "How probable each traced token is with the whole context, after the tokens before it (natural logarithm)."
     return [_shaded(r, text), Section("The strongest passages", text, r.chart(), r.top()), *_finest(r), *_own_tables(r),
@@ -122,7 +121,7 @@ def _levels(r: Trace) -> pl.DataFrame:    # those after the first; empty where t
     return r.frames["levels"].filter(pl.col("level") > 0) if "levels" in r.frames else pl.DataFrame()
 
 
-def finer_sources(
+def _finer_sources(
     r: Trace,
     k: int = 5,  # of each level
 ) -> pl.DataFrame:  # level, by, rank, start, end, score, error, excerpt; parent: the source of the level above
@@ -145,7 +144,7 @@ def _finest(r: Trace) -> list[Any]:
     return [replace(trace_section(r.context, shown, title="Inside the best", text=text), table=r.finer())]
 
 # %% ../../../nbs/probes/traceback/05_report.ipynb #c473d14b
-OWN_TABLES = {  # name of a method's table -> heading, what it says
+_OWN_TABLES = {  # name of a method's table -> heading, what it says
     "fidelity": ("How well the surrogate foretells", "Rank correlation (lds, with its 95 % interval) of what the linear model foretells of "
                  "ablations that it was not fitted to with what the model does; 1 is best."),
     "search": ("The search", "Every group of neighbours that was scored, by function and level: the sources start to stop - 1."),
@@ -156,10 +155,10 @@ OWN_TABLES = {  # name of a method's table -> heading, what it says
 def _own_tables(r: Trace) -> list[Any]:
     """The tables of a method that a reader should see."""
     from longlens.charts.page import Section
-    return [Section(title, text, table=r.frames[name]) for name, (title, text) in OWN_TABLES.items() if name in r.frames]
+    return [Section(title, text, table=r.frames[name]) for name, (title, text) in _OWN_TABLES.items() if name in r.frames]
 
 # %% ../../../nbs/probes/traceback/05_report.ipynb #398fe0bb
-def source_bars(r: Trace) -> Any:
+def _source_bars(r: Trace) -> Any:
     """The sources with the highest scores, 60 at most, with their standard errors where there are any."""
     from longlens.charts.common import bars
     f, unit = r.top(min(60, int(r.meta["k"]))).drop_nulls("score"), r.meta["unit"]
@@ -170,7 +169,7 @@ def source_bars(r: Trace) -> Any:
                 subtitle=text)
 
 
-TRACE_EXPLAINED = "Score of a source: {says}. Method: {method}; sources by {by}."
+_TRACE_EXPLAINED = "Score of a source: {says}. Method: {method}; sources by {by}."
 
 # %% ../../../nbs/probes/traceback/05_report.ipynb #0bbc60c2
 def excerpt(
@@ -257,7 +256,7 @@ def make_trace(
     said, sources = prompt.answer, prompt.sources
     text = said.text if said.text is not None else " ".join(map(str, said.ids.tolist()))
     part = "".join(said.strings[i] for i in prompt.traced)
-    frames = {"sources": scored_frame(prompt, found), "answer": answer_frame(prompt, logprobs), "costs": costs,
+    frames = {"sources": scored_frame(prompt, found), "answer": _answer_frame(prompt, logprobs), "costs": costs,
               "context": pl.DataFrame({"text": [sources.text]}), **found.frames}
     about = {"question": prompt.question, "answer": text, "traced": part, "by": sources.by, "documents": max(sources.documents) + 1,
              "prompt_tokens": len(prompt), "answer_tokens": len(said), **prompt.meta, "notes": list(found.notes)}

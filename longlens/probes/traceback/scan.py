@@ -16,14 +16,14 @@ from .probe import trace_context
 from ...report import report_html
 
 # %% auto #0
-__all__ = ['SCAN_SCHEMA', 'SCAN_EXPLAINED', 'detected', 'ScanReport', 'scan']
+__all__ = ['ScanReport', 'scan']
 
 # %% ../../../nbs/probes/traceback/08_scan.ipynb #481a2be7
-SCAN_SCHEMA = {"rank": pl.Int64, "source": pl.Int64, "trace_score": pl.Float64, "flagged": pl.Boolean, "verdict": pl.Float64,
+_SCAN_SCHEMA = {"rank": pl.Int64, "source": pl.Int64, "trace_score": pl.Float64, "flagged": pl.Boolean, "verdict": pl.Float64,
                "error": pl.String}
 
 
-def detected(
+def _detected(
     detector: Callable[[str], Any],  # a text -> True, False, or a number
     text: str,  # of a source
     threshold: float = 0.5,  # from which on a number means that the text is flagged
@@ -49,7 +49,7 @@ class ScanReport(Trace):
     def flagged(self) -> pl.DataFrame:
         """The sources that the detector flagged, with what can be shown of their texts, which are whole in `frames["sources"]`."""
         f = self.frames["scan"].filter("flagged").join(self.frames["sources"], "source", how="left", maintain_order="left", suffix="_trace")
-        return f.select(*SCAN_SCHEMA, "start", "end", excerpt=excerpts(f["text"]))
+        return f.select(*_SCAN_SCHEMA, "start", "end", excerpt=excerpts(f["text"]))
 
     def _repr_html_(self) -> str: return report_html(self)
 
@@ -60,12 +60,12 @@ class ScanReport(Trace):
     def sections(self) -> list[Any]:
         """The report as a page shows it"""
         from longlens.charts.page import Section
-        text = SCAN_EXPLAINED.format(k=len(self.frames["scan"]), method=self.meta["method"], threshold=self.meta["threshold"])
+        text = _SCAN_EXPLAINED.format(k=len(self.frames["scan"]), method=self.meta["method"], threshold=self.meta["threshold"])
         shown = self.frames["scan"].join(self.top(len(self.frames["sources"])).select("source", "excerpt"), "source", how="left")
         return [Section("What the detector says", text, table=shown), *super().sections()]
 
 
-SCAN_EXPLAINED = ("The detector was shown the {k} sources that {method} ranks highest, and no others. A source is flagged where its number "
+_SCAN_EXPLAINED = ("The detector was shown the {k} sources that {method} ranks highest, and no others. A source is flagged where its number "
                   "is {threshold:g} or more (True is 1). A source without a verdict is one that the detector failed on.")
 
 # %% ../../../nbs/probes/traceback/08_scan.ipynb #c97bc3a5
@@ -98,7 +98,7 @@ def scan(
     if how.get("dry_run"): raise ValueError("scan traces: for what that costs, ask trace_context(..., dry_run=True)")
     trace = trace_context(model, context, question, answer, method, k=k, **how)
     top = trace.frames["sources"].drop_nulls("rank").sort("rank").head(k)
-    rows = [{"rank": x["rank"], "source": x["source"], "trace_score": x["score"], **detected(detector, x["text"], threshold)}
+    rows = [{"rank": x["rank"], "source": x["source"], "trace_score": x["score"], **_detected(detector, x["text"], threshold)}
             for x in top.iter_rows(named=True)]
-    frames = {"scan": pl.DataFrame(rows, schema=SCAN_SCHEMA), **trace.frames}
+    frames = {"scan": pl.DataFrame(rows, schema=_SCAN_SCHEMA), **trace.frames}
     return ScanReport(frames, {**trace.meta, "threshold": threshold, "detector": getattr(detector, "__name__", type(detector).__name__)})

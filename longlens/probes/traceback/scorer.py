@@ -34,8 +34,8 @@ from ...sweeps.sweep import SweepWarning, out_of_memory
 from ...models.forward import LongModel
 
 # %% auto #0
-__all__ = ['FLOOR', 'answer_measures', 'Walker', 'SubsetScorer', 'ScorePlan', 'plan_subsets', 'expect_whole', 'shares',
-           'reusable', 'through_longlens', 'forget_if_changed', 'measure_subsets', 'plain_scores']
+__all__ = ['FLOOR', 'Walker', 'SubsetScorer', 'ScorePlan', 'shares', 'reusable', 'through_longlens', 'forget_if_changed',
+           'plain_scores']
 
 # %% ../../../nbs/probes/traceback/03_scorer.ipynb #ace6cbd6
 def _said_logits(lm: LongModel, cache: Any, ids: Tensor, rows: Tensor, chunk: int) -> Tensor:  # (b, t, vocab), float32
@@ -51,7 +51,7 @@ def _said_logits(lm: LongModel, cache: Any, ids: Tensor, rows: Tensor, chunk: in
     return torch.cat(parts, 1).take_along_dim(where[..., None], 1)
 
 # %% ../../../nbs/probes/traceback/03_scorer.ipynb #5ed6f1f6
-def answer_measures(
+def _answer_measures(
     logits: Tensor,  # of the rows before each token, (b, t, vocab), float32
     ids: Tensor,  # the tokens, (t,)
 ) -> np.ndarray:  # (b, 2, t), float64
@@ -96,7 +96,7 @@ class Walker:
         else: cache = new_cache(lm.config, "all")
         ends = torch.tensor([len(at) - start - 1 for at in ats])
         rows = ends[:, None] + torch.arange(self.prompt.traced.start, len(a))
-        return answer_measures(_said_logits(lm, cache, ids, rows, chunk), a[self.prompt.traced.start :])
+        return _answer_measures(_said_logits(lm, cache, ids, rows, chunk), a[self.prompt.traced.start :])
 
 # %% ../../../nbs/probes/traceback/03_scorer.ipynb #47c188cc
 FLOOR = -1000.0  # stands for the logarithm of zero (TracLLM)
@@ -133,7 +133,7 @@ class SubsetScorer(_Scorer):
 
     def measures(self, kept: Any) -> np.ndarray:  # (m, 2, t)
         """log p and log(p / (1 - p)) of each traced token, for each subset."""
-        return measure_subsets(self, kept)
+        return _measure_subsets(self, kept)
 
     def __call__(self, kept: Any) -> np.ndarray:  # (m,)
         """log p of the traced tokens together, for each subset."""
@@ -145,11 +145,11 @@ class SubsetScorer(_Scorer):
 
     def plan(self, kept: Any) -> ScoreCosts:
         """What it would cost to score these subsets now."""
-        return plan_subsets(self, kept).costs
+        return _plan_subsets(self, kept).costs
 
     def expect(self, written: bool = False) -> ScoreCosts:
         """Plan from here on as if the whole prompt ran first."""
-        return expect_whole(self, written)
+        return _expect_whole(self, written)
 
     def held(self) -> np.ndarray:  # positions in the prompt
         """The beginning that is in memory, or is going to be."""
@@ -216,7 +216,7 @@ def _unknown(s: SubsetScorer, masks: np.ndarray) -> np.ndarray:  # numbers of su
     return new[[k not in s.known for k in keys]]
 
 # %% ../../../nbs/probes/traceback/03_scorer.ipynb #3f9f5f7d
-def plan_subsets(
+def _plan_subsets(
     s: SubsetScorer,
     kept: Any,  # (m, n), bool
 ) -> ScorePlan:
@@ -232,13 +232,13 @@ def plan_subsets(
     return ScorePlan(masks, steps, tokens, chunk, ScoreCosts(len(asked), len(masks), sum(tokens), plain, every))
 
 # %% ../../../nbs/probes/traceback/03_scorer.ipynb #8b07367a
-def expect_whole(
+def _expect_whole(
     s: SubsetScorer,
     written: bool = False,  # is the whole prompt in memory then, because an answer was written to it?
 ) -> ScoreCosts:
     """What the whole prompt costs; plans are as if it had run."""
     s.ahead, every = None, np.ones((1, s.n), bool)
-    first, held = plan_subsets(s, every), np.arange(len(s.prompt)) if written and reusable(s) else s.walker.at
+    first, held = _plan_subsets(s, every), np.arange(len(s.prompt)) if written and reusable(s) else s.walker.at
     if not first.steps: return first.costs
     tokens = step_costs(first.steps, SegmentBits(s.prompt, every), s.prompt.traced.stop, held)
     at = np.arange(first.steps[0].size)
@@ -343,13 +343,13 @@ def _keep(s: SubsetScorer, keys: Sequence[bytes], values: np.ndarray) -> None:
         s.written = now
 
 # %% ../../../nbs/probes/traceback/03_scorer.ipynb #526f59e6
-def measure_subsets(
+def _measure_subsets(
     s: SubsetScorer,
     kept: Any,  # (m, n), bool
 ) -> np.ndarray:  # (m, 2, t)
     """Run what is not known yet, and give everything that was asked for."""
     s.ahead = None
-    plan, begun = plan_subsets(s, kept), time.perf_counter()
+    plan, begun = _plan_subsets(s, kept), time.perf_counter()
     keys = [_subset_key(s.prompt, m) for m in plan.masks]
     bar = tqdm(total=plan.costs.tokens, unit="tok", unit_scale=True, desc=s.doing, disable=not s.progress or not keys)
     try:
@@ -376,5 +376,5 @@ def plain_scores(
         ids, a = prompt.ids[torch.from_numpy(subset_tokens(prompt, mask))], prompt.answer.ids[: prompt.traced.stop]
         rows = torch.arange(len(ids) + prompt.traced.start - 1, len(ids) + len(a) - 1)
         logits = lm.logits(torch.cat([ids, a[:-1]]), rows, allow_longer=True)
-        out.append(answer_measures(logits[None], a[prompt.traced.start :])[0, 0].sum())
+        out.append(_answer_measures(logits[None], a[prompt.traced.start :])[0, 0].sum())
     return _floor(np.array(out))

@@ -25,8 +25,8 @@ from ...prompts.haystack import split_sentences
 from ...prompts.compose import BoundaryError, solid_tokens
 
 # %% auto #0
-__all__ = ['SEGMENTERS', 'UNITS', 'segment_spans', 'checked_size', 'Sources', 'cut_context', 'token_owners', 'TracePrompt',
-           'subset_tokens', 'subset_ids', 'answer_tokens', 'placed', 'token_prompt', 'narrowed', 'source_frame']
+__all__ = ['SEGMENTERS', 'segment_spans', 'checked_size', 'Sources', 'cut_context', 'TracePrompt', 'subset_tokens', 'subset_ids',
+           'answer_tokens', 'placed', 'token_prompt', 'narrowed', 'source_frame']
 
 # %% ../../../nbs/probes/traceback/00_sources.ipynb #134525e0
 def _sentence_ends(text: str) -> list[int]:
@@ -47,7 +47,7 @@ SEGMENTERS: dict[str, Callable[[str], list[int]]] = {  # name -> where units of 
 }
 
 # %% ../../../nbs/probes/traceback/00_sources.ipynb #87a254d9
-UNITS = {"words": 100}  # units that make one source; 1 where nothing is said
+_UNITS = {"words": 100}  # units that make one source; 1 where nothing is said
 
 # %% ../../../nbs/probes/traceback/00_sources.ipynb #de7b4ba1
 def _grouped(text: str, ends: Sequence[int], size: int) -> list[tuple[int, int]]:
@@ -64,7 +64,7 @@ def segment_spans(text: str, by: str, size: int | None) -> list[tuple[int, int]]
     """Spans of a text in one of the ways of SEGMENTERS."""
     if by not in SEGMENTERS:
         raise ValueError(f'a context is cut by {", ".join(map(repr, SEGMENTERS))}, "tokens", or spans of your own, not {by!r}')
-    return _grouped(text, SEGMENTERS[by](text), checked_size(UNITS.get(by, 1) if size is None else size, by))
+    return _grouped(text, SEGMENTERS[by](text), checked_size(_UNITS.get(by, 1) if size is None else size, by))
 
 
 def checked_size(size: Any, by: str) -> int:
@@ -153,7 +153,7 @@ def _several(documents: Sequence[tuple[int, int]], size: int) -> list[tuple[int,
     return [(documents[i][0], documents[i : i + size][-1][1]) for i in range(0, len(documents), size)]
 
 # %% ../../../nbs/probes/traceback/00_sources.ipynb #46dfa98a
-def token_owners(
+def _token_owners(
     text: str,  # the prompt
     offsets: np.ndarray,  # (n, 2), characters of each token
     spans: np.ndarray,  # (k, 2), characters of each source, in the prompt
@@ -308,7 +308,7 @@ def placed(
         parts = [(s, d) for (a, b), d in owned for s in _token_sources(tokens, starts, at, a, b)]
         sources = replace(sources, spans=tuple(s for s, _ in parts), documents=tuple(d for _, d in parts))
         spans = np.array(sources.spans) + at
-    sources, owner = _with_tokens(sources, token_owners(tokens.text or "", offsets, spans, end))
+    sources, owner = _with_tokens(sources, _token_owners(tokens.text or "", offsets, spans, end))
     return TracePrompt(tokens, owner, sources, answer, answer_tokens(answer, span), at=at, **more)
 
 # %% ../../../nbs/probes/traceback/00_sources.ipynb #38939d91
@@ -338,7 +338,7 @@ def token_prompt(
     text = " ".join(words)
     spans = _own(text, [(starts[a], min(starts[b], len(text))) for a, b in sources])
     tokens, cut = Tokens(ids, text, offsets), Sources(text, tuple(spans), "own spans", (0,) * len(spans))
-    owner = token_owners(text, offsets.numpy(), np.array(spans), len(text))
+    owner = _token_owners(text, offsets.numpy(), np.array(spans), len(text))
     return TracePrompt(tokens, owner, cut, Tokens(said), answer_tokens(Tokens(said), answer_span), meta={"generated": False})
 
 # %% ../../../nbs/probes/traceback/00_sources.ipynb #a64c6b33
@@ -358,7 +358,7 @@ def narrowed(
     parts = [(i, s) for i in np.flatnonzero(mask).tolist() for s in _parts(old, tokens, starts, prompt.at, old.spans[i], by, size)]
     cut = Sources(old.text, tuple(s for _, s in parts), by or old.by, tuple(old.documents[i] for i, _ in parts))
     spans = np.array(cut.spans) + prompt.at
-    owner = token_owners(tokens.text or "", tokens.offsets.numpy(), spans, prompt.at + len(old.text))  # type: ignore[union-attr]
+    owner = _token_owners(tokens.text or "", tokens.offsets.numpy(), spans, prompt.at + len(old.text))  # type: ignore[union-attr]
     has = np.unique(owner[owner >= 0]).tolist()
     cut = replace(cut, spans=tuple(cut.spans[i] for i in has), documents=tuple(cut.documents[i] for i in has))
     owner = np.where(owner >= 0, np.searchsorted(has, owner), -1)

@@ -24,8 +24,8 @@ from .prefix_tree import PADDING, ScoreCosts, ValueFunction
 from ...models.forward import LongModel
 
 # %% auto #0
-__all__ = ['TRACE_FRAMES', 'TRACERS', 'TRACER_MODULES', 'MOST_BITS', 'TraceJob', 'TraceScores', 'TraceCost', 'Room', 'room_of',
-           'Meter', 'Tracer', 'load_methods', 'find_tracer', 'check_budget', 'counted', 'planned_cost', 'subset_cost']
+__all__ = ['TRACERS', 'TRACER_MODULES', 'MOST_BITS', 'TraceJob', 'TraceScores', 'TraceCost', 'Room', 'room_of', 'Meter', 'Tracer',
+           'load_methods', 'find_tracer', 'check_budget', 'counted', 'planned_cost', 'subset_cost']
 
 # %% ../../../nbs/probes/traceback/04_tracer.ipynb #d5c77b12
 @dataclass(eq=False)
@@ -78,7 +78,7 @@ class TraceJob:
         return np.random.default_rng([self.seed, salt])
 
 # %% ../../../nbs/probes/traceback/04_tracer.ipynb #bbf91919
-TRACE_FRAMES = ("sources", "answer", "costs", "context", "scan")  # tables that a trace has of its own
+_TRACE_FRAMES = ("sources", "answer", "costs", "context", "scan")  # tables that a trace has of its own
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,9 +95,9 @@ class TraceScores:
         object.__setattr__(self, "values", _numbers("scores", self.values))
         notes: Any = self.notes
         object.__setattr__(self, "notes", (notes,) if isinstance(notes, str) else tuple(notes))
-        if taken := [name for name in self.frames if name in TRACE_FRAMES]:
+        if taken := [name for name in self.frames if name in _TRACE_FRAMES]:
             raise ValueError(f"a method's table is called {taken[0]!r}, and a trace has one of that name: call it anything but "
-                             f"{', '.join(TRACE_FRAMES)}")
+                             f"{', '.join(_TRACE_FRAMES)}")
         if self.errors is None: return
         object.__setattr__(self, "errors", errors := _numbers("standard errors", self.errors))
         if errors.shape != self.values.shape:

@@ -18,8 +18,8 @@ from ..sources import Sources, cut_context
 from ....prompts.multi_document import Question, json_field, unique_keys, open_maybe_gzip
 
 # %% auto #0
-__all__ = ['CONFLICTS', 'ATTACKS', 'cut_out', 'TraceCase', 'clean_context', 'span_truth', 'text_truth', 'inject', 'fact_cases',
-           'attack_text', 'injection_cases', 'read_targets', 'needle_cases', 'poisoned_cases']
+__all__ = ['ATTACKS', 'cut_out', 'TraceCase', 'clean_context', 'span_truth', 'text_truth', 'inject', 'fact_cases', 'attack_text',
+           'injection_cases', 'read_targets', 'needle_cases', 'poisoned_cases']
 
 # %% ../../../../nbs/probes/traceback/evaluation/00_cases.ipynb #e7df4403
 _SPACE = re.compile(r"\s*")
@@ -158,7 +158,7 @@ def inject(
     return _inserted(text, [sentence] * times, _drawn(text, times, seed, within))
 
 # %% ../../../../nbs/probes/traceback/evaluation/00_cases.ipynb #14f6a966
-CONFLICTS = {  # name -> where a conflicting fact may stand, given the characters (start, end) of the right one in a text of n
+_CONFLICTS = {  # name -> where a conflicting fact may stand, given the characters (start, end) of the right one in a text of n
     "later": lambda a, b, n: (b, n),
     "earlier": lambda a, b, n: (0, a),
     "anywhere": lambda a, b, n: (0, n),
@@ -179,7 +179,7 @@ def _fact_case(seed: str, n_tokens: int, decoys: int, depth: float, conflict: st
     if conflict is None: return TraceCase(e.text, question, right, ((a, b),))
     wrong = _other_value(e.text, Random(seed))
     sentence = e.text[a:b].removesuffix(f"{right}.") + f"{wrong}."
-    text, spans = inject(e.text, sentence, copies, seed, CONFLICTS[conflict](a, b, len(e.text)))
+    text, spans = inject(e.text, sentence, copies, seed, _CONFLICTS[conflict](a, b, len(e.text)))
     return TraceCase(text, question, wrong, tuple(spans), right, f"conflict {conflict}")
 
 # %% ../../../../nbs/probes/traceback/evaluation/00_cases.ipynb #197471ac
@@ -194,7 +194,7 @@ def fact_cases(
     tokenizer: Any = None,  # counts the tokens; needle-lm's, if not given
 ) -> list[TraceCase]:
     """Questions about facts in filler, as needle-lm reads them; what made it answer is known."""
-    if conflict is not None and conflict not in CONFLICTS: raise ValueError(f"conflict is one of {', '.join(CONFLICTS)}, not {conflict!r}")
+    if conflict is not None and conflict not in _CONFLICTS: raise ValueError(f"conflict is one of {', '.join(_CONFLICTS)}, not {conflict!r}")
     if n < 1 or decoys < 0 or copies < 1: raise ValueError(f"n, decoys and copies are {n}, {decoys} and {copies}: 1, 0 and 1 or more")
     draw = Random(f"depths {seed}")
     return [_fact_case(f"{seed} {i}", n_tokens, decoys, draw.uniform(*depths), conflict, copies, tokenizer) for i in range(n)]

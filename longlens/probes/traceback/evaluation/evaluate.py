@@ -32,11 +32,10 @@ from ....sweeps.store import Store, as_row
 from ....models.forward import LongModel
 
 # %% auto #0
-__all__ = ['KEEP', 'RUN_SCHEMA', 'Run', 'AskedCase', 'case_prompts', 'ask_case', 'case_frame', 'run_case', 'named_tracers',
-           'planned_runs', 'evaluate_traceback']
+__all__ = ['Run', 'AskedCase', 'ask_case', 'case_frame', 'run_case', 'named_tracers', 'planned_runs', 'evaluate_traceback']
 
 # %% ../../../../nbs/probes/traceback/evaluation/03_evaluate.ipynb #ce88a988
-KEEP = ("changed", "said")
+_KEEP = ("changed", "said")
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +59,7 @@ def _why(case: TraceCase, truth: Sequence[int], answer: str, clean: str, keep: s
     return None if truth else "no source holds enough of what was injected"
 
 
-def case_prompts(
+def _case_prompts(
     lm: LongModel,  # LongModel
     case: TraceCase,
     **how: Any,  # of `trace_prompt`: by, size, template, chat, ...
@@ -80,7 +79,7 @@ def ask_case(
     **how: Any,  # of `trace_prompt`: by, size, template, chat, ...
 ) -> AskedCase:
     """Put a case to a model, with and without what was injected."""
-    draft, other = prompts or case_prompts(lm, case, **how)
+    draft, other = prompts or _case_prompts(lm, case, **how)
     before, (_, clean) = lm.prefill(draft.tokens), replied(lm, other.tokens, limits)
     ids, answer = replied(lm, before, limits)
     truth = tuple(span_truth(draft.sources, case.injected))
@@ -100,7 +99,7 @@ def case_frame(
         schema_overrides={"why": pl.String})
 
 # %% ../../../../nbs/probes/traceback/evaluation/03_evaluate.ipynb #c8f398ed
-RUN_SCHEMA = {"case": pl.Int64, "method": pl.String, "k": pl.Int64, **dict.fromkeys(MEASURES, pl.Float64), "answer_after": pl.String,
+_RUN_SCHEMA = {"case": pl.Int64, "method": pl.String, "k": pl.Int64, **dict.fromkeys(MEASURES, pl.Float64), "answer_after": pl.String,
               **dict.fromkeys(RUN_COSTS, pl.Float64), "error": pl.String}
 
 
@@ -164,7 +163,7 @@ class _Kept:
 
     def put(self, key: str, row: Mapping[str, Any], top: pl.DataFrame) -> None:
         """Keep a run."""
-        run = pl.DataFrame([row], schema={c: t for c, t in RUN_SCHEMA.items() if c in row})
+        run = pl.DataFrame([row], schema={c: t for c, t in _RUN_SCHEMA.items() if c in row})
         self.store.add([as_row(key, {"run": run, "top": top}, {"seconds": row["seconds"], "tokens": int(row["forward_tokens"])})])
         self.store.write()
 
@@ -277,7 +276,7 @@ def evaluate_traceback(
     weights = None if heads is None else sorted(retrieval_weights(lm, heads).items())
     with longer(lm, allow_longer):
         kept = _Kept(lm, out, {"k": k, "seed": seed, "heads": weights, "limits": limits, **put})  # raises now, if `out` cannot be
-        prompts = [case_prompts(lm, c, **put) for c in cases]
+        prompts = [_case_prompts(lm, c, **put) for c in cases]
         asking = _ask_tokens(prompts, limits[0], budget)
         pairs = tqdm(zip(cases, prompts, strict=True), total=len(cases), desc="cases", disable=not progress)
         asked = [ask_case(lm, c, limits, keep, both) for c, both in pairs]
@@ -290,7 +289,7 @@ def evaluate_traceback(
         if dry_run: return plan
         if left: _check_cost(plan, asking + sum(len(x.prompt.tokens) + 2 * limits[0] for _, _, x, _, _ in left), budget)
         made = list(_runs(lm, todo, kept, k, limits, on_error, progress, **job))
-    runs = pl.DataFrame([{c: row.get(c) for c in RUN_SCHEMA} for row, _ in made], schema=RUN_SCHEMA)
+    runs = pl.DataFrame([{c: row.get(c) for c in _RUN_SCHEMA} for row, _ in made], schema=_RUN_SCHEMA)
     meta = {"k": k, "by": by, "size": size, "keep": keep, "seed": seed, "model": lm.name, "dtype": str(lm.dtype), "device": str(lm.device),
             "settings": {n: repr(t) for n, t in tracers.items()}}
     return make_traceback_report(runs, frame, _tops([top for _, top in made if len(top)]), meta)
@@ -308,7 +307,7 @@ def _check_request(lm: LongModel, cases: Sequence[TraceCase], k: int | None, by:
     if not cases: raise ValueError("there are no cases: make some with fact_cases, injection_cases, poisoned_cases or needle_cases")
     if k is not None and k < 1: raise ValueError(f"k is {k}: one source or more, or None for as many as are true")
     if by is not None and not isinstance(by, str): raise TypeError("contexts differ, so spans of your own cannot cut them all: name a way")
-    for name, value, known in (("keep", keep, KEEP), ("on_error", on_error, ("row", "raise"))):
+    for name, value, known in (("keep", keep, _KEEP), ("on_error", on_error, ("row", "raise"))):
         if value not in known: raise ValueError(f"{name} is one of {', '.join(map(repr, known))}, not {value!r}")
 
 

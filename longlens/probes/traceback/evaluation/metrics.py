@@ -19,7 +19,7 @@ from ..prompts import answer_limits
 from ....models.forward import LongModel
 
 # %% auto #0
-__all__ = ['FoundScores', 'found_scores', 'f1_range', 'plain_answer', 'says', 'replied', 'answer_without', 'case_interval']
+__all__ = ['FoundScores', 'found_scores', 'f1_range', 'says', 'replied', 'answer_without', 'case_interval']
 
 # %% ../../../../nbs/probes/traceback/evaluation/01_metrics.ipynb #5370241d
 class FoundScores(NamedTuple):
@@ -52,7 +52,7 @@ def f1_range(
     return 2 * (k * true / n) / (k + true), 2 * min(k, true) / (k + true)
 
 # %% ../../../../nbs/probes/traceback/evaluation/01_metrics.ipynb #933160b5
-def plain_answer(text: str) -> str:
+def _plain_answer(text: str) -> str:
     """A text as answers are compared: without white space at its ends and a final full stop, in lower case (TracLLM)."""
     return text.strip().removesuffix(".").lower()
 
@@ -62,7 +62,7 @@ def says(
     target: str,  # what it may contain
 ) -> bool:
     """Does an answer contain the target? (TracLLM's attack success)"""
-    return plain_answer(target) in plain_answer(answer)
+    return _plain_answer(target) in _plain_answer(answer)
 
 # %% ../../../../nbs/probes/traceback/evaluation/01_metrics.ipynb #6135bb9e
 def replied(

@@ -14,8 +14,7 @@ from ..report import excerpt
 from ....report import Report
 
 # %% auto #0
-__all__ = ['SHARES', 'MEASURES', 'RUN_COSTS', 'AFTER_EXPLAINED', 'interval_table', 'method_table', 'TracebackReport',
-           'make_traceback_report']
+__all__ = ['SHARES', 'MEASURES', 'RUN_COSTS', 'TracebackReport', 'make_traceback_report']
 
 # %% ../../../../nbs/probes/traceback/evaluation/02_report.ipynb #60bd6038
 SHARES = ("precision", "recall", "f1", "first", "said_after", "recovered")  # between 0 and 1
@@ -23,7 +22,7 @@ MEASURES = (*SHARES, "logprob_drop", "probability_drop")
 RUN_COSTS = ("evaluations", "forward_tokens", "plain_tokens", "seconds")
 
 
-def interval_table(
+def _interval_table(
     runs: pl.DataFrame,  # a row for each case and method: MEASURES, error
     level: float = 0.95,  # how often such intervals hold the true mean
 ) -> pl.DataFrame:  # method, measure, mean, lower, upper, cases
@@ -35,7 +34,7 @@ def interval_table(
     return pl.DataFrame(rows, schema={"method": pl.String, "measure": pl.String, **numbers, "cases": pl.Int64}, orient="row")
 
 # %% ../../../../nbs/probes/traceback/evaluation/02_report.ipynb #df6ca35b
-def method_table(
+def _method_table(
     runs: pl.DataFrame,  # a row for each case and method: MEASURES, RUN_COSTS, error
     intervals: pl.DataFrame,  # from `interval_table`
 ) -> pl.DataFrame:  # a row for each method; lower and upper are of its F1
@@ -88,7 +87,7 @@ def _found_text(r: TracebackReport) -> str:
 def _ceiling(best: float) -> str: return "" if best > 0.995 else f", and no method can have more than {best:.2f}"
 
 
-AFTER_EXPLAINED = ("The model is asked again without the sources that a method took. If they were the cause, it no longer says what it was "
+_AFTER_EXPLAINED = ("The model is asked again without the sources that a method took. If they were the cause, it no longer says what it was "
                    "made to say: the lower, the better. Before, it said so in each of these cases; of all cases, the first findings tell.")
 
 
@@ -98,7 +97,7 @@ def _after_section(r: TracebackReport) -> Any:
     f = r.frames["intervals"].filter(measure="said_after").sort("mean", maintain_order=True)
     chart = bars(f, "method", "mean", title="Still said without what was found", unit="share",
                  name="cases in which the target is still said") if 0 < len(f) <= 60 else None
-    return Section("Was it the cause?", AFTER_EXPLAINED, chart, r.frames["intervals"])
+    return Section("Was it the cause?", _AFTER_EXPLAINED, chart, r.frames["intervals"])
 
 # %% ../../../../nbs/probes/traceback/evaluation/02_report.ipynb #fa6a5aa7
 def _said_kept(r: TracebackReport) -> str:
@@ -158,9 +157,9 @@ def make_traceback_report(
     meta: dict[str, Any],  # k, model, ...
 ) -> TracebackReport:
     """The report of some runs."""
-    intervals, k = interval_table(runs), meta["k"]
+    intervals, k = _interval_table(runs), meta["k"]
     kept = cases.filter("kept").select("true_sources", "sources").rows()
     ends = [f1_range(t if k is None else k, t, n) for t, n in kept]
     guess, best = (sum(e[i] for e in ends) / len(ends) for i in (0, 1))
-    frames = {"methods": method_table(runs, intervals), "intervals": intervals, "runs": runs, "top": top, "cases": cases}
+    frames = {"methods": _method_table(runs, intervals), "intervals": intervals, "runs": runs, "top": top, "cases": cases}
     return TracebackReport(frames, {**meta, "f1_guess": guess, "f1_best": best})

@@ -27,12 +27,11 @@ from ..prefix_tree import ScoreCosts
 from ....models.forward import LongModel
 
 # %% auto #0
-__all__ = ['HOW_TO_FIND', 'Glance', 'glance', 'pool_sources', 'glances', 'glance_costs', 'draw_sources', 'mean_of_draws',
-           'layer_weights', 'retrieval_weights', 'AttentionTracer', 'AttnTrace', 'MeanAttention', 'RetrievalAttention',
-           'roll_out', 'AttentionRollout']
+__all__ = ['glance', 'pool_sources', 'glances', 'draw_sources', 'mean_of_draws', 'retrieval_weights', 'AttentionTracer',
+           'AttnTrace', 'MeanAttention', 'RetrievalAttention', 'AttentionRollout']
 
 # %% ../../../../nbs/probes/traceback/methods/02_attention.ipynb #d7c16a07
-class Glance(NamedTuple):
+class _Glance(NamedTuple):
     "Where the answer looked in a prompt of k tokens"
 
     attention: np.ndarray  # mean attention to each token of the prompt, (k,)
@@ -48,7 +47,7 @@ def glance(
     weights: Mapping[tuple[int, int], float] | None = None,  # of heads (layer, head) in the mean; None: all alike
     like: Any = None,  # the Prefix of a prompt that may begin alike
     max_memory: int | None = None,  # bytes on top of the weights; None: nine tenths of what is free
-) -> Glance:
+) -> _Glance:
     "Mean attention of the answer's rows to the tokens of the prompt, over rows, heads and layers"
     at = np.arange(len(prompt)) if kept is None else subset_tokens(prompt, kept)
     ids, k = torch.cat([prompt.ids[torch.from_numpy(at)], prompt.answer.ids]), len(at)
@@ -60,7 +59,7 @@ def glance(
     with attach(lm):  # its length has been checked
         if there: seen = rows_after(before := like.crop(rows.start), ids[rows.start:rows.stop], weights, chunk)
         else: seen, before = attention_of(lm, ids, rows, weights, like, True, chunk)
-    return Glance(seen[:k].cpu().numpy().astype(float), prompt.owner[at], rows.stop - shared, before)
+    return _Glance(seen[:k].cpu().numpy().astype(float), prompt.owner[at], rows.stop - shared, before)
 
 
 def _in_common(before: torch.Tensor, front: torch.Tensor) -> int:
@@ -100,7 +99,7 @@ def glances(
     progress: bool = False,  # show a bar
     doing: str = "prompts",  # what it says
     max_memory: int | None = None,  # bytes on top of the weights; None: nine tenths of what is free
-) -> Iterator[tuple[list[int], Glance]]:  # numbers of the subsets, and where the answer looked
+) -> Iterator[tuple[list[int], _Glance]]:  # numbers of the subsets, and where the answer looked
     "`glance` at every subset"
     before = None
     for kept, numbers in tqdm(_in_order(subsets).items(), desc=doing, disable=not progress):
@@ -109,7 +108,7 @@ def glances(
         yield numbers, g
 
 # %% ../../../../nbs/probes/traceback/methods/02_attention.ipynb #6d172382
-def glance_costs(
+def _glance_costs(
     lm: LongModel,  # LongModel
     prompt: TracePrompt,
     subsets: Sequence[np.ndarray],  # numbers of the sources of each, ascending
@@ -150,7 +149,7 @@ def mean_of_draws(
     return mean, np.where(count > 1, np.sqrt(spread / np.maximum(count - 1, 1) / np.maximum(count, 1)), np.nan), count
 
 # %% ../../../../nbs/probes/traceback/methods/02_attention.ipynb #458e2d2c
-def layer_weights(
+def _layer_weights(
     lm: LongModel,  # LongModel
     layers: Sequence[int] | None,  # numbers of layers; None: all
 ) -> dict[tuple[int, int], float] | None:  # (layer, head) -> 1; None: all alike
@@ -162,7 +161,7 @@ def layer_weights(
     return {(int(layer), head): 1.0 for layer in layers for head in range(lm.n_heads)}
 
 # %% ../../../../nbs/probes/traceback/methods/02_attention.ipynb #c54027c5
-HOW_TO_FIND = "report = retrieval_heads(lm) finds them; or give heads as [(layer, head), ...] or {(layer, head): weight}"
+_HOW_TO_FIND = "report = retrieval_heads(lm) finds them; or give heads as [(layer, head), ...] or {(layer, head): weight}"
 
 
 def retrieval_weights(
@@ -170,7 +169,7 @@ def retrieval_weights(
     heads: Any,  # a HeadReport; or (layer, head) pairs, or a mapping of them to weights
 ) -> dict[tuple[int, int], float]:  # (layer, head) -> weight
     "Weights of heads that copy: the found heads of a report with their retrieval scores, given heads alike, or the weights given"
-    if heads is None: raise ValueError(f"retrieval_attention needs to know which heads retrieve: {HOW_TO_FIND}")
+    if heads is None: raise ValueError(f"retrieval_attention needs to know which heads retrieve: {_HOW_TO_FIND}")
     pairs: Mapping = _scored(heads) if hasattr(heads, "found") else heads if isinstance(heads, Mapping) else dict.fromkeys(heads, 1.0)
     weights = {(int(layer), int(head)): float(w) for (layer, head), w in pairs.items()}
     check_head_weights(weights, "retrieval_attention")
@@ -207,7 +206,7 @@ class AttentionTracer(Tracer):
         return TraceCost(len(some), sum(room.prompt(len(s)) + 1 for s in some))
 
     def cost(self, job: TraceJob) -> TraceCost:
-        costs = glance_costs(job.lm, self.prompt(job), self.subsets(job), self.held(job)[0])
+        costs = _glance_costs(job.lm, self.prompt(job), self.subsets(job), self.held(job)[0])
         return TraceCost(costs.evaluations, costs.tokens, True)
 
     def held(self, job: TraceJob) -> tuple[np.ndarray, Any]:
@@ -238,11 +237,11 @@ class AttnTrace(AttentionTracer):
 
     def run(self, job: TraceJob) -> TraceScores:
         prompt, subsets, begun = self.prompt(job), self.subsets(job), time.perf_counter()
-        values, weights = np.full((self.draws, job.n), np.nan), layer_weights(job.lm, self.layers)
+        values, weights = np.full((self.draws, job.n), np.nan), _layer_weights(job.lm, self.layers)
         job.release()
         for numbers, g in glances(job.lm, prompt, subsets, weights, job.progress, job.doing, job.max_memory):
             values[numbers] = pool_sources(g.attention, g.owner, job.n, self.top_tokens)
-        costs = glance_costs(job.lm, prompt, subsets)
+        costs = _glance_costs(job.lm, prompt, subsets)
         costs.seconds = time.perf_counter() - begun
         return _of_draws(values, costs)
 
@@ -272,12 +271,12 @@ class MeanAttention(AttentionTracer):
 
     def weights(self, job: TraceJob) -> dict[tuple[int, int], float] | None:
         "Of heads, in the mean"
-        return layer_weights(job.lm, self.layers)
+        return _layer_weights(job.lm, self.layers)
 
     def run(self, job: TraceJob) -> TraceScores:
         prompt, begun, (held, like) = self.prompt(job), time.perf_counter(), self.held(job)
         g = glance(job.lm, prompt, weights=self.weights(job), like=like, max_memory=job.max_memory)
-        costs = glance_costs(job.lm, prompt, self.subsets(job), held)
+        costs = _glance_costs(job.lm, prompt, self.subsets(job), held)
         costs.seconds = time.perf_counter() - begun
         tokens = pl.DataFrame({"position": range(len(g.owner)), "source": g.owner, "attention": g.attention})
         return TraceScores(pool_sources(g.attention, g.owner, job.n, self.top_tokens, self.total), frames={"tokens": tokens}, costs=costs)
@@ -315,7 +314,7 @@ def _rollout_room(lm: LongModel, n_tokens: int, n_sources: int, max_memory: int 
                       f"{size_text(need)}, and {have}: take fewer sources (a larger size=), or coarse_to_fine")
 
 # %% ../../../../nbs/probes/traceback/methods/02_attention.ipynb #2da9e638
-def roll_out(
+def _roll_out(
     lm: LongModel,  # LongModel
     prompt: TracePrompt,
     skip: float = 0.5,  # share of each state that the residual connection passes on
@@ -350,7 +349,7 @@ class AttentionRollout(AttentionTracer):
     def run(self, job: TraceJob) -> TraceScores:
         prompt, cost, begun = self.prompt(job), self.cost(job), time.perf_counter()
         job.release()
-        values = roll_out(job.lm, prompt, self.skip, self.total, job.max_memory)
+        values = _roll_out(job.lm, prompt, self.skip, self.total, job.max_memory)
         costs = ScoreCosts(1, 1, cost.tokens, cost.tokens, cost.tokens, time.perf_counter() - begun)
         return TraceScores(values, costs=costs)
 

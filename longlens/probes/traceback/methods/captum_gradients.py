@@ -25,9 +25,8 @@ from .contextcite import extra_module
 from ....models.forward import LongModel
 
 # %% auto #0
-__all__ = ['PROBES', 'answer_target', 'backward_bytes', 'neutral_id', 'steps_at_once', 'TokenScores', 'integrated_tokens',
-           'gradient_tokens', 'IncompleteAttribution', 'check_complete', 'source_sums', 'GradientTracer',
-           'CaptumIntegratedGradients', 'CaptumGradient']
+__all__ = ['answer_target', 'backward_bytes', 'neutral_id', 'TokenScores', 'integrated_tokens', 'gradient_tokens',
+           'IncompleteAttribution', 'source_sums', 'GradientTracer', 'CaptumIntegratedGradients', 'CaptumGradient']
 
 # %% ../../../../nbs/probes/traceback/methods/04_captum_gradients.ipynb #e3a00f6b
 def answer_target(
@@ -71,7 +70,7 @@ def _saved_bytes(lm: LongModel, ids: Tensor) -> int:
     finally: hook.remove()
 
 # %% ../../../../nbs/probes/traceback/methods/04_captum_gradients.ipynb #703f0d42
-PROBES = (64, 128, 256)  # tokens of the short passes
+_PROBES = (64, 128, 256)  # tokens of the short passes
 
 
 def backward_bytes(
@@ -81,7 +80,7 @@ def backward_bytes(
 ) -> int:
     """Memory for a backward pass over a whole prompt, on top of the weights (an estimate from three short passes)."""
     n = len(ids)
-    some = PROBES if n > PROBES[-1] else (n,)
+    some = _PROBES if n > _PROBES[-1] else (n,)
     counts = [_saved_bytes(lm, ids[None, :k].to(lm.device)) for k in some]
     kept = float(np.polyval(np.polyfit(some, counts, len(some) - 1), n))
     if getattr(lm.config, "sliding_window", None): kept += n * n * lm.dtype.itemsize  # the mask of layers with a window
@@ -105,7 +104,7 @@ def _inputs(lm: LongModel, prompt: TracePrompt, baseline: str | int) -> tuple[Te
     return ids[None].to(lm.device), empty[None].to(lm.device)
 
 # %% ../../../../nbs/probes/traceback/methods/04_captum_gradients.ipynb #97b7e839
-def steps_at_once(
+def _steps_at_once(
     lm: LongModel,  # LongModel
     ids: Tensor,  # prompt and answer, (n,)
     rows: int,  # tokens of the answer
@@ -141,7 +140,7 @@ def integrated_tokens(
 ) -> TokenScores:
     """Integrated gradients at the embeddings (arXiv 1703.01365): captum's LayerIntegratedGradients."""
     ids, empty = _inputs(lm, prompt, baseline)
-    fit = steps_at_once(lm, ids[0], len(prompt.traced), "integrated_gradients", max_memory=max_memory)
+    fit = _steps_at_once(lm, ids[0], len(prompt.traced), "integrated_gradients", max_memory=max_memory)
     with _frozen(lm.hf), torch.enable_grad():
         captum = extra_module("captum.attr", "integrated_gradients")
         method = captum.LayerIntegratedGradients(answer_target(lm, prompt), lm.hf.get_input_embeddings())
@@ -157,7 +156,7 @@ def gradient_tokens(
 ) -> TokenScores:
     """Gradient times embedding: captum's LayerGradientXActivation. The first step of a way from embeddings of zeros."""
     ids = _inputs(lm, prompt, 0)[0]
-    steps_at_once(lm, ids[0], len(prompt.traced), "gradient_x_input", 1, max_memory)
+    _steps_at_once(lm, ids[0], len(prompt.traced), "gradient_x_input", 1, max_memory)
     with _frozen(lm.hf), torch.enable_grad():
         captum = extra_module("captum.attr", "gradient_x_input")
         method = captum.LayerGradientXActivation(answer_target(lm, prompt), lm.hf.get_input_embeddings())
@@ -169,7 +168,7 @@ class IncompleteAttribution(UserWarning):
     """The parts do not add up to the whole"""
 
 
-def check_complete(
+def _check_complete(
     found: TokenScores,
     steps: int,  # points on the way
 ) -> float:  # what was allowed, nats
@@ -239,14 +238,14 @@ def _counted(hf: Any) -> Iterator[list[int]]:
 def _forwards(prompt: TracePrompt, passes: int) -> TraceCost:
     """The cost of forward passes over a whole prompt, and of the short ones that see what memory they take."""
     n = prompt.answer_rows.stop
-    probes = PROBES if n > PROBES[-1] else (n,)
+    probes = _PROBES if n > _PROBES[-1] else (n,)
     return TraceCost(passes + len(probes), passes * n + sum(probes), True)
 
 
 def _forwards_within(room: Room, passes: int) -> TraceCost:
     """The same for any prompt that fits in there."""
     n = room.prompt(room.n)
-    return TraceCost(passes + len(PROBES), passes * n + max(n, sum(PROBES)))
+    return TraceCost(passes + len(_PROBES), passes * n + max(n, sum(_PROBES)))
 
 # %% ../../../../nbs/probes/traceback/methods/04_captum_gradients.ipynb #a77b1fb1
 @dataclass(frozen=True)
@@ -267,7 +266,7 @@ class CaptumIntegratedGradients(GradientTracer):
         return integrated_tokens(job.lm, _with_model(self, job), self.steps, self.baseline, job.max_memory)
 
     def frames(self, prompt: TracePrompt, s: TokenScores) -> dict[str, pl.DataFrame]:
-        row = {"difference": s.difference, "sum": s.difference + s.gap, "gap": s.gap, "allowed": check_complete(s, self.steps)}
+        row = {"difference": s.difference, "sum": s.difference + s.gap, "gap": s.gap, "allowed": _check_complete(s, self.steps)}
         return {**super().frames(prompt, s), "completeness": pl.DataFrame([{**row, "steps": self.steps}])}
 
     def notes(self, s: TokenScores) -> tuple[str, ...]:

@@ -19,8 +19,7 @@ from ..tracer import TRACERS, Meter, Room, TraceCost, TraceJob, Tracer, TraceSco
 from .contextcite import LASSO_STEPS, extra_module, said_unsettled, unsettled_fits
 
 # %% auto #0
-__all__ = ['Values', 'MaskGame', 'ablation_values', 'sampled_shapley', 'surrogate_values', 'SubsetTracer', 'CaptumAblation',
-           'CaptumShapley', 'CaptumKernelShap', 'CaptumLime']
+__all__ = ['Values', 'MaskGame', 'SubsetTracer', 'CaptumAblation', 'CaptumShapley', 'CaptumKernelShap', 'CaptumLime']
 
 # %% ../../../../nbs/probes/traceback/methods/03_captum_perturbation.ipynb #2baef3c8
 Values = Callable[[np.ndarray], Any]  # subsets, (count, n) bool -> what each is worth, (count,)
@@ -55,7 +54,7 @@ def _attribute(method: Any, n: int, **options: Any) -> np.ndarray:  # (n,)
     return found[0].double().numpy()
 
 # %% ../../../../nbs/probes/traceback/methods/03_captum_perturbation.ipynb #6f38b5db
-def ablation_values(
+def _ablation_values(
     values: Values,  # what subsets are worth
     n: int,  # sources
     at_once: int = 1024,  # subsets in one call of `values`, at most
@@ -65,7 +64,7 @@ def ablation_values(
     return _attribute(method, n, perturbations_per_eval=min(n, at_once))
 
 # %% ../../../../nbs/probes/traceback/methods/03_captum_perturbation.ipynb #32f4a702
-def sampled_shapley(
+def _sampled_shapley(
     values: Values,  # what subsets are worth
     n: int,  # sources
     samples: int = 25,  # orders
@@ -100,7 +99,7 @@ def _patient_lasso() -> Any:
     return models.SkLearnLasso(alpha=0.01, max_iter=LASSO_STEPS)
 
 # %% ../../../../nbs/probes/traceback/methods/03_captum_perturbation.ipynb #071091b7
-def surrogate_values(
+def _surrogate_values(
     kind: str,  # "KernelShap" or "Lime"
     values: Values,  # what subsets are worth
     n: int,  # sources
@@ -111,7 +110,7 @@ def surrogate_values(
 ) -> tuple[np.ndarray, np.ndarray | None]:  # coefficients and their standard errors, (n,) each
     """Coefficients of captum's KernelShap or Lime."""
     shap = kind == "KernelShap"
-    if shap and n == 1: return ablation_values(values, 1), np.zeros(1)
+    if shap and n == 1: return _ablation_values(values, 1), np.zeros(1)
     if shap and samples < n + 2:
         raise ValueError(f"kernel_shap fits {n + 1} numbers for {n} sources, and samples is {samples}: it needs {n + 2} or more")
     game = MaskGame(values)
@@ -164,7 +163,7 @@ class CaptumAblation(SubsetTracer):
     says: ClassVar[str] = "what the log-probability of the answer loses when the source is left out (captum's FeatureAblation)"
 
     def attribute(self, values: Values, job: TraceJob, errors: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
-        return ablation_values(values, job.n), None
+        return _ablation_values(values, job.n), None
 
     def many(self, n: int) -> int: return n + 1
 
@@ -181,7 +180,7 @@ class CaptumShapley(SubsetTracer):
     def most(self, job: TraceJob, room: Room) -> TraceCost: return Shapley(self.samples).most(job, room)
 
     def attribute(self, values: Values, job: TraceJob, errors: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
-        mean, error = sampled_shapley(values, job.n, self.samples, job.seed)
+        mean, error = _sampled_shapley(values, job.n, self.samples, job.seed)
         return mean, error if self.samples > 1 else None
 
 # %% ../../../../nbs/probes/traceback/methods/03_captum_perturbation.ipynb #958ce293
@@ -201,7 +200,7 @@ class CaptumKernelShap(SubsetTracer):
 
     def attribute(self, values: Values, job: TraceJob, errors: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
         samples = self.many(job.n) - 2
-        return surrogate_values("KernelShap", values, job.n, samples, job.seed, self.draws * errors)
+        return _surrogate_values("KernelShap", values, job.n, samples, job.seed, self.draws * errors)
 
     def many(self, n: int) -> int: return 2 + (max(25, 4 * n) if self.samples is None else self.samples)
 
@@ -218,7 +217,7 @@ class CaptumLime(SubsetTracer):
     def many(self, n: int) -> int: return self.samples + 1
 
     def attribute(self, values: Values, job: TraceJob, errors: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
-        return surrogate_values("Lime", values, job.n, self.samples, job.seed, self.draws * errors)
+        return _surrogate_values("Lime", values, job.n, self.samples, job.seed, self.draws * errors)
 
 
 TRACERS.update({"captum_ablation": CaptumAblation(), "captum_shapley": CaptumShapley(), "kernel_shap": CaptumKernelShap(),

@@ -17,8 +17,8 @@ from ..prefix_tree import ValueFunction
 from ..tracer import TRACERS, Meter, Room, TraceCost, TraceJob, Tracer, TraceScores, find_tracer, load_methods, room_of, subset_cost
 
 # %% auto #0
-__all__ = ['LITTLE', 'SPARED', 'out_masks', 'alone_masks', 'LeaveOneOut', 'SingleText', 'orders_of', 'chain_masks', 'marginals',
-           'Shapley', 'top_mean', 'DenoisedShapley', 'halved', 'informed_search', 'longest_groups', 'InformedSearch']
+__all__ = ['LITTLE', 'out_masks', 'LeaveOneOut', 'SingleText', 'chain_masks', 'marginals', 'Shapley', 'DenoisedShapley', 'halved',
+           'informed_search', 'InformedSearch']
 
 # %% ../../../../nbs/probes/traceback/methods/00_perturbation.ipynb #24dd93f5
 def out_masks(n: int) -> np.ndarray:
@@ -28,7 +28,7 @@ def out_masks(n: int) -> np.ndarray:
     return out
 
 
-def alone_masks(n: int) -> np.ndarray:
+def _alone_masks(n: int) -> np.ndarray:
     """Nothing, and one alone, (n + 1, n)."""
     return ~out_masks(n)
 
@@ -53,11 +53,11 @@ class LeaveOneOut(Tracer):
     def run(self, job: TraceJob) -> TraceScores:
         v = job.scorer(out_masks(job.n))
         lost = v[0] - v[1:]
-        return TraceScores(lost, notes=(SPARED,) * (job.n > 1 and float(lost.max()) < LITTLE))
+        return TraceScores(lost, notes=(_SPARED,) * (job.n > 1 and float(lost.max()) < LITTLE))
 
 
 LITTLE = 0.01  # nats: less is not worth a finding
-SPARED = ("without any one of the sources the answer loses less than 0.01 nats: several say the same, the model knows it without them, "
+_SPARED = ("without any one of the sources the answer loses less than 0.01 nats: several say the same, the model knows it without them, "
           "or nothing here supports it; stc and shapley tell")
 
 # %% ../../../../nbs/probes/traceback/methods/00_perturbation.ipynb #520aa360
@@ -69,15 +69,15 @@ class SingleText(Tracer):
     plays: ClassVar[bool] = True
     says: ClassVar[str] = "what the log-probability of the answer gains when the source is all there is"
 
-    def cost(self, job: TraceJob) -> TraceCost: return subset_cost(self, job, job.n + 1, lambda: alone_masks(job.n))
+    def cost(self, job: TraceJob) -> TraceCost: return subset_cost(self, job, job.n + 1, lambda: _alone_masks(job.n))
     def most(self, job: TraceJob, room: Room) -> TraceCost: return Meter(room).sets(0).sets(1, room.n).cost
 
     def run(self, job: TraceJob) -> TraceScores:
-        v = job.scorer(alone_masks(job.n))
+        v = job.scorer(_alone_masks(job.n))
         return TraceScores(v[1:] - v[0])
 
 # %% ../../../../nbs/probes/traceback/methods/00_perturbation.ipynb #8492143c
-def orders_of(n: int, k: int, rng: np.random.Generator) -> np.ndarray:
+def _orders_of(n: int, k: int, rng: np.random.Generator) -> np.ndarray:
     """Permutations of n sources, (k, n)."""
     return np.stack([rng.permutation(n) for _ in range(k)])
 
@@ -112,7 +112,7 @@ class Shapley(Tracer):
     def __post_init__(self) -> None:
         if self.permutations < 1: raise ValueError(f"permutations is {self.permutations}: 1 or more")
 
-    def orders(self, job: TraceJob) -> np.ndarray: return orders_of(job.n, self.permutations, job.rng())
+    def orders(self, job: TraceJob) -> np.ndarray: return _orders_of(job.n, self.permutations, job.rng())
 
     def cost(self, job: TraceJob) -> TraceCost:
         return subset_cost(self, job, self.permutations * (job.n + 1), lambda: chain_masks(self.orders(job)).reshape(-1, job.n))
@@ -131,7 +131,7 @@ class Shapley(Tracer):
         return TraceScores(m.mean(0), errors)
 
 # %% ../../../../nbs/probes/traceback/methods/00_perturbation.ipynb #5d49a962
-def top_mean(
+def _top_mean(
     m: np.ndarray,  # marginals, (..., k, n)
     beta: float,  # share of them that counts
 ) -> np.ndarray:  # (..., n)
@@ -154,10 +154,10 @@ class DenoisedShapley(Shapley):
 
     def reduced(self, m: np.ndarray, job: TraceJob) -> TraceScores:
         """Means of the largest, and bootstrap standard errors."""
-        if len(m) < 2: return TraceScores(top_mean(m, self.beta))
+        if len(m) < 2: return TraceScores(_top_mean(m, self.beta))
         draws = job.rng(1).integers(0, len(m), (200, len(m)))
-        errors = np.stack([top_mean(m[d], self.beta) for d in draws]).std(0, ddof=1)
-        return TraceScores(top_mean(m, self.beta), errors)
+        errors = np.stack([_top_mean(m[d], self.beta) for d in draws]).std(0, ddof=1)
+        return TraceScores(_top_mean(m, self.beta), errors)
 
 # %% ../../../../nbs/probes/traceback/methods/00_perturbation.ipynb #2aa84262
 def halved(nodes: Sequence[range]) -> list[range]:
@@ -199,7 +199,7 @@ class _Groups:
         return self.game(np.asarray(kept, dtype=int) @ member.astype(int) > 0)
 
 # %% ../../../../nbs/probes/traceback/methods/00_perturbation.ipynb #14b6a8c6
-def longest_groups(
+def _longest_groups(
     sizes: Sequence[int],  # tokens of each source
     keep: int,  # groups that are kept at each level
 ) -> list[list[int]]:  # for each level that is scored, the tokens of its groups, the longest first
@@ -247,7 +247,7 @@ class InformedSearch(_Search):
 
     def cost(self, job: TraceJob) -> TraceCost:
         sizes, room = [len(r) for r in job.prompt.ranges] if job.prompt else [0] * job.n, room_of(job)
-        return self._levels(job, room, longest_groups(sizes, self.keep))
+        return self._levels(job, room, _longest_groups(sizes, self.keep))
 
     def most(self, job: TraceJob, room: Room) -> TraceCost:
         """Every level has twice as many groups as are kept, at most, of sources that are the longest."""
