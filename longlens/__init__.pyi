@@ -1,13 +1,15 @@
 "The public names, and where each lives. `longlens/__init__.py` loads them from here when they are first used"
 
 from .report import Report as Report
+from .run import Run as Run
+from .run import plan as plan
 from .models.load import load as load
 from .models.forward import LongModel as LongModel
 from .encoders.load import load_encoder as load_encoder
 from .encoders.encode import Encoder as Encoder
 from .prompts.haystack import Haystack as Haystack
 from .prompts.compose import Context as Context
-from .prompts.compose import compose as compose
+from .prompts.compose import compose_prompt as compose_prompt
 from .prompts.needle import needle_context as needle_context
 from .attention.kernels import attend as attend
 from .attention.operator import AttentionOperator as AttentionOperator
@@ -28,11 +30,11 @@ from .measure.spectral import TokenSpread as TokenSpread
 from .measure.rollout import Rollout as Rollout
 from .interventions.base import intervene as intervene
 from .interventions.heads import ablate as ablate
-from .interventions.heads import streaming as streaming
+from .interventions.heads import streaming_attention as streaming_attention
 from .interventions.heads import lambda_mask as lambda_mask
 from .interventions.heads import temperature as temperature
 from .interventions.heads import scale_spans as scale_spans
-from .interventions.extend import extended as extended
+from .interventions.extend import extend_window as extend_window
 from .sweeps.sweep import sweep as sweep
 from .charts.token_view import token_view as token_view
 from .probes.context_gain import context_gain as context_gain
@@ -51,11 +53,11 @@ from .probes.collapse.report import CollapseReport as CollapseReport
 from .probes.collapse.probe import length_collapse as length_collapse
 from .probes.traceback.report import Trace as Trace
 from .probes.traceback.probe import trace_context as trace_context
-from .probes.traceback.scan import scan as scan
+from .probes.traceback.scan import scan_context as scan_context
 from .probes.traceback.scan import ScanReport as ScanReport
 from .probes.traceback.evaluation.report import TracebackReport as TracebackReport
 from .probes.traceback.evaluation.evaluate import evaluate_traceback as evaluate_traceback
-from .apps.reading import Reading as Reading
+from .apps.reading import PromptReading as PromptReading
 from .apps.workbench import explore as explore
 
 __version__: str

@@ -246,7 +246,7 @@ def test_decoder_embedder(pooling: str) -> None:
 
 
 def test_windows_read_past_the_end_and_are_left_again() -> None:
-    from longlens.interventions.extend import extended
+    from longlens.interventions.extend import extend_window
     enc = tiny()
     r = length_collapse(enc, **{**SMALL, "taus": ()}, windows="all", beyond=(192,), retrieval="passkey")
     assert enc.max_length == 96
@@ -256,7 +256,7 @@ def test_windows_read_past_the_end_and_are_left_again() -> None:
     assert f.filter(condition="cut off")["n_truncated"].unique().to_list() == [8]
     assert f.filter(pl.col("condition") != "cut off")["n_truncated"].sum() == 0
     texts = cut_texts(long_texts(8, enc, 192), enc, (16, 32, 64, 192))[192]
-    with extended(enc, "grouped", length=192): c = pair_cosines(enc.encode(texts))
+    with extend_window(enc, "grouped", length=192): c = pair_cosines(enc.encode(texts))
     got = r.frames["similarity"].filter(condition="grouped", context_length=192)["mean_cosine"].item()
     assert got == pytest.approx((c.sum() - 8) / 56, abs=1e-5)
     assert sum("positions at 192 tokens" in s for s in r.findings()) == 3
@@ -360,12 +360,12 @@ def test_geometry_past_the_end_is_compared_with_the_cut_text() -> None:
 
 
 def test_longer_windows_have_room_for_prompts() -> None:
-    from longlens.interventions.extend import extended
+    from longlens.interventions.extend import extend_window
     enc = own_prompts(document="passage: ")
     r = length_collapse(enc, **{**SMALL, "taus": ()}, windows="all", beyond=(192,), retrieval="passkey")
     assert r.frames["retrieval"].filter(pl.col("condition") != "cut off")["n_truncated"].sum() == 0
     texts = cut_texts(long_texts(8, enc, 192), enc, (16, 32, 64, 192))[192]
-    with extended(enc, "grouped", length=195): c = pair_cosines(enc.encode(texts, prompt="passage: "))
+    with extend_window(enc, "grouped", length=195): c = pair_cosines(enc.encode(texts, prompt="passage: "))
     got = r.frames["similarity"].filter(condition="grouped")["mean_cosine"].item()
     assert got == pytest.approx((c.sum() - 8) / 56, abs=1e-5)
 

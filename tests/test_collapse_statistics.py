@@ -15,7 +15,7 @@ import longlens as ll
 import longlens.measure.statistics as st
 from longlens.attention.masks import Mask, causal_mask, full_mask
 from longlens.attention.operator import AttentionOperator
-from longlens.interventions.heads import streaming, temperature
+from longlens.interventions.heads import streaming_attention, temperature
 from longlens.measure import spectral as collapse
 from longlens.measure.capture import capture
 from longlens.measure.spectral import CenteredLanczos, SpectralNorm, TokenSpread, collapse_rate, top_singular
@@ -263,7 +263,7 @@ def test_interventions_are_seen() -> None:
     with capture(bert, TIGHT, Formed()) as seen:
         bert(ids)
         with temperature(bert, .5): bert(ids)
-    with capture(llama, TIGHT, Formed()) as seen_too, streaming(llama, heads=[(0, 1), (1, 2)], sink=2, recent=5): llama(ids)
+    with capture(llama, TIGHT, Formed()) as seen_too, streaming_attention(llama, heads=[(0, 1), (1, 2)], sink=2, recent=5): llama(ids)
     for s in (seen, seen_too): np.testing.assert_allclose(s.frame("spectral_norm")["sigma_a"], s.frame("formed")["sigma_a"], rtol=1e-4)
     frame = seen.frame("spectral_norm")
     assert (frame.filter(sample=1)["sigma_a"] != frame.filter(sample=0)["sigma_a"]).all()

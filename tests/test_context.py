@@ -21,7 +21,7 @@ from zoo import zoo_model
 
 from longlens.models.forward import LongModel
 from longlens.models.load import load
-from longlens.prompts.compose import BoundaryError, Context, Piece, compose
+from longlens.prompts.compose import BoundaryError, Context, Piece, compose_prompt
 from longlens.prompts.haystack import NIAH_TASKS, WORDINGS, Haystack, Wording
 from longlens.prompts.key_value import kv_json, threads
 from longlens.prompts.needle import haystack_context, needle_context
@@ -148,7 +148,7 @@ def check_pieces(tok: PreTrainedTokenizerFast, row: list[tuple[str, str]]) -> No
     ends = [sum(len(p.text) for p in pieces[: 2 * i]) for i in range(len(row))]
     marks = [(e, e + len(t)) for e, (t, _) in zip(ends, row, strict=True)]
     offsets = tok(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    try: ctx = compose(tok, pieces)
+    try: ctx = compose_prompt(tok, pieces)
     except BoundaryError as e:
         assert crossing(text, offsets, marks) or "drops it" in str(e)
         return
@@ -184,7 +184,7 @@ def test_same_for_a_model_and_its_tokenizer(lm: LongModel) -> None:
 
 
 def test_special_tokens_behind_the_text_are_left_out(tok: PreTrainedTokenizerFast) -> None:
-    ctx = compose(tok, ["It was ", Piece("warm", "w")], completion=" in the valley.")
+    ctx = compose_prompt(tok, ["It was ", Piece("warm", "w")], completion=" in the valley.")
     whole = tok(ctx.text + ctx.completion)["input_ids"]
     assert ctx.tokens.ids[0] == whole[0]
     got = ctx.tokens.ids.tolist() + ctx.completion_ids.tolist()
@@ -194,23 +194,23 @@ def test_special_tokens_behind_the_text_are_left_out(tok: PreTrainedTokenizerFas
 
 def test_special_tokens_in_the_text_are_refused() -> None:
     for name, text in (("bpe", "<eos>"), ("unigram", "</s>"), ("wordpiece", "[SEP]"), ("llama3", "<|eot_id|>")):
-        with pytest.raises(ValueError, match="reads as a special token: take it out"): compose(MAKE[name](), [f"It says {text} here."])
-        allowed = compose(MAKE[name](), ["It says ", Piece(text, special=True), " here."])
+        with pytest.raises(ValueError, match="reads as a special token: take it out"): compose_prompt(MAKE[name](), [f"It says {text} here."])
+        allowed = compose_prompt(MAKE[name](), ["It says ", Piece(text, special=True), " here."])
         assert MAKE[name]().convert_tokens_to_ids(text) in allowed.tokens.ids.tolist()
 
 
 def test_unknown_words_are_no_special_tokens() -> None:
-    ctx = compose(MAKE["wordpiece"](), ["A word: ", Piece("日本", "unknown"), "."])
+    ctx = compose_prompt(MAKE["wordpiece"](), ["A word: ", Piece("日本", "unknown"), "."])
     assert set(ctx.tokens.ids[ctx.spans["unknown"]].tolist()) == {0} and ctx.tokens.tokenizer.unk_token_id == 0
 
 
 def test_merged_boundaries_name_both_sides() -> None:
     with pytest.raises(BoundaryError, match=r"the token '.*' covers both sides of an edge of the piece 'end'.*put a space"):
-        compose(MAKE["bpe"](), ["The mark", Piece("et", "end")])
+        compose_prompt(MAKE["bpe"](), ["The mark", Piece("et", "end")])
     with pytest.raises(BoundaryError, match=r"\('The mark'\) with the beginning of the completion \('et'\)"):
-        compose(MAKE["bpe"](), ["The mark"], completion="et")
+        compose_prompt(MAKE["bpe"](), ["The mark"], completion="et")
     with pytest.raises(BoundaryError, match="piece 'pair'"):    # Llama 3 joins a closing quote with the comma and the line break behind it
-        compose(MAKE["llama3"](), ["{", Piece('"a": "b"', "pair"), ',\n "c": "d"}'])
+        compose_prompt(MAKE["llama3"](), ["{", Piece('"a": "b"', "pair"), ',\n "c": "d"}'])
 
 
 def test_a_prompt_whose_tokens_change_is_refused() -> None:
@@ -218,15 +218,15 @@ def test_a_prompt_whose_tokens_change_is_refused() -> None:
     tok = MAKE["bpe"]()
     assert len(tok("The code is river.")["input_ids"]) > len(tok("The code is ")["input_ids"])
     with pytest.raises(BoundaryError, match="move the white space between them to the completion"):
-        compose(tok, ["The code is "], completion="river.")
+        compose_prompt(tok, ["The code is "], completion="river.")
 
 
 def test_slow_tokenizers_are_refused() -> None:
-    with pytest.raises(ValueError, match="ByT5Tokenizer is a slow tokenizer.*load the fast one"): compose(ByT5Tokenizer(), ["Hi."])
+    with pytest.raises(ValueError, match="ByT5Tokenizer is a slow tokenizer.*load the fast one"): compose_prompt(ByT5Tokenizer(), ["Hi."])
 
 
 def test_a_model_without_tokenizer_is_refused() -> None:
-    with pytest.raises(ValueError, match="has no tokenizer"): compose(load(zoo_model("llama")), ["Hi."])
+    with pytest.raises(ValueError, match="has no tokenizer"): compose_prompt(load(zoo_model("llama")), ["Hi."])
 
 
 def test_html_escapes_and_elides(lm: LongModel) -> None:
@@ -267,7 +267,7 @@ def user_turn(ctx: Context) -> str:
 
 def test_chat_without_an_answer_prefix_strips_the_completion() -> None:
     tok = wrapped_with("bpe", CHATML)
-    ctx = compose(tok, ["What is it?"], completion=" river.", chat=True)
+    ctx = compose_prompt(tok, ["What is it?"], completion=" river.", chat=True)
     assert ctx.completion == "river." and bare(tok.decode(ctx.completion_ids)) == "river."
     assert tok(ctx.text + ctx.completion, add_special_tokens=False)["input_ids"] == [*ctx.tokens.ids.tolist(), *ctx.completion_ids.tolist()]
 
@@ -275,7 +275,7 @@ def test_chat_without_an_answer_prefix_strips_the_completion() -> None:
 def test_templates_that_change_the_text_are_refused() -> None:
     upper, other = (CHATML.replace("m['content']", f"m['content'] | {f}") for f in ("upper", "replace('cat', 'dog')"))
     for template, why in ((LLAMA, "cuts off the white space at its beginning or end"), (upper, "0 times"), (other, "it changes it, or")):
-        with pytest.raises(ValueError, match=why): compose(wrapped_with("bpe", template), ["A cat. "], chat=True)
+        with pytest.raises(ValueError, match=why): compose_prompt(wrapped_with("bpe", template), ["A cat. "], chat=True)
 
 
 # --- needles

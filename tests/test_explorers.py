@@ -24,7 +24,7 @@ lm, enc = ll.load(), ll.load_encoder()
 ctx = ll.needle_context(lm, 2040, 40, wording="facts", n_keys=4)
 work = ll.explore(lm, ctx)
 work""", """
-text = ll.compose(lm, [f"A page says {HOSTILE} and little else. The code for Ada is lamb. Most people were gone by then.",
+text = ll.compose_prompt(lm, [f"A page says {HOSTILE} and little else. The code for Ada is lamb. Most people were gone by then.",
                        "\\nQuestion: What is the code for Ada?\\nAnswer: The code for Ada is"], completion=" lamb.")
 hostile = ll.explore(lm, text)
 hostile""", """

@@ -80,7 +80,7 @@ def test_against_plain_forwards(lm: ll.LongModel) -> None:
 def test_a_model_that_forgets_reaches_as_far_as_it_remembers(lm: ll.LongModel) -> None:
     "With the last 150 tokens visible, a needle is found where it stands among them"
     args: dict[str, Any] = dict(depths=(0, 50, 100), trials=2, max_new_tokens=3)
-    with ll.streaming(lm, 4, 150): r = needle_grid(lm, (128, 512), **args)
+    with ll.streaming_attention(lm, 4, 150): r = needle_grid(lm, (128, 512), **args)
     assert [i["intervention"] for i in r.meta["interventions"]] == ["streaming"]
     seen = [c.spans["needle"].start >= len(c) - 150 for c in cells_of(lm, (128, 512), **args)]
     assert r.frames["answers"].sort("cell")["score"].to_list() == [float(s) for s in seen]

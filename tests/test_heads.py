@@ -84,7 +84,7 @@ def question(lm: ll.LongModel, seed: int, n: int = 40) -> ll.Context:
     needle, rest = order[:4], order[4:]
     at = int(g.integers(0, len(rest)))
     pieces = ["".join(f"{w} " for w in rest[:at]), Piece(" ".join(needle), "needle"), "".join(f" {w}" for w in rest[at:]), f" {needle[0]}"]
-    return ll.compose(lm, [p for p in pieces if p], answers=[" ".join(needle[1:])], completion=" " + " ".join(needle[1:]), kind="by hand")
+    return ll.compose_prompt(lm, [p for p in pieces if p], answers=[" ".join(needle[1:])], completion=" " + " ".join(needle[1:]), kind="by hand")
 
 
 @pytest.mark.parametrize("mode", ["teacher", "decode"])
@@ -122,7 +122,7 @@ def test_query_attention_names_the_head() -> None:
         docs, at = [order[i * 6:i * 6 + 6] for i in range(4)], s % 4
         # the query repeats words of one document; the null query has a word that no document has
         ask = [Piece(" " + " ".join(d), f"document_{i}") for i, d in enumerate(docs)]
-        pairs.append(tuple(ll.compose(lm, [*ask, Piece(q, "query")], kind="by hand")
+        pairs.append(tuple(ll.compose_prompt(lm, [*ask, Piece(q, "query")], kind="by hand")
                            for q in (" " + " ".join(docs[at][:3]), " " + " ".join(["w3"] * 3))))
         gold.append([at])
     scores = qr_scores(lm, pairs, gold)
@@ -202,7 +202,7 @@ def test_a_view_of_ones_own() -> None:
 def test_bad_input() -> None:
     lm = known()
     with pytest.raises(ValueError, match="contexts is empty"): retrieval_heads(lm, [])
-    ctx = ll.compose(lm, ["w4 w5 w6"], answers=["w5"], completion=" w5")
+    ctx = ll.compose_prompt(lm, ["w4 w5 w6"], answers=["w5"], completion=" w5")
     with pytest.raises(ValueError, match="no span 'needle'"): retrieval_heads(lm, [ctx])
     with pytest.raises(ValueError, match="trials is 0"): retrieval_heads(lm, trials=0)
 

@@ -30,7 +30,7 @@ from longlens.interventions.heads import (
     lambda_mask,
     mean_outputs,
     scale_spans,
-    streaming,
+    streaming_attention,
     temperature,
 )
 from longlens.interventions.positions import ms_poe, set_based
@@ -102,7 +102,7 @@ def test_streaming_hides_the_middle_and_nothing_else(name: str) -> None:
 @torch.no_grad()
 def test_streaming_in_pieces_and_padded(name: str) -> None:
     model, ids = zoo_model(name), token_ids(N)
-    with streaming(model, sink=2, recent=8):
+    with streaming_attention(model, sink=2, recent=8):
         whole, cache = model(ids).logits, DynamicCache(config=model.config)
         parts = [model(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 15), (15, 31), (31, 32), (32, N))]
         padded = torch.cat([ids.new_zeros(1, 6), ids], 1)
@@ -276,7 +276,7 @@ def test_lambda_mask_needs_rotary_positions(name: str) -> None:
 @pytest.mark.parametrize("name", ENCODERS)
 def test_encoders_cannot_stream(name: str) -> None:
     model = zoo_model(name)
-    with streaming(model, 2, 8), pytest.raises(UnsupportedModel, match="not causal"): model(token_ids(N))
+    with streaming_attention(model, 2, 8), pytest.raises(UnsupportedModel, match="not causal"): model(token_ids(N))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
@@ -319,27 +319,27 @@ def test_query_heads_and_kv_heads_are_not_confused() -> None:
     _, n_heads, n_kv = head_sizes(model)
     assert n_heads > n_kv
     spans = SpanMass({"middle": (4, 25)}, queries=[N - 1])
-    with streaming(model, 2, 8, kv_heads=[(1, n_kv - 1)]), capture(model, spans) as by_kv: model(ids)
-    with streaming(model, 2, 8, heads=served_heads(model, [(1, n_kv - 1)])), capture(model, spans) as by_head: model(ids)
+    with streaming_attention(model, 2, 8, kv_heads=[(1, n_kv - 1)]), capture(model, spans) as by_kv: model(ids)
+    with streaming_attention(model, 2, 8, heads=served_heads(model, [(1, n_kv - 1)])), capture(model, spans) as by_head: model(ids)
     hidden = [h for h, m in by_kv.frame("span_mass").filter(layer=1).select("head", "mass").iter_rows() if m == 0]
     assert hidden == list(range(n_heads - n_heads // n_kv, n_heads))
     assert by_kv.frame("span_mass").equals(by_head.frame("span_mass"))
     with pytest.raises(IndexError, match="kv_heads 0 to"): check_heads(model, [(0, n_kv)], "kv_head")
-    with pytest.raises(ValueError, match="not both"), streaming(model, 2, 8, heads=[(0, 0)], kv_heads=[(0, 0)]): pass
+    with pytest.raises(ValueError, match="not both"), streaming_attention(model, 2, 8, heads=[(0, 0)], kv_heads=[(0, 0)]): pass
 
 
 @torch.no_grad()
 def test_order_of_leaving_does_not_matter() -> None:
     model, ids = zoo_model("llama"), token_ids(N)
     before = model(ids).logits
-    a, b = ablate(model, [(0, 1)]), streaming(model, 2, 8)
+    a, b = ablate(model, [(0, 1)]), streaming_attention(model, 2, 8)
     a.__enter__()
     b.__enter__()
     a.__exit__(None, None, None)
-    with streaming(model, 2, 8): pass  # one more on top leaves
+    with streaming_attention(model, 2, 8): pass  # one more on top leaves
     only_b = model(ids).logits
     b.__exit__(None, None, None)
-    with streaming(model, 2, 8): assert torch.equal(model(ids).logits, only_b)
+    with streaming_attention(model, 2, 8): assert torch.equal(model(ids).logits, only_b)
     assert torch.equal(model(ids).logits, before) and not interventions(model)
 
 
@@ -361,7 +361,7 @@ def test_bad_settings(what, match: str) -> None:
 @torch.no_grad()
 def test_rows_of_streaming_heads_sum_to_one_with_all_statistics() -> None:
     model, ids = zoo_model("qwen3"), token_ids(N)
-    with streaming(model, 2, 8), temperature(model, 1.3), capture(model, Rows([10, 39], top=None), Received()) as seen: model(ids)
+    with streaming_attention(model, 2, 8), temperature(model, 1.3), capture(model, Rows([10, 39], top=None), Received()) as seen: model(ids)
     total = seen.frame("rows").group_by("layer", "head", "query").sum()["weight"]
     assert (total - 1).abs().max() < 1e-5
     received = seen.frame("received").group_by("layer", "head").sum()["received"]

@@ -144,7 +144,7 @@ def test_a_model_that_sees_only_the_ends_is_lost_in_the_middle() -> None:
 def test_what_the_model_is_meanwhile_is_what_is_measured(what: Streaming, said: str) -> None:
     "The same as a block around the probe; and the sentence about it"
     lm = known()
-    with ll.streaming(lm, what.sink, what.recent):
+    with ll.streaming_attention(lm, what.sink, what.recent):
         r = lost_in_the_middle(lm, listed(5, 6), positions=5, max_new_tokens=1, baselines=False)
     assert [i["intervention"] for i in r.meta["interventions"]] == ["streaming"] and interventions(lm) == []
     line, = (x for x in r.findings() if x.startswith("ends against middle"))
@@ -161,7 +161,7 @@ def test_against_a_mask_that_is_written_out() -> None:
     lm, hf = known(), copy.deepcopy(known().hf)
     hf.set_attn_implementation("eager")
     kw: dict[str, Any] = dict(positions=5, max_new_tokens=1, baselines=False)
-    with ll.streaming(lm, ENDS.sink, ENDS.recent): r = lost_in_the_middle(lm, listed(5, 2), **kw)
+    with ll.streaming_attention(lm, ENDS.sink, ENDS.recent): r = lost_in_the_middle(lm, listed(5, 2), **kw)
     for i, cell in enumerate(cells_of(lm, listed(5, 2), **kw)):
         row = r.frames["answers"].filter(cell=i).row(0, named=True)
         n = len(cell) + len(cell.completion)
@@ -663,18 +663,18 @@ def test_small_reports_read_well(n: int, count: int, positions: Any, more: dict[
 
 def test_one_question_claims_nothing() -> None:
     lm = known()
-    with ll.streaming(lm, ENDS.sink, ENDS.recent):
+    with ll.streaming_attention(lm, ENDS.sink, ENDS.recent):
         r = lost_in_the_middle(lm, listed(5, 1), positions=5, max_new_tokens=1, remedies=["reordering"])
     line, = (x for x in r.findings() if x.startswith("ends against middle"))
     assert "+1.000 (one question, so no interval): no sign of it" in line
-    with ll.streaming(lm, ENDS.sink, ENDS.recent): r = lost_in_the_middle(lm, listed(5, 3), positions=5, max_new_tokens=1)
+    with ll.streaming_attention(lm, ENDS.sink, ENDS.recent): r = lost_in_the_middle(lm, listed(5, 3), positions=5, max_new_tokens=1)
     line, = (x for x in r.findings() if x.startswith("ends against middle"))
     assert "p = 0.25): no sign of it" in line  # three questions that agree are as likely as three coins
 
 
 def test_ends_are_only_called_ends_where_they_are() -> None:
     lm = known()
-    with ll.streaming(lm, ENDS.sink, ENDS.recent): r = lost_in_the_middle(lm, listed(5, 2), positions=(1, 2, 4), max_new_tokens=1)
+    with ll.streaming_attention(lm, ENDS.sink, ENDS.recent): r = lost_in_the_middle(lm, listed(5, 2), positions=(1, 2, 4), max_new_tokens=1)
     assert any(x.startswith("positions 2 and 5 against middle: ") for x in r.findings())
     parts = parts_frame(r.frames["answers"].filter(pl.col("gold_index").is_not_null()))
     assert dict(parts.select("part", "score").iter_rows()) == {"ends": .5, "middle": 0}

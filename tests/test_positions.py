@@ -22,7 +22,7 @@ from longlens.attention.logits import Scores
 from longlens.attention.masks import Mask, positions, visible_tile
 from longlens.interventions.base import _ACTIVE, Intervention, intervene, interventions
 from longlens.interventions.calibrate import Redistribute, redistribute, redistributed_masses
-from longlens.interventions.heads import Turner, ablate, lambda_mask, scale_spans, streaming, temperature
+from longlens.interventions.heads import Turner, ablate, lambda_mask, scale_spans, streaming_attention, temperature
 from longlens.interventions.positions import POSITION_SCALINGS, MsPoE, SetBased, ms_poe, rescaled_positions, set_based
 from longlens.measure.capture import capture
 from longlens.measure.statistics import Received, Rows, SinkMass
@@ -263,8 +263,8 @@ def test_what_set_based_cannot_do() -> None:
     spans = [(4, 9), (9, 16)]
     with set_based(model, spans):
         with pytest.raises(UnsupportedModel, match="4-D tensor"): model(ids, attention_mask=torch.ones(1, 1, N, N).tril().bool())
-        with streaming(model, 2, 8), pytest.raises(UnsupportedModel, match="stream"): model(ids)
-    with streaming(model, 2, 8), set_based(model, spans), pytest.raises(UnsupportedModel, match="stream"): model(ids)
+        with streaming_attention(model, 2, 8), pytest.raises(UnsupportedModel, match="stream"): model(ids)
+    with streaming_attention(model, 2, 8), set_based(model, spans), pytest.raises(UnsupportedModel, match="stream"): model(ids)
     for other in (lambda_mask(model, 2, 8), ms_poe(model, first_layer=0)):
         with other, set_based(model, spans), pytest.raises(UnsupportedModel, match="change positions of the same layer"): model(ids)
     with scale_spans(model, {"a": (4, 9)}, 2.), set_based(model, spans), pytest.raises(UnsupportedModel, match="enter scale_spans after"):
@@ -567,7 +567,7 @@ def test_only_the_last_layers() -> None:
 
 
 @pytest.mark.parametrize("around", [
-    lambda m: streaming(m, 6, 12), lambda m: lambda_mask(m, 6, 12), lambda m: set_based(m, [(4, 9), (9, 20)]),
+    lambda m: streaming_attention(m, 6, 12), lambda m: lambda_mask(m, 6, 12), lambda m: set_based(m, [(4, 9), (9, 20)]),
     lambda m: ms_poe(m, first_layer=0, order={0: range(4), 1: range(4)}), lambda m: temperature(m, .5),
     lambda m: scale_spans(m, {"s": (6, 12)}, 5.)])
 @torch.no_grad()

@@ -9,19 +9,19 @@ from zoo import ZOO, token_ids
 
 import longlens as ll
 from longlens.apps.head_panels import row_rows
-from longlens.apps.reading import Reading, read_text
+from longlens.apps.reading import PromptReading, read_text
 
 N = 70    # tokens; windows are 8 to 16
 
 
 @pytest.fixture(scope="module", params=["llama", "mistral", "gemma2", "gemma3", "gpt_oss"])
-def read(request: pytest.FixtureRequest) -> tuple[Any, Reading]:
+def read(request: pytest.FixtureRequest) -> tuple[Any, PromptReading]:
     lm = ll.load(ZOO[request.param]())
     return lm, read_text(lm, token_ids(N)[0])
 
 
 @pytest.mark.parametrize("position", [0, 5, 40, N - 1])
-def test_a_row_is_that_of_the_whole_text(read: tuple[Any, Reading], position: int) -> None:
+def test_a_row_is_that_of_the_whole_text(read: tuple[Any, PromptReading], position: int) -> None:
     lm, reading = read
     row, want = reading.live.row(position), torch.zeros(lm.n_layers, lm.n_heads, position + 1)
     with ll.capture(lm, ll.Rows([position], top=None)) as seen: lm(token_ids(N))
@@ -30,7 +30,7 @@ def test_a_row_is_that_of_the_whole_text(read: tuple[Any, Reading], position: in
     torch.testing.assert_close(row, want, atol=1e-5, rtol=1e-4)
 
 
-def test_nothing_is_said_of_what_a_window_hides(read: tuple[Any, Reading]) -> None:
+def test_nothing_is_said_of_what_a_window_hides(read: tuple[Any, PromptReading]) -> None:
     lm, reading = read
     for layer, window in enumerate(windows_of(lm)):
         rows = row_rows(reading, layer, 1, N - 1, most=30)

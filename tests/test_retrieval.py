@@ -519,7 +519,7 @@ def test_mteb_itself(needle_tok: Any, tmp_path: Path) -> None:
 def test_mteb_on_minilm_changed_and_extended(tmp_path: Path) -> None:
     mteb = pytest.importorskip("mteb", reason='runs mteb on a task made here: pip install "mteb>=2"')
     from longlens.encoders.load import load_encoder
-    from longlens.interventions.extend import extended
+    from longlens.interventions.extend import extend_window
     from longlens.interventions.heads import temperature
     minilm()
     enc, cache = load_encoder(device="cpu"), mteb.ResultCache(tmp_path)
@@ -537,6 +537,6 @@ def test_mteb_on_minilm_changed_and_extended(tmp_path: Path) -> None:
     got = {"plain": both(tasks[64])}
     with temperature(enc, .5): got["sharp"] = both(tasks[64])
     for kind in ("grouped", "recurrent"):
-        with extended(enc, kind, length=1024): got[kind] = both(tasks[600])
+        with extend_window(enc, kind, length=1024): got[kind] = both(tasks[600])
     for name, (theirs, ours) in got.items(): assert theirs == pytest.approx(ours, abs=1e-4), name
     assert got["plain"] != got["sharp"], got  # the cache has not mixed them up

@@ -28,7 +28,7 @@ import longlens as ll
 from longlens.apps.app import Cancelled, Progress, using
 from longlens.apps.needle import said_html
 from longlens.apps.prompt_form import QuestionBar, asked_context, read_asked, text_asked
-from longlens.apps.reading import Reading, revive
+from longlens.apps.reading import PromptReading, revive
 from longlens.apps.trace import prompt_of, trace_span, without_html
 from longlens.charts.page import page_html
 from longlens.needle_lm.data import filler
@@ -204,7 +204,7 @@ def test_a_chat_template_stands_around(lm: ll.LongModel) -> None:
     tok.add_special_tokens({"additional_special_tokens": [AddedToken("<|im_start|>"), AddedToken("<|im_end|>")]})
     tok.chat_template = CHATML
     chatty = ll.load(zoo_model("llama"), tok)
-    chatty._rows = 10_000  # type: ignore[misc]
+    chatty.n_embeddings = 10_000  # type: ignore[misc]
     p = trace_prompt(chatty, DOCUMENTS[:2], "user", "Yes", template="contextcite", chat=True, system="user Context: ")
     text = p.tokens.text or ""
     assert text[p.at : p.at + len(p.sources.text)] == p.sources.text and text.endswith("<|im_start|>assistant\n")
@@ -259,7 +259,7 @@ def test_documents_in_a_chat_are_found() -> None:
     tok = ll.load().tokenizer
     tok.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
     chatty = ll.load(zoo_model("llama"), tok)
-    chatty._rows = 10_000  # type: ignore[misc]
+    chatty.n_embeddings = 10_000  # type: ignore[misc]
     chat = numbered_documents(chatty, "Who?", "It rains.", ["It snows."], answers=["x"], chat=True)
     assert ready_prompt(chatty, chat, answer="x").n == 2
 
@@ -834,7 +834,7 @@ def test_a_plain_text_is_asked(chat: bool) -> None:
     assert (ctx.kind, ctx.answers, ctx.completion.strip()) == ("asked", ("lamb",), "lamb")
     reading = read_asked(lm, note, "What is the code for Ada?", "lamb", chat)
     assert text_asked(reading) == note.strip() and ready_prompt(lm, ctx, answer=ctx.completion).sources.text == note.strip()
-    again = revive(Reading(reading.frames, json.loads(json.dumps(reading.meta))), lm)
+    again = revive(PromptReading(reading.frames, json.loads(json.dumps(reading.meta))), lm)
     assert text_asked(again) == note.strip() and again.live.context.completion == ctx.completion
     bar = QuestionBar(lambda: None)
     bar.show(again)

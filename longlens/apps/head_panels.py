@@ -14,7 +14,7 @@ import polars as pl
 
 from ..charts.base import axis_style, COLOURS, legend_style, PAD, tooltips
 from .app import using
-from .reading import Reading
+from .reading import PromptReading
 from ..text import visible
 
 # %% auto #0
@@ -123,7 +123,7 @@ def _told_token(token: str, position: int) -> str: return f"{visible(token, 18)}
 
 
 def _profile_rows(
-    r: Reading,    # of a text
+    r: PromptReading,    # of a text
     layer: int,    # of the head
     head: int,     # in its layer
 ) -> list[dict]:    # first, end, mean, top, at, token, where
@@ -136,7 +136,7 @@ def _profile_rows(
 
 # %% ../../nbs/apps/04_head_panels.ipynb #e3aacd6b
 def row_rows(
-    r: Reading,       # of a text
+    r: PromptReading,       # of a text
     layer: int,       # of the head
     head: int,        # in its layer
     position: int,    # of the token that looks
@@ -154,7 +154,7 @@ def row_rows(
     return [dict(position=p, token=visible(words[p], 30), label=_told_token(words[p], p), weight=float(f"{w:.4g}")) for p, w in pairs]
 
 # %% ../../nbs/apps/04_head_panels.ipynb #ff6acd88
-def attention_row(r: Reading, position: int) -> Any:
+def attention_row(r: PromptReading, position: int) -> Any:
     "A row of every head, kept for the next click"
     live: Any = r.live
     kept = live.__dict__.setdefault("rows", {})
@@ -165,7 +165,7 @@ def attention_row(r: Reading, position: int) -> Any:
 
 # %% ../../nbs/apps/04_head_panels.ipynb #af35b2d2
 def reading_panels(
-    r: Reading,
+    r: PromptReading,
     token: Callable[[], int],    # gives the position of the token that looks
 ) -> list[Panel]:
     "By position, by distance, from one token"

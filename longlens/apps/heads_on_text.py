@@ -21,7 +21,7 @@ from .heads import Choice, HeadExplorer, strongest
 from .head_panels import reading_panels
 from ..charts.page import say
 from .linked_chart import classed, told
-from .reading import RULES, Reading, answered
+from .reading import RULES, PromptReading, answered
 from ..text import visible
 
 # %% auto #0
@@ -33,7 +33,7 @@ class ReadingExplorer(HeadExplorer):
 
     def __init__(
         self,
-        reading: Reading,                   # with `.live`, or from a folder
+        reading: PromptReading,                   # with `.live`, or from a folder
         choice: Choice | None = None,       # shared with other tabs
     ):
         n = len(reading.strings)
@@ -146,7 +146,7 @@ def _named(heads: Sequence[tuple[int, int]]) -> str: return ", ".join(f"{layer}-
 
 # %% ../../nbs/apps/06_heads_on_text.ipynb #20f03805
 def _answer_html(
-    r: Reading,                              # of a text
+    r: PromptReading,                              # of a text
     silenced: Sequence[tuple[int, int]],     # heads
 ) -> str:                                    # HTML
     "What the model says, as it is and with heads silenced"

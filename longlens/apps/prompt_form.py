@@ -17,7 +17,7 @@ from ..probes.traceback.sources import TracePrompt
 from ..probes.traceback.prompts import context_span, trace_prompt
 from .app import Progress
 from .linked_chart import classed, told
-from .reading import Reading, read_text
+from .reading import PromptReading, read_text
 from ..models.forward import LongModel
 
 # %% auto #0
@@ -71,7 +71,7 @@ def asked_context(
 
 # %% ../../nbs/apps/09_prompt_form.ipynb #b6225f8a
 def text_asked(
-    r: Reading,           # with `.live`
+    r: PromptReading,           # with `.live`
 ) -> str | None:          # None: there is nothing to ask about
     "The text that a question can be about"
     live = r.live
@@ -89,7 +89,7 @@ def read_asked(
     answer: str = "",              # what was said, or is right; "": the model answers
     chat: bool = False,            # put it as a user turn of the tokenizer's chat template
     progress: Progress | None = None,    # is told how far it is, and stops it
-) -> Reading:                      # with `.live`
+) -> PromptReading:                      # with `.live`
     "Ask about a text, and measure every head in the prompt"
     tell = progress or Progress()
     tell(None, "the answer")
@@ -134,7 +134,7 @@ def _typed(self: QuestionBar, content: Any, ask: Callable[[], None]) -> None:
 @patch
 def show(
     self: QuestionBar,
-    r: Reading,     # that is shown now
+    r: PromptReading,     # that is shown now
 ) -> None:
     "What was asked of a text"
     asked = r.meta["context"] or {}

@@ -26,7 +26,7 @@ from ..report import Report, plain
 from ..models.forward import LongModel
 
 # %% auto #0
-__all__ = ['KEPT', 'BINS', 'RULES', 'Live', 'Reading', 'answered', 'Rule', 'read_text', 'revive']
+__all__ = ['KEPT', 'BINS', 'RULES', 'Live', 'PromptReading', 'answered', 'Rule', 'read_text', 'revive']
 
 # %% ../../nbs/apps/03_reading.ipynb #4958ac5f
 def _chunk(lm: LongModel, n: int) -> int:    # tokens
@@ -89,7 +89,7 @@ def _placed(row: tuple[int, int, Tensor, Tensor], n: int) -> Tensor:    # sample
     return torch.zeros(len(weight), n).scatter_(1, at, weight)
 
 # %% ../../nbs/apps/03_reading.ipynb #a9557472
-class Reading(Report):
+class PromptReading(Report):
     "What every head does in one text, and how surprising its tokens are"
     main: ClassVar[str] = "heads"
     title: ClassVar[str] = "One text, head by head"
@@ -261,7 +261,7 @@ def read_text(
     model: Any,     # a LongModel, or whatever `load` takes
     text: Any,      # a text, Tokens, token ids, or a Context (whose question, answer and spans are used)
     tell: Callable[[float, str], None] = lambda share, text: None,    # is told how far it is; what it raises stops the work
-) -> Reading:       # with `.live`
+) -> PromptReading:       # with `.live`
     "Measure every head in one text, and keep it in a cache"
     from longlens.models.load import load
     from longlens.prompts.compose import Context
@@ -275,7 +275,7 @@ def read_text(
     return _reading(live, seen, pattern_scores(lm) if lm.max_length is None or lm.max_length >= 8 else {})
 
 # %% ../../nbs/apps/03_reading.ipynb #a107f691
-def _reading(live: Live, seen: Capture, patterns: Mapping[str, Tensor]) -> Reading:
+def _reading(live: Live, seen: Capture, patterns: Mapping[str, Tensor]) -> PromptReading:
     "The tables of a text"
     lm, tokens, ctx = live.lm, live.tokens, live.context
     spans, received = ctx.spans if ctx else {}, live.alpha.mean((0, 1))
@@ -291,7 +291,7 @@ def _reading(live: Live, seen: Capture, patterns: Mapping[str, Tensor]) -> Readi
     meta = {"model": lm.name, "lengths": [len(tokens)], "answer": answer, "context": asked, "layers": lm.n_layers,
             "heads": lm.n_heads, "kv_heads": lm.n_kv_heads, "dtype": str(lm.dtype), "device": str(lm.device),
             "interventions": interventions(lm)}
-    out = Reading(frames, meta)
+    out = PromptReading(frames, meta)
     out.live = live
     return out
 
@@ -304,9 +304,9 @@ def _places(tokens: Any) -> dict[str, Any]:    # start and end of every token, c
 
 # %% ../../nbs/apps/03_reading.ipynb #16d4bc94
 def revive(
-    r: Reading,      # from a folder
+    r: PromptReading,      # from a folder
     lm: LongModel,         # its LongModel
-) -> Reading:        # the same, with `.live`
+) -> PromptReading:        # the same, with `.live`
     "A reading with its model and cache again"
     from longlens.models.tokens import Tokens
     from longlens.prompts.compose import Context

@@ -21,7 +21,7 @@ from .heads import Choice, strongest
 from .head_panels import attention_row
 from .linked_chart import picture
 from .prompt_form import QuestionBar, answer_room, read_asked, text_asked
-from .reading import Reading, read_text, revive
+from .reading import PromptReading, read_text, revive
 from .heads_on_text import ReadingExplorer
 from ..charts.token_view import Shade, token_view
 from ..models.forward import LongModel
@@ -38,7 +38,7 @@ class TextExplorer(Explorer):
 
     def __init__(
         self,
-        reading: Reading,     # of a text
+        reading: PromptReading,     # of a text
         choice: Choice,       # shared with other tabs
     ):
         self.report, self.choice, f = reading, choice, reading.frames["tokens"]
@@ -101,7 +101,7 @@ def _menu(label: str, options: Mapping[str, Any] | Sequence[Any], width: str = "
 
 # %% ../../nbs/apps/11_workbench.ipynb #0064d2b3
 def _trace_tab(
-    r: Reading,                    # of a text
+    r: PromptReading,                    # of a text
     text: TextExplorer,            # is shaded by the scores
     report: Report | None,         # that was kept
 ) -> Pending:
@@ -138,7 +138,7 @@ def _asked(live: Any, by: str) -> Any:
     return ready_prompt(live.lm, live.context or live.tokens.text, answer=answer or None, by=by, max_new_tokens=room)
 
 
-def _again(r: Reading, found: Trace) -> Any:
+def _again(r: PromptReading, found: Trace) -> Any:
     "The prompt of a trace that was kept with its text"
     if r.live is None: return None
     spans = found.frames["sources"].sort("start").select("start", "end").rows()
@@ -230,7 +230,7 @@ def ask(self: Workbench) -> None:
 
 
 @patch
-def _answered(self: Workbench, reading: Reading) -> None:
+def _answered(self: Workbench, reading: PromptReading) -> None:
     "Show the prompt that was made of the question"
     kept = {e.name: {k: v for k, v in e.state().items() if k in ("head", "quantity")} for e in self.explorers if e.name != "trace"}
     reading.meta["view"] = {**kept, "tab": self.explorers[self.tabs.index or 0].name}
@@ -239,7 +239,7 @@ def _answered(self: Workbench, reading: Reading) -> None:
 
 # %% ../../nbs/apps/11_workbench.ipynb #c27575da
 def explore_reading(
-    reading: Report,            # a Reading
+    reading: Report,            # a PromptReading
     model: Any = None,          # its model, to compute more; None: the one that read it, if it is still there
     encoder: Any = None,        # an Encoder, for the collapse of longer texts
     parts: Mapping[str, Report] | None = None,    # other reports, by tab
@@ -274,5 +274,5 @@ def explore(
         if not isinstance(text, str): raise TypeError(f"a question is asked about a text, and this is a {type(text).__name__}")
         return explore_reading(read_asked(lm, text, question, answer), lm, enc)
     if not isinstance(text, Path): return explore_reading(read_text(lm, text), lm, enc)
-    report = load_report(text, Reading)
+    report = load_report(text, PromptReading)
     return explore_reading(report, lm, enc, read_parts(text, report))

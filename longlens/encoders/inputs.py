@@ -100,7 +100,7 @@ class EncoderTokens(TextModel):
     if TYPE_CHECKING:
         def __getattr__(self, name: str) -> Any: ...  # methods are added below, each beside its test
 
-    def _check_one(self, n: int, allow_longer: bool | None) -> None: self._check_lengths([n], bool(allow_longer))
+    def check_tokens(self, n: int, allow_longer: bool | None) -> None: self._check_lengths([n], bool(allow_longer))
 
 # %% ../../nbs/encoders/00_inputs.ipynb #951f12af
 @patch
@@ -128,7 +128,7 @@ def _how_far(
     if m.extended_by is not None:
         return f"this one is extended by {m.extended_by}, which may reach further with a larger length="
     if m.positions == "learned" and limit == end:
-        return f"this one has {end:,} positions, a learned table that cannot go on but by other uses of its rows: longlens.extended"
+        return f"this one has {end:,} positions, a learned table that cannot go on but by other uses of its rows: longlens.extend_window"
     if end is not None and limit < end:
         return f"this one has {end:,} positions: load_encoder(..., max_length={end}) reads that far"
     return f"this one goes on, usually with worse embeddings, by load_encoder(..., max_length=): its positions are {m.positions}"
@@ -168,7 +168,7 @@ def _read(
         for i, row in zip(long, rows, strict=True):
             got[key][i] = row
     ids, types = [torch.tensor(row) for row in got["input_ids"]], got.get("token_type_ids", [])
-    as_ids(torch.cat(ids), self._rows)
+    as_ids(torch.cat(ids), self.n_embeddings)
     return TokenRows(ids, [torch.tensor(row) for row in types] if any(map(any, types)) else None, lengths, len(long))
 
 # %% ../../nbs/encoders/00_inputs.ipynb #5a7f74a4
@@ -182,7 +182,7 @@ def _id_rows(
     if isinstance(ids, str) or (several and any(isinstance(v, str) for v in ids)):
         raise TypeError("token ids are wanted, and these are strings: for texts use encode")
     if not several and not isinstance(ids, Tokens):
-        ids = as_ids(ids, self._rows)
+        ids = as_ids(ids, self.n_embeddings)
     one = isinstance(ids, Tokens) or (isinstance(ids, Tensor) and ids.ndim == 1)
     rows = [self.tokens(row, allow_longer=True).ids for row in ([ids] if one else ids)]
     lengths = np.array([len(row) for row in rows])

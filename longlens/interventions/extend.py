@@ -24,7 +24,7 @@ from .positions import exchange_rotary, rotary_modules, set_until_closed, withou
 
 # %% auto #0
 __all__ = ['WINDOWS', 'Extension', 'LearnedExtension', 'Recurrent', 'Grouped', 'Interpolated', 'NTK', 'group_distances',
-           'SelfExtend', 'Window', 'windows_for', 'extended']
+           'SelfExtend', 'Window', 'windows_for', 'extend_window']
 
 # %% ../../nbs/interventions/03_extend.ipynb #6870d2de
 @dataclass(frozen=True)
@@ -330,7 +330,7 @@ def windows_for(
 
 # %% ../../nbs/interventions/03_extend.ipynb #6c1875ff
 @contextmanager
-def extended(
+def extend_window(
     model: Any,  # an Encoder, or a transformers model
     kind: str,  # a name in WINDOWS; `windows_for(model)` says which fit
     length: int,  # tokens of a text, at most, while the block runs

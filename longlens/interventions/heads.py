@@ -23,8 +23,8 @@ from .base import Intervention, check_heads, intervene, served_heads
 from ..attention.masks import Stream, positions, real_queries
 
 # %% auto #0
-__all__ = ['Ablate', 'ablate', 'mean_outputs', 'Streaming', 'streaming', 'Turner', 'LambdaMask', 'lambda_mask', 'Temperature',
-           'temperature', 'span_ends', 'ScaleSpans', 'scale_spans']
+__all__ = ['Ablate', 'ablate', 'mean_outputs', 'Streaming', 'streaming_attention', 'Turner', 'LambdaMask', 'lambda_mask',
+           'Temperature', 'temperature', 'span_ends', 'ScaleSpans', 'scale_spans']
 
 # %% ../../nbs/interventions/01_heads.ipynb #1eb21931
 _MODES = ("zero", "mean", "uniform")
@@ -141,7 +141,7 @@ def _mine(heads: Sequence[tuple[int, int]] | None, call: LayerCall, layer: int) 
 
 # %% ../../nbs/interventions/01_heads.ipynb #62059472
 @contextmanager
-def streaming(
+def streaming_attention(
     model: Any,  # a LongModel or a transformers model
     sink: int = 4,  # tokens at the beginning that stay visible
     recent: int = 256,  # tokens at the end that stay visible, the query's own included

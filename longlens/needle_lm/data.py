@@ -9,6 +9,7 @@ import functools
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ __all__ = ['DATA', 'NAMES', 'VALUES', 'VOCAB_SIZE', 'KINDS', 'needle_lm_path', '
            'make_example', 'needle_model']
 
 # %% ../../nbs/needle_lm/00_data.ipynb #e5e28a07
-DATA = Path(__file__).parent / "data" if "__file__" in globals() else Path("../longlens/data").resolve()
+DATA = Path(str(files("longlens"))) / "data"
 
 def needle_lm_path(
 ) -> Path: # the folder of the model that ships with longlens: config, weights, tokenizer, card

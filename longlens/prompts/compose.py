@@ -20,7 +20,7 @@ from ..models.text_model import TextModel
 from ..models.tokens import check_unicode, HFTokenizer, Tokens
 
 # %% auto #0
-__all__ = ['Piece', 'join_pieces', 'BoundaryError', 'solid_tokens', 'PromptReader', 'prompt_reader', 'Context', 'compose']
+__all__ = ['Piece', 'join_pieces', 'BoundaryError', 'solid_tokens', 'PromptReader', 'prompt_reader', 'Context', 'compose_prompt']
 
 # %% ../../nbs/prompts/01_compose.ipynb #4ca62c93
 @dataclass(frozen=True)
@@ -327,7 +327,7 @@ def _page(ctx: Context) -> str:
     return f"<div><b>{escape(repr(ctx))}</b></div><div style='white-space:pre-wrap;overflow-wrap:anywhere'>{''.join(html)}</div>"
 
 # %% ../../nbs/prompts/01_compose.ipynb #c76bcf86
-def compose(
+def compose_prompt(
     model: Any,  # a LongModel, or a Hugging Face fast tokenizer
     pieces: Iterable[Piece | str],  # in order; a string is a piece without a name
     *,

@@ -11,7 +11,7 @@ from random import Random
 from typing import Any
 
 from .haystack import draw_distinct
-from .compose import Context, Piece, compose
+from .compose import Context, Piece, compose_prompt
 
 # %% auto #0
 __all__ = ['key_value_records', 'place_gold', 'kv_json', 'threads']
@@ -80,7 +80,7 @@ def kv_json(
     first = f"{_EXTRACT} below.\n\n" + f"{ask}\n\n" * query_aware + "JSON data:\n"
     body = _json_pieces(pairs, {index: {"gold": "pair", "answer": "value"}}, ",\n ")
     meta = {"gold_index": index, "n_pairs": len(pairs), "depth_percent": 100 * index / (len(pairs) - 1), "seed": seed}
-    return compose(model, [Piece(first), *body, Piece("\n\n"), Piece(ask, "question")], answer_prefix="\nCorresponding value:",
+    return compose_prompt(model, [Piece(first), *body, Piece("\n\n"), Piece(ask, "question")], answer_prefix="\nCorresponding value:",
                    answers=[value], completion=f' "{value}"', question=ask, kind="kv_json", meta=meta, chat=chat, allow_longer=allow_longer)
 
 # %% ../../nbs/prompts/03_key_value.ipynb #25ac3dcb
@@ -180,6 +180,6 @@ def threads(
     listed = task in ("multiple", "conditional", "multi_threading")
     ask = _THREADS[task].format(character if task == "conditional" else _as_list(keys) if listed else keys[0])
     meta = {"n_pairs": n_pairs, "positions": lines, "depth_percent": [100 * line[0] / max(1, n_pairs - 1) for line in lines], "seed": seed}
-    return compose(model, [*_json_pieces(pairs, _thread_names(lines, threaded), ", "), Piece("\n"), Piece(ask, "question")], question=ask,
+    return compose_prompt(model, [*_json_pieces(pairs, _thread_names(lines, threaded), ", "), Piece("\n"), Piece(ask, "question")], question=ask,
                    answer_prefix=f"\n Corresponding value{'s' * listed}:", answers=values, meta=meta, kind=f"threads_{task}", chat=chat,
                    completion=f" {_as_list(values) if listed else values[0]}", allow_longer=allow_longer)

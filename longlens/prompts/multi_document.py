@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from .haystack import Haystack, word_list
 from .key_value import place_gold, key_value_records, kv_json
-from .compose import Context, Piece, compose
+from .compose import Context, Piece, compose_prompt
 from .ruler import DocumentLike, title_and_text, numbered_documents
 
 # %% auto #0
@@ -322,7 +322,7 @@ def kv_lines(
     value, ask = dict(pairs)[key], f"Question: What is the value of Key {key}?"
     before = [Piece(ask, "question_before"), Piece("\n")] if query_aware else []
     meta = {"gold_index": index, "n_pairs": len(pairs), "depth_percent": 100 * index / (len(pairs) - 1), "seed": seed}
-    return compose(model, [*before, *_line_pieces(pairs, index), Piece(ask, "question")], answer_prefix=f"\nAnswer: Key {key}:",
+    return compose_prompt(model, [*before, *_line_pieces(pairs, index), Piece(ask, "question")], answer_prefix=f"\nAnswer: Key {key}:",
                    answers=[value], completion=f" {value}", question=ask, kind="kv_lines", meta=meta, chat=chat, allow_longer=allow_longer)
 
 # %% ../../nbs/prompts/05_multi_document.ipynb #4d8a07f1

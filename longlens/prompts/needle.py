@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from .haystack import NIAH_TASKS, WORDINGS, Haystack, Wording, check_new, draw_distinct, listed, named_in, said_already
-from .compose import BoundaryError, Context, Piece, join_pieces, PromptReader, prompt_reader, compose
+from .compose import BoundaryError, Context, Piece, join_pieces, PromptReader, prompt_reader, compose_prompt
 
-_all_ = ["NIAH_TASKS", "WORDINGS", "Haystack", "Wording", "BoundaryError", "Context", "Piece", "compose"]
+_all_ = ["NIAH_TASKS", "WORDINGS", "Haystack", "Wording", "BoundaryError", "Context", "Piece", "compose_prompt"]
 
 # %% auto #0
 __all__ = ['RULER_DEPTHS', 'SentenceSupply', 'enough_sentences', 'haystack_context', 'needle_depths', 'needle_context',
-           'NIAH_TASKS', 'WORDINGS', 'Haystack', 'Wording', 'BoundaryError', 'Context', 'Piece', 'compose']
+           'NIAH_TASKS', 'WORDINGS', 'Haystack', 'Wording', 'BoundaryError', 'Context', 'Piece', 'compose_prompt']
 
 # %% ../../nbs/prompts/02_needle.ipynb #6b08f8e3
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def haystack_context(
     rest = kw.get("answer_prefix", ""), kw.get("completion", "")
     layout = _Layout(prompt_reader(model, chat, system), (haystack.separator, around), inserts, before, after, rest)
     pieces, n = _fill(layout, haystack, n_tokens, exact)
-    ctx = compose(model, pieces, chat=chat, system=system, **kw)
+    ctx = compose_prompt(model, pieces, chat=chat, system=system, **kw)
     depths = _realised(ctx.spans, [p.name for _, p in inserts if p.name])
     spans = {k: v for k, v in ctx.spans.items() if not k.startswith("haystack_")}
     hay = {"haystack": haystack.source, "haystack_tokens": sum(map(len, _runs(ctx.spans))), "sentences": n}

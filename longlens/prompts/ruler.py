@@ -15,7 +15,7 @@ from typing import Any
 from .needle import haystack_context
 from .haystack import Haystack, draw_distinct
 from .key_value import place_gold, kv_json, threads
-from .compose import Context, Piece, compose
+from .compose import Context, Piece, compose_prompt
 
 _all_ = ["kv_json", "threads"]
 
@@ -162,7 +162,7 @@ def numbered_documents(
     if len(documents) > 1: meta["depth_percent"] = 100 * index / (len(documents) - 1)
     if closed_book: pieces, meta = pieces[-1:], {"n_documents": 0, "setting": setting}
     completion = f" {answers[0]}" if answers else ""
-    return compose(model, pieces, answer_prefix=f"\nAnswer:{answer_prefix}", answers=answers, completion=completion, question=question,
+    return compose_prompt(model, pieces, answer_prefix=f"\nAnswer:{answer_prefix}", answers=answers, completion=completion, question=question,
                    kind="numbered_documents", chat=chat, allow_longer=allow_longer, meta=meta)
 
 # %% ../../nbs/prompts/04_ruler.ipynb #783cab5d
@@ -235,7 +235,7 @@ def ancestral_chain(
     pieces = [Piece(head.rstrip(), "instruction"), Piece("\n")]
     for i in order: pieces += [Piece(told[i], f"relation_{i}"), Piece(" " if i != order[-1] else "\n\n")]
     meta = {"people": people, "order": order, "generations": generations, "question": question, "seed": seed}
-    return compose(model, [*pieces, Piece(ask, "question")], answers=[answer], completion=f" \\boxed{{{answer}}}", question=ask, meta=meta,
+    return compose_prompt(model, [*pieces, Piece(ask, "question")], answers=[answer], completion=f" \\boxed{{{answer}}}", question=ask, meta=meta,
                    kind="ancestral_chain", chat=chat, allow_longer=allow_longer)
 
 # %% ../../nbs/prompts/04_ruler.ipynb #70c16490
@@ -315,6 +315,6 @@ def retrieval_prompt(
         pieces += [Piece(separator), Piece(f"[{i + 1}] {title}{chr(10) * bool(title)}{text}", f"document_{i}")]
     pieces += [Piece(separator), Piece(_LATE, "query"), Piece(f"{separator}Query: "), Piece(query, "query_text")]
     pieces.append(Piece(suffix, special=True))
-    ctx = compose(model, pieces, question=query, kind="retrieval", chat=chat, allow_longer=allow_longer,
+    ctx = compose_prompt(model, pieces, question=query, kind="retrieval", chat=chat, allow_longer=allow_longer,
                   meta={"n_documents": len(documents), "seed": seed})
     return replace(ctx, spans=ctx.spans | {"query": range(ctx.spans["query"].start, len(ctx))})

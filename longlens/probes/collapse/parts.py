@@ -100,8 +100,8 @@ class Change:
             if self.tau != 1: stack.enter_context(temperature(enc, self.tau))
             if self.cut: set_until_closed(enc, "max_length", reach(enc), stack)
             if self.window is not None and length is not None:
-                from longlens.interventions.extend import extended
-                stack.enter_context(extended(enc, self.window, length=length))
+                from longlens.interventions.extend import extend_window
+                stack.enter_context(extend_window(enc, self.window, length=length))
             yield
 
 # %% ../../../nbs/probes/collapse/02_parts.ipynb #0c015225

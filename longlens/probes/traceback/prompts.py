@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...models.text_model import check_length
 from ...models.tokens import TokenIds, Tokens
-from ...prompts.compose import Context, Piece, solid_tokens, compose
+from ...prompts.compose import Context, Piece, solid_tokens, compose_prompt
 from ...models.kv_cache import cut_at_stops, stop_texts
 from .sources import Sources, TracePrompt, checked_size, segment_spans, cut_context, placed
 from ...models.forward import LongModel
@@ -59,7 +59,7 @@ def _composed(lm: LongModel, sources: Sources, question: str, template: str, ans
     """The prompt's tokens, and the character at which the context begins."""
     before, after = (part.replace("{question}", question) for part in template.split("{context}"))
     pieces = [Piece(before)] * bool(before) + [Piece(sources.text, "context", special=special)] + [Piece(after)] * bool(after)
-    ctx = compose(lm, pieces, answer_prefix=answer_prefix, question=question, **how)
+    ctx = compose_prompt(lm, pieces, answer_prefix=answer_prefix, question=question, **how)
     offsets: Any = ctx.tokens.offsets
     span = ctx.spans["context"]
     _, first, _ = solid_tokens(ctx.text, offsets[span.start : span.stop].numpy())
@@ -268,7 +268,7 @@ def ready_prompt(
     if span is None: span = (parts[0][0], parts[-1][1]) if parts else context_span(ctx) if ctx else (0, len(text))
     a, b = span
     if not 0 <= a < b <= len(text): raise ValueError(f"the context is ({a}, {b}), and the prompt has the characters 0 to {len(text):,}")
-    tokens = ctx.tokens if ctx else compose(lm, [Piece(text, special=special)], allow_longer=allow_longer).tokens
+    tokens = ctx.tokens if ctx else compose_prompt(lm, [Piece(text, special=special)], allow_longer=allow_longer).tokens
     if parts: sources = _of_parts(text[a:b], [(x - a, y - a) for x, y in parts], kind, by or kind, size)  # type: ignore[arg-type]
     else: sources = (ctx and by is None and _around_inserts(ctx, a, b, size)) or _plain_sources(text[a:b], by, size)
     return _finished(lm, tokens, a, sources, answer, answer_span, max_new_tokens, stop, allow_longer, question=question, template="ready")

@@ -16,7 +16,7 @@ from .probe import trace_context
 from ...report import report_html
 
 # %% auto #0
-__all__ = ['ScanReport', 'scan']
+__all__ = ['ScanReport', 'scan_context']
 
 # %% ../../../nbs/probes/traceback/08_scan.ipynb #481a2be7
 _SCAN_SCHEMA = {"rank": pl.Int64, "source": pl.Int64, "trace_score": pl.Float64, "flagged": pl.Boolean, "verdict": pl.Float64,
@@ -80,7 +80,7 @@ def _said_scan(r: ScanReport) -> list[str]:
     return [many, *said, *lost]
 
 # %% ../../../nbs/probes/traceback/08_scan.ipynb #11a1f5f6
-def scan(
+def scan_context(
     model: Any,  # a LongModel, or whatever `load` takes
     context: Any,  # a text, documents, or a prompt that is ready: as `trace_context` takes it
     question: str = "",  # what is asked about it

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import polars as pl
 
-from ....prompts.compose import Context, compose
+from ....prompts.compose import Context, compose_prompt
 from ..sources import TracePrompt
 from ..tracer import TRACERS, Room, TraceCost, TraceJob, Tracer, TraceScores
 from ..prefix_tree import ScoreCosts
@@ -71,7 +71,7 @@ def citation_prompt(
     answer = prompt.answer.text if prompt.answer.text is not None else lm.decode(prompt.answer.ids)
     filled = {"n": prompt.n, "texts": texts, "question": prompt.question, "answer": answer.strip(), "k": min(k, prompt.n)}
     longer = lm.max_length is not None and len(prompt.whole) > lm.max_length  # that was allowed before, so it is now
-    return compose(lm, [re.sub(r"\{(\w+)\}", lambda m: str(filled[m[1]]), ASK)], chat=True, allow_longer=longer or None)
+    return compose_prompt(lm, [re.sub(r"\{(\w+)\}", lambda m: str(filled[m[1]]), ASK)], chat=True, allow_longer=longer or None)
 
 # %% ../../../../nbs/probes/traceback/methods/05_self_citation.ipynb #614c2ad0
 def _asked(job: TraceJob) -> TracePrompt:
