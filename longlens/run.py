@@ -24,7 +24,7 @@ class Run:
     batch_size: int | None = None  # inputs that run together, at most; None: what fits
     max_memory: int | None = None  # bytes on top of the weights; None: what is free
     budget: int | None = None  # tokens through the model, at most; a plan that needs more is refused; None: no limit
-    progress: bool = True  # say how far the work is
+    progress: bool = False  # show how far the work is
     seed: int = 0  # of everything that is drawn
     allow_longer: bool | None = None  # go past the length the model was made for; None: as the model was loaded
 

@@ -17,6 +17,7 @@ from .files import CONFIG_FILES, check_causal, check_device, check_dtype, check_
 from .forward import LongModel
 from .kv_cache import Prefix, Score
 from .memory import MemoryEstimate
+from .text_model import ModelCard, read_card
 from .tokens import HFModel, HFTokenizer, Tokens
 
 _all_ = ["LongModel", "Tokens", "Prefix", "Score", "MemoryEstimate"]
@@ -59,7 +60,7 @@ def load(
         hf = hf.to(device=place, dtype=number if isinstance(number, torch.dtype) else None)
     if check:
         check_weights(hf)
-    return LongModel(hf, tokenizer, name, allow_longer)
+    return LongModel(hf, tokenizer, name, allow_longer, _card_of(model))
 
 # %% ../../nbs/models/07_load.ipynb #fdcd975b
 def _embedded() -> Path:
@@ -68,6 +69,12 @@ def _embedded() -> Path:
     if not (folder / "config.json").exists():
         raise FileNotFoundError("the embedded model is missing from this installation: install longlens again, or name a model")
     return folder
+
+# %% ../../nbs/models/07_load.ipynb #86c85ef1
+def _card_of(model: Any) -> ModelCard:
+    """The card of a model that is read from a folder."""
+    if model is None: return read_card(_embedded())
+    return read_card(Path(model).expanduser()) if isinstance(model, (str, Path)) and Path(model).expanduser().is_dir() else ModelCard()
 
 # %% ../../nbs/models/07_load.ipynb #0e61ad46
 def _is_embedded(model: Any) -> bool:

@@ -5,8 +5,11 @@
 # %% ../../nbs/models/01_text_model.ipynb #879bf3a1
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import dataclass, fields
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
     from longlens.models import text_model as _here
 
 # %% auto #0
-__all__ = ['first_setting', 'head_sizes', 'count_kv_heads', 'TextModel', 'check_length']
+__all__ = ['first_setting', 'head_sizes', 'count_kv_heads', 'ModelCard', 'read_card', 'TextModel', 'check_length']
 
 # %% ../../nbs/models/01_text_model.ipynb #f01af038
 def first_setting(config: Any, *names: str) -> Any:
@@ -56,6 +59,34 @@ def count_kv_heads(config: Any) -> int:
         return 1
     return first_setting(config, "num_key_value_heads", "num_kv_heads") or config.num_attention_heads
 
+# %% ../../nbs/models/01_text_model.ipynb #d24ae7dd
+@dataclass(frozen=True)
+class ModelCard:
+    """How a model is asked where the caller does not say. Read from `longlens.json` beside its weights"""
+
+    wording: str = "ruler"  # of needles: a name in WORDINGS
+    template: str = "raw"  # of a question about a context: a name in TEMPLATES
+    key_values: str = "uuids"  # what lists of keys and values are made of: "uuids", or "names" (of people, and common words)
+    gate_text: str = "passkeys"  # what gates learn from: "passkeys" or "facts"
+    gate_tokens: int = 1000  # the shortest such text
+    max_new_tokens: int | None = None  # of a written answer; None: as each method has it
+    short_answer: int | None = None  # tokens of an answer that is one word; None: as each method has it
+    stop: tuple[str, ...] = ()  # texts that end an answer
+    only: str = ""  # what it can read, if that is not any text: said where a model is loaded
+
+# %% ../../nbs/models/01_text_model.ipynb #b356784f
+def read_card(
+    folder: str | Path,  # of a model
+) -> ModelCard:
+    """The card of a model in a folder; the defaults where it has none."""
+    file = Path(folder) / "longlens.json"
+    if not file.exists(): return ModelCard()
+    given = json.loads(file.read_text(encoding="utf-8"))
+    if odd := [k for k in given if k not in {f.name for f in fields(ModelCard)}]:
+        raise ValueError(f"{file} has an entry {odd[0]!r}, and a card has {', '.join(f.name for f in fields(ModelCard))}")
+    plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    return ModelCard(**plain)
+
 # %% ../../nbs/models/01_text_model.ipynb #46a656fa
 class TextModel:
     """A transformers model with its tokenizer: what its config says, and texts into tokens. `LongModel` and `Encoder` are made of it."""
@@ -66,7 +97,9 @@ class TextModel:
         tokenizer: HFTokenizer | None = None,  # None: the model takes token ids only
         name: str | None = None,  # how reports call it
         allow_longer: bool = False,  # may texts be longer than the model was made for?
+        card: ModelCard | None = None,  # how it is asked; None: as the papers ask theirs
     ):
+        self.card = card or ModelCard()
         self.hf, self.tokenizer, self.allow_longer = hf.eval(), tokenizer, allow_longer
         self.config = hf.config.get_text_config()
         self.name = name or getattr(hf.config, "_name_or_path", "") or type(hf).__name__
