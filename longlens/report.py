@@ -48,7 +48,7 @@ def _new_file(beside: Path, path: Path) -> BinaryIO:
     try: return open(beside, "xb")
     except OSError as e: raise _no_place(path, e) from e
 
-
+# %% ../nbs/00_report.ipynb #4b11836b
 def atomic_write(
     path: str | Path,     # the file; replaced if it is there
     data: str | bytes,    # all of its content; text is written as UTF-8
@@ -77,7 +77,7 @@ def _try_place(place: Path, path: str | Path) -> None:
     try: probe.mkdir(); probe.rmdir()
     except OSError as e: raise _no_place(path, e) from e
 
-
+# %% ../nbs/00_report.ipynb #b2a07b1c
 def free_place(
     path: str | Path,          # the folder to be
     overwrite: bool = False,   # may a folder that longlens made be replaced?
@@ -319,7 +319,7 @@ def write_report(
     head = {"longlens": FORMAT, "kind": report.meta["kind"], "meta": plain(report.meta), "frames": said}
     atomic_write(folder / HEAD, json.dumps(head, indent=1, allow_nan=False))
 
-
+# %% ../nbs/00_report.ipynb #007783e1
 def _save_report(
     report: Report,            # what to keep
     path: str | Path,          # a new folder

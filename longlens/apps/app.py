@@ -242,7 +242,7 @@ def tell(
     "Say it in the line of status"
     self.status.value = f'<span role="status" aria-live="polite">{say(text, 300)}</span>'
 
-
+# %% ../../nbs/apps/01_app.ipynb #7943ce43
 @patch
 def fail(
     self: App,
@@ -307,7 +307,7 @@ def _show(self: App, share: float | None, text: str) -> None:
     self.bar.value = self.bar.value if share is None else share
     self.tell(f"{self.what}: {text}" if text else f"{self.what} …")
 
-
+# %% ../../nbs/apps/01_app.ipynb #9c67172a
 @patch
 def _working(self: App, on: bool) -> None:
     self.bar.value = 0
@@ -322,7 +322,7 @@ def cancel(self: App) -> None:
     if self.progress is not None: self.progress.cancelled = True
     self.stop.disabled = True
 
-
+# %% ../../nbs/apps/01_app.ipynb #becc5e65
 @patch
 def wait(
     self: App,

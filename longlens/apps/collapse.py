@@ -144,7 +144,7 @@ def _laid_out(self: CollapseExplorer) -> list[Any]:
     if self.heads is not None: shown.append(picture("What each head passes on", self.heads, _SAYS["heads"], classes=half))
     return [classed(HBox([self.length, self.tau]), "lx-bar", "lx-sliders"), self.table, classed(HBox(shown), "lx-row")]
 
-
+# %% ../../nbs/apps/08_collapse.ipynb #c438ffcc
 @patch
 def _wire(self: CollapseExplorer) -> None:
     "What happens when"
@@ -257,7 +257,7 @@ def state(self: CollapseExplorer) -> dict[str, Any]:
     "What was chosen"
     return {"length": self.length.value, "tau": self.tau.value, "centred": self.centred.value}
 
-
+# %% ../../nbs/apps/08_collapse.ipynb #143ab88d
 @patch
 def restore(self: CollapseExplorer, state: Mapping[str, Any]) -> None:
     "Choose it again"

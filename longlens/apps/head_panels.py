@@ -72,7 +72,7 @@ class Panel:
     wide: bool = False                                          # a row of its own
     fields: Sequence[str] = ()                                  # what a click on it picks
 
-
+# %% ../../nbs/apps/04_head_panels.ipynb #1beb93de
 SHARE = ".3~g"    # how ticks are written; without a number of digits, Vega rounds the last to those of the step before it
 
 
@@ -109,7 +109,7 @@ def _band_chart() -> alt.Chart:
         x=alt.X("band:N", sort=None, axis=axis_style(title="tokens back", labelAngle=-40, labelOverlap=False)),
         y=alt.Y("mass:Q", axis=axis_style(title="share of attention", tickCount=4, format=SHARE)), tooltip=tips), 170)
 
-
+# %% ../../nbs/apps/04_head_panels.ipynb #357be964
 def _row_chart() -> alt.Chart:
     "What one token attends to most: over the data row (label, weight, position, token)"
     tips = tooltips(("token", "nominal", "token"), ("position", "quantitative", "position"), ("weight", "quantitative", "weight"))
@@ -121,7 +121,7 @@ def _row_chart() -> alt.Chart:
 # %% ../../nbs/apps/04_head_panels.ipynb #76c430e1
 def _told_token(token: str, position: int) -> str: return f"{visible(token, 18)}  {position:,}"
 
-
+# %% ../../nbs/apps/04_head_panels.ipynb #7698c0b8
 def _profile_rows(
     r: PromptReading,    # of a text
     layer: int,    # of the head
@@ -223,7 +223,7 @@ def retrieval_panels(r: Any) -> list[Panel]:    # of a HeadReport
     says = "Its retrieval score by where the needle stood and how long the context was: a retrieval head copies from everywhere."
     return [Panel("By depth and length", says, chart, rows, wide=True)]
 
-
+# %% ../../nbs/apps/04_head_panels.ipynb #11f3e739
 def sink_panels(r: Any) -> list[Panel]:    # of a SinkReport
     "A head's means by context length"
     f = r.frames["lengths"].group_by("layer", "head", "context_length").mean().sort("context_length")

@@ -32,7 +32,7 @@ class Choice(traitlets.HasTraits):
     token = traitlets.Int(0)                   # position
     silenced = traitlets.Tuple(())             # (layer, head) that are silenced
 
-
+# %% ../../nbs/apps/05_heads.ipynb #5ddbe42a
 def strongest(
     heads: pl.DataFrame,     # layer, head, and scores
 ) -> tuple[int, int]:        # layer, head
@@ -84,7 +84,7 @@ def _laid_out(self: HeadExplorer) -> list[Any]:
     shown = [picture(p.title, v, p.says, classes=["lx-wide" if p.wide else "lx-half"]) for p, v in both]
     return [classed(HBox([left, self.side]), "lx-row"), classed(HBox(shown), "lx-row")]
 
-
+# %% ../../nbs/apps/05_heads.ipynb #779ecf10
 @patch
 def _besides(self: HeadExplorer) -> str:
     "What cannot be done here, and where it can: a report knows its heads, and no text to ask without them"
@@ -101,7 +101,7 @@ def _map(self: HeadExplorer) -> dict[str, Any]:
     self.read = " ".join(chart.title.subtitle)    # what is outlined: a VegaView has no title
     return with_pick(chart)
 
-
+# %% ../../nbs/apps/05_heads.ipynb #b71d4945
 @patch
 def _wire(self: HeadExplorer) -> None:
     "What happens when"
@@ -121,7 +121,7 @@ def _coloured(self: HeadExplorer) -> None:
     self.map.show(self._map())
     self._fill()
 
-
+# %% ../../nbs/apps/05_heads.ipynb #51cb7918
 @patch
 def _fill(self: HeadExplorer) -> None:
     "Show the head that was chosen"
@@ -154,7 +154,7 @@ def state(self: HeadExplorer) -> dict[str, Any]:
     "What was chosen"
     return {"head": list(self.choice.head), "token": self.choice.token, "quantity": self.quantity.value}
 
-
+# %% ../../nbs/apps/05_heads.ipynb #8afe7626
 @patch
 def restore(self: HeadExplorer, state: Mapping[str, Any]) -> None:
     "Choose it again"

@@ -60,7 +60,7 @@ def _laid_out(self: ReadingExplorer) -> list[Any]:
     row.children = [row.children[0], classed(HBox([self.token]), "lx-bar"), self.around, *row.children[1:]]
     return [top, below]
 
-
+# %% ../../nbs/apps/06_heads_on_text.ipynb #15fe429f
 @patch
 def _besides(self: ReadingExplorer) -> str:
     "What a view without its model has not"
@@ -80,7 +80,7 @@ def _wire(self: ReadingExplorer) -> None:
     self.clear.on_click(self.does(lambda _: setattr(self.choice, "silenced", ())))
     self.choice.observe(self.does(lambda _: self._ask()), "silenced")
 
-
+# %% ../../nbs/apps/06_heads_on_text.ipynb #95fa72fd
 @patch
 def _clicked(self: ReadingExplorer, field: str, change: Any) -> None: self._look(change.new.get(field))
 
@@ -101,7 +101,7 @@ def _token_html(
     chosen = escape(visible(words[position], 40))
     return f'<p class="lx-quote">{"… " * (first > 0)}{_flowing(before)}<mark>{chosen}</mark>{_flowing(after)}</p>'
 
-
+# %% ../../nbs/apps/06_heads_on_text.ipynb #eb72ce7a
 def _flowing(words: Sequence[str]) -> str:    # as HTML, with the spaces at both ends
     return escape("".join(visible(w, 40).replace("␣", " ") for w in words))
 
@@ -114,7 +114,7 @@ def _from_token(self: ReadingExplorer) -> None:
     self.around.value = _token_html(self.report.strings, self.choice.token)
     self.views[2].rows = self.panels[2].rows(layer, head)
 
-
+# %% ../../nbs/apps/06_heads_on_text.ipynb #e1b9ee60
 @patch
 def _fill(self: ReadingExplorer) -> None:
     "Another head"
@@ -130,7 +130,7 @@ def _silence(self: ReadingExplorer, on: bool) -> None:
     now = set(self.choice.silenced)
     self.choice.silenced = tuple(sorted(now | {self.choice.head} if on else now - {self.choice.head}))
 
-
+# %% ../../nbs/apps/06_heads_on_text.ipynb #17e6ae2c
 @patch
 def _ask(self: ReadingExplorer) -> None:
     "Ask again, without those that are silenced"
@@ -141,7 +141,7 @@ def _ask(self: ReadingExplorer) -> None:
     if live is None: return show(None)
     self.app.run(f"asking without {_named(heads)}", lambda progress: answered(live, heads), show, live.lm)
 
-
+# %% ../../nbs/apps/06_heads_on_text.ipynb #085181bf
 def _named(heads: Sequence[tuple[int, int]]) -> str: return ", ".join(f"{layer}-{head}" for layer, head in heads)
 
 # %% ../../nbs/apps/06_heads_on_text.ipynb #20f03805

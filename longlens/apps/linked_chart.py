@@ -75,7 +75,7 @@ def told(
     for name in classes: out.add_class(name)
     return out
 
-
+# %% ../../nbs/apps/00_linked_chart.ipynb #1fe69d83
 def classed(
     widget: Any,             # any widget
     *classes: str,           # of explore.css
@@ -84,7 +84,7 @@ def classed(
     for name in classes: widget.add_class(name)
     return widget
 
-
+# %% ../../nbs/apps/00_linked_chart.ipynb #9365e816
 def picture(
     title: str,              # what is seen
     view: Any,               # the chart, or any widget
@@ -96,7 +96,7 @@ def picture(
     bar = [classed(HBox(list(controls)), "lx-bar")] if controls else []
     return classed(VBox([told(f"<h4>{say(title)}</h4>"), *bar, view, told(f'<p class="lx-says">{say(says)}</p>')]), "lx-picture", *classes)
 
-
+# %% ../../nbs/apps/00_linked_chart.ipynb #4d82e98d
 def numbers(
     rows: Sequence[tuple[str, Any]],    # what, and its value: text, or a number
 ) -> str:                               # HTML

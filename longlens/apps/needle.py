@@ -50,7 +50,7 @@ class Places:
     task: Ask                              # how it is asked
     metric: str                            # how it is scored
 
-
+# %% ../../nbs/apps/07_needle.ipynb #ba7c2722
 def _task(s: Mapping[str, Any], heads_on: str, mean_on: str) -> Ask: return Ask(s["max_new_tokens"], tuple(s["stop"]), heads_on, mean_on)
 
 # %% ../../nbs/apps/07_needle.ipynb #1649b29b
@@ -214,7 +214,7 @@ def _grid(self: PlaceExplorer) -> dict[str, Any]:
     f = self.p.curve.filter(**{c: d.value for c, d in self.conditions.items() if c != "context_length"})
     return with_pick(depth_map(f, "score", unit="share", domain=(0, 1)))
 
-
+# %% ../../nbs/apps/07_needle.ipynb #9a03150b
 @patch
 def _wire(self: PlaceExplorer) -> None:
     "What happens when"
@@ -232,7 +232,7 @@ def _go(self: PlaceExplorer, place: float | None, length: int | None = None) -> 
     if length is not None: self.conditions["context_length"].value = length
     if place is not None: self.place.value = round(place)
 
-
+# %% ../../nbs/apps/07_needle.ipynb #4073c20c
 @patch
 def _changed(self: PlaceExplorer, column: str, change: Any) -> None:
     "Another condition"
@@ -245,7 +245,7 @@ def _where(self: PlaceExplorer) -> dict[str, Any]:
     "The conditions that are chosen"
     return {c: d.value for c, d in self.conditions.items()}
 
-
+# %% ../../nbs/apps/07_needle.ipynb #c96bb6b9
 @patch
 def _here(self: PlaceExplorer) -> list[dict[str, Any]]:
     "What was asked in these conditions, beside the report"
@@ -346,7 +346,7 @@ def state(self: PlaceExplorer) -> dict[str, Any]:
     "What was chosen"
     return {"place": self.place.value, **self._where()}
 
-
+# %% ../../nbs/apps/07_needle.ipynb #513dd6e9
 @patch
 def restore(self: PlaceExplorer, state: Mapping[str, Any]) -> None:
     "Choose it again"
@@ -362,7 +362,7 @@ def explore_grid(
     "A needle grid, to move along"
     return App(report, lambda r, parts: [PlaceExplorer(r, grid_places(r), model), SectionsExplorer(r)], "Needle in a haystack")
 
-
+# %% ../../nbs/apps/07_needle.ipynb #c0803f33
 def explore_middle(
     report: Report,        # a MiddleReport
     model: Any = None,     # its model, to ask at other places

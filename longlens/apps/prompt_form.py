@@ -35,7 +35,7 @@ def answer_room(
     "How long an answer can be: to the end of the model's positions, unless it may go past them"
     return most if lm.max_length is None or lm.allow_longer else max(1, min(most, lm.max_length - n))
 
-
+# %% ../../nbs/apps/09_prompt_form.ipynb #b82672cc
 def _prompt_spans(prompt: TracePrompt) -> dict[str, range]:    # name -> tokens
     "What a prompt is made of; special tokens in front have no name"
     chars: Any = prompt.tokens.offsets
@@ -81,7 +81,7 @@ def text_asked(
     except ValueError: return None
     return live.context.text[a:b] or None
 
-
+# %% ../../nbs/apps/09_prompt_form.ipynb #bc7bac8e
 def read_asked(
     lm: LongModel,                       # LongModel with a tokenizer
     text: str,                     # the context
@@ -130,7 +130,7 @@ class QuestionBar(VBox):
 def _typed(self: QuestionBar, content: Any, ask: Callable[[], None]) -> None:
     if content.get("event") == "submit": ask()
 
-
+# %% ../../nbs/apps/09_prompt_form.ipynb #1afee063
 @patch
 def show(
     self: QuestionBar,

@@ -82,7 +82,7 @@ class Live:
             else: self.lm(self.prefix.ids[:1])
         return torch.stack([_placed(state["rows"][0], position + 1) for _, _, state in seen._parts("rows")])
 
-
+# %% ../../nbs/apps/03_reading.ipynb #5aeef0ac
 def _placed(row: tuple[int, int, Tensor, Tensor], n: int) -> Tensor:    # sample, query, positions and weights (heads, keys) -> (heads, n)
     "The weights of a row at their places in the text: layers with windows see fewer keys than others"
     at, weight = row[2].cpu(), row[3].float().cpu()
@@ -129,7 +129,7 @@ def _statistics(n: int) -> list[Any]:
     if len(late) < 64: return out
     return [*out, SinkMass(KEPT[0], queries=late, label="late_first"), DistanceProfile([KEPT[1]], queries=late, label="late_last")]
 
-
+# %% ../../nbs/apps/03_reading.ipynb #bbd1db2e
 def _stream_share(seen: Capture) -> pl.DataFrame:    # layer, head, stream_share
     both = seen.frame("late_first").join(seen.frame("late_last"), on=["layer", "head"])
     return both.select("layer", "head", stream_share=pl.col("sink_mass") + pl.col("mass"))
@@ -196,7 +196,7 @@ _SAID = 8    # tokens of an answer, if nothing is known of its length
 
 def _decode(lm: LongModel, ids: Tensor) -> str: return lm.decode(ids) if lm.tokenizer is not None else " ".join(map(str, ids.tolist()))
 
-
+# %% ../../nbs/apps/03_reading.ipynb #19b1ebd0
 def answered(
     live: Live,
     heads: Sequence[tuple[int, int]] = (),    # (layer, head) that are silenced

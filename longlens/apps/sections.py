@@ -64,11 +64,11 @@ def _section_box(
     says = dict.fromkeys([s.text.split("\n\n")[0], *([] if s.chart is None else map(_subtitle, apart(s.chart)))])
     return picture(s.title, VBox([*views, *table]), " ".join(filter(None, says)), classes=["lx-section"])
 
-
+# %% ../../nbs/apps/02_sections.ipynb #b3a1cac8
 def _subtitle(chart: Any) -> str:    # how to read it: a VegaView draws no title
     return " ".join(getattr(getattr(chart, "title", None), "subtitle", None) or []) if hasattr(chart, "title") else ""
 
-
+# %% ../../nbs/apps/02_sections.ipynb #dcbac52c
 def explore_sections(
     report: Report,        # any that has a chart
     model: Any = None,     # not needed: all that is shown is in the report

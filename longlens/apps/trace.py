@@ -87,7 +87,7 @@ def prompt_of(
         if made != was: raise ValueError(f"the {what} cannot be made again ({made:,} tokens instead of {was:,}): {hint}")
     return found
 
-
+# %% ../../nbs/apps/10_trace.ipynb #6a862805
 def _answer_of(lm: LongModel, r: Trace) -> Tokens | None:
     "The answer of a trace as it was traced; None for a report of an older version, which has its text only"
     f = r.frames["answer"]
@@ -174,7 +174,7 @@ def _now(self: TraceExplorer) -> _Span:
     a, b = self.span.value
     return a, b + 1
 
-
+# %% ../../nbs/apps/10_trace.ipynb #6609a520
 @patch
 def _picked(self: TraceExplorer) -> None:
     "A span was picked: show it, and its sources if they are known"
@@ -217,7 +217,7 @@ def unit(self: TraceExplorer) -> str:
 
 def _unit(r: Trace) -> str: return "" if r.meta.get("unit", "score") == "score" else str(r.meta["unit"])
 
-
+# %% ../../nbs/apps/10_trace.ipynb #d4c0427f
 def _scored_html(
     r: Trace,      # a trace
 ) -> str:          # HTML
@@ -294,7 +294,7 @@ def _without(self: TraceExplorer) -> None:
     show = lambda found: setattr(self.result, "value", without_html(self.report.meta["answer"], removed, self.whole, found))
     self.app.run(f"asking without {len(removed)} of {self.prompt.n} sources", job, show, self.model)
 
-
+# %% ../../nbs/apps/10_trace.ipynb #3ea243f0
 @patch
 def _put_back(self: TraceExplorer) -> None:
     self.removed, self.result.value = set(), ""
@@ -322,7 +322,7 @@ def state(self: TraceExplorer) -> dict[str, Any]:
     "What was chosen"
     return {"span": list(self._now()), "removed": sorted(self.removed)}
 
-
+# %% ../../nbs/apps/10_trace.ipynb #dc2c6e3f
 @patch
 def restore(self: TraceExplorer, state: Mapping[str, Any]) -> None:
     "Choose it again"

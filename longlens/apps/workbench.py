@@ -62,7 +62,7 @@ def _select(self: TextExplorer, token: int | None) -> None:
 @patch
 def _seen(self: TextExplorer) -> bool: return self.app.explorers[self.app.stack.selected_index or 0] is self
 
-
+# %% ../../nbs/apps/11_workbench.ipynb #975f0670
 @patch
 def _follow(self: TextExplorer) -> None:
     "Shade by what the chosen token attends to in the chosen head, once somebody looks"
@@ -73,7 +73,7 @@ def _follow(self: TextExplorer) -> None:
     weights[:self.choice.token + 1] = attention_row(self.report, self.choice.token)[layer, head].numpy()
     self.view.shade("attention from the selected token", Shade(weights, note=f"layer {layer}, head {head}"))
 
-
+# %% ../../nbs/apps/11_workbench.ipynb #b4d45569
 @patch
 def traced(self: TextExplorer, scores: np.ndarray | None, unit: str = "") -> None:    # (n,), and what they are in
     "Shade by the scores of a trace"
@@ -84,7 +84,7 @@ def traced(self: TextExplorer, scores: np.ndarray | None, unit: str = "") -> Non
 @patch
 def opened(self: TextExplorer) -> None: self._follow()
 
-
+# %% ../../nbs/apps/11_workbench.ipynb #90c4aa03
 @patch
 def state(self: TextExplorer) -> dict[str, Any]: return {"quantity": self.view.quantity}
 
@@ -137,7 +137,7 @@ def _asked(live: Any, by: str) -> Any:
     room = answer_room(live.lm, len(live.tokens), answer_limits(live.lm)[0])    # as `trace_prompt`, if it fits
     return ready_prompt(live.lm, live.context or live.tokens.text, answer=answer or None, by=by, max_new_tokens=room)
 
-
+# %% ../../nbs/apps/11_workbench.ipynb #3ac9ced5
 def _again(r: PromptReading, found: Trace) -> Any:
     "The prompt of a trace that was kept with its text"
     if r.live is None: return None
@@ -228,7 +228,7 @@ def ask(self: Workbench) -> None:
     if asked == bar.shown: raise ValueError("that is what was asked: change the question or the answer")
     self.run("asking", lambda progress: read_asked(lm, text, *asked, progress=progress), self._answered, lm)    # type: ignore[arg-type]
 
-
+# %% ../../nbs/apps/11_workbench.ipynb #07c62002
 @patch
 def _answered(self: Workbench, reading: PromptReading) -> None:
     "Show the prompt that was made of the question"

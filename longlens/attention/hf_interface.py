@@ -34,7 +34,7 @@ def _closure(f: Callable, maker: str) -> dict[str, Any] | None:
     if getattr(f, "__module__", "") != "transformers.masking_utils" or not f.__qualname__.startswith(f"{maker}.<locals>"): return None
     return dict(zip(f.__code__.co_freevars, (c.cell_contents for c in f.__closure__ or ()), strict=True))
 
-
+# %% ../../nbs/attention/07_hf_interface.ipynb #7e7ff6cf
 def _least(bounds: Iterable[int | None]) -> int | None:
     return min((b for b in bounds if b is not None), default=None)
 
@@ -82,7 +82,7 @@ def _on(device: torch.device, mask: Mask) -> Mask:
     before = None if mask.before is None else mask.before.to(device)
     return replace(mask, keep=keep, before=before)
 
-
+# %% ../../nbs/attention/07_hf_interface.ipynb #4403d16e
 def _unsaid_mask(module: nn.Module, n_q: int, n_k: int, is_causal: bool | None, window: int | None) -> Mask:
     "The mask of a module that is given none and knows by itself whether it is causal"
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -92,7 +92,7 @@ def _unsaid_mask(module: nn.Module, n_q: int, n_k: int, is_causal: bool | None, 
                                "where the queries stand is not known")
     return Mask(None if window is None else window - 1, 0, offset=n_k - n_q)
 
-
+# %% ../../nbs/attention/07_hf_interface.ipynb #f5a422f3
 def _as_mask(given: Any, module: nn.Module, q: Tensor, k: Tensor, is_causal: bool | None, window: int | None) -> Mask:
     n_q, n_k = q.shape[2], k.shape[2]
     if isinstance(given, Mask): return _on(q.device, given)
@@ -136,7 +136,7 @@ class Editor(Protocol):
     def before(self, call: LayerCall) -> LayerCall: ...
     def after(self, call: LayerCall, out: Tensor) -> Tensor: ...  # out: (batch, heads, n_queries, d_value)
 
-
+# %% ../../nbs/attention/07_hf_interface.ipynb #538f2d20
 _SESSIONS: dict[int, list[Recorder]] = {}  # id of a module of a model that is being captured -> who records it
 _EDITS: dict[int, list[Editor]] = {}  # id of a module of a model that is being changed -> who changes it, in that order
 
@@ -200,7 +200,7 @@ def hf_model(
         raise TypeError(f"expected a model from longlens.load() or a transformers model, got {type(model).__name__}")
     return hf
 
-
+# %% ../../nbs/attention/07_hf_interface.ipynb #7a1da92f
 def _check(hf: Any) -> None:
     name = type(hf).__name__
     if not hf._can_set_attn_implementation():
@@ -225,7 +225,7 @@ def _configs(hf: Any) -> list[Any]:
 # %% ../../nbs/attention/07_hf_interface.ipynb #9c7d1304
 _HELD: dict[int, tuple[int, list[tuple[Any, Any]]]] = {}  # id of a model -> how often it is attached, its configs as they were
 
-
+# %% ../../nbs/attention/07_hf_interface.ipynb #b099551d
 @contextmanager
 def attach(
     model: Any,  # a LongModel, an Encoder, or a transformers model
@@ -242,7 +242,7 @@ def attach(
     finally:
         _release(id(hf))
 
-
+# %% ../../nbs/attention/07_hf_interface.ipynb #95e61520
 def _release(key: int) -> None:
     "One block less; the last to leave puts everything back"
     count, before = _HELD.pop(key)

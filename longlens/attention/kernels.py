@@ -30,7 +30,7 @@ def _block(s: Scores, at: Tile, v: Tensor) -> tuple[Tensor, Tensor]:
     out = torch.bmm(p.view(len(w), -1, len(at.keys)), w).view(*x.shape[:2], -1)
     return out, lse.masked_fill(nothing, -torch.inf)[..., 0]
 
-
+# %% ../../nbs/attention/04_kernels.ipynb #8825329f
 def attend_blocked(
     s: Scores,  # the logits
     v: Tensor,  # values, (batch, kv_heads, n_keys, d_value)
@@ -53,7 +53,7 @@ def _has_kernel(q: Tensor) -> bool:
     if q.device.type != "cuda" or q.dtype == torch.float64: return False
     return torch.cuda.get_device_capability(q.device) >= (8, 0) or q.dtype != torch.bfloat16
 
-
+# %% ../../nbs/attention/04_kernels.ipynb #b4bae57d
 def _pad_last(x: Tensor, n: int) -> Tensor:
     "x with zeros added to its last axis, whose entries are neighbours in memory"
     if x.shape[-1] < n: return torch.nn.functional.pad(x, (0, n - x.shape[-1])).contiguous()
@@ -70,7 +70,7 @@ def _bias_for_cuda(bias: Tensor, q: Tensor) -> Tensor:
     n = bias.shape[-1]
     return _pad_last(bias.to(q.dtype), -(-n // 16) * 16)[..., :n].expand(*q.shape[:3], n)
 
-
+# %% ../../nbs/attention/04_kernels.ipynb #9395a1af
 def _fused_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     flash = q.dtype != torch.float32 and bias is None and q.shape[-1] <= 256 and torch.cuda.get_device_capability(q.device) >= (8, 0)
@@ -109,7 +109,7 @@ def merge(
     share_a, share_b = (a[1] - total).exp()[..., None], (b[1] - total).exp()[..., None]
     return a[0] * share_a.to(a[0].dtype) + b[0] * share_b.to(b[0].dtype), lse
 
-
+# %% ../../nbs/attention/04_kernels.ipynb #fccd67d0
 def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, offset: int) -> tuple[Tensor, Tensor]:
     n = q.shape[2]
     if n == 1 or offset == 0: return fused(q, k[:, :, :offset + n], v[:, :, :offset + n], scale, causal=n > 1)
@@ -122,7 +122,7 @@ def _additive(mask: Mask, rows: range, keys: range, device: torch.device) -> Ten
     seen = band_tile(mask, rows, keys, device)
     return None if seen is None else torch.zeros(seen.shape, device=device).masked_fill_(~seen, -torch.inf)
 
-
+# %% ../../nbs/attention/04_kernels.ipynb #9b9d20e6
 def _banded(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Mask) -> tuple[Tensor, Tensor]:
     n, n_k, width = q.shape[2], k.shape[2], (mask.left or 0) + (mask.right or 0) + 1
     out = q.new_zeros(*q.shape[:3], v.shape[-1])
@@ -147,12 +147,12 @@ def _has_holes(keep: Tensor) -> bool:
     at = torch.arange(keep.shape[1], device=keep.device)
     return bool((~keep & (at > first) & (at < last)).any())
 
-
+# %% ../../nbs/attention/04_kernels.ipynb #2c4a4e7a
 def _rows_of(far: tuple[Tensor, Tensor] | None, b: int, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor] | None:
     "Of a stream's queries and keys those of some tokens of a sample"
     return None if far is None else (far[0][b:b + 1, :, rows], far[1][b:b + 1, :, keys])
 
-
+# %% ../../nbs/attention/04_kernels.ipynb #01db0738
 def _unpadded(s: Scores, v: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     out = s.q.new_zeros(*s.q.shape[:3], v.shape[-1])
     lse = s.q.new_full(s.q.shape[:3], -torch.inf, dtype=s.dtype)
@@ -204,13 +204,13 @@ def _runs(blocks: tuple[tuple[tuple[int, int], ...], ...], first: int, last: int
             first = max(first, stop)
     if first < last: yield first, last, ()
 
-
+# %% ../../nbs/attention/04_kernels.ipynb #84aacde9
 def _side_by_side(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     "Output and lse of one part of the queries after another"
     out, lse = zip(*parts, strict=True)
     return (out[0], lse[0]) if len(parts) == 1 else (torch.cat(out, 2), torch.cat(lse, 2))
 
-
+# %% ../../nbs/attention/04_kernels.ipynb #46e9e10e
 def _apart(s: Scores, v: Tensor, rule: OptionRule) -> tuple[Tensor, Tensor]:
     "Output and lse under a causal mask in which options do not see each other"
     off, parts = s.mask.offset, []
@@ -240,7 +240,7 @@ def _attend_options(s: Scores, v: Tensor, rule: OptionRule) -> tuple[Tensor, Ten
 def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
-
+# %% ../../nbs/attention/04_kernels.ipynb #6feee127
 def _attend(s: Scores, v: Tensor) -> tuple[Tensor, Tensor]:
     m, n, n_k = s.mask, s.q.shape[2], s.k.shape[2]
     if isinstance(m.rule, OptionRule): return _attend_options(s, v, m.rule)
@@ -262,7 +262,7 @@ def _of_heads(x: Tensor, heads: Tensor, group: int) -> Tensor:
     whole = kv[::group]
     return x[:, whole] if torch.equal(heads, torch.cat([h * group + torch.arange(group) for h in whole])) else x[:, kv]
 
-
+# %% ../../nbs/attention/04_kernels.ipynb #6cdb9c5a
 def _stream(q: Tensor, k: Tensor, v: Tensor, s: Scores, st: Stream) -> tuple[Tensor, Tensor]:
     "Output and lse of heads that all stream, after the layer's causal mask"
     off, n = s.mask.offset, q.shape[2]
@@ -287,7 +287,7 @@ def _simple_streams(s: Scores, v: Tensor) -> bool:
     base = replace(s, streams=()).plain and _has_kernel(s.q) and m.offset + s.q.shape[2] <= s.k.shape[2]
     return causal and once and base and not needs_grad(s.q, s.k, v)
 
-
+# %% ../../nbs/attention/04_kernels.ipynb #2cad7575
 def _attend_streams(s: Scores, v: Tensor) -> tuple[Tensor, Tensor]:
     if _only_far(s, v): return _attend_far(s, v)
     if not _simple_streams(s, v): return attend_blocked(s, v)
@@ -316,7 +316,7 @@ def _only_far(s: Scores, v: Tensor) -> bool:
     holes = m.keep is not None and _has_holes(m.keep)
     return keep_all and once and whole and base and not holes and not needs_grad(s.q, s.k, v)
 
-
+# %% ../../nbs/attention/04_kernels.ipynb #724bb1e8
 def _merge_rows(whole: tuple[Tensor, Tensor], part: tuple[Tensor, Tensor], rows: slice) -> tuple[Tensor, Tensor]:
     "Attention of all queries, in which some have seen more keys"
     (out, lse), new = whole, merge((whole[0][:, :, rows], whole[1][:, :, rows]), part)

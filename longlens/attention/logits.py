@@ -67,7 +67,7 @@ def check_shapes(
 def _fits(t: Tensor, shape: tuple[int, ...]) -> bool:
     return t.ndim == len(shape) and all(a in (1, b) for a, b in zip(t.shape[:-2], shape, strict=False)) and t.shape[-2:] == shape[-2:]
 
-
+# %% ../../nbs/attention/01_logits.ipynb #41fac807
 def check_mask(
     mask: Mask,  # who sees whom
     shape: tuple[int, int, int, int],  # batch, heads, n_queries, n_keys
@@ -93,7 +93,7 @@ class Tile:
     rows: range  # queries
     keys: range
 
-
+# %% ../../nbs/attention/01_logits.ipynb #7c570157
 def _product(s: Scores, at: Tile, shift: Tensor | None, far: tuple[Tensor, Tensor] | None = None) -> Tensor:
     "Scaled products of queries and keys (or of others in their place), less the shift of each row, (heads, rows, keys)"
     qs, ks = far or (s.q, s.k)
@@ -114,7 +114,7 @@ def _band_to_add(left: int | None, right: int | None, ahead: int, rows: int, key
         tile = torch.zeros(rows, keys, dtype=like[0], device=like[1])
         return tile if seen is None else tile.masked_fill_(~seen, fill)
 
-
+# %% ../../nbs/attention/01_logits.ipynb #1559e6a7
 def _hide_band(x: Tensor, mask: Mask, at: Tile, fill: float) -> Tensor:
     if inside_band(mask, at.rows, at.keys): return x
     ahead = at.rows.start + mask.offset - at.keys.start
@@ -143,7 +143,7 @@ def score_tile(
     if seen is None: return x
     return x.masked_fill_(~seen, fill) if seen.dtype == torch.bool else (x + seen).clamp_min_(fill)
 
-
+# %% ../../nbs/attention/01_logits.ipynb #e0ddc15e
 def _far_products(x: Tensor, s: Scores, at: Tile, shift: Tensor | None) -> Tensor:
     "The tile with the logits that a stream computes in its own way"
     for st in s.streams:

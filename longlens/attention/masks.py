@@ -40,7 +40,7 @@ def causal_mask(
     if window is not None and window < 1: raise ValueError(f"window is {window}: a query sees at least itself, so use 1 or more")
     return Mask(left=None if window is None else window - 1, right=0, offset=offset)
 
-
+# %% ../../nbs/attention/00_masks.ipynb #2c9ec81f
 def full_mask(
     window: int | None = None,  # keys seen on either side, in tokens; None: all
 ) -> Mask:
@@ -65,7 +65,7 @@ def inside_band(mask: Mask, rows: range, keys: range) -> bool:
     nearest, furthest = rows.start + mask.offset - (keys.stop - 1), rows.stop - 1 + mask.offset - keys.start  # signed distances
     return (mask.left is None or furthest <= mask.left) and (mask.right is None or nearest >= -mask.right)
 
-
+# %% ../../nbs/attention/00_masks.ipynb #c4f54026
 def band_tile(mask: Mask, rows: range, keys: range, device: torch.device) -> Tensor | None:
     "The band's part of a tile, bool (rows, keys); None: all of it is seen"
     if inside_band(mask, rows, keys): return None
@@ -82,7 +82,7 @@ def of_sample(x: Tensor, b: int, heads: slice) -> Tensor:
     x = x[b if len(x) > 1 else 0]
     return x[heads] if len(x) > 1 else x
 
-
+# %% ../../nbs/attention/00_masks.ipynb #c2170f46
 def _rule(mask: Mask, b: int, heads: slice, rows: range, keys: range, device: torch.device) -> Tensor | None:
     "The rule's part of a tile: bool or additive floats, (heads|1, rows, keys) or (rows, keys)"
     if mask.rule is None: return None
@@ -154,7 +154,7 @@ def _seen_rows(mask: Mask, n_queries: int, n_keys: int, device: torch.device) ->
             own = real[b if len(real) > 1 else 0, a:rows.stop, None]
             yield b, slice(a, rows.stop), seen & own
 
-
+# %% ../../nbs/attention/00_masks.ipynb #f7d6d443
 def _count_by_rule(mask: Mask, n_queries: int, n_keys: int, device: torch.device, by_query: bool) -> Tensor:
     counts: dict[int, Tensor] = {}
     for b, rows, seen in _seen_rows(mask, n_queries, n_keys, device):
@@ -209,7 +209,7 @@ class Stream:
     # that meet where a first token is not recent; None: the usual ones (LM-Infinite's distance ceiling, arXiv 2308.16137)
     ahead: bool = False  # recent are the query and the tokens after it; what stands before it is not the stream's business
 
-
+# %% ../../nbs/attention/00_masks.ipynb #5c29bdd2
 def _first_keys(mask: Mask, sink: int, b: int, keys: range, device: torch.device) -> Tensor:
     "Which keys of a tile are among the first `sink` tokens of their text, bool, (keys,)"
     if mask.keep is None: return torch.arange(keys.start, keys.stop, device=device) + mask.start < sink

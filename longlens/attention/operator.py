@@ -60,7 +60,7 @@ def mask(self: AttentionOperator) -> Mask:
     "Who sees whom"
     return self.scores.mask
 
-
+# %% ../../nbs/attention/06_operator.ipynb #7932366e
 @patch(as_prop=True)
 def shape(self: AttentionOperator) -> tuple[int, int, int, int]:
     "(batch, heads, n_queries, n_keys)"
@@ -71,7 +71,7 @@ def shape(self: AttentionOperator) -> tuple[int, int, int, int]:
 def _per_query(self: AttentionOperator, *extra: int) -> Tensor:
     return self.scores.q.new_zeros(*self.shape[:3], *extra, dtype=self.scores.dtype)
 
-
+# %% ../../nbs/attention/06_operator.ipynb #32f03019
 @patch
 def _per_key(self: AttentionOperator, *extra: int) -> Tensor:
     b, h, _, n = self.shape
@@ -86,7 +86,7 @@ def lse(self: AttentionOperator) -> Tensor:  # (batch, heads, n_queries); minus 
         self._lse = attend(s.q, s.k, s.k[..., :1], s.scale, s.mask, s.softcap, self.sinks, s.bias, s.streams)[1]
     return self._lse
 
-
+# %% ../../nbs/attention/06_operator.ipynb #6fbfd3bc
 @patch(as_prop=True)
 def output(self: AttentionOperator) -> Tensor:  # (batch, heads, n_queries, d_value)
     "P @ V, the layer's attention output per head"
@@ -104,14 +104,14 @@ def _row_shift(self: AttentionOperator) -> Tensor:  # (batch, heads, n_queries)
     lse = self.lse.to(self.scores.dtype)
     return lse.masked_fill(lse == -torch.inf, -HIDDEN)
 
-
+# %% ../../nbs/attention/06_operator.ipynb #649cd8fb
 @patch
 def _is_linear(self: AttentionOperator) -> bool:
     "Do the logits scale with the queries? Not with a soft cap, nor with floats added to them"
     added = isinstance(self.mask.rule, Tensor) and self.mask.rule.dtype != torch.bool
     return self.scores.softcap is None and self.scores.bias is None and not added
 
-
+# %% ../../nbs/attention/06_operator.ipynb #e9b7c44d
 @patch
 def _walk(self: AttentionOperator, size: int | None = None) -> Iterator[tuple[Tile, Tensor, Tensor]]:
     "Every tile with its weights and their logarithms, (heads, rows, keys)"
@@ -125,7 +125,7 @@ def _walk(self: AttentionOperator, size: int | None = None) -> Iterator[tuple[Ti
         p = room[:log2p.numel()].view(log2p.shape)  # the next tile's weights go to the same place
         yield at, torch.exp2(log2p, out=p), log2p
 
-
+# %% ../../nbs/attention/06_operator.ipynb #a7caf7d0
 @patch
 @torch.no_grad()
 def _pass(self: AttentionOperator, reducers: Sequence[Reducer]) -> None:
@@ -171,7 +171,7 @@ def matmul(
     self._pass([product])
     return product.acc
 
-
+# %% ../../nbs/attention/06_operator.ipynb #95b8e957
 @patch
 @torch.no_grad()
 def _wide_matmul(self: AttentionOperator, x: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ def entropy(self: AttentionOperator) -> Tensor:  # nats, (batch, heads, n_querie
     "Shannon entropy of every row over its keys; with a learned sink, whose share is no key's, the keys' terms only"
     return self.reduce(EntropySum())[0]
 
-
+# %% ../../nbs/attention/06_operator.ipynb #c164d196
 @patch
 def key_mass(self: AttentionOperator) -> Tensor:  # (batch, heads, n_queries)
     "What a row gives to keys: 1, less the share of the learned sink (GPT-OSS), 0 at padding"
@@ -205,7 +205,7 @@ def key_mass(self: AttentionOperator) -> Tensor:  # (batch, heads, n_queries)
     if self.sinks is None: return sees.to(self.scores.dtype)
     return torch.where(sees, -torch.expm1(self.sinks.to(self.lse)[None, :, None] - self.lse), 0).to(self.scores.dtype)
 
-
+# %% ../../nbs/attention/06_operator.ipynb #f2fa1149
 @patch
 def support(self: AttentionOperator) -> Tensor:  # tokens, (batch, heads, n_queries)
     "Effective number of attended tokens, (sum p)^2 / sum p^2: 1 if all on one key, m if shared equally by m"
@@ -249,7 +249,7 @@ def _span_columns(
         out[start:stop, c] = 1
     return out
 
-
+# %% ../../nbs/attention/06_operator.ipynb #1d94c00d
 @patch
 def span_mass(
     self: AttentionOperator,
@@ -274,7 +274,7 @@ def mean_distance(self: AttentionOperator) -> Tensor:  # tokens, (batch, heads, 
     "Mean distance |i - j| between a query and what it attends to, over the keys' share of the attention"
     return self.reduce(DistanceSum())[0] / self.key_mass().clamp_min(torch.finfo(self.scores.dtype).tiny)
 
-
+# %% ../../nbs/attention/06_operator.ipynb #37efefb3
 @patch
 def window_mass(
     self: AttentionOperator,
@@ -301,7 +301,7 @@ def _row_numbers(op: AttentionOperator, queries: Sequence[int] | int) -> list[in
             raise IndexError(f"query {r} is not among the {n} queries of this operator (0 to {n - 1}, or negative from the end)")
     return [r % n for r in picked]
 
-
+# %% ../../nbs/attention/06_operator.ipynb #5eaf2dcb
 def _runs(op: AttentionOperator, picked: list[int]) -> Iterator[range]:
     "Consecutive queries together, as many at a time as a tile holds"
     most, i = max(1, TILE.get(op.scores.q.device.type, TILE["cpu"]) // (op.shape[1] * op.shape[3])), 0
@@ -318,7 +318,7 @@ def _log_rows(self: AttentionOperator, b: int, rows: range) -> Tensor:  # (heads
     (_, h, _, n), s = self.shape, self.scores
     return score_tile(s, Tile(b, slice(0, s.k.shape[1]), slice(0, h), rows, range(n)), shift=self._row_shift())
 
-
+# %% ../../nbs/attention/06_operator.ipynb #6fbdba29
 @patch
 @torch.no_grad()
 def rows(
@@ -369,7 +369,7 @@ def _plain_logits(op: AttentionOperator, instead: str) -> Scores:
     if not op.scores.plain or op.sinks is not None: raise ValueError(f"the fused identities hold for plain logits: use op.{instead}()")
     return op.scores
 
-
+# %% ../../nbs/attention/06_operator.ipynb #ad6ac613
 def fused_entropy(
     op: AttentionOperator,  # with plain logits: no soft cap, bias, rule or learned sink
 ) -> Tensor:  # nats, (batch, heads, n_queries)
@@ -378,7 +378,7 @@ def fused_entropy(
     pk = attend(s.q, s.k, s.k, s.scale, s.mask)[0]
     return op.lse - s.scale * (s.q * pk).sum(-1)
 
-
+# %% ../../nbs/attention/06_operator.ipynb #2d18488a
 def fused_squares(
     op: AttentionOperator,  # with plain logits
 ) -> Tensor:  # (batch, heads, n_queries)

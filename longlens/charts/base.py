@@ -59,7 +59,7 @@ def inline_data(frame: pl.DataFrame) -> alt.InlineData:
     floats = [c for c, t in frame.schema.items() if t.is_float()]
     return alt.InlineData(values=frame.with_columns(pl.col(floats).round_sig_figs(6)).to_dicts())
 
-
+# %% ../../nbs/charts/00_base.ipynb #7ad9c2bf
 def shown_text(column: pl.Series, limit: int = 24) -> pl.Series:    # as text in which nothing is hidden
     return pl.Series(column.name, ["(none)" if v is None else visible(str(v), limit) for v in column.to_list()], dtype=pl.String)
 
@@ -72,7 +72,7 @@ def label(
     name = visible(re.sub("_(?![a-z]$)", " ", column), 60)    # sigma_a is a symbol
     return f"{name} ({unit})" if unit else name
 
-
+# %% ../../nbs/charts/00_base.ipynb #9f66c97b
 FONT = dict(labelFontSize=12, titleFontSize=12, titleFontWeight="normal")
 ABOVE = dict(orient="top", direction="horizontal", titleOrient="left")    # where legends stand: beside a plot they take its width
 
@@ -99,7 +99,7 @@ def tooltips(*columns: tuple[str, str, str]) -> list[alt.Tooltip]:    # (field, 
     return [alt.Tooltip(field=f, type=t, title=visible(name, 60), **({"format": ",.4~g"} if t == "quantitative" else {}))
             for f, t, name in columns]
 
-
+# %% ../../nbs/charts/00_base.ipynb #0c86848a
 def axis_span(low: float, high: float) -> tuple[float, float]:    # the ends of a linear axis: from zero, unless that would hide the differences
     if low == high: return (min(low, 0.0), max(high, 0.0)) if low else (0.0, 1.0)
     return (0.0 if 0 < low < high / 2 else low, 0.0 if low / 2 > high and high < 0 else high)
@@ -111,7 +111,7 @@ def log_ticks(low: float, high: float) -> list[float]:    # ticks of a log axis
     if len(few) > 2: return few[::math.ceil(len(few) / 7)]
     return [m * 10.0 ** e for e in span for m in (1, 2, 5) if low <= m * 10.0 ** e <= high]
 
-
+# %% ../../nbs/charts/00_base.ipynb #f75050f3
 def y_axis(values: pl.Series, title: str, log: bool) -> tuple[dict[str, Any], Any]:    # encoding; value -> share of the height
     v = values.drop_nulls()
     low, high = v.min(), v.max()

@@ -29,7 +29,7 @@ def _grid(frame: pl.DataFrame, value: str) -> pl.DataFrame:    # every layer wit
     full = frame.select(pl.col("layer").unique()).join(frame.select(pl.col("head").unique()), how="cross")
     return full.join(mean, on=["layer", "head"], how="left").sort("layer", "head")
 
-
+# %% ../../nbs/charts/01_common.ipynb #1ed3db20
 def colour_scale(low: float, high: float, title: str) -> alt.Color:
     mixed = low < 0 < high
     ends = [-max(-low, high), max(-low, high)] if mixed else [low, high]
@@ -43,7 +43,7 @@ def _labelled(labels: Sequence[int], pixels: float, room: float) -> list[int]:  
     while step * pixels < room: step *= 2
     return [n for n in labels if n % step == 0]
 
-
+# %% ../../nbs/charts/01_common.ipynb #2f865f6b
 def _cells(layers: Sequence[int], heads: Sequence[int]) -> tuple[dict[str, Any], int, int]:    # axes, width and height of a cell
     w, h = (max(5, min(most, whole // n)) for n, most, whole in ((len(heads), 54, WIDTH), (len(layers), 30, 560)))
     gap = 0.06 if min(w, h) >= 14 else 0
@@ -172,7 +172,7 @@ def _profile_lines(few: pl.DataFrame, x: Any, y: Any) -> list[alt.Chart]:    # t
     colour = alt.Color("series:N", scale=scale, legend=legend)
     return [line(name).encode(x=x(at), y=y(value), color=colour) for name, (at, value, _, _) in how.items()]
 
-
+# %% ../../nbs/charts/01_common.ipynb #303a0c8e
 def _hover(few: pl.DataFrame, x: Any, what: str) -> alt.Chart:    # a bin's numbers, anywhere above or below it
     tips = tooltips(("where", "nominal", "positions"), ("mean", "quantitative", f"mean {what}"),
                  ("top", "quantitative", f"highest {what}"), ("at", "quantitative", "highest at"))
@@ -217,7 +217,7 @@ def _positions(frame: pl.DataFrame, value: str, position: str, peak: str, log: b
         raise ChartError(f"column {position!r} must hold whole numbers from 0")
     return _positive(rows, value) if log else rows
 
-
+# %% ../../nbs/charts/01_common.ipynb #d3126bd6
 def _what_is_binned(frame: pl.DataFrame, bins: int, n: int) -> str:
     over = [f"{c}s" for c in ("layer", "head", "sample") if c in frame.columns and frame[c].n_unique() > 1]
     if bins == n: return f"Mean and highest over {', '.join(over)}." if over else "One value for each position."
@@ -255,7 +255,7 @@ def _series_legend(title: str | None, series: Sequence[str]) -> alt.Legend:    #
     columns = max(1, min(4, room // (7 * max(map(len, series)) + 34)))
     return legend_style(title=title, columns=columns, **{**ABOVE, "labelLimit": room - 34})
 
-
+# %% ../../nbs/charts/01_common.ipynb #c6f77b9c
 def line_layers(points: pl.DataFrame, x: alt.X, y_how: dict[str, Any], tips: list[alt.Tooltip], by: str | None) -> list[alt.Chart]:
     series = points["series"].unique(maintain_order=True).to_list()
     legend = _series_legend(by and label(by), series) if len(series) > 1 else None
@@ -293,7 +293,7 @@ def _columns(value: str | Sequence[str]) -> list[str]: return [value] if isinsta
 def _y_name(values: Sequence[str], unit: str, name: str | None) -> str:
     return label(name or values[0], unit) if name or len(values) == 1 else unit or "value"
 
-
+# %% ../../nbs/charts/01_common.ipynb #0b68f72a
 def spread_text(points: pl.DataFrame, over: str) -> str:
     if points["rows"].max() == 1: return "One measurement at each point."
     return f"{'Lines' if points['series'].n_unique() > 1 else 'Line'}: mean over {over}. Band: where the middle 80 % of them lie."

@@ -36,7 +36,7 @@ def _ends(frame: pl.DataFrame, lower: str, upper: str) -> dict[str, pl.Expr]:
     return {name: pl.when(number(c).is_finite()).then(number(c)) if known else pl.lit(None, pl.Float64)
             for name, c in (("low", lower), ("high", upper))}
 
-
+# %% ../../nbs/charts/03_curves.ipynb #6caba8e6
 def _apart(rows: pl.DataFrame, keys: Sequence[str], what: str) -> pl.DataFrame:
     "The rows, if no two stand at one place and the colours suffice; the last key has the colours"
     if len(twice := rows.filter(pl.struct(keys).is_duplicated())):
@@ -77,7 +77,7 @@ def _spread(at: Sequence[float], gap: float) -> list[float]:
         for k, i in enumerate(members): moved[i] = middle + gap * (k - (len(members) - 1) / 2) - at[i]
     return moved
 
-
+# %% ../../nbs/charts/03_curves.ipynb #a4055c3d
 def _references(lines: Mapping[str, float], y_how: dict[str, Any], y_at: Any, height: int) -> list[alt.Chart]:
     "Lines across the plot, with names at their right"
     dy, charts = _spread([(1 - y_at(v)) * height for v in lines.values()], 15), []
@@ -105,7 +105,7 @@ def place_axis(at: pl.Series, x: str, shown: bool, field: str = "x") -> alt.X:
     kind = {"type": "log", "base": 2} if log else {"zero": False}
     return alt.X(field, type="quantitative", scale=alt.Scale(domain=ends, nice=False, padding=PAD, **kind), axis=axis)
 
-
+# %% ../../nbs/charts/03_curves.ipynb #0699ff92
 def _said_at(row: dict[str, Any], share: str) -> str:
     "A point's numbers as text"
     ends = "" if row["low"] is None or row["high"] is None else f" ({short_number(row['low'])} to {short_number(row['high'])})"
@@ -134,13 +134,13 @@ def _pointed(points: pl.DataFrame) -> list[alt.Parameter]:
     return [alt.selection_point(name=f"{panel}_{name}", fields=["x"], on="pointerover", clear="pointerout", empty=False)
             for panel in ("above", "below")]
 
-
+# %% ../../nbs/charts/03_curves.ipynb #347b3b8e
 def _pointer(points: pl.DataFrame, x: str, shown: bool, pointed: Sequence[alt.Parameter]) -> alt.Chart:
     "A line at the place that is pointed at"
     at = alt.Chart(inline_data(points.select("x").unique().sort("x"))).mark_rule(strokeWidth=1.5, tooltip=None, aria=False)
     return at.encode(x=place_axis(points["x"], x, shown), opacity=alt.condition(pointed[0] | pointed[1], alt.value(0.6), alt.value(0)))
 
-
+# %% ../../nbs/charts/03_curves.ipynb #4295c09e
 def _two_panels(
     points: pl.DataFrame,  # as `_placed` gives them
     x: str,  # column of places
@@ -206,7 +206,7 @@ def _parts(frame: pl.DataFrame, value: str, category: str, split: str | None, en
     out = rows.select(category=shown_text(rows[category], 40), part=part, value=pl.col(value), **_ends(rows, *ends))
     return _apart(out, ["category", "part"], split or "part")
 
-
+# %% ../../nbs/charts/03_curves.ipynb #522ba13b
 def _x_dots(rows: pl.DataFrame, title: str) -> dict[str, Any]:
     "The axis of values, with room at both sides"
     every = pl.concat([rows[c] for c in ("value", "low", "high")]).drop_nulls()
@@ -266,7 +266,7 @@ def _tile(frame: pl.DataFrame, height: int) -> float:
     usual = gaps.median() if len(gaps) else 100.0
     return min(max(0.46 * usual, 2.5 / height * 100), 9 / height * 100)
 
-
+# %% ../../nbs/charts/03_curves.ipynb #5c376009
 def depth_points(
     frame: pl.DataFrame,  # columns of lengths, depths and the value, a row for each measurement
     value: str,  # the column that is the colour

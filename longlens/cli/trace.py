@@ -51,7 +51,7 @@ def _add_prompt(one: argparse.ArgumentParser) -> None:
     add("--template", metavar="TEXT", help="how it is put: raw, contextcite, or a text with {context} and {question} (default: raw)")
     add("--heads", type=Path, metavar="DIR", help="a heads report, as `longlens report` writes it, for retrieval_attention")
 
-
+# %% ../../nbs/cli/01_trace.ipynb #51a3e972
 def _add_run(one: argparse.ArgumentParser) -> None:
     add = one.add_argument
     add("--dry-run", action="store_true", help="only say what it would cost")
@@ -80,7 +80,7 @@ def _trace_inputs(
     texts = [read_text(f) for f in asked.context]
     return (texts[0] if len(texts) == 1 else texts), asked.question
 
-
+# %% ../../nbs/cli/01_trace.ipynb #4da7e431
 def _trace_settings(
     given: list[str],    # KEY=VALUE
 ) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def _padded(
         out["token_type_ids"] = pad_rows([rows.types[i] for i in batch], "right", pad)[0]
     return {k: v.to(self.device) for k, v in out.items()}, mask.to(self.device)
 
-
+# %% ../../nbs/encoders/02_encode.ipynb #d5b5ed92
 @patch
 def _takes(self: Encoder, argument: str) -> bool:
     """Does the model's forward have this argument?"""
@@ -133,7 +133,7 @@ def _run(self: Encoder, inputs: Mapping[str, Tensor], **kw: Any) -> Any:
         kw.setdefault("use_cache", False)
     return self.hf(**inputs, **{"return_dict": True, **kw})
 
-
+# %% ../../nbs/encoders/02_encode.ipynb #9379c678
 @patch
 def _layers(self: Encoder, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
     """States before and after every layer, (batch, n, d) each."""
@@ -143,7 +143,7 @@ def _layers(self: Encoder, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
                          "which is which is not known")
     return out
 
-
+# %% ../../nbs/encoders/02_encode.ipynb #f06b6ad5
 @patch
 def _check_layer(self: Encoder, layer: int) -> None:
     """Raise if there is no such hidden state."""
@@ -188,7 +188,7 @@ def _is_watched(self: Encoder) -> bool:
     hooks = [*self.hf._forward_hooks.values(), *self.hf._forward_pre_hooks.values()]
     return not all(getattr(getattr(h, "__self__", h), "in_any_order", False) for h in hooks)
 
-
+# %% ../../nbs/encoders/02_encode.ipynb #f4e9e534
 @patch
 @torch.no_grad()
 def _embed(self: Encoder, rows: TokenRows, batch_size: int, progress: bool, layer: int | None, sort: bool | None, **how: Any) -> np.ndarray:
@@ -235,7 +235,7 @@ def _checked(self: Encoder, out: np.ndarray) -> np.ndarray:
                                  f"first text {bad[0]}: look at its weights and number format")
     return out
 
-
+# %% ../../nbs/encoders/02_encode.ipynb #daa36359
 @patch
 def _check_options(self: Encoder, batch_size: int, layer: int | None, dims: int | None) -> None:
     """Raise before anything runs."""
@@ -259,7 +259,7 @@ def _prompt(self: Encoder, prompt: str | None, prompt_name: str | None) -> str:
         raise ValueError(f"there is no prompt {name!r}: {self.name} has {', '.join(map(repr, self.prompts)) or 'none'}")
     return self.prompts[name]
 
-
+# %% ../../nbs/encoders/02_encode.ipynb #79e41341
 @patch
 def _prompt_length(self: Encoder, prompt: str) -> int:
     """Tokens that a pooling without the prompt leaves out, special tokens before it included."""
@@ -276,7 +276,7 @@ class Encoded(NamedTuple):
     n_truncated: int  # texts that were cut
     lengths: np.ndarray  # tokens of every whole text, special tokens and prompt included, (texts,)
 
-
+# %% ../../nbs/encoders/02_encode.ipynb #62386b23
 @patch
 def encode_counted(
     self: Encoder,

@@ -118,7 +118,7 @@ def _check_lengths(
         raise ValueError(f"text {long[0]} has {lengths[long[0]]:,} tokens{also}, and {self.name} reads {limit:,}: {way}, "
                          f"or choose a model for longer texts ({_how_far(self, limit)})")
 
-
+# %% ../../nbs/encoders/00_inputs.ipynb #9e4c6967
 def _how_far(
     m: EncoderTokens,  # the encoder
     limit: int,  # tokens that it reads here

@@ -197,7 +197,7 @@ def _from_object(
     name = name or _object_name(model)
     return model.base_model, tokenizer, {**pooling_settings([], {}, pooling, name), "name": name}
 
-
+# %% ../../nbs/encoders/04_load.ipynb #f7699404
 def _object_name(
     hf: HFModel,  # a model in memory
 ) -> str:
@@ -282,7 +282,7 @@ def _place(
         if isinstance(head, DenseLayer):
             head.to(device=device, dtype=dtype)
 
-
+# %% ../../nbs/encoders/04_load.ipynb #a573b954
 def _check_parts(
     enc: Encoder,  # the encoder
 ) -> None:

@@ -120,7 +120,7 @@ def _activation(
         raise ValueError(f"a Dense module has the activation {path!r}, and only those of torch.nn are read")
     return kind()
 
-
+# %% ../../nbs/encoders/01_pooling.ipynb #55c81159
 def unit_length(x: Tensor) -> Tensor:
     """Vectors (batch, d) at length 1."""
     return nn.functional.normalize(x, dim=-1)

@@ -29,7 +29,7 @@ class _Step:
     weights: Callable[[], Mapping[str, Tensor]] = dict  # read when needed
     path: str = ""  # its folder, inside the model's
 
-
+# %% ../../nbs/encoders/03_sentence_transformers.ipynb #3333897a
 _FAMILIES = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 _TRANSFORMER_CONFIGS = [f"sentence_{name}_config.json" for name in _FAMILIES]
 
@@ -60,7 +60,7 @@ def folder_steps(
         out.append(_Step(kind, config, lambda at=folder / path: _read_weights(at), path))  # type: ignore[misc]
     return out
 
-
+# %% ../../nbs/encoders/03_sentence_transformers.ipynb #ec940ca4
 def _read_weights(
     folder: Path,  # of a module
 ) -> Mapping[str, Tensor]:
@@ -143,7 +143,7 @@ def pooling_settings(
         "configured": nested.get("model_max_length") or first.get("max_seq_length"),
     }
 
-
+# %% ../../nbs/encoders/03_sentence_transformers.ipynb #2925d9fd
 def after_pooling(
     steps: Sequence[_Step],  # all modules
 ) -> list[Callable[[Tensor], Tensor]]:

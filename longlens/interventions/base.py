@@ -26,7 +26,7 @@ def head_sizes(
     c = hf_model(model).config.get_text_config()
     return int(c.num_hidden_layers), int(c.num_attention_heads), int(count_kv_heads(c))
 
-
+# %% ../../nbs/interventions/00_base.ipynb #88a93153
 def check_heads(
     model: Any,  # a LongModel or a transformers model
     heads: Sequence[tuple[int, int]],  # (layer, head)
@@ -81,7 +81,7 @@ class Intervention:
         shown = {f.name: getattr(self, f.name) for f in fields(self) if f.repr}
         return {"intervention": self.name, **{k: _plain(v) for k, v in shown.items() if v is not None}}
 
-
+# %% ../../nbs/interventions/00_base.ipynb #5f80e729
 def _plain(v: Any) -> Any:
     if isinstance(v, Mapping): return {str(k): _plain(x) for k, x in v.items()}
     return [_plain(x) for x in v] if isinstance(v, (tuple, list, range, set)) else v
@@ -103,7 +103,7 @@ class _Edit:
                                    f"{self.what.name!r} could not change it. {WAY_OUT}")
         self.done = False
 
-
+# %% ../../nbs/interventions/00_base.ipynb #2d355df5
 _ACTIVE: dict[int, list[Intervention]] = {}  # id of a model -> what changes it now
 
 
@@ -123,7 +123,7 @@ def _strike(book: dict[int, list], key: int, item: Any) -> None:
     book[key] = [x for x in book[key] if x is not item]
     if not book[key]: del book[key]
 
-
+# %% ../../nbs/interventions/00_base.ipynb #c42861d9
 def _put(hf: Any, what: Intervention, stack: ExitStack) -> None:
     "Put one intervention on a model; the stack takes it off"
     wanted, found = what.layers(), set()

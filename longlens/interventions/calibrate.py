@@ -47,7 +47,7 @@ def _edges(spans: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
         if out[two][0] < out[one][1]: raise ValueError(f"the documents {one!r} and {two!r} overlap: a token belongs to one document")
     return out
 
-
+# %% ../../nbs/interventions/04_calibrate.ipynb #2a7ad3e4
 def _checked_shares(shares: Mapping[str, float], names: Mapping[str, Any]) -> dict[str, float]:
     "Shares as numbers, one for each document"
     if set(shares) != set(names):
@@ -58,7 +58,7 @@ def _checked_shares(shares: Mapping[str, float], names: Mapping[str, Any]) -> di
     if abs(sum(out.values()) - 1) > 1e-4: raise ValueError(f"the shares sum to {sum(out.values()):.6g} and not to 1: divide them by it")
     return out
 
-
+# %% ../../nbs/interventions/04_calibrate.ipynb #15a7e7f9
 def _where(inside: Tensor) -> range:  # bool, (n,)
     "From the first to the last of those that are inside"
     found = inside.nonzero()

@@ -161,7 +161,7 @@ class Recurrent(LearnedExtension):
 
     def rows(self, at: Tensor, n: Tensor) -> Tensor: return at % self.known
 
-
+# %% ../../nbs/interventions/03_extend.ipynb #ab62772c
 @dataclass(frozen=True)
 class Grouped(LearnedExtension):
     "Neighbours that share a row, as many as the text's length takes"
@@ -169,7 +169,7 @@ class Grouped(LearnedExtension):
 
     def rows(self, at: Tensor, n: Tensor) -> Tensor: return at // -(-n // self.known)
 
-
+# %% ../../nbs/interventions/03_extend.ipynb #b71adcfd
 @dataclass(frozen=True)
 class Interpolated(LearnedExtension):
     "Positions between the rows"
@@ -321,7 +321,7 @@ def _fits(window: Window, hf: Any) -> bool:
     except UnsupportedModel: return False
     return True
 
-
+# %% ../../nbs/interventions/03_extend.ipynb #cf850eb8
 def windows_for(
     model: Any,  # an Encoder, a LongModel or a transformers model
 ) -> list[str]:

@@ -66,7 +66,7 @@ def _with(x: Tensor, heads: list[int], value: Tensor | float) -> Tensor:
     x[:, heads] = value.to(x) if isinstance(value, Tensor) else value
     return x
 
-
+# %% ../../nbs/interventions/01_heads.ipynb #57d9f513
 def _bias_with(call: LayerCall, heads: list[int], factor: float) -> Tensor | None:
     "The additive bias of the call with that of some heads multiplied"
     if call.bias is None: return None
@@ -101,7 +101,7 @@ class _Sum(Intervention):
         self.count[layer] = self.count.get(layer, 0) + float(real.sum())
         return out
 
-
+# %% ../../nbs/interventions/01_heads.ipynb #e0094b09
 @torch.no_grad()
 def mean_outputs(
     model: Any,  # a LongModel, an Encoder or a transformers model
@@ -131,7 +131,7 @@ class Streaming(Intervention):
     def before(self, call: LayerCall, layer: int) -> LayerCall:
         return replace(call, streams=(*call.streams, Stream(_mine(self.heads, call, layer), self.sink, self.recent)))
 
-
+# %% ../../nbs/interventions/01_heads.ipynb #a3efacac
 def _mine(heads: Sequence[tuple[int, int]] | None, call: LayerCall, layer: int) -> Tensor:
     "Which heads of a call are meant, bool, (heads,)"
     if call.mask.right != 0: raise UnsupportedModel(f"layer {layer} is not causal: only heads that look back can stream")
@@ -274,7 +274,7 @@ class Temperature(Intervention):
         q = _with(call.q, mine, call.q[:, mine] / self.tau)
         return replace(call, q=q, sinks=sinks, softcap=cap, bias=_bias_with(call, mine, 1 / self.tau), streams=far)
 
-
+# %% ../../nbs/interventions/01_heads.ipynb #15b2b391
 def _divided(x: Tensor, heads: list[int], tau: float) -> Tensor:  # (heads,)
     x = x.clone()
     x[heads] /= tau
@@ -311,7 +311,7 @@ def _factor(what: ScaleSpans, name: str) -> float:
     if name not in what.factor: raise ValueError(f"span {name!r} has no factor; there are factors for {', '.join(what.factor)}")
     return what.factor[name]
 
-
+# %% ../../nbs/interventions/01_heads.ipynb #74a0c848
 def _added(what: ScaleSpans, call: LayerCall) -> Tensor:  # (batch|1, n_keys)
     "What is added to the logits of every key"
     at = positions(call.mask, call.k.shape[2], call.k.device)
@@ -321,7 +321,7 @@ def _added(what: ScaleSpans, call: LayerCall) -> Tensor:  # (batch|1, n_keys)
         out += ((at >= a) & (at < b)) * math.log(max(_factor(what, name), 1e-26))
     return out.expand(call.k.shape[0], -1)
 
-
+# %% ../../nbs/interventions/01_heads.ipynb #90c509c5
 def _wider(q: Tensor, k: Tensor, on: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:  # on: (heads,), added: (batch, n_keys)
     "Queries and keys with one more dimension, whose products are what is added, in heads that are on"
     return (torch.cat([q, on.to(q)[None, :, None, None].expand(*q.shape[:3], 1)], -1),

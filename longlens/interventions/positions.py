@@ -33,7 +33,7 @@ def _slice(x: Tensor, sample: int | None, rows: range, keys: range) -> Tensor:
     if sample is not None and len(x) > 1: x = x[sample:sample + 1]
     return x[:, :, rows.start:rows.stop, keys.start:keys.stop]
 
-
+# %% ../../nbs/interventions/02_positions.ipynb #e4ec69e0
 def _part_of_mask(m: Mask, sample: int | None, rows: range, keys: range, n_keys: int) -> Mask:
     past = m.right == 0 and keys.stop <= m.offset + rows.start + 1  # all of the keys lie behind all of the queries
     out = replace(m, right=None if past else m.right, offset=m.offset + rows.start - keys.start, start=m.start + keys.start)
@@ -47,7 +47,7 @@ def _part_of_mask(m: Mask, sample: int | None, rows: range, keys: range, n_keys:
     if isinstance(m.rule, Tensor): return replace(out, rule=_slice(m.rule, sample, rows, keys))
     return out if m.rule is None else replace(out, rule=_moved(m.rule, sample or 0, m.start + keys.start - out.start))
 
-
+# %% ../../nbs/interventions/02_positions.ipynb #99b36c11
 def _moved(rule: Callable, sample: int, by: int) -> Callable:
     "A mask rule for a part that calls its sample 0 and its tokens by other numbers"
     if not (sample or by): return rule
@@ -174,7 +174,7 @@ def _order(self: MsPoE, call: LayerCall, layer: int) -> Tensor:  # (batch|1, hea
                          "read it from its beginning inside the block, one text at a time, or give order=")
     return self.read[layer].order
 
-
+# %% ../../nbs/interventions/02_positions.ipynb #2a629854
 @patch
 def _find(self: MsPoE, call: LayerCall, layer: int) -> _Read:
     assert self.turner is not None
@@ -220,11 +220,11 @@ def _blocks(spans: Any) -> tuple[tuple[tuple[int, int], ...], ...]:
         if after[0][0] < before[-1][1]: raise ValueError(f"the blocks {_said(before)} and {_said(after)} overlap: a token is in one block")
     return tuple(found)
 
-
+# %% ../../nbs/interventions/02_positions.ipynb #d22e7fbf
 def _is_span(s: Any) -> bool: return isinstance(s, range) or (len(s) == 2 and all(isinstance(x, int) for x in s))
 def _said(block: Sequence[tuple[int, int]]) -> str: return f"[{block[0][0]}, {block[-1][1]})"
 
-
+# %% ../../nbs/interventions/02_positions.ipynb #8fa7fd86
 def _check_block(block: Sequence[tuple[int, int]]) -> None:
     for a, b in block:
         if not 0 <= a < b: raise ValueError(f"option [{a}, {b}) must start at 0 or later and hold at least one token")
@@ -246,7 +246,7 @@ class _Parallel:
         last = len(self.at) - 1
         return self.at.to(at.device)[at.clamp(0, last)] + (at - last).clamp_min(0)
 
-
+# %% ../../nbs/interventions/02_positions.ipynb #04c00b85
 def _parallel(blocks: tuple[tuple[tuple[int, int], ...], ...]) -> _Parallel:
     n, saved = blocks[-1][-1][1], 0
     at = torch.arange(n + 1)
@@ -298,7 +298,7 @@ def _set_mask(m: Mask, at: Tensor, table: _Parallel, n_q: int) -> Mask:  # at: (
         return seen if also is None else seen & also(b, h, q, k)
     return replace(m, rule=OptionRule(table.blocks, padded, m.start, near), left=left + table.furthest)
 
-
+# %% ../../nbs/interventions/02_positions.ipynb #f6eb234d
 def _check_kept(m: Mask, at: Tensor, table: _Parallel, n_q: int) -> None:
     "Raise if a sliding cache has dropped keys that a query sees"
     assert m.left is not None
@@ -328,7 +328,7 @@ class _Rescaled(Intervention):
     factor: float
     name: ClassVar[str] = "rescaled_positions"
 
-
+# %% ../../nbs/interventions/02_positions.ipynb #bcd1b440
 def rotary_modules(hf: Any, config: Any) -> list[nn.Module]:
     found = [m for m in hf.modules() if hasattr(m, "rope_type") and "Rotary" in type(m).__name__ and getattr(m, "config", None) is config]
     if found and getattr(config, "rope_parameters", None): return found
@@ -340,7 +340,7 @@ def _scaled(rope: dict[str, Any], kind: str, factor: float, rotated: int, length
     if kind == "ntk": return {**rope, "rope_theta": rope["rope_theta"] * factor ** (rotated / (rotated - 2))}
     return {**rope, "rope_type": kind, "factor": float(factor)} | ({"original_max_position_embeddings": length} if kind == "yarn" else {})
 
-
+# %% ../../nbs/interventions/02_positions.ipynb #eb95702f
 def _new_rope(hf: Any, config: Any, module: nn.Module, kind: str, factor: float) -> dict[str, Any]:
     "The config's rope parameters with a scaling, for all layers or for those without a window"
     rope, length = copy.deepcopy(config.rope_parameters), config.max_position_embeddings
@@ -366,7 +366,7 @@ def exchange_rotary(module: nn.Module, config: Any, stack: ExitStack) -> None:
     vars(module).update({k: new[k] for k in own})
     stack.callback(give_back)
 
-
+# %% ../../nbs/interventions/02_positions.ipynb #25f8d108
 def set_until_closed(x: Any, name: str, value: Any, stack: ExitStack) -> None:
     "Set an attribute until the stack is closed"
     stack.callback(setattr, x, name, getattr(x, name))
@@ -380,7 +380,7 @@ def _lengthen(model: Any, config: Any, kind: str, factor: float, stack: ExitStac
     if getattr(model, "max_length", None): set_until_closed(model, "max_length", int(model.max_length * factor), stack)
     without_bridge(model, stack)
 
-
+# %% ../../nbs/interventions/02_positions.ipynb #bea8c8f4
 def without_bridge(model: Any, stack: ExitStack) -> None:
     "A LongModel's bridge has rotary frequencies of its own: it makes another one while the stack is open, and then has the old one again"
     if (bridge := vars(model).pop("bridge", None)) is not None: stack.callback(vars(model).__setitem__, "bridge", bridge)

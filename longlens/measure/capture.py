@@ -70,7 +70,7 @@ class _Forward:
     seen: dict[int, nn.Module] = field(default_factory=dict)  # layer -> the module that was recorded as this layer
     residual: dict[int, tuple[Tensor, int]] = field(default_factory=dict)  # layer -> query positions, index of the first
 
-
+# %% ../../nbs/measure/02_capture.ipynb #2f1327e4
 def _find_cache(values: Iterable[Any]) -> Any:
     "The key-value cache among arguments or outputs, if there is one"
     from transformers import Cache
@@ -105,7 +105,7 @@ class Capture:
         self._drop_unfinished()
         self._stack.close()
 
-
+# %% ../../nbs/measure/02_capture.ipynb #1c96f726
 def _check_statistics(statistics: Sequence[Any]) -> None:
     for s in statistics:
         if not isinstance(s, Statistic): raise TypeError(f"{s!r} is not a statistic: pass an instance, such as Entropy()")
@@ -133,7 +133,7 @@ def _layer_number(module: nn.Module, name: str) -> int:
     if not numbers: raise UnsupportedModel(f"attention module {name!r} has no layer number")
     return numbers[0]
 
-
+# %% ../../nbs/measure/02_capture.ipynb #dbc2afc7
 @patch
 def _enter_layer(self: Capture, module: nn.Module) -> tuple[_Forward, int]:
     "The forward that runs, and the number of the layer that calls"
@@ -176,7 +176,7 @@ def _group_of(self: Capture, call: Call, cache: Any) -> _Group:
     _note(found, call)
     return found
 
-
+# %% ../../nbs/measure/02_capture.ipynb #36ab4276
 @patch
 def _measure(self: Capture, call: Call) -> list[tuple[Statistic, Call]]:
     "Every statistic with its part of the call, after the one pass over each part"
@@ -195,7 +195,7 @@ def _begin(self: Capture, module: nn.Module, args: tuple, kwargs: dict) -> None:
     self._drop_unfinished()
     self._forward = _Forward(module, _find_cache([*args, *kwargs.values()]))
 
-
+# %% ../../nbs/measure/02_capture.ipynb #d5b730fe
 @patch
 def _end(self: Capture, module: nn.Module, args: tuple, output: Any) -> None:
     now = self._forward
@@ -206,7 +206,7 @@ def _end(self: Capture, module: nn.Module, args: tuple, output: Any) -> None:
     now.group.cache = None if cache is None else weakref.ref(cache)
     self._forward = None
 
-
+# %% ../../nbs/measure/02_capture.ipynb #e2894bae
 @patch
 def _drop_unfinished(self: Capture) -> None:
     now, self._forward = self._forward, None
@@ -219,7 +219,7 @@ def _block_of(hf: Any, name: str) -> nn.Module | None:
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]
     return hf.get_submodule(".".join(parts[:numbers[0] + 1])) if numbers else None
 
-
+# %% ../../nbs/measure/02_capture.ipynb #f39e845c
 @patch
 def _bypassed(self: Capture, module: nn.Module, args: tuple, output: Any) -> None:
     now = self._forward
@@ -227,7 +227,7 @@ def _bypassed(self: Capture, module: nn.Module, args: tuple, output: Any) -> Non
     raise UnsupportedModel(f"{self._names[id(module)]} of {type(self.hf).__name__} ran without calling the attention interface: "
                            f"its attention cannot be measured. {WAY_OUT}")
 
-
+# %% ../../nbs/measure/02_capture.ipynb #a7dc1b8b
 @patch
 @torch.no_grad()
 def _residual(self: Capture, layer: int, output: Any) -> None:
@@ -254,7 +254,7 @@ def _hook(self: Capture, stack: ExitStack) -> None:
             self._hook_block(name, m, stack)
     stack.callback(self._leave)
 
-
+# %% ../../nbs/measure/02_capture.ipynb #8af82fe4
 @patch
 def _hook_block(self: Capture, name: str, module: nn.Module, stack: ExitStack) -> None:
     block = _block_of(self.hf, name)
@@ -264,7 +264,7 @@ def _hook_block(self: Capture, name: str, module: nn.Module, stack: ExitStack) -
     def after(block: nn.Module, args: tuple, output: Any) -> None: self._residual(layer, output)
     stack.callback(block.register_forward_hook(after).remove)
 
-
+# %% ../../nbs/measure/02_capture.ipynb #66a65ff4
 @patch
 def _leave(self: Capture) -> None:
     for key in self._names:
@@ -290,7 +290,7 @@ def frame(
     made = [_table(stat, state, layer, first, None if wanted is None else wanted[layer], options) for first, layer, state in parts]
     return pl.concat([f for f in made if len(f)] or made[:1])
 
-
+# %% ../../nbs/measure/02_capture.ipynb #7d95537b
 @patch
 def _statistic(self: Capture, name: str) -> Statistic:
     self._drop_unfinished()
@@ -309,7 +309,7 @@ def _parts(self: Capture, name: str) -> list[tuple[int, int, dict]]:
         first += g.batch
     return out
 
-
+# %% ../../nbs/measure/02_capture.ipynb #931a4190
 @patch
 def _check_texts(self: Capture, stat: Statistic) -> None:
     sample = 0
@@ -334,7 +334,7 @@ def _by_layer(heads: Sequence[tuple[int, int]], stat: Statistic, parts: list[tup
         wanted.setdefault(layer, []).append(head)
     return wanted
 
-
+# %% ../../nbs/measure/02_capture.ipynb #d70d414c
 def _axes(stat: Statistic, state: dict, options: dict) -> dict[str, Sequence]:
     if isinstance(stat, Rows): return {"head": range(len(state["rows"][0][3]))}
     return {"_": ()} if isinstance(stat, MassiveActivations) else stat.table(state, **options)[0]
@@ -349,13 +349,13 @@ def _count(stat: Statistic, state: dict, heads: list[int] | None, options: dict)
     if heads is not None: sizes[0] = len(heads)
     return len(next(iter(values.values()))) * int(np.prod(sizes))
 
-
+# %% ../../nbs/measure/02_capture.ipynb #dd0d2069
 def _instead(stat: Statistic) -> str:
     "The way out where a frame is too long"
     if stat.name == "received": return 'keep the strongest positions, frame("received", top=64), some heads=, or use tensors()'
     return "keep some heads=[(layer, head)], or use tensors()"
 
-
+# %% ../../nbs/measure/02_capture.ipynb #7b9df9e3
 def _table(stat: Statistic, state: dict, layer: int, first: int, heads: list[int] | None, options: dict) -> pl.DataFrame:
     "One layer's part of the frame"
     if isinstance(stat, MassiveActivations): return massive_frame(stat, state, layer, first)
@@ -363,7 +363,7 @@ def _table(stat: Statistic, state: dict, layer: int, first: int, heads: list[int
     rows = rows_frame(state, layer, first)
     return rows if heads is None else rows.filter(pl.col("head").is_in(heads))
 
-
+# %% ../../nbs/measure/02_capture.ipynb #d2ff1077
 @patch(as_prop=True)
 def frames(self: Capture) -> dict[str, pl.DataFrame]:
     "All tables, by name"

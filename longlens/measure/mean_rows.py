@@ -152,7 +152,7 @@ def rows_after(
     with capture(before.lm, MeanRows(rows, by="layer", weights=weights)) as seen: before.extend(ids, chunk)
     return mean_over_layers(seen)[0]
 
-
+# %% ../../nbs/measure/03_mean_rows.ipynb #31b799d2
 def covers(
     like: Any,  # a Prefix, or None
     ids: Tensor,  # (n,)

@@ -55,7 +55,7 @@ def _unit(x: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
     size = torch.where(size > floor, size, 0)
     return size, torch.where(size[..., None] > 0, x / size[..., None].clamp_min(torch.finfo(x.dtype).tiny), 0)
 
-
+# %% ../../nbs/measure/04_spectral.ipynb #5365682a
 def _start(real: Tensor, seed: int) -> Tensor:  # (batch, 1, n_queries, 1)
     "A random vector over the tokens of every sample, of mean 0: the same however it is padded"
     out = torch.zeros(real.shape, dtype=torch.float64)
@@ -128,12 +128,12 @@ class TopSingular(NamedTuple):
     iterations: Tensor  # steps; each is a pass over the pattern, and there is one before
     converged: Tensor  # bool
 
-
+# %% ../../nbs/measure/04_spectral.ipynb #893beb45
 def _check_settings(iterations: int, tol: float) -> None:
     if iterations < 1: raise ValueError(f"iterations is {iterations}: take 1 step or more")
     if not 0 < tol < 1: raise ValueError(f"tol is {tol}, but it is a share of the singular value: between 0 and 1, such as 1e-4")
 
-
+# %% ../../nbs/measure/04_spectral.ipynb #4632bc34
 def check_whole(
     op: AttentionOperator,  # of one attention call
     who: str,  # named in the error
@@ -201,7 +201,7 @@ def collapse_rate(
         raise RuntimeError(f"sigma_a has not converged: {_unfinished(found, tol, at)}: take more iterations= or a larger tol=")
     return found.value[at]
 
-
+# %% ../../nbs/measure/04_spectral.ipynb #3776a193
 def _unfinished(found: TopSingular, tol: float, b: int) -> str:
     "Which heads of a sample have not converged, in words"
     heads = (~found.converged[b]).nonzero()[:, 0].tolist()

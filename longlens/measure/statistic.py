@@ -127,7 +127,7 @@ def check_rows(
     "Raise if a table would be too long"
     if total > MAX_ROWS: raise ValueError(f"{what} would have {total:,} rows, more than {MAX_ROWS:,}" + (f": {instead}" if instead else ""))
 
-
+# %% ../../nbs/measure/00_statistic.ipynb #2fecdc33
 def tidy(
     axes: Mapping[str, Sequence],  # column name -> labels, one entry per axis of the arrays, in order
     values: Mapping[str, Any],  # column name -> array over those axes
@@ -158,7 +158,7 @@ def layer_table(
     out = tidy(axes, arrays, f"{statistic.title!r} of layer {layer}")
     return out.filter(pl.col("position") >= 0).drop("_") if "_" in axes else out
 
-
+# %% ../../nbs/measure/00_statistic.ipynb #dbb75014
 def _of_heads(statistic: Statistic, axes: dict, arrays: dict, heads: Sequence[int]) -> tuple[dict, dict]:
     "Axes and values of some heads only"
     name = next(iter(axes))
@@ -228,7 +228,7 @@ def _check_bins(bins: Sequence[int] | None, who: str) -> None:
     if not edges or edges[0] < 1 or edges != sorted(set(edges)):
         raise ValueError(f"{who}: bins are {edges}, but upper edges of context lengths increase, from 1 token on")
 
-
+# %% ../../nbs/measure/00_statistic.ipynb #34a7aef6
 def _wanted(stat: RowStatistic, pos: Tensor) -> Tensor:  # bool, (batch, n_queries)
     "Which queries were asked for"
     q = stat.queries
@@ -236,7 +236,7 @@ def _wanted(stat: RowStatistic, pos: Tensor) -> Tensor:  # bool, (batch, n_queri
     if isinstance(q, range) and q.step == 1: return (pos >= q.start) & (pos < q.stop)
     return torch.isin(pos, torch.tensor(list(q), device=pos.device)) & (pos >= 0)
 
-
+# %% ../../nbs/measure/00_statistic.ipynb #6c928666
 def _membership(stat: RowStatistic, pos: Tensor) -> Tensor:  # float, (batch, n_queries, bins)
     "Which queries count in which bin: a context of as many tokens as an edge belongs to the bin that ends there"
     edges = torch.tensor(list(stat.bins) if stat.bins else [2**62], device=pos.device)
@@ -254,7 +254,7 @@ def _add(state: dict, values: dict[str, Tensor], member: Tensor) -> None:
         old_total, old_count = state.get(name, (0, 0))
         state[name] = old_total + total, old_count + count
 
-
+# %% ../../nbs/measure/00_statistic.ipynb #19c58303
 def _means(stat: RowStatistic, state: dict) -> tuple[dict[str, Sequence], dict[str, Any]]:
     "Axes and means of a state"
     means = {name: torch.where(count > 0, total / count.clamp_min(1), torch.nan) for name, (total, count) in state.items()}

@@ -104,7 +104,7 @@ def inside_spans(spans: Mapping[str, tuple[int, int]], pos: Tensor) -> Tensor:  
     "Columns that are 1 inside each span"
     return torch.stack([((pos >= a) & (pos < b)).float() for a, b in spans.values()], -1)[:, None]
 
-
+# %% ../../nbs/measure/01_statistics.ipynb #4542e5b1
 def missing_spans(
     spans: Mapping[str, tuple[int, int]],  # name -> [start, stop), token positions
     sample: int,  # number of the sample
@@ -153,7 +153,7 @@ def grow_last(old: Tensor | None, new: Tensor, start: int, add: bool = False, fi
     old[..., start:stop] = old[..., start:stop] + new if add else new
     return old
 
-
+# %% ../../nbs/measure/01_statistics.ipynb #f1fd7941
 def note_places(state: dict, pos: Tensor, batch: int, start: int) -> None:
     "Note where each index stands in its own text: -1 at padding, and where nothing was seen"
     state["position"] = grow_last(state.get("position"), pos.expand(batch, -1), start, fill=-1)
@@ -246,7 +246,7 @@ def _visible(call: Call, b: int, row: int) -> tuple[Tensor, Tensor]:
     if tile is not None: seen = seen & (tile if tile.dtype == torch.bool else tile > -torch.inf).view(-1, n).any(0)
     return seen.nonzero()[:, 0], pos[seen]
 
-
+# %% ../../nbs/measure/01_statistics.ipynb #28d9a82e
 def _stretches(w: Tensor, pos: Tensor, bins: int) -> tuple[Tensor, Tensor]:
     "Weights (heads, keys) summed over equal stretches of the text up to the last key seen, and where each stretch begins"
     length = int(pos.max()) + 1

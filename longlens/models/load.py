@@ -81,7 +81,7 @@ def _is_embedded(model: Any) -> bool:
     """Is it asked for by what reports call it? A folder of that name comes first."""
     return isinstance(model, str) and model == display_name(None) and not Path(model).exists()
 
-
+# %% ../../nbs/models/07_load.ipynb #480ba677
 def display_name(model: Any) -> str | None:
     """What reports call the model; None: what its config says."""
     if model is None:

@@ -71,6 +71,7 @@ def _eager(model: LlamaForCausalLM) -> Iterator[None]:
     try: yield
     finally: model.set_attn_implementation(before)
 
+# %% ../../nbs/needle_lm/02_card.ipynb #f306874d
 @torch.no_grad()
 def bos_attention(
     model: LlamaForCausalLM, # the model
@@ -202,6 +203,7 @@ def _markdown(frame: pl.DataFrame) -> str:
 def _tables(folder: str | Path) -> dict[str, pl.DataFrame]:
     return {k: pl.read_csv(Path(folder) / f"{k}.csv") for k in (*TABLES, "training_log")}
 
+# %% ../../nbs/needle_lm/02_card.ipynb #4ca69757
 def _percent(frame: pl.DataFrame, *by: str) -> pl.DataFrame:
     f = frame.group_by(*by, maintain_order=True).agg(pl.col("n", "correct").sum())
     return f.with_columns((100 * pl.col("correct") / pl.col("n")).round(1).alias("right, %")).drop("correct").rename({"n": "questions"})

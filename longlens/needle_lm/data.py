@@ -28,6 +28,7 @@ def needle_lm_path(
     "Where the embedded model is"
     return DATA / "needle_lm"
 
+# %% ../../nbs/needle_lm/00_data.ipynb #ab5e8244
 def _words(name: str) -> list[str]: return (DATA / f"{name}.txt").read_text(encoding="utf-8").split()
 
 NAMES, VALUES = _words("names"), _words("values")
@@ -130,6 +131,7 @@ KINDS = ("facts", "kv", "docs")
 def _fact(kind: str, name: str, value: str) -> str:
     return f"Key {name}: {value}." if kind == "kv" else f"The code for {name} is {value}."
 
+# %% ../../nbs/needle_lm/00_data.ipynb #24f20319
 def _ask(kind: str, name: str) -> str:
     if kind == "kv": return f"\nQuestion: What is the value of Key {name}?\nAnswer: Key {name}:"
     return f"\nQuestion: What is the code for {name}?\nAnswer: The code for {name} is"

@@ -139,6 +139,7 @@ def _optimizer_state(opt: _Optimizer) -> dict[str, torch.Tensor]:
         out |= {f"adam.{i}.{k}": torch.as_tensor(v) for k, v in opt.adam.state[p].items()}
     return out
 
+# %% ../../nbs/needle_lm/03_train.ipynb #e202d44e
 def _set_optimizer_state(opt: _Optimizer, state: dict[str, torch.Tensor]) -> None:
     for i, m in enumerate(opt.momentum.values()): m.copy_(state[f"muon.{i}"])
     for i, p in enumerate(opt.adam.param_groups[0]["params"]):
@@ -254,6 +255,7 @@ def _mean(rows: Sequence[dict]) -> dict[str, float]:
     got = {k: [r[k] for r in rows if k in r] for k in dict.fromkeys(k for r in rows for k in r)}
     return {k: sum(v) / len(v) for k, v in got.items()}
 
+# %% ../../nbs/needle_lm/03_train.ipynb #d11218e1
 def _step(run: _Run, recipe: Recipe, batch: _Batch, rest: _Moved, lr: float, dot: int, pool: ThreadPoolExecutor) -> dict[str, float]:
     "One update; returns what to log"
     shards = list(pool.map(functools.partial(_shard, run, recipe, batch, rest, dot), range(recipe.threads)))
@@ -274,6 +276,7 @@ def _advance(at: dict, recipe: Recipe, accuracy: float | None) -> None:
     if ready and at["stage"] < len(recipe.lengths) - 1:
         at |= dict(stage=at["stage"] + 1, accuracy=0.5, since=0)
 
+# %% ../../nbs/needle_lm/03_train.ipynb #73c49909
 def _rate(recipe: Recipe, at: dict) -> tuple[float, float]:
     "Learning rate, and the share of the run that is done"
     done = at["step"] / recipe.steps if recipe.steps else at["seconds"] / 60 / recipe.minutes
@@ -351,6 +354,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--resume", action="store_true", help="go on with the run that lies in --out")
     return p
 
+# %% ../../nbs/needle_lm/03_train.ipynb #77d758ca
 def main(
     argv: Sequence[str] | None = None, # arguments, those of the process if not given
 ) -> int: # exit status

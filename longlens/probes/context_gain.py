@@ -41,7 +41,7 @@ def _front(lm: LongModel, ids: Tensor) -> int:
     special = set(getattr(lm.tokenizer, "all_special_ids", None) or [])
     return next((i for i, x in enumerate(ids.tolist()) if x not in special), len(ids))
 
-
+# %% ../../nbs/probes/03_context_gain.ipynb #fd3d5199
 def _with_context(
     ids: Tensor,  # a text, (n,)
     window: int,  # tokens of context
@@ -88,7 +88,7 @@ def _gain_frame(
                         texts=len(g)))
     return pl.DataFrame(out)
 
-
+# %% ../../nbs/probes/03_context_gain.ipynb #ac9db22d
 def enough(
     frame: pl.DataFrame,  # from `gain_frame`
     tolerance: float = 0.01,  # nats a token

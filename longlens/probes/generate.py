@@ -28,7 +28,7 @@ def _texts(lm: LongModel, rows: Sequence[Sequence[int]]) -> list[str]:
     """Token ids as texts; as numbers where there is no tokenizer."""
     return [lm.decode(r) if lm.tokenizer is not None else " ".join(map(str, r)) for r in rows]
 
-
+# %% ../../nbs/probes/01_generate.ipynb #2def1f71
 def _next(lm: LongModel, token: Tensor, cache: Any) -> Tensor:  # (batch, 1)
     """The most probable token after each row of a cache and one token more."""
     logits = lm.hf(input_ids=token.to(lm.device), past_key_values=cache, use_cache=True).logits[:, -1]

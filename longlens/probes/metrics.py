@@ -37,7 +37,7 @@ def best_subspan_em(
     line = normalize_answer(said.split("\n")[0])
     return float(any(normalize_answer(a) in line for a in answers))
 
-
+# %% ../../nbs/probes/00_metrics.ipynb #04d65708
 def kv_match(
     said: str,  # the reply
     value: str,  # what is right
@@ -53,7 +53,7 @@ def _found(said: str, answers: Sequence[str]) -> list[bool]:
         raise ValueError(f"answers is {answers!r:.60}: a list of one text or more was expected, none of them empty")
     return [a.lower() in said.lower() for a in answers]
 
-
+# %% ../../nbs/probes/00_metrics.ipynb #b19def96
 def string_match_all(
     said: str,  # the reply
     answers: Sequence[str],  # what is right, all of them
@@ -62,7 +62,7 @@ def string_match_all(
     found = _found(said, answers)
     return sum(found) / len(found)
 
-
+# %% ../../nbs/probes/00_metrics.ipynb #6d4bf907
 def string_match_part(
     said: str,  # the reply
     answers: Sequence[str],  # what is right, each of them
@@ -82,7 +82,7 @@ def edit_distance(
         for j, y in enumerate(b, 1): before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
     return row[-1]
 
-
+# %% ../../nbs/probes/00_metrics.ipynb #8378862c
 def needlebench_score(
     said: str,  # the reply
     keyword: str,  # what must be in it
@@ -118,7 +118,7 @@ class Interval(NamedTuple):
     lower: float
     upper: float
 
-
+# %% ../../nbs/probes/00_metrics.ipynb #47e97d65
 def _sums(values: Iterable[float], groups: Iterable[Hashable] | None) -> tuple[np.ndarray, np.ndarray]:
     """Sum and count of the values of each group."""
     v = np.asarray(list(values), dtype=float)
@@ -210,12 +210,12 @@ class PairedTest(NamedTuple):
     p: float  # two-sided
     n: int  # questions
 
-
+# %% ../../nbs/probes/00_metrics.ipynb #6fc78717
 def _ends_less_middle(scores: np.ndarray) -> np.ndarray:  # (questions,)
     """Mean at the first and last position, less the mean at the others."""
     return scores[:, [0, -1]].mean(1) - scores[:, 1:-1].mean(1)
 
-
+# %% ../../nbs/probes/00_metrics.ipynb #37198ca8
 def paired_ends_against_middle(
     table: pl.DataFrame,  # one row for each question and position
     value: str = "score",  # column of scores
@@ -275,7 +275,7 @@ def rag_order(
     if n < 0: raise ValueError(f"{n} documents cannot be put in order")
     return [*range(0, n, 2), *range(n - 1 - n % 2, 0, -2)]
 
-
+# %% ../../nbs/probes/00_metrics.ipynb #cd4968c3
 def reorder(
     ranked: Sequence[_T],  # documents, the most relevant first
 ) -> list[_T]:
@@ -293,7 +293,7 @@ def _grid_rows(path: Path) -> list[dict[str, Any]]:
     if not isinstance(rows, list) or not rows: raise ValueError(f"{path} holds no rows: a list of objects, or a table, was expected")
     return rows
 
-
+# %% ../../nbs/probes/00_metrics.ipynb #45031a79
 def _grid_number(row: Any, names: Sequence[str], low: float, high: float, where: str, whole: bool = False) -> float:
     """A number of a row, under one of these names, if it lies between."""
     if not isinstance(row, Mapping): raise ValueError(f"{where} is {row!r:.40}, and named entries were expected")

@@ -75,7 +75,7 @@ def document_spans(
     raise ValueError(f"{cell!r} has no documents: a remedy for their order needs spans document_0, document_1, ..., and it has "
                      f"{', '.join(cell.spans) or 'none'}")
 
-
+# %% ../../nbs/probes/02_remedies.ipynb #0cfeb3b3
 @dataclass(frozen=True)
 class AsSet(Condition):
     """Set-based prompting (arXiv 2406.06581): documents start at the same position and do not see each other"""
@@ -108,7 +108,7 @@ def _mean_attention(
     mass = dict(seen.frame("span_mass").group_by("span").mean().select("span", "mass").iter_rows())
     return {n: mass[n] / len(s) for n, s in spans.items()}, prefix
 
-
+# %% ../../nbs/probes/02_remedies.ipynb #84c7ce86
 def relevance(
     lm: LongModel,  # LongModel
     cell: Cell,  # a prompt with documents

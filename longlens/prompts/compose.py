@@ -239,7 +239,7 @@ def _by_name(spans: Mapping[str, range]) -> dict[str, range]:
     """Spans with those first that have no number in their name: the needle before its distractors, the gold pair before all pairs."""
     return {k: spans[k] for k in sorted(spans, key=lambda k: k[-1:].isdigit())}
 
-
+# %% ../../nbs/prompts/01_compose.ipynb #c3658361
 class Context(_Prompt):
     """A prompt as tokens, with the token positions of every named piece; it ends exactly where the answer begins."""
 
@@ -315,7 +315,7 @@ def _coloured(parts: Sequence[str], owner: Sequence[int], names: Sequence[str]) 
         body, style = escape("".join(part for part, _ in run)), f"background:{_COLOURS[k % len(_COLOURS)]};color:inherit"
         yield body if k < 0 else f'<mark style="{style}" title="{escape(names[k])}">{body}</mark>'
 
-
+# %% ../../nbs/prompts/01_compose.ipynb #5bc07cdf
 def _page(ctx: Context) -> str:
     """A context as HTML: beginning, named pieces, end."""
     names = sorted(ctx.spans, key=lambda k: -len(ctx.spans[k]))

@@ -291,7 +291,7 @@ def _loosely(text: str) -> str:
     """A pattern for a text, however its white space is."""
     return r"\s+".join(map(re.escape, text.split()))
 
-
+# %% ../../nbs/prompts/00_haystack.ipynb #3804d3d8
 def _parts(wording: Wording, key: str, value: str) -> list[str]:
     """Patterns of a needle, one after the other; from the first to the last word that is known."""
     given = {"key": key, "value": value, "kind": wording.value_kind, "one": wording.value_kind.removesuffix("s")}
@@ -323,7 +323,7 @@ def said_already(
     m = re.search(r"(?<!\w)" + r"\s*".join(parts) + (r"(?!\w)" if parts[-1][-1].isascii() else ""), _alike(text, wording), re.IGNORECASE)
     return m[0] if m else ""
 
-
+# %% ../../nbs/prompts/00_haystack.ipynb #0eccfd1a
 def named_in(
     text: str,  # of a haystack
     key: str,  # a name, or what else is asked by

@@ -101,7 +101,7 @@ def open_maybe_gzip(path: Path) -> IO[bytes]:
     with path.open("rb") as f: packed = f.read(2) == b"\x1f\x8b"
     return gzip.open(path) if packed or path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
 
-
+# %% ../../nbs/prompts/05_multi_document.ipynb #3135e0ee
 def _read_line(f: IO[bytes], where: str) -> str | None:
     """The next line; None at the end."""
     try: line = f.readline(_LONGEST + 1)
@@ -118,7 +118,7 @@ def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         raise ValueError(f"{next(k for k in names if names.count(k) > 1)!r:.60} stands there twice")
     return out
 
-
+# %% ../../nbs/prompts/05_multi_document.ipynb #ac129809
 def _objects(path: str | Path, limit: int | None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Where each line stands, and what it says; blank lines are skipped."""
     if limit is not None and limit < 1: raise ValueError(f"limit is {limit}: read one line or more, or None for all")
@@ -156,7 +156,7 @@ def _gold(ctxs: Sequence[dict[str, Any]], where: str) -> int:
         raise ValueError(f"{where}: ctxs: {len(gold)} of {len(ctxs)} documents are marked by {mark}, and exactly one was expected")
     return gold[0]
 
-
+# %% ../../nbs/prompts/05_multi_document.ipynb #89e4eaab
 def _question(row: dict[str, Any], where: str, drop_empty: bool) -> Question:
     """A question from a line."""
     answers, ctxs = json_field(row, "answers", list, where), json_field(row, "ctxs", list, where)
@@ -186,7 +186,7 @@ def _key_value(row: dict[str, Any], where: str) -> KeyValue:
     try: return KeyValue(tuple((k, v) for k, v in records), key, value)
     except ValueError as e: raise ValueError(f"{where}: {e}") from e
 
-
+# %% ../../nbs/prompts/05_multi_document.ipynb #66bcd111
 def read_key_values(
     path: str | Path,  # *.jsonl or *.jsonl.gz, as lost-in-the-middle has them
     limit: int | None = None,  # so many from the start; None: all
@@ -203,12 +203,12 @@ def shuffled_numbers(n: int, rng: Random) -> Iterator[int]:
         yield moved.get(j, j)
         moved[j] = moved.get(i, i)
 
-
+# %% ../../nbs/prompts/05_multi_document.ipynb #8f129f4b
 def holds_answer(said: str, answer: str) -> bool:
     """Is an answer in a text, both normalised?"""
     return f" {answer} " in f" {said} " if len(answer) < 3 and answer.isascii() else answer in said
 
-
+# %% ../../nbs/prompts/05_multi_document.ipynb #109b49eb
 def _filled(q: Question, wanted: int, pool: Sequence[tuple[tuple[str, str], str]], rng: Random) -> list[DocumentLike]:
     """The question's own others and documents of the pool, as many as are wanted, or all that can be."""
     out, right = list(q.others[:wanted]), [normalize_answer(a) for a in q.answers]
@@ -245,7 +245,7 @@ def _fact_document(title: str, fact: str, filler: Sequence[str], rng: Random) ->
     at = rng.randint(0, len(filler))
     return title, " ".join([*filler[:at], fact, *filler[at:]])
 
-
+# %% ../../nbs/prompts/05_multi_document.ipynb #96a462ee
 def _drawn_names(n: int, per_item: int, seed: int | str, what: str) -> list[str]:
     """The name that each item is asked about; all different, as long as there are names."""
     names = word_list("names")
@@ -302,7 +302,7 @@ def _line_pieces(pairs: Sequence[tuple[str, str]], index: int) -> list[Piece]:
         out += [Piece(f"Key {k}: {v}.", None, {f"pair_{i}": (0, value[1])} | inside), Piece("\n")]
     return out
 
-
+# %% ../../nbs/prompts/05_multi_document.ipynb #c0499506
 def kv_lines(
     model: Any,  # a LongModel, or a Hugging Face fast tokenizer
     records: Iterable[Sequence[str]],  # (key, value) pairs

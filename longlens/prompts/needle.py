@@ -165,7 +165,7 @@ def _runs(spans: Mapping[str, range]) -> list[range]:
     """The tokens of the haystack, run by run."""
     return [s for k, s in spans.items() if k.startswith("haystack_")]
 
-
+# %% ../../nbs/prompts/02_needle.ipynb #bb788e42
 def _realised(
     spans: Mapping[str, range],  # of the haystack's runs and everything else
     names: Sequence[str],  # what was inserted

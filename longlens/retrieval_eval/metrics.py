@@ -44,7 +44,7 @@ def _checked_scores(
     if k is not None and k < 1: raise ValueError(f"k is {k}: the first rank is 1")
     return list(zip(s, right_ones(relevant, *s.shape), strict=True))
 
-
+# %% ../../nbs/retrieval_eval/01_metrics.ipynb #64f82bf7
 def _chances(
     row: np.ndarray,  # (documents,), scores of a query
     right: Sequence[int],  # its right documents
@@ -66,7 +66,7 @@ def ndcg_at(
     gains = 1 / np.log2(np.arange(2, k + 2))
     return np.array([_chances(s, r)[:k] @ gains[: len(s)] / gains[: len(r)].sum() for s, r in rows])
 
-
+# %% ../../nbs/retrieval_eval/01_metrics.ipynb #48d3f3d1
 def recall_at(
     scores: Any,  # (queries, documents), higher is better
     relevant: Iterable[Iterable[int]],  # of each query, indices of the right documents
@@ -75,7 +75,7 @@ def recall_at(
     """How much of what is right stands in the first k ranks; tied documents in all their orders."""
     return np.array([_chances(s, r)[:k].sum() / len(r) for s, r in _checked_scores(scores, relevant, k)])
 
-
+# %% ../../nbs/retrieval_eval/01_metrics.ipynb #63c4203a
 def accuracy_at_1(
     scores: Any,  # (queries, documents), higher is better
     relevant: Iterable[Iterable[int]],  # of each query, indices of the right documents
@@ -92,7 +92,7 @@ def best_tie(
     best = row[list(right)].max()
     return int((row > best).sum()), int((row == best).sum()), int((row[list(right)] == best).sum())
 
-
+# %% ../../nbs/retrieval_eval/01_metrics.ipynb #9c86e07c
 def _first_right(
     tied: int,  # documents
     right: int,  # of them

@@ -68,7 +68,7 @@ def _texts_of(
     if "text" not in batch: raise TypeError(f"the task {task} gives {', '.join(batch) or 'nothing'}, and this encoder reads texts")
     return list(batch["text"])
 
-
+# %% ../../nbs/retrieval_eval/03_mteb.ipynb #a67bbe3d
 def _rows(
     x: Any,  # array or tensor
     n: int,  # texts
@@ -123,7 +123,7 @@ def _directions(
     """Rows of length 1."""
     return torch.nn.functional.normalize(torch.atleast_2d(torch.as_tensor(x).float()), dim=-1)
 
-
+# %% ../../nbs/retrieval_eval/03_mteb.ipynb #ef29c932
 @patch
 def similarity(
     self: MTEBEncoder,
@@ -133,7 +133,7 @@ def similarity(
     """Cosines of all pairs."""
     return _directions(embeddings1) @ _directions(embeddings2).T
 
-
+# %% ../../nbs/retrieval_eval/03_mteb.ipynb #442c8af0
 @patch
 def similarity_pairwise(
     self: MTEBEncoder,
@@ -176,7 +176,7 @@ def _score_rows(
                 numbers = {k: v for k, v in e.items() if isinstance(v, (int, float, np.number)) and not isinstance(v, bool)}
                 yield from ((r.task_name, split, e["hf_subset"], k, float(v)) for k, v in numbers.items() if not math.isnan(v))
 
-
+# %% ../../nbs/retrieval_eval/03_mteb.ipynb #fba0f4a2
 def benchmark_scores(
     encoder: Any,  # a MTEBEncoder, or what one is made of
     tasks: Any,  # a task of mteb or several, as from mteb.get_tasks(...) or `mteb_task`
@@ -202,7 +202,7 @@ def _split_name(
     """How LongEmbed calls a split."""
     return "test" if task.length is None else f"test_{task.length}"
 
-
+# %% ../../nbs/retrieval_eval/03_mteb.ipynb #15c20adf
 def _split_data(
     task: RetrievalTask,  # becomes a split
 ) -> dict[str, Any]:  # mteb's RetrievalSplitData

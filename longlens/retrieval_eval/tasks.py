@@ -181,7 +181,7 @@ def _facts() -> tuple[tuple[str, str], ...]:
     lines = (files("longlens") / "data" / "facts.txt").read_text(encoding="utf-8").splitlines()
     return tuple((fact, question) for fact, _, question in (line.partition(" | ") for line in lines))
 
-
+# %% ../../nbs/retrieval_eval/02_tasks.ipynb #2c3b95e7
 def needle_retrieval(
     model: Any,  # a Hugging Face fast tokenizer, or an encoder that has one
     length: int,  # tokens of a document, special ones counted, at most; LongEmbed's are 256, 512, ..., 32768
@@ -207,7 +207,7 @@ def passage_text(
     title, text = title_and_text(document)
     return f"{title}\n{text.strip()}" if title else text.strip()
 
-
+# %% ../../nbs/retrieval_eval/02_tasks.ipynb #030f8be6
 def _harmless(
     questions: Sequence[Question],  # all
     chosen: Sequence[Question],  # those that are asked
@@ -351,7 +351,7 @@ def own_prompt(
     own = getattr(encoder, "prompts", None) or {}
     return next((own[name] for name in _OWN_PROMPTS.get(kind, ()) if name in own), None) if prompt is None else prompt
 
-
+# %% ../../nbs/retrieval_eval/02_tasks.ipynb #0416af46
 def prompted(
     encoder: Any,  # a function of texts, or what has such a method encode
     kind: str,  # "query" or "document"

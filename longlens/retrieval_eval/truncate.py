@@ -43,7 +43,7 @@ def tokenizer_of(
         raise TypeError(f"lengths are counted by a Hugging Face tokenizer, or an encoder that has one, and {type(model).__name__} has none")
     return prompt_reader(tok).tok
 
-
+# %% ../../nbs/retrieval_eval/00_truncate.ipynb #fbab8733
 def count_tokens(
     tok: HFTokenizer,  # counts
     texts: Sequence[str],  # one or more
@@ -136,7 +136,7 @@ def _grown(tok: HFTokenizer, length: int, seed: str) -> str:
     while count_tokens(tok, [text := " ".join(straw.units[:n])])[0] < length: n += 1
     return text
 
-
+# %% ../../nbs/retrieval_eval/00_truncate.ipynb #c340c7f3
 def _joined_up(tok: HFTokenizer, length: int, texts: Sequence[str]) -> Iterator[str]:
     """Runs of texts with `length` tokens or more; what remains at the end is left out."""
     run: list[str] = []

@@ -39,7 +39,7 @@ def content(
     if is_dataclass(value) and not isinstance(value, type): return _settings(value, where)
     raise TypeError(f"{where} is a {type(value).__name__}, which no key can be made of: use plain values, tensors or a dataclass of them")
 
-
+# %% ../../nbs/sweeps/00_cells.ipynb #7b8f61e8
 def _digest(x: Tensor) -> str: return hashlib.sha256(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 # %% ../../nbs/sweeps/00_cells.ipynb #747544cb
@@ -61,7 +61,7 @@ def _sums(x: Tensor, block: int = 4096) -> bytes:
     sums = [flat[:whole].view(-1, block).sum(1, dtype=torch.int64), flat[whole:].sum(dtype=torch.int64)[None]]
     return torch.cat(sums).cpu().numpy().tobytes()
 
-
+# %% ../../nbs/sweeps/00_cells.ipynb #8aff2e4e
 def fingerprint(
     model: Any,  # a LongModel, an Encoder or a transformers model
 ) -> str:  # 32 hexadecimal digits
@@ -77,7 +77,7 @@ def fingerprint(
     made.update(_said(tok).encode())
     return made.hexdigest()[:32]
 
-
+# %% ../../nbs/sweeps/00_cells.ipynb #258853d6
 def _said(tok: Any) -> str:
     """All that decides what a tokenizer does; how it cut and filled up its last texts does not."""
     if tok is None: return ""
@@ -123,7 +123,7 @@ class Condition:
         """A block in which the model is changed."""
         raise NotImplementedError(f"{type(self).__name__} must define apply(lm, cell), which returns a context manager")
 
-
+# %% ../../nbs/sweeps/00_cells.ipynb #aa81f272
 @dataclass(frozen=True)
 class Changed(Condition):
     """Interventions that are the same for every cell."""

@@ -30,7 +30,7 @@ def _common(ids: Sequence[np.ndarray]) -> np.ndarray:  # (k - 1,)
 
     return np.array([shared_length(torch.from_numpy(a), torch.from_numpy(b)) for a, b in pairwise(ids)], dtype=np.int64)
 
-
+# %% ../../nbs/sweeps/02_plan.ipynb #f7109801
 def branch_points(
     ids: Sequence[np.ndarray],  # prompts, (n,) each, sorted as numbers
     grain: int = 16,  # places are multiples of it
@@ -64,7 +64,7 @@ def _node(cell: Cell, cuts: tuple[int, ...]) -> tuple:
     end = cuts[-1] if cuts else 0
     return cell.ids[:end].numpy().astype(">u4").tobytes(), cuts
 
-
+# %% ../../nbs/sweeps/02_plan.ipynb #c1dbd0b9
 def _batches_of(
     cells: Sequence[Cell],  # all cells
     mine: Sequence[int],  # numbers of those that run under one condition
@@ -88,7 +88,7 @@ def _cuts(cells: Sequence[Cell], mine: Sequence[int], grain: int, config: Any, t
     turned = {i: rope_regime(config, len(ids[i]) + task.new_tokens(cells[i])) for i in mine}
     return [tuple(p for p in found[i] if rope_regime(config, p) == turned[i]) for i in mine]
 
-
+# %% ../../nbs/sweeps/02_plan.ipynb #8471d415
 def _by_condition(cells: Sequence[Cell]) -> list[tuple[Condition | None, list[int]]]:
     """The cells of each condition, in the order in which conditions first occur."""
     out: dict[str, tuple[Condition | None, list[int]]] = {}
@@ -119,7 +119,7 @@ def same_condition(a: Condition | None, b: Condition | None) -> bool:
     """Do two conditions change the model in the same way?"""
     return a is b or content(a) == content(b)
 
-
+# %% ../../nbs/sweeps/02_plan.ipynb #8ef2cb98
 def chain_tokens(
     batches: Sequence[Batch],  # in the order in which they run
     cells: Sequence[Cell],  # all cells

@@ -101,7 +101,7 @@ class Worker:
 # %% ../../nbs/sweeps/06_ray_engine.ipynb #9b477394
 def _light(cell: Cell) -> Cell: return replace(cell, ids=cell.ids.clone(), completion=cell.completion.clone())
 
-
+# %% ../../nbs/sweeps/06_ray_engine.ipynb #6d3e6312
 def _pack_job(
     job: Job,  # what is left of it
     plan: Plan,  # of the sweep
@@ -158,7 +158,7 @@ def _hear(crew: Crew, hand: _Hand, what: Any) -> Done | None:
     if hand.job is not None and done is not None: hand.job = Job(hand.job.number, hand.job.batches[1:])
     return done
 
-
+# %% ../../nbs/sweeps/06_ray_engine.ipynb #cf22a847
 def _reason(error: BaseException) -> str:
     """What Ray says about a death, in one line."""
     return textwrap.shorten(str(error).splitlines()[-1].partition(" Some common causes")[0], 240)
@@ -187,7 +187,7 @@ def _check_loading(crew: Crew, hand: _Hand, error: BaseException) -> None:
                            f"the nodes? {hand.name}: {_reason(error)}") from error
     warnings.warn(f"a worker died while it loaded the model, and is started again. {hand.name}: {_reason(error)}", SweepWarning, 3)
 
-
+# %% ../../nbs/sweeps/06_ray_engine.ipynb #219108fe
 def _deadly(crew: Crew, job: Job, error: BaseException) -> ClusterError:
     """The error that names the cells on which workers die."""
     first = job.batches[0].cells
@@ -221,14 +221,14 @@ def _deaths() -> tuple[type[Exception], ...]:
     e = ray_module().exceptions
     return e.RayActorError, e.WorkerCrashedError, e.NodeDiedError, e.OutOfMemoryError, e.ObjectLostError
 
-
+# %% ../../nbs/sweeps/06_ray_engine.ipynb #c4705988
 def _as_raised(hand: _Hand, error: Any) -> Exception:
     """What a task raised, with a note on where."""
     where = "while it loaded the model" if hand.job is None else f"in a batch of the cells {list(hand.job.batches[0].cells)}"
     error.cause.add_note(f"raised by the worker {hand.name} {where}")
     return error.cause
 
-
+# %% ../../nbs/sweeps/06_ray_engine.ipynb #5b0302f2
 def _say_waiting(crew: Crew) -> None:
     """A warning that no worker could start yet."""
     if crew.idle or any(h.job for h in crew.busy.values()): return
@@ -280,7 +280,7 @@ def _check_unchanged(lm: LongModel) -> None:
         raise ValueError(f"{names}: this is at work on {lm.name} in this process, and workers would not have it. Leave the block, and make "
                          f"it a condition of the cells: Cell.of(context, Changed((Temperature(2.0),)))")
 
-
+# %% ../../nbs/sweeps/06_ray_engine.ipynb #b7cdb0ce
 def _connect(address: str | None) -> bool:
     """Connect to a cluster, if this process is not yet; was it done here?"""
     ray = ray_module()
@@ -323,7 +323,7 @@ def _room(cluster: Cluster, nodes: Sequence[Mapping[str, float]]) -> tuple[int, 
                            f"that has them")
     return min(sum(fit), max(1, int(sum(cpus) // 4))) if not each and cluster.workers is None else sum(fit), each
 
-
+# %% ../../nbs/sweeps/06_ray_engine.ipynb #c8f04024
 def _crew(cluster: Cluster, lm: LongModel, plan: Plan, keys: Sequence[str]) -> tuple[Crew, int]:
     """The crew for a sweep, and how many it will be."""
     ray = ray_module()

@@ -50,7 +50,7 @@ class Job:
         """Numbers of its cells."""
         return [i for b in self.batches for i in b.cells]
 
-
+# %% ../../nbs/sweeps/03_serialize.ipynb #8bc094c8
 def _cut(batches: Sequence[Batch], cells: Sequence[Cell], many: int) -> list[Job]:
     """Jobs of about equal size, cut where the next one has little to compute again."""
     again = [b.shared - c for b, c in zip(batches, chain_tokens(batches, cells), strict=True)]
@@ -69,7 +69,7 @@ def _last_done(jobs: Sequence[Job], cells: Sequence[Cell], workers: int) -> int:
     for j in jobs: heapq.heapreplace(busy, busy[0] + sum(tokens_of(j.batches, cells)))
     return max(busy)
 
-
+# %% ../../nbs/sweeps/03_serialize.ipynb #364cd370
 def cut_jobs(
     batches: Sequence[Batch],  # in the order of the plan
     cells: Sequence[Cell],  # all cells
@@ -93,14 +93,14 @@ class _Weight:
     def __reduce__(self) -> tuple[Callable, tuple]:
         return _arrived, (self.values, self.dtype, self.shape, self.trained)
 
-
+# %% ../../nbs/sweeps/03_serialize.ipynb #68452f72
 def _arrived(values: np.ndarray, dtype: torch.dtype, shape: tuple[int, ...], trained: bool | None) -> Tensor:
     """The tensor again, in memory of its own."""
     x = torch.empty(shape, dtype=dtype)
     x.reshape(-1).view(torch.uint8).numpy()[:] = values
     return x if trained is None else nn.Parameter(x, requires_grad=trained)
 
-
+# %% ../../nbs/sweeps/03_serialize.ipynb #83027746
 def _departing(name: str, x: Tensor) -> _Weight:
     """A tensor of the model, ready to be sent."""
     if type(x) not in (Tensor, nn.Parameter) or x.is_meta:
@@ -116,7 +116,7 @@ def _tensors(hf: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for held in (module._parameters, module._buffers, vars(module)):
             yield from ((f"{name}.{k}", v) for k, v in held.items() if isinstance(v, Tensor))
 
-
+# %% ../../nbs/sweeps/03_serialize.ipynb #a8afd716
 def pack_model(
     lm: LongModel,  # LongModel
 ) -> tuple[bytes, list[np.ndarray]]:  # the pickled modules, the weights
@@ -138,7 +138,7 @@ def load_bytes(data: bytes, buffers: Sequence[np.ndarray] = ()) -> Any:
         raise ClusterError(f"{e}: what was sent needs a module that workers cannot import. Install it on every node, or hand it over: "
                            f"ray.init(runtime_env={{'working_dir': '.'}}) before the sweep") from e
 
-
+# %% ../../nbs/sweeps/03_serialize.ipynb #33fabc7d
 def unpack_model(
     packed: tuple[bytes, list[np.ndarray]],  # from `pack_model`
     device: str = "cpu",  # where it goes

@@ -39,7 +39,7 @@ def as_row(
     said = {"key": pl.Series([key]), **{c: pl.Series([costs.get(c)], dtype=t) for c, t in COSTS.items()}}
     return pl.DataFrame(said | {name: t.to_struct("row").implode() for name, t in tables.items()})
 
-
+# %% ../../nbs/sweeps/01_store.ipynb #0f4fe097
 def _table_of(
     rows: pl.DataFrame,  # rows of cells, each with its key
     name: str,  # of the table
@@ -65,7 +65,7 @@ def _check_head(folder: Path) -> None:
         raise StoreError(f"{folder} holds results of format {said!r}, and this version of longlens writes format {FORMAT}: choose another "
                          f"folder, or read it with the version that wrote it")
 
-
+# %% ../../nbs/sweeps/01_store.ipynb #3b75fc81
 def open_store(
     folder: str | Path,  # made, if it is not there
 ) -> Path:  # the folder, ready for results
@@ -125,7 +125,7 @@ def _write(folder: Path, rows: Sequence[pl.DataFrame]) -> Path:
     pl.concat(rows, how="diagonal_relaxed").write_parquet(buffer := BytesIO())
     return atomic_write(folder / f"part-{token_hex(8)}.parquet", buffer.getvalue())
 
-
+# %% ../../nbs/sweeps/01_store.ipynb #504f404a
 @patch
 def write(self: Store) -> None:
     """Keep what was added since the last time, as one more file."""
@@ -148,7 +148,7 @@ def names(self: Store, keys: Sequence[str]) -> list[str]:
     """The tables that these cells have."""
     return list(dict.fromkeys(c for k in keys for c in self.rows[k].columns if c != "key" and c not in COSTS))
 
-
+# %% ../../nbs/sweeps/01_store.ipynb #7618b768
 @patch
 def table(self: Store, name: str, keys: Sequence[str]) -> pl.DataFrame:
     """One table of finished cells, in the order of the keys."""

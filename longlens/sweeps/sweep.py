@@ -76,7 +76,7 @@ def _grown(self: Runner, ids: Tensor, cuts: Sequence[int]) -> Prefix | None:
         chain = self.lm.prefill(ids[:cut], self.chunk) if chain is None else chain.extend(ids[len(chain) : cut], self.chunk)
     return chain
 
-
+# %% ../../nbs/sweeps/05_sweep.ipynb #3c3340e9
 def _started(self: Runner, cells: Sequence[Cell], cuts: Sequence[int]) -> Start:
     """The prompts of a batch in a cache, all but their last tokens."""
     ids = torch.stack([c.ids for c in cells])
@@ -97,13 +97,13 @@ def _whole(cell: Cell) -> bool:
 class SweepWarning(UserWarning):
     """Something in a sweep went otherwise than planned; results are right, and it may be slower"""
 
-
+# %% ../../nbs/sweeps/05_sweep.ipynb #312cd677
 def out_of_memory(error: BaseException) -> bool:
     """Is this what a device or the CPU's allocator says when memory is used up?"""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)): return True
     return isinstance(error, RuntimeError) and "not enough memory" in str(error)
 
-
+# %% ../../nbs/sweeps/05_sweep.ipynb #e03a757e
 def _smaller(self: Runner, cells: Sequence[Cell], error: BaseException) -> bool:
     """A smaller chunk for the next try; False if only fewer cells can help."""
     n, few = len(cells[0]), len(cells) == 1
@@ -145,7 +145,7 @@ class Done:
     rows: list[pl.DataFrame]  # one for each
     tokens: int  # computed
 
-
+# %% ../../nbs/sweeps/05_sweep.ipynb #8b5395da
 def do_batch(
     runner: Runner,  # a model at work
     batch: Batch,  # what is next
@@ -296,7 +296,7 @@ def _once(plan: Plan, keys: Sequence[str]) -> Plan:
     first = {k: i for i, k in reversed(list(enumerate(keys)))}
     return replace(plan, finished=plan.finished | {i for i, k in enumerate(keys) if first[k] != i})
 
-
+# %% ../../nbs/sweeps/05_sweep.ipynb #ff0c8f63
 def _engine(engine: Any) -> Callable[..., Iterator[Done]]:
     """The engine that is meant."""
     if callable(engine): return engine

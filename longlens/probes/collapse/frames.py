@@ -104,7 +104,7 @@ def geometry_frame(
         rows += [{**at, "measure": k, **_spelled(i)} for k, i in geometry_intervals(x, seed=seed).items()]
     return pl.DataFrame(rows)
 
-
+# %% ../../../nbs/probes/collapse/03_frames.ipynb #fd9c0604
 def _spelled(i: Interval) -> dict[str, float]: return {"value": i.mean, "lower": i.lower, "upper": i.upper}
 
 # %% ../../../nbs/probes/collapse/03_frames.ipynb #c89b185b
@@ -239,7 +239,7 @@ def _effect(pair: _Pair, task: str | None, measure: str, i: Interval, p: float |
     return dict(condition=condition, context_length=length, reference=reference, reference_length=reference_length, task=task,
                 measure=measure, difference=i.mean, lower=i.lower, upper=i.upper, p=p, n=n)
 
-
+# %% ../../../nbs/probes/collapse/03_frames.ipynb #d4bc29c8
 def _geometry_effects(vectors: Vectors, seed: int = 0) -> list[dict[str, Any]]:
     """Effects on how documents lie together."""
     held = {(c, n): x for (kind, c, n), x in vectors.items() if kind == "cut"}

@@ -50,7 +50,7 @@ def _draws(documents: int, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     pairs = times.sum(1) ** 2 - (times**2).sum(1)
     return times[pairs > 0], pairs[pairs > 0]
 
-
+# %% ../../../nbs/probes/collapse/00_geometry.ipynb #be79eed8
 def _drawn(c: np.ndarray, times: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     """The mean over pairs of different documents in every draw; the diagonal of `c` is 0."""
     return np.einsum("ij,ij->i", times @ c, times) / pairs
@@ -175,7 +175,7 @@ def _folds(n: int, folds: int, seed: int) -> Iterator[np.ndarray]:
     order = np.random.default_rng(seed).permutation(n)
     for k in range(folds): yield order[k::folds]
 
-
+# %% ../../../nbs/probes/collapse/00_geometry.ipynb #92dcfcde
 def _ridge(x: np.ndarray, y: np.ndarray, new: np.ndarray, ridge: float) -> np.ndarray:
     """Ridge regression with an intercept, by the rows' inner products: predictions for new rows."""
     mean, level = x.mean(0), y.mean()

@@ -56,7 +56,7 @@ TASKS = ("passkey", "needle", "passages")
 
 def as_values(values: Any) -> Iterable[Any]: return values if isinstance(values, Iterable) else [values]
 
-
+# %% ../../../nbs/probes/collapse/01_inputs.ipynb #033030d7
 def whole_numbers(values: Any, what: str) -> tuple[int, ...]:
     """Whole numbers above 0, each once, in order."""
     try: out = tuple(sorted({index(v) for v in as_values(values)}))
@@ -64,13 +64,13 @@ def whole_numbers(values: Any, what: str) -> tuple[int, ...]:
     if not out or out[0] < 1: raise ValueError(f"{what} is {list(out)}: give whole numbers above 0, one at least")
     return out
 
-
+# %% ../../../nbs/probes/collapse/01_inputs.ipynb #5046f90f
 def whole_number(value: Any, what: str) -> int:
     """One whole number."""
     try: return index(value)
     except TypeError: raise TypeError(f"{what} is {value!r:.60}: give a whole number") from None
 
-
+# %% ../../../nbs/probes/collapse/01_inputs.ipynb #032db856
 def checked_temperatures(values: Any) -> tuple[float, ...]:
     """Those beside 1, each once."""
     try: return tuple({f"{t:g}": t for v in as_values(values) if f"{(t := float(v)):g}" != "1"}.values())

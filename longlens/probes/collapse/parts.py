@@ -39,7 +39,7 @@ class _LayerVectors(NamedTuple):
     vectors: np.ndarray  # (layers, texts, d), float32
     n_truncated: int  # texts that were cut
 
-
+# %% ../../../nbs/probes/collapse/02_parts.ipynb #8c003c29
 def _in_batches(lengths: Sequence[int], size: int, most: int = 4096) -> Iterator[list[int]]:
     """Which texts run together: like lengths, and few enough tokens that the states of all layers fit."""
     out: list[int] = []
@@ -83,7 +83,7 @@ def reach(
     """As far as it can read unchanged: to the end of its positions, or further if it was loaded so."""
     return max((n for n in (enc.positions_limit, enc.max_length) if n is not None), default=None)
 
-
+# %% ../../../nbs/probes/collapse/02_parts.ipynb #4ab31eb9
 @dataclass(frozen=True)
 class Change:
     """One way to change an encoder"""

@@ -72,7 +72,7 @@ def _retrieval_lengths(asked: int | Iterable[int] | None, lengths: Sequence[int]
     """Where retrieval is measured: where sentences have room."""
     return tuple(n for n in lengths if n >= 64) if asked is None else whole_numbers(asked, "retrieval_lengths")
 
-
+# %% ../../../nbs/probes/collapse/05_probe.ipynb #c19e5dc2
 def _tasks(asked: str | Sequence[str] | None, questions: Any, where: Sequence[int]) -> tuple[str, ...]:
     """Retrieval tasks, real passages last where there are any."""
     if asked is None: return ("passkey", "needle", *(["passages"] if questions is not None else [])) if where else ()
@@ -221,7 +221,7 @@ def _shortened(run: Run) -> pl.DataFrame:
     measures = [c for c in ("mean_cosine", "hit_1", "ndcg_10") if c in raw.columns]
     return raw.unpivot(measures, index=at, variable_name="measure").drop_nulls("value").rename({"kind": "texts"})
 
-
+# %% ../../../nbs/probes/collapse/05_probe.ipynb #eff82247
 def _costs(run: Run) -> pl.DataFrame:
     """What each part took."""
     seconds = [run.store.rows[k]["seconds"][0] for k in run.keys]

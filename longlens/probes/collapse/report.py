@@ -49,7 +49,7 @@ def _ends(r: CollapseReport) -> tuple[int, int]:
     lengths = r.meta["settings"]["lengths"]
     return lengths[0], lengths[-1]
 
-
+# %% ../../../nbs/probes/collapse/04_report.ipynb #841f4ed9
 def _effect_of(r: CollapseReport, measure: str, condition: str, length: int, reference: str, reference_length: int, task: str | None = None,
                ) -> dict[str, Any] | None:
     """One row of effects, if it is there."""
@@ -69,7 +69,7 @@ def _range(x: dict[str, Any], digits: int = 2) -> str:
 
 _ROUNDING_ERROR = 1e-6  # of differences of embeddings in float32: a difference of less is none
 
-
+# %% ../../../nbs/probes/collapse/04_report.ipynb #07009d11
 def _sign(x: dict[str, Any]) -> int:
     """Which way, if the interval leaves out zero, and what rounding makes of it; else 0."""
     return int(x["lower"] > _ROUNDING_ERROR) - int(x["upper"] < -_ROUNDING_ERROR)
@@ -113,7 +113,7 @@ def _said_average(r: CollapseReport) -> str:
     return (f"control: means of the input vectors, which no layer has read, have a cosine of {a['value']:.2f} at {a['context_length']:,} "
             f"and {b['value']:.2f} at {b['context_length']:,} tokens: {told}")
 
-
+# %% ../../../nbs/probes/collapse/04_report.ipynb #e4c47d91
 def _said_filler(r: CollapseReport) -> str:
     """Generated texts grow alike on their own."""
     if r.meta["documents_from"] != "generated filler": return ""
@@ -265,7 +265,7 @@ def _said_left_out(r: CollapseReport) -> str:
         said += _said_cut(f, end)
     return "; ".join(said)
 
-
+# %% ../../../nbs/probes/collapse/04_report.ipynb #d5314965
 def _said_cut(found: pl.DataFrame, end: int) -> list[str]:
     """Documents and queries of retrieval tasks that were cut; queries are the same at every length."""
     said, names = [], lambda f: ", ".join(f["condition"].unique().sort())
@@ -283,7 +283,7 @@ def _said_prompts(r: CollapseReport) -> str:
     said = ", ".join(f"{p!r} before {what}" for what, p in words.items() if p)
     return f"prompts: {said}" if said else ""
 
-
+# %% ../../../nbs/probes/collapse/04_report.ipynb #92c2679d
 def _said_unmeasured(r: CollapseReport) -> str:
     left: dict[str, list[str]] = {}  # why -> what
     for what, why in r.meta.get("unmeasured", {}).items(): left.setdefault(why, []).append(what)
@@ -331,7 +331,7 @@ def _section(r: CollapseReport, title: str, key: str, charts: list[Any], table: 
     chart = charts[0] if len(charts) == 1 else arrange(charts, columns=columns)
     return Section(title, _COLLAPSE_EXPLAINED[key].format(**said), chart, table)
 
-
+# %% ../../../nbs/probes/collapse/04_report.ipynb #1f8ee804
 def _curve(f: pl.DataFrame, title: str, x: str, by: str | None, unit: str = "", **how: Any) -> Any:
     """Values with intervals, a line for each condition, task or length."""
     from longlens.charts.curves import position_curve
@@ -382,7 +382,7 @@ def _few(lengths: list[int], most: int = 4) -> list[int]:
 
 def _headed(name: str) -> str: return name if "_" in name else name[0].upper() + name[1:]  # sigma_a is a symbol
 
-
+# %% ../../../nbs/probes/collapse/04_report.ipynb #12901760
 def _layer_section(r: CollapseReport) -> Any:
     if "layers" not in r.frames: return None
     f = r.frames["layers"].filter(condition="none").filter(pl.col("context_length").is_in(_few(r.meta["settings"]["lengths"])))

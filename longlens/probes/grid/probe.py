@@ -41,7 +41,7 @@ KINDS: dict[str, dict[str, Any]] = {  # name -> arguments of needle_context
 def _check_threshold(threshold: float) -> None:
     if not 0 <= threshold <= 1: raise ValueError(f"threshold is {threshold}: scores are shares, so it is 0 to 1 (85.6 % is 0.856)")
 
-
+# %% ../../../nbs/probes/grid/01_probe.ipynb #9ec90fbd
 @dataclass(frozen=True)
 class GridSettings:
     """Settings of the probe"""
@@ -73,7 +73,7 @@ def cell_context(lm: LongModel, kind: str, n: int, depth: float, trial: int, s: 
     args = {"haystack": Haystack.generated(s.seed), **how, **KINDS[kind]}
     return needle_context(lm, n, depth, seed=f"{s.seed} {kind} {trial}", chat=s.chat or None, **args)
 
-
+# %% ../../../nbs/probes/grid/01_probe.ipynb #2757713d
 def _cells(lm: LongModel, s: GridSettings, remedies: Mapping[str, Remedy], how: Mapping[str, Any]) -> Iterator[Cell]:
     for kind in s.kinds:
         for n in s.lengths:
@@ -85,7 +85,7 @@ def _cells(lm: LongModel, s: GridSettings, remedies: Mapping[str, Remedy], how: 
                     axes = dict(kind=kind, context_length=n, depth_percent=float(depth), trial=trial, realised_depth=real, tokens=len(ctx))
                     for name, r in remedies.items(): yield Cell.of(ctx, r.condition, remedy=name, **axes)
 
-
+# %% ../../../nbs/probes/grid/01_probe.ipynb #3d0588fd
 def _once(values: Sequence[Any]) -> tuple[Any, ...]: return tuple(dict.fromkeys(values))  # a value that is said twice is one
 
 # %% ../../../nbs/probes/grid/01_probe.ipynb #2f13da3b
@@ -121,7 +121,7 @@ def _remedies(asked: Sequence[str] | Mapping[str, Remedy]) -> dict[str, Remedy]:
                          "lost_in_the_middle")
     return chosen
 
-
+# %% ../../../nbs/probes/grid/01_probe.ipynb #be75a7de
 def _settings(lm: LongModel, lengths: Any, depths: Any, max_new_tokens: int | None, metric: str, **rest: Any) -> GridSettings:
     """What was asked for, and where nothing was said, what suits the model."""
     tiny, most = lm.name == "needle-lm", min(16384, lm.max_length or 16384)

@@ -44,7 +44,7 @@ class GridReport(Report):
 # %% ../../../nbs/probes/grid/00_report.ipynb #4a220358
 def _reach(length: Any) -> str: return "none of the lengths" if length is None else f"{length:,.0f} tokens"
 
-
+# %% ../../../nbs/probes/grid/00_report.ipynb #8d906fd2
 def _said_kinds(r: GridReport) -> list[str]:
     out, f = [], r.frames["lengths"].filter(remedy="none")
     for kind in r.meta["settings"]["kinds"]:
@@ -55,7 +55,7 @@ def _said_kinds(r: GridReport) -> list[str]:
                    f"there): {_reach(e['effective_length'])}")
     return out
 
-
+# %% ../../../nbs/probes/grid/00_report.ipynb #a01044f5
 def _said_worst(r: GridReport) -> str:
     f = r.frames["grid"].filter(remedy="none")
     by = f.group_by("depth_percent").agg(pl.col("score").mean().round(6)).sort("score", "depth_percent")
@@ -63,7 +63,7 @@ def _said_worst(r: GridReport) -> str:
     if low["score"] == high["score"]: return ""
     return f"worst depth {low['depth_percent']:g} % ({low['score']:.2f}), best {high['depth_percent']:g} % ({high['score']:.2f})"
 
-
+# %% ../../../nbs/probes/grid/00_report.ipynb #63aac4fb
 def _said_help(r: GridReport) -> list[str]:
     f = r.frames["lengths"].group_by("remedy", maintain_order=True).agg(pl.col("score").mean())
     none = f.filter(remedy="none")["score"][0]
@@ -88,7 +88,7 @@ def _said(r: GridReport, title: str, key: str, charts: list[Any], table: pl.Data
     chart = charts[0] if len(charts) == 1 else arrange(charts, columns=columns)
     return Section(title, _GRID_EXPLAINED[key].format(**r.meta["settings"]), chart, table)
 
-
+# %% ../../../nbs/probes/grid/00_report.ipynb #1715e3d3
 def _grid_section(r: GridReport) -> Any:
     from longlens.charts.heatmaps import depth_map
     f, kinds = r.frames["answers"].filter(remedy="none"), r.meta["settings"]["kinds"]
@@ -96,7 +96,7 @@ def _grid_section(r: GridReport) -> Any:
     charts = [depth_map(f.filter(kind=k), "score", title=title(k), domain=(0, 1), unit="share") for k in kinds]
     return _said(r, "Needles found", "grid", charts, r.frames["grid"], 1 if len(charts) < 2 else 2)
 
-
+# %% ../../../nbs/probes/grid/00_report.ipynb #16f91ec7
 def _length_section(r: GridReport) -> Any:
     from longlens.charts.curves import position_curve
     f = r.frames["lengths"].filter(remedy="none")
@@ -134,7 +134,7 @@ def _real_section(r: GridReport) -> Any:
                          title="Where the needles really stood")
     return _said(r, "Realised depths", "real", [chart], f)
 
-
+# %% ../../../nbs/probes/grid/00_report.ipynb #f34f62c8
 def _head_section(r: GridReport) -> Any:
     from longlens.charts.common import head_map
     if "attention" not in r.frames: return None

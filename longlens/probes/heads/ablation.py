@@ -32,7 +32,7 @@ def perplexity(
     if len(ids) < 2: raise ValueError(f"perplexity needs 2 tokens or more, and the text has {len(ids)}")
     return math.exp(-lm.score(ids[:1], ids[1:]).mean)
 
-
+# %% ../../../nbs/probes/heads/02_ablation.ipynb #de880c4c
 def answer_quality(
     lm: LongModel,  # LongModel
     contexts: Sequence[Any],  # Context, each with a completion
@@ -59,7 +59,7 @@ def random_orders(
     rest = [(layer, h) for layer in range(n_layers) for h in range(n_heads) if (layer, h) not in set(best)]
     return [random.Random(f"{seed}-{i}").sample(rest, len(rest)) for i in range(n)]
 
-
+# %% ../../../nbs/probes/heads/02_ablation.ipynb #1f5cdeb4
 def _counts(counts: Sequence[int] | None, order: Heads, n_all: int) -> list[int]:
     "How many heads to silence: 0, 1, 2, 4, ... up to a quarter of all, unless said otherwise"
     most = min(len(order), n_all // 2)

@@ -50,7 +50,7 @@ class Gated(Intervention):
 # %% ../../../nbs/probes/heads/03_duo_gates.ipynb #735627b3
 Labelled = tuple[Tensor, Tensor]  # token ids (n,), positions of answer tokens (m,)
 
-
+# %% ../../../nbs/probes/heads/03_duo_gates.ipynb #fe0ed37e
 def fact_text(
     lm: LongModel,  # LongModel that knows the questions of needle-lm
     n_tokens: int,  # at most
@@ -67,7 +67,7 @@ def fact_text(
     t = lm.tokens(text)
     return t.ids, torch.tensor([i for a, b in answers for i in t.span(a, b)])
 
-
+# %% ../../../nbs/probes/heads/03_duo_gates.ipynb #95fb626c
 def _passkey_text(
     lm: LongModel,  # LongModel
     n_tokens: int,  # at most
@@ -93,7 +93,7 @@ class GateSettings:
         if self.steps < 5: raise ValueError(f"{self.steps} steps: a fifth of them are warm-up and a fifth decay, so 5 or more")
         if self.sink < 0 or self.recent < 1: raise ValueError(f"sink {self.sink} and recent {self.recent}: use 0 or more, and 1 or more")
 
-
+# %% ../../../nbs/probes/heads/03_duo_gates.ipynb #5c17ffa3
 def _rate_multiplier(
     step: int,  # from 0
     steps: int,  # in all
@@ -107,7 +107,7 @@ def _states(lm: LongModel, ids: Tensor, at: Tensor) -> Tensor:
     "Last hidden states in front of the answer tokens, (m, d_model)"
     return lm.hf.base_model(ids[None].to(lm.device), use_cache=False).last_hidden_state[0, at.to(lm.device) - 1].float()
 
-
+# %% ../../../nbs/probes/heads/03_duo_gates.ipynb #eea9a291
 def _gate_loss(
     lm: LongModel,  # LongModel
     gates: Tensor,  # (layers, kv_heads)
@@ -119,7 +119,7 @@ def _gate_loss(
     with intervene(lm, Gated(gates, settings.sink, settings.recent)): mixed = _states(lm, *text)
     return (full - mixed).square().mean(), settings.penalty * gates.abs().mean()
 
-
+# %% ../../../nbs/probes/heads/03_duo_gates.ipynb #6ba2b26f
 @contextmanager
 def _frozen(lm: LongModel) -> Any:
     "While open, no weight of the model asks for a gradient"
@@ -178,7 +178,7 @@ def duo_gates(
 def _gate_frame(gates: Tensor) -> pl.DataFrame:
     return pl.DataFrame([dict(layer=i, kv_head=h, gate=v) for i, row in enumerate(gates.tolist()) for h, v in enumerate(row)])
 
-
+# %% ../../../nbs/probes/heads/03_duo_gates.ipynb #7772eeda
 def _text_source(lm: LongModel, texts: Any, s: GateSettings) -> Callable[[int], Labelled]:
     "What text a step reads: of 50 lengths up to the model's own, if none are given"
     if callable(texts): return texts

@@ -51,7 +51,7 @@ def _parsed(path: Path, kind: str, parse: Callable[[str], Any], wrong: type[Exce
     if not isinstance(out, dict): raise ValueError(f"{path} holds a {type(out).__name__} where named entries were expected")
     return out
 
-
+# %% ../../../nbs/probes/heads/01_files.ipynb #49eea3d1
 def _json(path: Path) -> dict[str, Any]:
     return _parsed(path, "JSON", lambda text: json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number))
 
@@ -261,7 +261,7 @@ def _cell(text: str, where: str) -> float:
     try: return float(text)
     except ValueError: raise ValueError(f"{where}: {text!r:.40} is not a number") from None
 
-
+# %% ../../../nbs/probes/heads/01_files.ipynb #dcc70e9b
 def _tsv(path: Path) -> np.ndarray:
     "The gates of a file, (layers, kv_heads)"
     rows = [line.split("\t") for line in _text(path).splitlines() if line.strip()]
@@ -355,7 +355,7 @@ def _plain_yaml(text: str) -> Any:
     if isinstance(node, yaml.MappingNode): _unique([(str(key.value), None) for key, _ in node.value])
     return yaml.safe_load(text)
 
-
+# %% ../../../nbs/probes/heads/01_files.ipynb #ece935a6
 def _yaml(path: Path) -> dict[str, Any]:
     import yaml
     return _parsed(path, "YAML", _plain_yaml, yaml.YAMLError)

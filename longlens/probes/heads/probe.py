@@ -49,7 +49,7 @@ class HeadSettings:
         if self.mode not in ("teacher", "decode"): raise ValueError(f'mode is "teacher" or "decode", not {self.mode!r}')
         if not 0 < self.threshold: raise ValueError(f"threshold is {self.threshold}: it must be above 0")
 
-
+# %% ../../../nbs/probes/heads/05_probe.ipynb #969a0f4f
 def _defaults(lm: LongModel, given: dict[str, Any]) -> HeadSettings:
     "Settings where nothing was said: an eighth to all of the model's length (4,096 at most), ten depths; needle-lm's own wording"
     most = min(4096, lm.max_length or 4096)
@@ -75,7 +75,7 @@ def _grid_contexts(lm: LongModel, s: HeadSettings, haystack: Any) -> Iterator[tu
 def _stacked(trials: Sequence[Trial], name: str) -> Tensor:  # (trials, layers, heads)
     return torch.stack([getattr(t, name) for t in trials]).double()
 
-
+# %% ../../../nbs/probes/heads/05_probe.ipynb #a7cfb497
 def _trial_frame(
     contexts: Sequence[tuple[int, float, Any]],  # length and depth that were asked for, Context
     trials: Sequence[Trial],  # what came of them
@@ -96,7 +96,7 @@ def _scores_frame(
     if not kept: return pl.DataFrame(schema=dict(trial=pl.Int64, layer=pl.Int64, head=pl.Int64, score=pl.Float64))
     return tidy({"trial": kept, **_head_axes(lm)}, {"score": _stacked([trials[i] for i in kept], "retrieval_score").numpy()})
 
-
+# %% ../../../nbs/probes/heads/05_probe.ipynb #256b8373
 def _head_axes(lm: LongModel) -> dict[str, Sequence]:
     n_layers, n_heads, _ = head_sizes(lm)
     return {"layer": range(n_layers), "head": range(n_heads)}
@@ -148,7 +148,7 @@ def _rank_agreement(
     best = [set(x.flatten().topk(top).indices.tolist()) for x in (a, b)]
     return float("nan") if rho is None else float(rho), len(best[0] & best[1]) / top
 
-
+# %% ../../../nbs/probes/heads/05_probe.ipynb #46a9d232
 def _stability_frame(
     trials: Sequence[Trial],  # those that count
     top: int,  # how many of the best heads are compared
@@ -169,7 +169,7 @@ def _qr(lm: LongModel, s: HeadSettings, progress: bool) -> dict[str, Tensor]:
     pairs, gold = _qr_examples(lm, wording=s.wording, seed=s.seed)
     return {"qr_score": qr_scores(lm, pairs, gold)}
 
-
+# %% ../../../nbs/probes/heads/05_probe.ipynb #4aeea9cf
 def _gates(lm: LongModel, s: HeadSettings, progress: bool) -> dict[str, Tensor]:
     if lm.name == "needle-lm":  # a minute's run for a model of this size
         short = GateSettings(steps=80, lr=.05, penalty=3.0, sink=16, recent=64)
@@ -178,7 +178,7 @@ def _gates(lm: LongModel, s: HeadSettings, progress: bool) -> dict[str, Tensor]:
     n_heads = head_sizes(lm)[1]
     return {"gate": fit.array.repeat_interleave(n_heads // fit.array.shape[1], 1)}
 
-
+# %% ../../../nbs/probes/heads/05_probe.ipynb #f5d715b6
 METHODS: dict[str, Callable[[Any, HeadSettings, bool], dict[str, Tensor]]] = {
     "patterns": lambda lm, s, progress: pattern_scores(lm, seed=s.seed),  # induction, previous_token
     "qr": _qr,  # qr_score
@@ -208,7 +208,7 @@ def _qr_examples(
         gold.append([at])
     return pairs, gold
 
-
+# %% ../../../nbs/probes/heads/05_probe.ipynb #51040ec1
 def _characters(ctx: Any, span: str) -> slice:
     "Where a span stands in the text"
     s = ctx.spans[span]
@@ -299,7 +299,7 @@ def _cells(lm: LongModel, contexts: Sequence[Any] | None, given: dict[str, Any],
     asked = {"lengths": sorted({n for n, *_ in cells}), "depths": sorted({d for _, d, _ in cells})}
     return _defaults(lm, given | asked), cells
 
-
+# %% ../../../nbs/probes/heads/05_probe.ipynb #84449360
 def _assemble(lm: LongModel, s: HeadSettings, cells: list, done: list[Trial], methods: Sequence[str], progress: bool) -> HeadReport:
     "Frames and metadata without the ablation"
     counted = [t for t in done if t.kept or s.keep_all]

@@ -64,21 +64,21 @@ def _said_found(r: HeadReport) -> str:
     return (f"{said}; {len(r.found)} of {len(r.frames['heads'])} heads are retrieval heads (score {s['threshold']:g} or more); strongest: "
             f"layer {top['layer']}, head {top['head']}, {top['retrieval_score']:.3f} ± {top['standard_error']:.3f}")
 
-
+# %% ../../../nbs/probes/heads/04_report.ipynb #754bf974
 def _said_share(r: HeadReport) -> str:
     x = r.frames["heads"]["retrieval_score"].drop_nans()
     if not len(x): return ""
     parts = [(x == 0).mean(), ((x > 0) & (x < .1)).mean(), ((x >= .1) & (x < .5)).mean(), (x >= .5).mean()]
     return "share of heads with score 0 / below 0.1 / below 0.5 / 0.5 and more: " + " / ".join(f"{100 * p:.1f} %" for p in parts)
 
-
+# %% ../../../nbs/probes/heads/04_report.ipynb #1c5a24b6
 def _said_sure(r: HeadReport) -> str:
     f = r.frames["stability"]
     if f.is_empty(): return ""
     return (f"two halves of the trials rank the heads alike: Spearman {f['spearman'].mean():.2f} (mean of {len(f)} splits), "
             f"{100 * f['overlap'].mean():.0f} % of the top {f['top'][0]} in both")
 
-
+# %% ../../../nbs/probes/heads/04_report.ipynb #f0291071
 def _said_kind(r: HeadReport) -> str:
     f = r.frames["heads"]
     if "induction" not in f.columns or not r.found: return ""
@@ -88,7 +88,7 @@ def _said_kind(r: HeadReport) -> str:
     return (f"in repeated tokens retrieval heads put {100 * mine['induction'].mean():.0f} % of their attention on the induction target "
             f"(all heads: {100 * f['induction'].mean():.0f} %); rank correlation of the score with others: {', '.join(others)}")
 
-
+# %% ../../../nbs/probes/heads/04_report.ipynb #2fc6e0c7
 def _said_proof(r: HeadReport) -> str:
     if "ablation" not in r.frames: return ""
     f = r.frames["ablation"]
@@ -112,13 +112,13 @@ _HEADS_EXPLAINED = {
              "whole answer stays the model's first choice; the control is the perplexity of ordinary text.",
 }
 
-
+# %% ../../../nbs/probes/heads/04_report.ipynb #6634d4fc
 def _page_section(title: str, key: str, charts: list[Any], table: pl.DataFrame, **said: Any) -> Any:
     from longlens.charts.common import arrange
     from longlens.charts.page import Section
     return Section(title, _HEADS_EXPLAINED[key].format(**said), arrange(charts, columns=1) if len(charts) > 1 else charts[0], table)
 
-
+# %% ../../../nbs/probes/heads/04_report.ipynb #cf7eed5e
 def _map_section(r: HeadReport) -> Any:
     from longlens.charts.common import head_map
     if not r.meta["counted"]: return None
@@ -128,7 +128,7 @@ def _map_section(r: HeadReport) -> Any:
                      unit="share")
     return _page_section("Retrieval heads", "map", [chart], f.sort("retrieval_score", descending=True))
 
-
+# %% ../../../nbs/probes/heads/04_report.ipynb #70deb570
 def _bars_section(r: HeadReport) -> Any:
     from longlens.charts.common import bars
     if not r.meta["counted"]: return None
@@ -151,7 +151,7 @@ def _depth_section(r: HeadReport) -> Any:
                       name="retrieval score")
     return _page_section("Where the strongest head works", "depth", [chart], r.frames["trials"])
 
-
+# %% ../../../nbs/probes/heads/04_report.ipynb #a760505c
 def _views_section(r: HeadReport) -> Any:
     from longlens.charts.common import head_map
     f = r.frames["heads"]
@@ -160,7 +160,7 @@ def _views_section(r: HeadReport) -> Any:
     charts = [head_map(f, v, title=_VIEW_TITLES[v], unit="" if v == "qr_score" else "share") for v in names]
     return _page_section("Other views of the same heads", "views", charts, r.frames["agreement"])
 
-
+# %% ../../../nbs/probes/heads/04_report.ipynb #46bed44d
 def _proof_section(r: HeadReport) -> Any:
     from longlens.charts.heatmaps import count_curve
     if "ablation" not in r.frames: return None

@@ -115,7 +115,7 @@ def decoded(
             if not going: break
     return [(torch.tensor(s), _looked(seen, i, len(s))) for i, s in enumerate(said)]
 
-
+# %% ../../../nbs/probes/heads/00_scores.ipynb #94a54983
 def _looked(seen: Any, sample: int, steps: int) -> Tensor:
     "Where each head looked most at each of the first steps, (layers, heads, steps)"
     layers = [[(q, pos) for b, q, pos, _ in state["rows"] if first + b == sample] for first, _, state in seen._parts("rows")]
@@ -140,7 +140,7 @@ class Watch(Task):
         done = _teacher_forced(lm, cells, start) if self.mode == "teacher" else decoded(lm, cells, start, self.max_new_tokens)
         return [{"said": tidy({"step": range(len(s))}, {"token": s.numpy()}), "looked": _looked_table(at)} for s, at in done]
 
-
+# %% ../../../nbs/probes/heads/00_scores.ipynb #6570a645
 def _looked_table(at: Tensor) -> pl.DataFrame:
     layers, heads, steps = map(range, at.shape)
     return tidy({"layer": layers, "head": heads, "step": steps}, {"position": at.numpy()})
@@ -148,7 +148,7 @@ def _looked_table(at: Tensor) -> pl.DataFrame:
 # %% ../../../nbs/probes/heads/00_scores.ipynb #9d550015
 def _text(lm: LongModel, ids: Tensor) -> str: return lm.decode(ids) if lm.tokenizer is not None else " ".join(map(str, ids.tolist()))
 
-
+# %% ../../../nbs/probes/heads/00_scores.ipynb #8fbe6291
 def _as_trial(
     lm: LongModel,  # LongModel
     ctx: Any,  # Context: spans with "needle"
@@ -226,7 +226,7 @@ def _query_attention(
     with capture(lm, Received(queries=query)) as seen: before.extend(ctx.tokens.ids[query.start:])
     return torch.cat(seen.tensors("received", "received"), 1)[:, 0] / len(query), before
 
-
+# %% ../../../nbs/probes/heads/00_scores.ipynb #d1495e85
 def _document_scores(
     tokens: Tensor,  # calibrated attention, (layers, heads, n)
     documents: Sequence[range],  # token positions of each
@@ -249,7 +249,7 @@ def qr_scores(
     if not pairs: raise ValueError("qr_scores needs examples: pairs of contexts, with the query and with the null query")
     return torch.stack([one[..., list(g)].sum(-1) for one, g in zip(_calibrated(lm, pairs), gold, strict=True)]).mean(0)
 
-
+# %% ../../../nbs/probes/heads/00_scores.ipynb #2216189e
 def _calibrated(lm: LongModel, pairs: Sequence[tuple[Any, Any]]) -> Iterator[Tensor]:
     for ctx, null in pairs:
         names = sorted((n for n in ctx.spans if re.fullmatch(r"document_\d+", n)), key=lambda n: int(n.split("_")[1]))

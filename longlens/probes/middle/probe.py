@@ -64,7 +64,7 @@ def _from_file(path: Path, limit: int | None) -> list[Item]:
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f: first = f.readline()
     return list((read_key_values if '"ordered_kv_records"' in first else read_questions)(path, limit))
 
-
+# %% ../../../nbs/probes/middle/01_probe.ipynb #2af8cfde
 def _made(lm: LongModel, task: str, n: int, count: int, seed: int) -> list[Item]:
     """Questions that need no file."""
     if task == "documents": return list(fact_questions(count, n, seed=seed))
@@ -93,7 +93,7 @@ def get_items(
     if isinstance(items[0], KeyValue): return [_shortened(i, n) for i in items if isinstance(i, KeyValue)]
     return _filled_up([i for i in items if isinstance(i, Question)], n, task, seed)
 
-
+# %% ../../../nbs/probes/middle/01_probe.ipynb #3541961f
 def _filled_up(some: list[Question], n: int | None, task: Any, seed: int) -> list[Item]:
     """Questions with n documents each; those they lack come from all that there are: asking more questions changes none of them."""
     size = n or _own_size(some)
@@ -108,7 +108,7 @@ def _own_size(items: Sequence[Question]) -> int:
     if len(sizes) > 1: raise ValueError(f"these questions have {min(sizes)} to {max(sizes)} documents: say how many with n=")
     return sizes.pop() if sizes != {1} else 20  # a file of gold documents only: as many as the paper
 
-
+# %% ../../../nbs/probes/middle/01_probe.ipynb #fa5bda52
 def _shortened(item: KeyValue, n: int | None) -> KeyValue:
     """The first n pairs, the one that is asked for among them."""
     if n is None or n == len(item.records): return item
@@ -160,14 +160,14 @@ def question_cell(lm: LongModel, item: Item, number: int, gold: int, variant: st
     return Cell.of(ctx, what.condition, question=number, variant=variant, remedy=name, gold_index=gold, placed_index=at,
                    depth_percent=depth, context_length=len(ctx))
 
-
+# %% ../../../nbs/probes/middle/01_probe.ipynb #dcdbd302
 def _cells(lm: LongModel, items: Sequence[Item], s: MiddleSettings, remedies: Mapping[str, Remedy], allow_longer: bool | None) -> Iterator[Cell]:
     for number, item in enumerate(items):
         for variant in s.variants:
             for remedy in remedies.items():
                 for gold in s.positions: yield question_cell(lm, item, number, gold, variant, remedy, s, allow_longer)
 
-
+# %% ../../../nbs/probes/middle/01_probe.ipynb #acff1962
 def _baselines(lm: LongModel, items: Sequence[Item], s: MiddleSettings, allow_longer: bool | None) -> Iterator[Cell]:
     """Every question without documents, and with the right one only."""
     for number, item in enumerate(items):
@@ -185,7 +185,7 @@ def _scored(answers: pl.DataFrame, cells: Sequence[Cell], metric: str) -> pl.Dat
     scores = [METRICS[metric](said, a) for said, a in zip(answers["said"], right, strict=True)]
     return answers.with_columns(score=pl.Series(scores, dtype=pl.Float64), answers=pl.Series([" | ".join(a) for a in right]))
 
-
+# %% ../../../nbs/probes/middle/01_probe.ipynb #f73a517a
 def top_heads(
     heads: pl.DataFrame,  # layer, head, mass, for every cell
     share: float = 0.05,  # of all heads
@@ -204,7 +204,7 @@ def _with_attention(answers: pl.DataFrame, spans: pl.DataFrame, heads: pl.DataFr
     for f in (gold, total, most): answers = answers.join(f, on="cell", how="left", maintain_order="left")
     return answers.with_columns(gold_share=pl.col("gold_attention") / pl.col("documents_attention"))
 
-
+# %% ../../../nbs/probes/middle/01_probe.ipynb #a1321133
 def score_interval(
     scores: pl.Series,  # one for each question, 0 to 1
     seed: int = 0,  # of the draws
@@ -308,7 +308,7 @@ def longer(
     try: yield
     finally: lm.allow_longer = before
 
-
+# %% ../../../nbs/probes/middle/01_probe.ipynb #d0225bfc
 def check_metric(
     metric: str,  # one of METRICS
     cells: Sequence[Cell],  # with their right answers
@@ -364,7 +364,7 @@ def _assemble(lm: LongModel, s: MiddleSettings, cells: Sequence[Cell], done: Any
             "dtype": str(lm.dtype), "device": str(lm.device)}
     return MiddleReport(frames, meta)
 
-
+# %% ../../../nbs/probes/middle/01_probe.ipynb #7b6f7e2d
 def _documents(spans: pl.DataFrame) -> pl.DataFrame:
     """Documents or pairs with their numbers; the right one is among them, so its other name, gold, is left out."""
     return spans.with_columns(document=pl.col("span").str.extract(r"_(\d+)$").cast(pl.Int64)).drop_nulls("document")
@@ -374,7 +374,7 @@ def _mean_mass(f: pl.DataFrame, by: list[str]) -> pl.DataFrame:
     """Mean attention mass over questions."""
     return f.filter(pl.col("gold_index").is_not_null()).group_by(by, maintain_order=True).agg(pl.col("mass").mean())
 
-
+# %% ../../../nbs/probes/middle/01_probe.ipynb #bbcacd7c
 def _baseline_frame(alone: pl.DataFrame, seed: int) -> pl.DataFrame:
     """Scores without documents, and with the right one only."""
     rows = []

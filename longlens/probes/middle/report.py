@@ -46,7 +46,7 @@ def _what(r: MiddleReport) -> str:
     """What stands at the positions."""
     return str(r.meta["settings"]["what"])
 
-
+# %% ../../../nbs/probes/middle/00_report.ipynb #708d9b99
 def _at(gold_index: int, r: MiddleReport) -> str: return f"position {gold_index + 1:,} of {r.meta['settings']['n']:,}"
 
 
@@ -69,7 +69,7 @@ def _said_scores(r: MiddleReport) -> str:
     if f["score"].n_unique() == 1: return f"{said}, the same at each"
     return f"{said}; worst at {_at(worst['gold_index'], r)}: {worst['score']:.2f} ({worst['lower']:.2f} to {worst['upper']:.2f})"
 
-
+# %% ../../../nbs/probes/middle/00_report.ipynb #54cc33f6
 def _said_shape(r: MiddleReport) -> str:
     if "indices" not in r.frames: return ""
     if _plain(r)["score"].max() == 0: return _said_nothing(r)
@@ -80,7 +80,7 @@ def _said_shape(r: MiddleReport) -> str:
     return (f"{ends} against middle: {u['value']:+.3f} ({_spread(u)}): {_shape(u, first, last)}; first {first['value']:+.3f}, last "
             f"{last['value']:+.3f} against the middle")
 
-
+# %% ../../../nbs/probes/middle/00_report.ipynb #5d4d7e8f
 def _said_nothing(r: MiddleReport) -> str:
     """Why places cannot be compared: no answer was right at any of them."""
     alone = r.frames["baselines"].filter(setting="oracle")["score"].to_list() if "baselines" in r.frames else []
@@ -95,7 +95,7 @@ def _shape(u: dict[str, Any], first: dict[str, Any], last: dict[str, Any]) -> st
     said = {(True, True): "better at both ends", (True, False): "better at the beginning", (False, True): "better at the end"}
     return said.get((first["lower"] > 0, last["lower"] > 0), "better at the ends")
 
-
+# %% ../../../nbs/probes/middle/00_report.ipynb #e2cbc3ee
 def _said_attention(r: MiddleReport) -> str:
     f = _plain(r).drop_nulls("top_attention").sort("top_attention", "gold_index")
     if f.is_empty(): return ""
@@ -106,7 +106,7 @@ def _said_attention(r: MiddleReport) -> str:
     if len(f) == 1 or least == most: return f"{who} give it {most} of their attention" + ", wherever it stands" * (len(f) > 1)
     return f"{who} give it {least} of their attention at position {low['gold_index'] + 1} and {most} at position {high['gold_index'] + 1}"
 
-
+# %% ../../../nbs/probes/middle/00_report.ipynb #bfcb85ac
 def _said_remedies(r: MiddleReport) -> list[str]:
     f = r.frames["effects"].filter(variant=r.meta["settings"]["variants"][0], measure="score").filter(pl.col("remedy") != "none")
     return [f"with {x['remedy']}: {x['mean']:.2f} right, {x['difference']:+.3f} ({_spread(x)})"
@@ -121,7 +121,7 @@ def said_cut(
     cut = f.filter(ended="positions").height if "ended" in f.columns else 0
     return f"{cut:,} of {len(f):,} answers were cut off where the model's positions end: take shorter contexts" if cut else ""
 
-
+# %% ../../../nbs/probes/middle/00_report.ipynb #a913a625
 def said_cost(
     r: Report,  # with tokens and tokens_naive
 ) -> str:
@@ -145,7 +145,7 @@ _MIDDLE_EXPLAINED = {
     "documents": "Where the answer looks when the right one stands at each position: mean attention to every one of the {what}.",
 }
 
-
+# %% ../../../nbs/probes/middle/00_report.ipynb #7f362414
 def _section(r: MiddleReport, title: str, key: str, chart: Any, table: pl.DataFrame) -> Any:
     from longlens.charts.page import Section
     s = r.meta["settings"]
@@ -162,7 +162,7 @@ def _baseline_lines(r: MiddleReport, value: str) -> dict[str, float]:
     names = {"closed_book": "closed book", "oracle": "right document only"}
     return {names[k]: v for k, v in r.frames["baselines"].select("setting", value).iter_rows()}
 
-
+# %% ../../../nbs/probes/middle/00_report.ipynb #a339be0d
 def _curve_section(r: MiddleReport) -> Any:
     from longlens.charts.curves import position_curve
     f = _ranked(_plain(r))
@@ -180,7 +180,7 @@ def _logprob_section(r: MiddleReport) -> Any:
                            unit="nats", name="log-probability", lines=_baseline_lines(r, "logprob"))
     return _section(r, "How sure of the right answer", "logprob", chart, r.frames.get("indices", f))
 
-
+# %% ../../../nbs/probes/middle/00_report.ipynb #ebf177ff
 def _variant_section(r: MiddleReport) -> Any:
     from longlens.charts.curves import position_curve
     f = _ranked(r.frames["curve"].filter(remedy="none"))
@@ -220,7 +220,7 @@ def _remedy_section(r: MiddleReport) -> Any:
                            domain=(0, 1))
     return _section(r, "Remedies", "remedies", arrange([dots, lines], columns=1), r.frames["effects"])
 
-
+# %% ../../../nbs/probes/middle/00_report.ipynb #40813f80
 def _documents_section(r: MiddleReport) -> Any:
     from longlens.charts.documents import looking_map
     f = _plain(r, "documents")

@@ -61,7 +61,7 @@ def _front(lm: LongModel) -> list[int]:
         if ids[i:i + len(plain)] == plain: return list(ids[:i])
     return []
 
-
+# %% ../../../nbs/probes/sinks/00_frames.ipynb #2c2d99a1
 def _windows(ids: Tensor, front: list[int], room: int) -> list[Tensor]:
     "A text, without the tokens that stand in front of it, in consecutive stretches of `room` tokens"
     if ids[:len(front)].tolist() == front: ids = ids[len(front):]
@@ -107,7 +107,7 @@ def mean_received(
     rows = torch.cat(seen.tensors("received", "seen"), 1)[:, :, None]
     return torch.where(rows > 0, received / rows.clamp_min(1), torch.nan)
 
-
+# %% ../../../nbs/probes/sinks/00_frames.ipynb #4281c0f6
 def metric_frame(
     lm: LongModel,  # LongModel
     sequences: dict[str, Tensor],  # kind -> token ids, (sequences, T)
@@ -137,7 +137,7 @@ def _statistics(n: int, settings: SinkSettings) -> list[Statistic]:
     by_length = [replace(s, bins=edges, label=f"{s.name}_by_length") for s in means]
     return [*means, *by_length, Received(), ValueNorm(), ResidualNorm(), MassiveActivations()]
 
-
+# %% ../../../nbs/probes/sinks/00_frames.ipynb #0663a1dc
 def _measure_text(
     lm: LongModel,  # LongModel
     tokens: Any,  # Tokens of one text
@@ -154,7 +154,7 @@ def judged(
     "How many positions enough queries come after: all but the last 64, or the last half of a short text"
     return n - min(64, n // 2)
 
-
+# %% ../../../nbs/probes/sinks/00_frames.ipynb #ee4de57a
 def _tokens_frame(
     alpha: Tensor,  # (layers, heads, n)
     strings: Sequence[str],  # the tokens of the text
@@ -180,7 +180,7 @@ def _joined(seen: Capture, names: Sequence[str], keys: Sequence[str]) -> pl.Data
     for f in others: first = first.join(f, on=keys)
     return first.sort(keys)
 
-
+# %% ../../../nbs/probes/sinks/00_frames.ipynb #3e459689
 def heads_frame(
     seen: Capture,  # of one text
     alpha: Tensor,  # (layers, heads, n)
@@ -199,7 +199,7 @@ def _lengths_frame(
     "The same means by context length: the queries that see about that many tokens"
     return _joined(seen, [f"{name}_by_length" for name in _MEANS], ["layer", "head", "context_length"])
 
-
+# %% ../../../nbs/probes/sinks/00_frames.ipynb #4d1df72a
 def _positions_frame(
     alpha: Tensor,  # mean attention received, (layers, heads, n)
     received: Tensor,  # its sum over the queries, (layers, heads, n)
@@ -254,7 +254,7 @@ def _all_layers(seen: Capture, name: str, key: str) -> Tensor:
     "The tensor of a statistic for the one text of a capture, (layers, ...)"
     return torch.cat(seen.tensors(name, key), 1)[:, 0]
 
-
+# %% ../../../nbs/probes/sinks/00_frames.ipynb #5b48a0c8
 def text_frames(
     lm: LongModel,  # LongModel
     tokens: Any,  # Tokens of one text

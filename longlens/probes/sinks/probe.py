@@ -29,7 +29,7 @@ def _texts(lm: LongModel, texts: Any) -> list[Any]:
         if len(t) < 2: raise ValueError(f"text {i} has {len(t)} token: attention to earlier tokens needs 2 or more")
     return tokens
 
-
+# %% ../../../nbs/probes/sinks/02_probe.ipynb #d7cc135f
 def _steps(lm: LongModel, tokens: list[Any], settings: SinkSettings) -> Iterator[tuple[str, dict[str, pl.DataFrame]]]:
     "What is done, step by step: a name for the progress bar, and the tables"
     kinds = {"natural": natural_sequences(lm, tokens, settings)} | made_sequences(lm, settings)
@@ -39,7 +39,7 @@ def _steps(lm: LongModel, tokens: list[Any], settings: SinkSettings) -> Iterator
         for f in frames.values(): f.insert_column(0, pl.Series("sample", [i] * len(f)))
         yield f"text {i} ({len(t):,} tokens)", frames
 
-
+# %% ../../../nbs/probes/sinks/02_probe.ipynb #7f996d2d
 def _what_was_run(lm: LongModel, tokens: list[Any], settings: SinkSettings) -> dict[str, Any]:
     return {"model": lm.name, "lengths": [len(t) for t in tokens], "settings": vars(settings), "dtype": str(lm.dtype),
             "device": str(lm.device), "layers": lm.n_layers, "heads": lm.n_heads, "kv_heads": lm.n_kv_heads,

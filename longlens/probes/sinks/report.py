@@ -36,7 +36,7 @@ class SinkReport(Report):
         single = [make(self).chart for make in (_heads_section, _tokens_section, _metric_section)]
         return arrange([*single[:2], *_length_charts(self), single[2]], columns=1)
 
-
+# %% ../../../nbs/probes/sinks/01_report.ipynb #7e934196
 def _mean_heads(report: SinkReport) -> pl.DataFrame:
     return report.frames["heads"].group_by("layer", "head").mean().sort("layer", "head")
 
@@ -48,7 +48,7 @@ def _said_heads(r: SinkReport) -> str:
     return (f"{count} of {len(h)} heads {'have' if count != 1 else 'has'} a sink at the first token over {n:,} tokens (alpha > {eps}); "
             f"strongest: layer {top['layer']}, head {top['head']}, alpha {top['alpha_first']:.2f}")
 
-
+# %% ../../../nbs/probes/sinks/01_report.ipynb #25d05736
 def _said_metric(r: SinkReport) -> str:
     m = r.frames["metric"].filter(k=1)
     rates = ", ".join(f"{kind} {rate:.1f} %" for kind, rate in m.select("kind", "sink_rate").rows())
@@ -63,7 +63,7 @@ def _said_tokens(r: SinkReport) -> str:
     said = [f"{x['token']!r} at position {x['position']:,} in {plural(x['heads'])}" for x in t.head(4).rows(named=True)]
     return "sink tokens: " + "; ".join(said)
 
-
+# %% ../../../nbs/probes/sinks/01_report.ipynb #46da9565
 def _said_shape(r: SinkReport) -> str:
     h, n, first = _mean_heads(r), max(r.meta["lengths"]), r.meta["settings"]["first"]
     learned = f", the learned sinks {100 * h['learned_sink'].mean():.0f} %" if h["learned_sink"].max() > 1e-6 else ""
@@ -78,7 +78,7 @@ def _said_why(r: SinkReport) -> str:
     return (f"largest activation: {abs(top['value']):,.1f} at {top['token']!r} (layer {top['layer']}, dimension {top['dim']}), "
             f"{top['ratio']:,.0f} times the median, {verdict} by the published criterion; {_said_values(r)}")
 
-
+# %% ../../../nbs/probes/sinks/01_report.ipynb #91601cfb
 def _said_values(r: SinkReport) -> str:
     "How long the value vectors of sinks are where they are attended to, and in the other KV heads"
     f = r.frames["values"].group_by("layer", "kv_head").agg(pl.col("heads").max(), pl.col("own_ratio", "ratio").mean())  # over texts
@@ -121,7 +121,7 @@ def _heads_section(r: SinkReport) -> Any:
                      threshold=r.meta["settings"]["epsilon"], name="attention on the first token", unit="share")
     return _section(r, "Which heads have a sink", "heads", [chart], h)
 
-
+# %% ../../../nbs/probes/sinks/01_report.ipynb #54bb82ec
 def _tokens_section(r: SinkReport) -> Any:
     from longlens.charts.common import position_profile
     last = pl.col("sample").replace_strict({i: judged(n) for i, n in enumerate(r.meta["lengths"])})
@@ -141,7 +141,7 @@ def _length_charts(r: SinkReport) -> list[Any]:
 def _lengths_section(r: SinkReport) -> Any:
     return _section(r, "How it changes with context length", "lengths", _length_charts(r), r.frames["lengths"])
 
-
+# %% ../../../nbs/probes/sinks/01_report.ipynb #c6133422
 def _reach_section(r: SinkReport) -> Any:
     from longlens.charts.common import head_map
     h = _mean_heads(r)
@@ -156,7 +156,7 @@ def _metric_section(r: SinkReport) -> Any:
     chart = bars(m, "kind", "sink_rate", title=f"Heads with a sink at the first token, T = {m['T'][0]}", unit="%")
     return _section(r, "The published metric", "metric", [chart], r.frames["metric"])
 
-
+# %% ../../../nbs/probes/sinks/01_report.ipynb #67b6439f
 def _value_lengths(values: pl.DataFrame) -> pl.DataFrame:
     "layer, vectors, norm: sinks where they are attended to and elsewhere, and the median token"
     held = pl.col("heads") > 0
@@ -164,7 +164,7 @@ def _value_lengths(values: pl.DataFrame) -> pl.DataFrame:
              "sinks, in other heads": (values.filter(~held), "sink_norm"), "other tokens": (values, "median_norm")}
     return pl.concat([f.select("layer", vectors=pl.lit(name), norm=column) for name, (f, column) in parts.items()])
 
-
+# %% ../../../nbs/probes/sinks/01_report.ipynb #1ef99641
 def _why_section(r: SinkReport) -> Any:
     from longlens.charts.common import layer_profile
     size = r.frames["massive"].filter(rank=1).with_columns(largest=pl.col("value").abs())

@@ -134,7 +134,7 @@ def _inside(job: TraceJob, prompt: TracePrompt, doing: str = "subsets") -> Trace
 
 def _plus(a: TraceCost, b: TraceCost) -> TraceCost: return TraceCost(a.evaluations + b.evaluations, a.tokens + b.tokens)
 
-
+# %% ../../../nbs/probes/traceback/07_coarse_to_fine.ipynb #320b0c5a
 def _over(tracer: Tracer, job: TraceJob, spent: int) -> str | None:
     """What to say where a level is not scored, because it takes more than is left of the budget."""
     if job.budget is None or (cost := tracer.cost(job)).tokens <= (left := job.budget - spent): return None

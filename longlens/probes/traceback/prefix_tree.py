@@ -42,7 +42,7 @@ class _Branch:
     leaves: tuple[int, ...]  # numbers of subsets
     one: int  # a subset that begins so
 
-
+# %% ../../../nbs/probes/traceback/02_prefix_tree.ipynb #0d1732a2
 def common_start(a: np.ndarray, b: np.ndarray) -> int:
     """How many entries two rows begin with in common."""
     n = min(len(a), len(b))
@@ -163,7 +163,7 @@ class SegmentBits:
         kept[np.repeat(np.arange(len(self.size)), self.size)[at]] = True
         return np.packbits(kept)[None]
 
-
+# %% ../../../nbs/probes/traceback/02_prefix_tree.ipynb #8bf81121
 def _owned(masks: np.ndarray, whose: np.ndarray) -> np.ndarray:
     """Which segments are there when some sources are: those of no source (-1) always."""
     return masks[:, whose] | (whose < 0)
@@ -200,7 +200,7 @@ def first_alike(
         if out[i] == i: known.append(i)
     return out
 
-
+# %% ../../../nbs/probes/traceback/02_prefix_tree.ipynb #1f104bcf
 def _same(prompt: TracePrompt, ids: np.ndarray, a: np.ndarray, b: np.ndarray) -> bool:
     if np.array_equal(a, b): return True
     return np.array_equal(*(ids[np.append(m, True)[prompt.owner]] for m in (a, b)))

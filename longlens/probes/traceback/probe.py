@@ -51,7 +51,7 @@ LARGE_COST = 1_000_000  # tokens through the model: a few minutes of needle-lm o
 class LargeTrace(UserWarning):
     """What is about to run takes long"""
 
-
+# %% ../../../nbs/probes/traceback/06_probe.ipynb #4f9051dd
 def _say_large(
     tracer: Tracer,
     job: TraceJob,  # with a model and a prompt
@@ -110,7 +110,7 @@ def _answer_values(job: TraceJob) -> tuple[np.ndarray, ScoreCosts]:
                          "source can have made it say that: give an answer that it can say, or trace another part of it (answer_span=)")
     return values, scorer.costs
 
-
+# %% ../../../nbs/probes/traceback/06_probe.ipynb #de5a8b40
 def _costs(stage: str, c: ScoreCosts) -> dict[str, Any]:
     return {"stage": stage, "evaluations": c.evaluations, "asked": c.asked, "tokens": c.tokens, "plain_tokens": c.plain_tokens,
             "seconds": c.seconds}
@@ -157,7 +157,7 @@ def _check_numbers(k: int, seed: int) -> None:
     if k < 1: raise ValueError(f"k is {k}: one source or more")
     if seed < 0: raise ValueError(f"seed is {seed}: 0 or more")
 
-
+# %% ../../../nbs/probes/traceback/06_probe.ipynb #6e2eafe2
 def _traced_prompt(lm: LongModel, context: Any, question: str, answer: Any, span: Any, said: dict[str, Any], put: dict[str, Any]) -> TracePrompt:
     """The prompt that is meant: one that is ready, or what becomes of a context and a question."""
     if isinstance(context, TracePrompt): return context

@@ -83,7 +83,7 @@ def answer_limits(
     tiny = lm.name == "needle-lm"
     return max_new_tokens or (32 if tiny else 100), ((".", "\n") if tiny else ()) if stop is None else tuple(stop_texts(stop))
 
-
+# %% ../../../nbs/probes/traceback/01_prompts.ipynb #c83181d4
 def unwritten(
     lm: LongModel,  # LongModel
     max_new_tokens: int | None = None,  # that the answer may have
@@ -127,7 +127,7 @@ def _answered(lm: LongModel, prompt: Tokens, answer: str | Tokens | TokenIds, ch
     if glued and not chat and _spaced(answer[0]): answer = " " + answer
     return _going_on(lm, prompt.text or "", answer)
 
-
+# %% ../../../nbs/probes/traceback/01_prompts.ipynb #bba955cd
 def _spaced(char: str) -> bool:
     """Does a word that begins so have a space before it?"""
     from unicodedata import east_asian_width
@@ -140,7 +140,7 @@ def _plain_sources(context: Any, by: Any, size: int | None, sep: str = "") -> So
     _one_token(size)
     return replace(cut_context(context, "documents", None, sep), by="tokens")
 
-
+# %% ../../../nbs/probes/traceback/01_prompts.ipynb #9dfb738e
 def _one_token(size: int | None) -> None:
     if size in (None, 1): return
     raise ValueError(f"size is {size!r}, and by='tokens' makes a source of each token: leave size out, or cut by words")

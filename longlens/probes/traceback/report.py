@@ -104,7 +104,7 @@ def _trace_sections(r: Trace) -> list[Any]:
     return [_shaded(r, text), Section("The strongest passages", text, r.chart(), r.top()), *_finest(r), *_own_tables(r),
             Section("The answer", answer, table=r.frames["answer"]), Section("What it cost", costs, table=r.frames["costs"])]
 
-
+# %% ../../../nbs/probes/traceback/05_report.ipynb #0b0576f3
 def _shaded(r: Trace, text: str) -> Any:
     """The whole context, its sources shaded by score, and the answer with the traced part."""
     from longlens.charts.sources import READING, trace_section
@@ -120,7 +120,7 @@ def _shaded(r: Trace, text: str) -> Any:
 def _levels(r: Trace) -> pl.DataFrame:    # those after the first; empty where there are none
     return r.frames["levels"].filter(pl.col("level") > 0) if "levels" in r.frames else pl.DataFrame()
 
-
+# %% ../../../nbs/probes/traceback/05_report.ipynb #84df3b06
 def _finer_sources(
     r: Trace,
     k: int = 5,  # of each level
@@ -180,7 +180,7 @@ def excerpt(
     from longlens.text import visible
     return visible(" ".join(text[: 4 * limit].split()), limit)
 
-
+# %% ../../../nbs/probes/traceback/05_report.ipynb #b80b8e54
 def _around(text: str, word: str, limit: int) -> str:    # so much of a text as has the word in it, if it does
     found = re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) if word else None
     if found is None or found.end() < limit: return excerpt(text, limit)
@@ -209,7 +209,7 @@ def _said_answer(r: Trace) -> str:
 
 def _number(x: dict[str, Any]) -> str: return f"{x['score']:.3g}" + (f" ± {x['error']:.2g}" if x["error"] is not None else "")
 
-
+# %% ../../../nbs/probes/traceback/05_report.ipynb #d2622912
 def _text(r: Trace, source: int) -> str: return str(r.frames["sources"].filter(source=source)["text"].item())
 
 # %% ../../../nbs/probes/traceback/05_report.ipynb #82bb4518

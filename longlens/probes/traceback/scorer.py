@@ -178,7 +178,7 @@ def _subset_key(prompt: TracePrompt, mask: np.ndarray) -> bytes:
     """A name for a subset: the tokens of its prompt."""
     return hashlib.blake2b(prompt.ids.numpy()[np.append(mask, True)[prompt.owner]].tobytes(), digest_size=16).digest()
 
-
+# %% ../../../nbs/probes/traceback/03_scorer.ipynb #492ee98f
 def _masks(prompt: TracePrompt, kept: Any) -> np.ndarray:
     """Subsets, one bool for each source."""
     kept = np.asarray(kept)
@@ -245,7 +245,7 @@ def _expect_whole(
     s.ahead = held if common_start(held, at) == len(at) else at
     return replace(first.costs, tokens=sum(tokens))
 
-
+# %% ../../../nbs/probes/traceback/03_scorer.ipynb #be612260
 def shares(lm: LongModel, n: int) -> bool:  # LongModel
     """Can prompts of up to n tokens go on from a beginning that they share?"""
     return bool(new_cache(lm.config, "all").is_croppable) and rope_regime(lm.config, n) == rope_regime(lm.config, 1)
@@ -305,7 +305,7 @@ def through_longlens(lm: LongModel) -> ExitStack:
     except UnsupportedModel: pass  # its own attention is right too, and takes more memory
     return stack
 
-
+# %% ../../../nbs/probes/traceback/03_scorer.ipynb #47d8a451
 def forget_if_changed(s: SubsetScorer) -> None:
     """Forget everything if the model is not what it was."""
     now = json.dumps([content(i, "intervention") for i in _ACTIVE.get(id(s.lm.hf), [])])

@@ -37,7 +37,7 @@ def _sentence_ends(text: str) -> list[int]:
 def _places(pattern: str) -> Callable[[str], list[int]]:
     return lambda text: [m.end() for m in re.finditer(pattern, text)]
 
-
+# %% ../../../nbs/probes/traceback/00_sources.ipynb #c4416611
 SEGMENTERS: dict[str, Callable[[str], list[int]]] = {  # name -> where units of a text end; add your own
     "words": _places(" "),
     "lines": _places(r"\n\s*"),
@@ -66,7 +66,7 @@ def segment_spans(text: str, by: str, size: int | None) -> list[tuple[int, int]]
         raise ValueError(f'a context is cut by {", ".join(map(repr, SEGMENTERS))}, "tokens", or spans of your own, not {by!r}')
     return _grouped(text, SEGMENTERS[by](text), checked_size(_UNITS.get(by, 1) if size is None else size, by))
 
-
+# %% ../../../nbs/probes/traceback/00_sources.ipynb #f7814faf
 def checked_size(size: Any, by: str) -> int:
     """So many units, if one can have so many."""
     if isinstance(size, bool) or not isinstance(size, Integral):
@@ -147,7 +147,7 @@ def cut_context(
     of = tuple(bisect_right([a for a, _ in documents], a) - 1 for a, _ in spans)
     return Sources(text, tuple(spans), by if isinstance(by, str) else "own spans", of)
 
-
+# %% ../../../nbs/probes/traceback/00_sources.ipynb #12918bf4
 def _several(documents: Sequence[tuple[int, int]], size: int) -> list[tuple[int, int]]:
     """So many documents as one span; the last may have fewer."""
     return [(documents[i][0], documents[i : i + size][-1][1]) for i in range(0, len(documents), size)]
@@ -267,7 +267,7 @@ def subset_tokens(
     there = np.append(_mask(prompt, kept), True)  # -1 is the last: always there
     return np.flatnonzero(there[prompt.owner])
 
-
+# %% ../../../nbs/probes/traceback/00_sources.ipynb #b044fb69
 def subset_ids(
     prompt: TracePrompt,
     kept: Any,  # bool for each source, or numbers of sources
@@ -316,7 +316,7 @@ def _token_starts(tokens: Tokens, at: int) -> np.ndarray:
     """Characters of the context, which begins at `at`, where a token begins that is more than white space."""
     return np.unique(solid_tokens(tokens.text or "", tokens.offsets.numpy())[1] - at)  # type: ignore[union-attr]
 
-
+# %% ../../../nbs/probes/traceback/00_sources.ipynb #614a337e
 def _token_sources(tokens: Tokens, known: np.ndarray, at: int, a: int, b: int) -> list[tuple[int, int]]:
     """Characters a to b of the context, a source for each token that is more than white space."""
     starts = [a, *known[np.searchsorted(known, a, "right") : np.searchsorted(known, b, "left")].tolist()]

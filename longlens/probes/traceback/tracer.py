@@ -142,7 +142,7 @@ class Room:
         """Tokens of a prompt with k of the sources, at most."""
         return self.always + min(self.tokens, int(self.sizes[:k].sum()))
 
-
+# %% ../../../nbs/probes/traceback/04_tracer.ipynb #087b95ad
 def room_of(job: TraceJob) -> Room:
     """What the prompt of a job has."""
     if job.prompt is None: return Room(job.n, np.zeros(job.n, int), 0)

@@ -105,7 +105,7 @@ def _ends_meet(a: str, b: str, least: int) -> bool:
     """Does a end as b begins, over more characters than `least`?"""
     return any(a[-n:] == b[:n] for n in range(least + 1, min(len(a), len(b)) + 1))
 
-
+# %% ../../../../nbs/probes/traceback/evaluation/00_cases.ipynb #e37ac711
 def text_truth(
     texts: Sequence[str],  # of the sources
     injected: Sequence[str],
@@ -126,7 +126,7 @@ def _boundaries(text: str) -> list[int]:
         at += len(u) + len(g)
     return [*out, len(text)]
 
-
+# %% ../../../../nbs/probes/traceback/evaluation/00_cases.ipynb #9a185897
 def _drawn(text: str, n: int, seed: int | str, within: tuple[int, int] | None) -> list[int]:
     """Different boundaries of a text, in order."""
     low, high = within or (0, len(text))
@@ -134,7 +134,7 @@ def _drawn(text: str, n: int, seed: int | str, within: tuple[int, int] | None) -
     if not 1 <= n <= len(places): raise ValueError(f"{n} sentences are to be put in, and there are {len(places)} boundaries for them")
     return sorted(Random(seed).sample(places, n))
 
-
+# %% ../../../../nbs/probes/traceback/evaluation/00_cases.ipynb #a0215cf4
 def _inserted(text: str, sentences: Sequence[str], places: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
     """A text with sentences put in at places in order, and where they stand."""
     out, at, spans = "", 0, []
@@ -170,7 +170,7 @@ def _other_value(text: str, rng: Random) -> str:
     from longlens.needle_lm.data import VALUES
     return rng.choice([v for v in VALUES if v not in text])
 
-
+# %% ../../../../nbs/probes/traceback/evaluation/00_cases.ipynb #e2d1a212
 def _fact_case(seed: str, n_tokens: int, decoys: int, depth: float, conflict: str | None, copies: int, tokenizer: Any) -> TraceCase:
     from longlens.needle_lm.data import make_example
     e = make_example("facts", n_tokens, depth, n_facts=decoys + 1, seed=seed, tokenizer=tokenizer)
@@ -251,12 +251,12 @@ def _json(path: str | Path, kind: type) -> Any:
     if not isinstance(made, kind) or not made: raise ValueError(f"{path} holds {made!r:.40} where {wanted} were expected")
     return made
 
-
+# %% ../../../../nbs/probes/traceback/evaluation/00_cases.ipynb #6e5fb156
 def _first(entries: Sequence[Any], limit: int | None) -> Sequence[Any]:
     if limit is not None and limit < 1: raise ValueError(f"limit is {limit}: read one or more, or None for all")
     return entries[:limit]
 
-
+# %% ../../../../nbs/probes/traceback/evaluation/00_cases.ipynb #d5280743
 def read_targets(
     path: str | Path,  # incorrect_answer_*.json: question -> wrong answer
     limit: int | None = None,  # so many from the start; None: all
@@ -300,7 +300,7 @@ def poisoned_cases(
     if len(pool) < documents: raise ValueError(f"a case has {documents} passages, and {len(pool)} questions are too few: read more")
     return [_poisoned(made[k], f"{path}, {k}", pool, documents, poisoned, f"{seed} {k}") for k in _first([*made], limit)]
 
-
+# %% ../../../../nbs/probes/traceback/evaluation/00_cases.ipynb #bef3d100
 def _asked(question: str) -> str: return question.lower().strip(" ?")
 
 

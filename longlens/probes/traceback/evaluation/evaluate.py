@@ -58,7 +58,7 @@ def _why(case: TraceCase, truth: Sequence[int], answer: str, clean: str, keep: s
     if keep == "changed" and says(clean, case.target): return "the model says the target without what was injected, too"
     return None if truth else "no source holds enough of what was injected"
 
-
+# %% ../../../../nbs/probes/traceback/evaluation/03_evaluate.ipynb #8b845582
 def _case_prompts(
     lm: LongModel,  # LongModel
     case: TraceCase,
@@ -69,7 +69,7 @@ def _case_prompts(
     whole, clean = (trace_prompt(lm, c, case.question, case.target, sep=case.sep, **how) for c in contexts)
     return whole, clean
 
-
+# %% ../../../../nbs/probes/traceback/evaluation/03_evaluate.ipynb #b085d02e
 def ask_case(
     lm: LongModel,  # LongModel
     case: TraceCase,
@@ -177,7 +177,7 @@ def _todo(asked: Sequence[AskedCase], tracers: Mapping[str, Tracer], kept: _Kept
     kept.store.read([key for key, *_ in todo])
     return todo
 
-
+# %% ../../../../nbs/probes/traceback/evaluation/03_evaluate.ipynb #75e1f4ca
 def _runs(lm: LongModel, todo: Sequence[Run], kept: _Kept, k: int | None, limits: Any, on_error: str, progress: bool,
           **job: Any) -> Iterator[tuple[dict[str, Any], pl.DataFrame]]:
     """What each run gives."""
@@ -206,7 +206,7 @@ def _planned(lm: LongModel, run: Run, job: Mapping[str, Any]) -> dict[str, Any]:
     finally:
         if "scorer" in vars(made): made.scorer.close()  # type: ignore[attr-defined]
 
-
+# %% ../../../../nbs/probes/traceback/evaluation/03_evaluate.ipynb #cda5ba03
 def planned_runs(
     lm: LongModel,  # LongModel
     runs: Sequence[Run],  # those that are not finished
@@ -229,7 +229,7 @@ def _ask_tokens(prompts: Sequence[tuple[TracePrompt, TracePrompt]], most: int, b
     raise ValueError(f"only to ask {many} takes up to {tokens:,} tokens through the model, and budget is {budget:,}: take fewer cases, "
                      "or a larger budget")
 
-
+# %% ../../../../nbs/probes/traceback/evaluation/03_evaluate.ipynb #149f5376
 def _check_cost(plan: pl.DataFrame, asking: int, budget: int | None) -> None:
     """Refuse what is over the budget; say it, where there is no budget and the cost is large."""
     total = plan["tokens"].sum() + asking
@@ -300,7 +300,7 @@ def _tops(frames: Sequence[pl.DataFrame]) -> pl.DataFrame:
     kinds = {"case": pl.Int64, "method": pl.String, "rank": pl.Int64, "source": pl.Int64, "score": pl.Float64, "true": pl.Boolean}
     return pl.concat([f.select(pl.col(c).cast(t) for c, t in kinds.items()) for f in frames] or [pl.DataFrame(schema=kinds)])
 
-
+# %% ../../../../nbs/probes/traceback/evaluation/03_evaluate.ipynb #0c96b107
 def _check_request(lm: LongModel, cases: Sequence[TraceCase], k: int | None, by: Any, keep: str, on_error: str) -> None:
     """Raise, before anything runs, if this cannot be done."""
     if lm.tokenizer is None: raise ValueError(f"cases are texts, and {lm.name} has no tokenizer")
@@ -310,7 +310,7 @@ def _check_request(lm: LongModel, cases: Sequence[TraceCase], k: int | None, by:
     for name, value, known in (("keep", keep, _KEEP), ("on_error", on_error, ("row", "raise"))):
         if value not in known: raise ValueError(f"{name} is one of {', '.join(map(repr, known))}, not {value!r}")
 
-
+# %% ../../../../nbs/probes/traceback/evaluation/03_evaluate.ipynb #2da26436
 def _check_kept(frame: pl.DataFrame) -> None:
     """Raise if no case counts, with the reasons."""
     if frame["kept"].any(): return

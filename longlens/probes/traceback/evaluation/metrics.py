@@ -29,7 +29,7 @@ class FoundScores(NamedTuple):
     recall: float  # share of the true ones that are found
     f1: float  # their harmonic mean
 
-
+# %% ../../../../nbs/probes/traceback/evaluation/01_metrics.ipynb #f6b9a3a8
 def found_scores(
     found: Iterable[int],  # numbers of sources, each once
     truth: Iterable[int],  # numbers of the true ones, one or more
@@ -56,7 +56,7 @@ def _plain_answer(text: str) -> str:
     """A text as answers are compared: without white space at its ends and a final full stop, in lower case (TracLLM)."""
     return text.strip().removesuffix(".").lower()
 
-
+# %% ../../../../nbs/probes/traceback/evaluation/01_metrics.ipynb #19358e18
 def says(
     answer: str,
     target: str,  # what it may contain

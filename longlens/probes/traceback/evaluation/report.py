@@ -83,14 +83,14 @@ def _found_text(r: TracebackReport) -> str:
     return (f"Of every case {k} were taken and compared with those that hold what was injected. F1 of a guess is {low:.2f} on average"
             f"{_ceiling(high)}. Intervals hold the mean over such cases in 95 of 100 samples, or more (Wilson's, for means of shares).")
 
-
+# %% ../../../../nbs/probes/traceback/evaluation/02_report.ipynb #4f1bc9c3
 def _ceiling(best: float) -> str: return "" if best > 0.995 else f", and no method can have more than {best:.2f}"
 
 
 _AFTER_EXPLAINED = ("The model is asked again without the sources that a method took. If they were the cause, it no longer says what it was "
                    "made to say: the lower, the better. Before, it said so in each of these cases; of all cases, the first findings tell.")
 
-
+# %% ../../../../nbs/probes/traceback/evaluation/02_report.ipynb #41e2309a
 def _after_section(r: TracebackReport) -> Any:
     from longlens.charts.common import bars
     from longlens.charts.page import Section
@@ -110,12 +110,12 @@ def _said_kept(r: TracebackReport) -> str:
 
 def _range(x: dict[str, Any]) -> str: return f"{x['f1']:.2f} ({x['lower']:.2f} to {x['upper']:.2f})"
 
-
+# %% ../../../../nbs/probes/traceback/evaluation/02_report.ipynb #0b53e074
 def _they_find(methods: list[str]) -> str:
     if len(methods) == 1: return f"{methods[0]} finds"
     return f"{', '.join(methods[:-1])} and {methods[-1]} find"
 
-
+# %% ../../../../nbs/probes/traceback/evaluation/02_report.ipynb #2b3ce9dc
 def _said_best(r: TracebackReport) -> list[str]:
     f = r.frames["methods"].drop_nulls("f1").sort("f1", "forward_tokens", descending=[True, False], maintain_order=True)
     if f.is_empty(): return ["no method could be run"]

@@ -61,7 +61,7 @@ def glance(
         else: seen, before = attention_of(lm, ids, rows, weights, like, True, chunk)
     return _Glance(seen[:k].cpu().numpy().astype(float), prompt.owner[at], rows.stop - shared, before)
 
-
+# %% ../../../../nbs/probes/traceback/methods/02_attention.ipynb #dd5b4dff
 def _in_common(before: torch.Tensor, front: torch.Tensor) -> int:
     "Tokens of a beginning that need not be run: all, or one less where they are not the beginning of what was run before"
     shared = shared_length(before, front)

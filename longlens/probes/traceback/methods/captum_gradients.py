@@ -167,7 +167,7 @@ def gradient_tokens(
 class IncompleteAttribution(UserWarning):
     """The parts do not add up to the whole"""
 
-
+# %% ../../../../nbs/probes/traceback/methods/04_captum_gradients.ipynb #a1dc6ed7
 def _check_complete(
     found: TokenScores,
     steps: int,  # points on the way
@@ -241,7 +241,7 @@ def _forwards(prompt: TracePrompt, passes: int) -> TraceCost:
     probes = _PROBES if n > _PROBES[-1] else (n,)
     return TraceCost(passes + len(probes), passes * n + sum(probes), True)
 
-
+# %% ../../../../nbs/probes/traceback/methods/04_captum_gradients.ipynb #39bcbca3
 def _forwards_within(room: Room, passes: int) -> TraceCost:
     """The same for any prompt that fits in there."""
     n = room.prompt(room.n)

@@ -187,7 +187,7 @@ class CaptumShapley(SubsetTracer):
 def _at_least(samples: int | None, least: int) -> None:
     if samples is not None and samples < least: raise ValueError(f"samples is {samples}: {least} or more")
 
-
+# %% ../../../../nbs/probes/traceback/methods/03_captum_perturbation.ipynb #0f1645b7
 @dataclass(frozen=True)
 class CaptumKernelShap(SubsetTracer):
     """captum's KernelShap: Shapley values by a weighted regression"""

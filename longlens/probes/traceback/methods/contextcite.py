@@ -68,7 +68,7 @@ def unsettled_fits() -> Iterator[list[str]]:
         if w.category.__name__ == "ConvergenceWarning": said.append(str(w.message))
         else: warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
 
-
+# %% ../../../../nbs/probes/traceback/methods/01_contextcite.ipynb #abad82b0
 def said_unsettled(
     fits: Sequence[str],  # what `unsettled_fits` gave
     of: int,  # how many fits there were

@@ -27,7 +27,7 @@ def out_masks(n: int) -> np.ndarray:
     out[np.arange(1, n + 1), np.arange(n)] = False
     return out
 
-
+# %% ../../../../nbs/probes/traceback/methods/00_perturbation.ipynb #c9854353
 def _alone_masks(n: int) -> np.ndarray:
     """Nothing, and one alone, (n + 1, n)."""
     return ~out_masks(n)
