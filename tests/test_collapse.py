@@ -58,7 +58,7 @@ from longlens.probes.collapse.inputs import CollapseSettings, get_inputs
 from longlens.probes.collapse.parts import Change, VectorPart, encoder_key, layer_embeddings
 from longlens.probes.collapse.probe import length_collapse
 from longlens.probes.collapse.report import CollapseReport
-from longlens.prompts.multi_document import Question
+from longlens.prompts.questions import Question
 from longlens.retrieval_eval.tasks import evaluate_retrieval, needle_retrieval, padded_passages
 from longlens.retrieval_eval.truncate import cut_texts, long_texts
 

@@ -22,10 +22,12 @@ from zoo import zoo_model
 from longlens.models.forward import LongModel
 from longlens.models.load import load
 from longlens.prompts.compose import BoundaryError, Context, Piece, compose_prompt
-from longlens.prompts.haystack import NIAH_TASKS, WORDINGS, Haystack, Wording
+from longlens.prompts.haystack import Haystack
 from longlens.prompts.key_value import kv_json, threads
-from longlens.prompts.needle import haystack_context, needle_context
-from longlens.prompts.ruler import ancestral_chain, numbered_documents, passkeys, retrieval_prompt, variable_tracking
+from longlens.prompts.multi_document import numbered_documents
+from longlens.prompts.needle import NIAH_TASKS, haystack_context, needle_context
+from longlens.prompts.ruler import ancestral_chain, passkeys, retrieval_prompt, variable_tracking
+from longlens.prompts.wording import WORDINGS, Wording
 
 DATA = Path(__file__).parents[1] / "../shared/data"
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -194,7 +196,8 @@ def test_special_tokens_behind_the_text_are_left_out(tok: PreTrainedTokenizerFas
 
 def test_special_tokens_in_the_text_are_refused() -> None:
     for name, text in (("bpe", "<eos>"), ("unigram", "</s>"), ("wordpiece", "[SEP]"), ("llama3", "<|eot_id|>")):
-        with pytest.raises(ValueError, match="reads as a special token: take it out"): compose_prompt(MAKE[name](), [f"It says {text} here."])
+        with pytest.raises(ValueError, match="reads as a special token: take it out"):
+            compose_prompt(MAKE[name](), [f"It says {text} here."])
         allowed = compose_prompt(MAKE[name](), ["It says ", Piece(text, special=True), " here."])
         assert MAKE[name]().convert_tokens_to_ids(text) in allowed.tokens.ids.tolist()
 

@@ -44,15 +44,14 @@ from longlens.probes.metrics import (
     wilson_interval,
 )
 from longlens.prompts import multi_document as module
-from longlens.prompts.multi_document import (
-    VARIANTS,
+from longlens.prompts.key_value import kv_lines
+from longlens.prompts.multi_document import VARIANTS, place
+from longlens.prompts.questions import (
     KeyValue,
     Question,
     fact_pairs,
     fact_questions,
-    kv_lines,
     normalize_answer,
-    place,
     read_key_values,
     read_questions,
     with_distractors,
@@ -250,7 +249,7 @@ def test_made_questions() -> None:
 def test_made_pairs() -> None:
     lists = fact_pairs(20, 255)
     assert lists[:3] == fact_pairs(3, 255) and len({p.key for p in lists}) == 20
-    assert all(len(p.records) == 255 and dict(p.records)[p.key] == p.value and p.wording == "lines" for p in lists)
+    assert all(len(p.records) == 255 and dict(p.records)[p.key] == p.value and p.form == "lines" for p in lists)
     assert len({[k for k, _ in p.records].index(p.key) for p in lists}) > 10    # the asked key stands anywhere
     with pytest.raises(ValueError, match="256 different names"): fact_pairs(1, 256)
     with pytest.raises(ValueError, match="n_pairs is 1"): fact_pairs(1, 1)
@@ -274,9 +273,9 @@ def test_the_answer_stands_where_it_should(n: int, data: st.DataObject) -> None:
     with pytest.raises(ValueError, match=f"gold_index is {n}, and there are {n} documents: it is 0 to {n - 1}"): place(tok, q, n)
 
 
-@pytest.mark.parametrize("wording", ["json", "lines"])
-def test_a_pair_stands_where_it_should(wording: str) -> None:
-    tok, p = needle_tokenizer(), replace(fact_pairs(1, 9)[0], wording=wording)
+@pytest.mark.parametrize("form", ["json", "lines"])
+def test_a_pair_stands_where_it_should(form: str) -> None:
+    tok, p = needle_tokenizer(), replace(fact_pairs(1, 9)[0], form=form)
     for g in range(9):
         ctx = place(tok, p, g)
         assert ctx.spans["gold"] == ctx.spans[f"pair_{g}"] and ctx.spans["answer"] == ctx.spans[f"value_{g}"]

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from longlens.interventions.heads import ablate
 from longlens.models.load import load
 from longlens.prompts.haystack import Haystack
-from longlens.prompts.multi_document import Question, fact_questions, holds_answer, normalize_answer, read_questions
+from longlens.prompts.questions import Question, fact_questions, holds_answer, normalize_answer, read_questions
 from longlens.retrieval_eval.metrics import accuracy_at_1, best_tie, mrr, ndcg_at, recall_at
 from longlens.retrieval_eval.mteb import MTEBEncoder, _split_data, benchmark_scores, mteb_task
 from longlens.retrieval_eval.tasks import (
