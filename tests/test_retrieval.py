@@ -23,16 +23,10 @@ from longlens.interventions.heads import ablate
 from longlens.models.load import load
 from longlens.prompts.haystack import Haystack
 from longlens.prompts.questions import Question, fact_questions, holds_answer, normalize_answer, read_questions
+from longlens.retrieval_eval.evaluate import evaluate_retrieval, prompted
 from longlens.retrieval_eval.metrics import accuracy_at_1, best_tie, mrr, ndcg_at, recall_at
 from longlens.retrieval_eval.mteb import MTEBEncoder, _split_data, benchmark_scores, mteb_task
-from longlens.retrieval_eval.tasks import (
-    RetrievalTask,
-    evaluate_retrieval,
-    needle_retrieval,
-    padded_passages,
-    passkey_retrieval,
-    prompted,
-)
+from longlens.retrieval_eval.tasks import RetrievalTask, needle_retrieval, padded_passages, passkey_retrieval
 from longlens.retrieval_eval.truncate import CutTexts, cut_texts, long_texts
 
 ORACLE = Path(__file__).parents[1] / "../shared/data/lost-in-the-middle/nq-open-oracle.jsonl.gz"
