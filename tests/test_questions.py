@@ -43,7 +43,7 @@ from longlens.probes.metrics import (
     string_match_part,
     wilson_interval,
 )
-from longlens.prompts import multi_document as module
+from longlens.prompts import questions as module
 from longlens.prompts.key_value import kv_lines
 from longlens.prompts.multi_document import VARIANTS, place
 from longlens.prompts.questions import (
