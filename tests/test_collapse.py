@@ -58,8 +58,9 @@ from longlens.probes.collapse.inputs import CollapseSettings, get_inputs
 from longlens.probes.collapse.parts import Change, VectorPart, encoder_key, layer_embeddings
 from longlens.probes.collapse.probe import length_collapse
 from longlens.probes.collapse.report import CollapseReport
-from longlens.prompts.multi_document import Question
-from longlens.retrieval_eval.tasks import evaluate_retrieval, needle_retrieval, padded_passages
+from longlens.prompts.questions import Question
+from longlens.retrieval_eval.evaluate import evaluate_retrieval
+from longlens.retrieval_eval.tasks import needle_retrieval, padded_passages
 from longlens.retrieval_eval.truncate import cut_texts, long_texts
 
 QUESTIONS = Path(__file__).parents[1] / "../shared/data/lost-in-the-middle/nq-open-oracle.jsonl.gz"

@@ -53,8 +53,9 @@ from longlens.probes.traceback.sources import (
     token_prompt,
 )
 from longlens.probes.traceback.tracer import TRACER_MODULES, TRACERS, TraceCost, TraceJob, Tracer, TraceScores, find_tracer
-from longlens.prompts.multi_document import fact_questions, kv_lines
-from longlens.prompts.ruler import numbered_documents
+from longlens.prompts.key_value import kv_lines
+from longlens.prompts.questions import fact_questions
+from longlens.prompts.multi_document import numbered_documents
 from longlens.sweeps.sweep import SweepWarning
 
 PEOPLE = {"Ada": "lamb", "Bob": "river", "Eve": "stone", "Tom": "table", "Una": "glass", "Max": "paper"}
