@@ -25,7 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import CAUSAL, token_ids, zoo_model
 
 import longlens as ll
-from longlens.apps.app import Cancelled, Progress, using
+from longlens.apps.app import using
+from longlens.apps.progress import Cancelled, Progress
 from longlens.apps.needle import said_html
 from longlens.apps.prompt_form import QuestionBar, asked_context, read_asked, text_asked
 from longlens.apps.reading import PromptReading, revive

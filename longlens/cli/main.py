@@ -185,7 +185,8 @@ def _middle_report(
 ) -> Any:           # `MiddleReport`
     "Answers by the place of the right document"
     import longlens
-    from longlens.prompts.multi_document import fact_questions, place
+    from longlens.prompts.multi_document import place
+    from longlens.prompts.questions import fact_questions
     _haystack(lm, tokens, "middle")
     room = max(min(256, lm.max_length or 256), len(tokens))
     for sentences in (5, 2, 0):
@@ -274,7 +275,7 @@ def _collapse_report(
     ways = [w.strip() for w in windows.split(",") if w.strip()] if windows else []
     longest = 2 * (enc.positions_limit or enc.max_length or 0) if ways else lengths[-1]
     texts, paragraphs = (None, []) if text is None else _text_documents(enc, text, longest)
-    fit = [p for p in paragraphs if most is None or len(enc._tokenize([p])["input_ids"][0]) <= most]
+    fit = [p for p in paragraphs if most is None or len(enc.tokenize([p])["input_ids"][0]) <= most]
     how |= dict(documents=24, candidates=50) if quick else {}
     if questions is not None: how["questions"] = questions
     if ways: how["windows"] = "all" if ways == ["all"] else ways

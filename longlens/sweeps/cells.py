@@ -16,7 +16,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from ..interventions.base import _ACTIVE, intervene, Intervention
+from ..interventions.base import Intervention, active_interventions, intervene
 from ..attention.hf_interface import hf_model
 from ..models.forward import LongModel
 
@@ -68,7 +68,7 @@ def fingerprint(
     """What a model computes with: config, weights, tokenizer, the interventions that are at work, and may it go past its length?"""
     hf, tok = hf_model(model), getattr(model, "tokenizer", None)
     config = {k: v for k, v in hf.config.to_dict().items() if k not in _UNIMPORTANT}
-    at_work = [content(i, "intervention") for i in _ACTIVE.get(id(hf), [])]
+    at_work = [content(i, "intervention") for i in active_interventions(hf)]
     longer = bool(getattr(model, "allow_longer", False))  # decides where answers end
     made = hashlib.sha256(json.dumps([config, at_work, type(hf).__name__, longer], sort_keys=True, default=str).encode())
     for name, x in hf.state_dict().items():

@@ -15,7 +15,9 @@ import polars as pl
 
 from ...sweeps.cells import Cell
 from ...prompts.needle import needle_context, needle_depths
-from ...prompts.haystack import NIAH_TASKS, Haystack, Wording
+from ...prompts.haystack import Haystack
+from ...prompts.needle import NIAH_TASKS
+from ...prompts.wording import Wording
 from ...interventions.base import interventions
 from ..metrics import METRICS, effective_length, read_niah_scores
 from ..generate import Ask

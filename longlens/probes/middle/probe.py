@@ -22,8 +22,9 @@ from longlens.probes.metrics import (
 from ..generate import Ask
 from .report import MiddleReport
 from ..remedies import Remedy, find_remedies
-from longlens.prompts.multi_document import (
-    VARIANTS, KeyValue, Question, fact_pairs, fact_questions, place, read_key_values, read_questions, with_distractors,
+from ...prompts.multi_document import place, VARIANTS
+from longlens.prompts.questions import (
+    fact_pairs, fact_questions, KeyValue, Question, read_key_values, read_questions, with_distractors,
 )
 from ...sweeps.sweep import sweep
 from ...models.forward import LongModel
@@ -70,7 +71,7 @@ def _made(lm: LongModel, task: str, n: int, count: int, seed: int) -> list[Item]
     if task == "documents": return list(fact_questions(count, n, seed=seed))
     if lm.name == "needle-lm": return list(fact_pairs(count, n, seed))
     from random import Random
-    from longlens.prompts.haystack import draw_distinct
+    from longlens.prompts.wording import draw_distinct
     drawn = [draw_distinct("uuids", 2 * n, Random(f"kv {seed} {i}")) for i in range(count)]
     return [KeyValue(tuple(zip(d[::2], d[1::2], strict=True)), d[0], d[1]) for d in drawn]
 
