@@ -54,7 +54,7 @@ from longlens.probes.traceback.sources import (
 from longlens.probes.traceback.tracer import TRACER_MODULES, TRACERS, TraceCost, TraceJob, Tracer, TraceScores, find_tracer
 from longlens.prompts.multi_document import fact_questions, kv_lines
 from longlens.prompts.ruler import numbered_documents
-from longlens.sweeps.sweep import SweepWarning
+from longlens.sweeps.runner import SweepWarning
 
 PEOPLE = {"Ada": "lamb", "Bob": "river", "Eve": "stone", "Tom": "table", "Una": "glass", "Max": "paper"}
 DOCUMENTS = [f"{filler(2, seed=i)} The code for {who} is {what}." for i, (who, what) in enumerate(PEOPLE.items())]
