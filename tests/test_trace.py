@@ -55,9 +55,9 @@ from longlens.probes.traceback.sources import (
 )
 from longlens.probes.traceback.tracer import TRACER_MODULES, TRACERS, TraceCost, TraceJob, Tracer, TraceScores, find_tracer
 from longlens.prompts.key_value import kv_lines
-from longlens.prompts.questions import fact_questions
 from longlens.prompts.multi_document import numbered_documents
-from longlens.sweeps.sweep import SweepWarning
+from longlens.prompts.questions import fact_questions
+from longlens.sweeps.runner import SweepWarning
 
 PEOPLE = {"Ada": "lamb", "Bob": "river", "Eve": "stone", "Tom": "table", "Una": "glass", "Max": "paper"}
 DOCUMENTS = [f"{filler(2, seed=i)} The code for {who} is {what}." for i, (who, what) in enumerate(PEOPLE.items())]

@@ -26,7 +26,8 @@ from ...prompts.multi_document import place, VARIANTS
 from longlens.prompts.questions import (
     fact_pairs, fact_questions, KeyValue, Question, read_key_values, read_questions, with_distractors,
 )
-from ...sweeps.sweep import sweep
+from ...run import Run
+from ...sweeps.sweep import plan_sweep, sweep
 from ...models.forward import LongModel
 
 # %% auto #0
@@ -293,9 +294,9 @@ def lost_in_the_middle(
         s = _settings(lm, task, items, positions, variants, tuple(chosen), metric, max_new_tokens, seed, chat)
         cells = [*_cells(lm, items, s, chosen, allow_longer), *(_baselines(lm, items, s, allow_longer) if baselines else ())]
         check_metric(s.metric, cells)
-        done = sweep(lm, cells, Ask(s.max_new_tokens, s.stop), out=out, engine=engine, batch_size=batch_size, dry_run=dry_run,
-                     progress=progress, title="lost in the middle")
-        return done if dry_run else _assemble(lm, s, cells, done, chosen)
+        ask, run = Ask(s.max_new_tokens, s.stop), Run(out=out, engine=engine, batch_size=batch_size, progress=progress)
+        if dry_run: return plan_sweep(lm, cells, ask, run=run)
+        return _assemble(lm, s, cells, sweep(lm, cells, ask, title="lost in the middle", run=run), chosen)
 
 # %% ../../../nbs/probes/middle/01_probe.ipynb #646acbd0
 @contextmanager

@@ -30,7 +30,7 @@ from ...models.memory import size_text
 from .sources import TracePrompt, subset_tokens
 from .prefix_tree import ScoreCosts, SegmentBits, Step, common_start, first_alike, make_steps, step_costs
 from ...sweeps.store import Store, as_row
-from ...sweeps.sweep import SweepWarning, out_of_memory
+from ...sweeps.runner import out_of_memory, SweepWarning
 from ...models.forward import LongModel
 
 # %% auto #0
