@@ -108,7 +108,7 @@ def row(
     with torch.no_grad(), capture(self.lm, step) as seen:
         if position: self.prefix.crop(position).extend(self.prefix.ids[position:position + 1])
         else: self.lm(self.prefix.ids[:1])
-    return torch.stack([_placed(state["rows"][0], position + 1) for _, _, state in seen._parts("rows")])
+    return torch.stack([_placed(state["rows"][0], position + 1) for _, _, state in seen.parts("rows")])
 
 # %% ../../nbs/apps/04_reading.ipynb #a9557472
 class PromptReading(Report):
