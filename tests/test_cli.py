@@ -176,7 +176,7 @@ def test_real_questions_and_longer_windows(quick: list[object], monkeypatch: pyt
     assert (asked["lengths"], asked["enc"].max_length) == ((32, 64, 128, 256, 512), 512)
     Path("story.txt").write_text("The boat left the harbour in the rain. " * 2000, encoding="utf-8")
     assert cli.main(["report", "--encoder", "--text", "story.txt", "--context", "64", "--windows", "all", "--out", "again"]) == 0
-    assert asked["windows"] == "all" and min(len(asked["enc"]._tokenize([t])["input_ids"][0]) for t in asked["texts"]) >= 1024
+    assert asked["windows"] == "all" and min(len(asked["enc"].tokenize([t])["input_ids"][0]) for t in asked["texts"]) >= 1024
 
 
 @pytest.mark.parametrize(("args", "said"), [

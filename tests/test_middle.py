@@ -34,7 +34,8 @@ from longlens.probes.middle import probe as middle
 from longlens.probes.middle.probe import POSITIONS, curve_frame, effects_frame, gold_positions, indices_frame, lost_in_the_middle, top_heads
 from longlens.probes.middle.report import MiddleReport, parts_frame
 from longlens.probes.remedies import REMEDIES, AsSet, Calibrated, PerHead, Remedy, document_spans, relevance
-from longlens.prompts.multi_document import KeyValue, Question, fact_pairs, fact_questions, place, read_questions
+from longlens.prompts.multi_document import place
+from longlens.prompts.questions import KeyValue, Question, fact_pairs, fact_questions, read_questions
 from longlens.sweeps.cells import Cell, Changed
 from longlens.sweeps.store import HEAD, StoreError
 from longlens.sweeps.sweep import sweep
