@@ -31,8 +31,8 @@ from longlens.apps.prompt_form import QuestionBar, question_context, read_asked,
 from longlens.apps.reading import PromptReading, revive
 from longlens.apps.trace import prompt_of_trace, removal_html, trace_span
 from longlens.charts.page import page_html
-from longlens.needle_lm.data import filler
 from longlens.models.tokens import Tokens
+from longlens.needle_lm.data import filler
 from longlens.probes.traceback import probe as traceback
 from longlens.probes.traceback import scorer as subset_scores
 from longlens.probes.traceback.coarse_to_fine import CoarseToFine
