@@ -32,6 +32,7 @@ from longlens.apps.reading import PromptReading, revive
 from longlens.apps.trace import prompt_of, trace_span, without_html
 from longlens.charts.page import page_html
 from longlens.needle_lm.data import filler
+from longlens.models.tokens import Tokens
 from longlens.probes.traceback import probe as traceback
 from longlens.probes.traceback import scorer as subset_scores
 from longlens.probes.traceback.coarse_to_fine import CoarseToFine
@@ -739,8 +740,8 @@ def test_hostile_text_is_shown_and_does_nothing(lm: ll.LongModel) -> None:
     texts, spans = "".join(HOSTILE), np.cumsum([0, *map(len, HOSTILE)])
     cut = cut_context(texts, [*zip(spans[:-1].tolist(), spans[1:].tolist(), strict=True)])
     offsets = [(spans[i] + k, spans[i] + k + 1) for i in range(4) for k in (0, 4)]
-    tokens = ll.models.Tokens(torch.arange(8), texts, torch.tensor(offsets))
-    p = placed(tokens, 0, cut, ll.models.Tokens(torch.tensor([3]), "<b>\x1b", torch.tensor([[0, 4]])), question="<i>?")
+    tokens = Tokens(torch.arange(8), texts, torch.tensor(offsets))
+    p = placed(tokens, 0, cut, Tokens(torch.tensor([3]), "<b>\x1b", torch.tensor([[0, 4]])), question="<i>?")
     assert p.owner.tolist() == owner.tolist()
     from longlens.probes.traceback.report import make_trace
     costs = pl.DataFrame({"stage": ["answer", "method"], **{c: [1, 4] for c in ("evaluations", "asked", "tokens", "plain_tokens")}})
