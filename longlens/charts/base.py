@@ -14,6 +14,7 @@ from typing import Any, TypedDict
 
 import altair as alt
 import polars as pl
+from altair.typing import ChartType
 
 from ..text import visible
 
@@ -103,7 +104,7 @@ def legend_style(**given: Any) -> alt.Legend:
     return alt.Legend(**{**FONT, "titleLimit": 360, "labelLimit": 220, "symbolOpacity": 1, **given})
 
 # %% ../../nbs/charts/00_base.ipynb #c2c35598
-def titled(chart: Any, title: str, subtitle: str, width: int) -> Any:    # both wrapped to the width of the plot
+def titled(chart: ChartType, title: str, subtitle: str, width: int) -> ChartType:    # both wrapped to the width of the plot
     lines = lambda text, per: wrap(visible(text, 600), max(36, int(width / per)))
     below = lines(subtitle, 6.1) if subtitle else []
     text = alt.TitleParams(text=lines(title, 8.2), subtitle=below, anchor="start", fontSize=15, fontWeight=600, subtitleFontSize=12,

@@ -17,6 +17,7 @@ from typing import Any
 
 import altair as alt
 import polars as pl
+from altair.typing import ChartType
 
 from ..report import Report, Section as Section, atomic_write
 from ..text import visible
@@ -93,8 +94,8 @@ _MANY = 3000    # marks: above this, a chart is drawn on a canvas, below it as S
 
 
 def drawing(
-    chart: Any,          # an Altair chart
-) -> dict[str, Any]:     # spec and renderer
+    chart: ChartType,
+) -> dict[str, Any]:    # spec and renderer
     "A chart as the page's script takes it"
     if not hasattr(chart, "to_dict"): raise TypeError(f"a page shows Altair charts, not a {type(chart).__name__}")
     with alt.data_transformers.enable("default", max_rows=None): spec = chart.to_dict()
@@ -104,8 +105,8 @@ def drawing(
 
 # %% ../../nbs/charts/06_page.ipynb #472c1314
 def apart(
-    chart: Any,    # an Altair chart
-) -> list[Any]:    # what it is composed of; itself, if its parts act on each other
+    chart: ChartType,
+) -> list[ChartType]:    # what it is composed of; itself, if its parts act on each other
     "The charts in a chart"
     key = next((k for k in ("concat", "hconcat", "vconcat") if hasattr(chart, k)), None)
     if key is None or chart.params is not alt.Undefined: return [chart]
@@ -118,7 +119,7 @@ def apart(
 
 # %% ../../nbs/charts/06_page.ipynb #a83c5be0
 def beside(
-    chart: Any,    # an Altair chart
+    chart: ChartType,
 ) -> bool:
     "Are its parts to stand beside each other? They are arranged so, or narrow enough"
     parts, columns = apart(chart), getattr(chart, "columns", 1)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from longlens.report import Report
 
 # %% auto #0
-__all__ = ['REPORT', 'load_asked_encoder', 'chosen_probes', 'report_command']
+__all__ = ['REPORT', 'load_asked_encoder', 'chosen_probes']
 
 # %% ../../nbs/cli/02_report.ipynb #65d5f4d0
 _ENCODER = option("--encoder", "measure a text encoder, a folder or a hub id (default: MiniLM, which comes with longlens[embed]), and no "
@@ -368,7 +368,7 @@ def _measure(asked: argparse.Namespace, names: list[str], x: _Inputs) -> dict[st
     return made
 
 # %% ../../nbs/cli/02_report.ipynb #36b7dfd4
-def report_command(
+def _run_report(
     asked: argparse.Namespace,    # the arguments
 ) -> Path:                        # the page
     "Measure, then write the page and the tables"
@@ -384,4 +384,4 @@ def report_command(
 _OPTIONS = (MODEL, _ENCODER, _TEXT, _CONTEXT, _PROBES, *_COLLAPSE, OUT, OVERWRITE, RESULTS, _ENGINE, ALLOW_LONGER, DEVICE, DTYPE, OPEN,
             DEBUG)
 
-REPORT = Command("report", "measure a model on a text; write a page and the tables", _OPTIONS, report_command)
+REPORT = Command("report", "measure a model on a text; write a page and the tables", _OPTIONS, _run_report)

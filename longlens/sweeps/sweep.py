@@ -24,7 +24,7 @@ from .runner import Done
 from .store import COSTS, Store
 
 # %% auto #0
-__all__ = ['Engine', 'ENGINES', 'SweepResult', 'sweep', 'plan_sweep']
+__all__ = ['SweepResult', 'sweep', 'plan_sweep']
 
 # %% ../../nbs/sweeps/05_sweep.ipynb #8139b876
 Engine = Callable[[LongModel, Plan, Sequence[str]], Iterator[Done]]  # model, plan, keys of all cells -> finished batches

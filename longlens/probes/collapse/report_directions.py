@@ -13,7 +13,7 @@ from .report_common import effect_of, ends, interval_text, make_section, some_of
 from ...report import Report, Section
 
 # %% auto #0
-__all__ = ['DIRECTIONS', 'rank_sentence', 'direction_section']
+__all__ = ['rank_sentence', 'direction_section']
 
 # %% ../../../nbs/probes/collapse/06_report_directions.ipynb #7be100e0
 def rank_sentence(r: Report) -> str:
@@ -29,7 +29,7 @@ def rank_sentence(r: Report) -> str:
             f"({100 * probe['lower']:.0f} to {100 * probe['upper']:.0f} %; chance {100 * probe['chance']:.0f} %)")
 
 # %% ../../../nbs/probes/collapse/06_report_directions.ipynb #47e297ae
-DIRECTIONS = (
+_DIRECTIONS = (
     "How many directions the embeddings use: first as they are, then with their mean taken off, which leaves the differences. "
     "Effective rank: exponential of the entropy of normalised singular values."
 )
@@ -56,4 +56,4 @@ def direction_section(r: Report) -> Section:
     titles = {False: "Share of each direction", True: "Share of each direction, mean taken off"}
     whole, left = (spectrum_curve(f.filter(centred=c), title=t, subtitle="") for c, t in titles.items())
     rank, *rest = _number_charts(r)
-    return make_section(r, "Directions", DIRECTIONS, [whole, rank, left, *rest], r.frames["geometry"], 2)
+    return make_section(r, "Directions", _DIRECTIONS, [whole, rank, left, *rest], r.frames["geometry"], 2)

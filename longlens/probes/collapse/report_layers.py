@@ -11,7 +11,7 @@ from .report_common import direction, ends, headed, make_section, some_of, value
 from ...report import Report, Section
 
 # %% auto #0
-__all__ = ['LAYERS', 'STATES', 'HEADS', 'layer_sentences', 'layer_section', 'head_section']
+__all__ = ['layer_sentences', 'layer_section', 'head_section']
 
 # %% ../../../nbs/probes/collapse/07_report_layers.ipynb #5fbe7876
 _NAMES = {"sigma_a": "sigma_a", "high_frequency": "high-frequency share", "token_similarity": "cosine of two tokens",
@@ -58,7 +58,7 @@ def layer_sentences(r: Report) -> list[str]:
     return out
 
 # %% ../../../nbs/probes/collapse/07_report_layers.ipynb #897167ec
-LAYERS = (
+_LAYERS = (
     "High-frequency share: how much of a layer's states differs between tokens. sigma_a: the most that the attention of a head "
     "passes on of a difference, mean over heads; theory has it fall with length where logits are random, which a sink is not. "
     "Entropy 1: attention to all tokens alike. Layers are counted from 0, so that the last of six is layer 5; sigma_a and entropy "
@@ -67,7 +67,7 @@ LAYERS = (
 )
 
 # %% ../../../nbs/probes/collapse/07_report_layers.ipynb #32280de4
-STATES = (
+_STATES_ONLY = (
     "High-frequency share: how much of the hidden states after a layer differs between tokens. Layers are counted from 0, so that "
     "the last of six is layer 5. Attention could not be measured. Bands: 95 % intervals over {layer_documents} documents."
 )
@@ -80,10 +80,10 @@ def layer_section(r: Report) -> Section | None:
     x = lambda m: "after_layer" if m in _STATES else "layer"
     shown = {m: name for m, name in _NAMES.items() if m in {*f["measure"]}}
     charts = [value_curve(f.filter(measure=m), headed(name), x(m), "context_length", name=name) for m, name in shown.items()]
-    return make_section(r, "Layer by layer", LAYERS if len(charts) == len(_NAMES) else STATES, charts, r.frames["layers"], 2)
+    return make_section(r, "Layer by layer", _LAYERS if len(charts) == len(_NAMES) else _STATES_ONLY, charts, r.frames["layers"], 2)
 
 # %% ../../../nbs/probes/collapse/07_report_layers.ipynb #589a1f3b
-HEADS = "sigma_a of every head at the longest texts, mean over documents."
+_HEADS = "sigma_a of every head at the longest texts, mean over documents."
 
 # %% ../../../nbs/probes/collapse/07_report_layers.ipynb #e951b274
 def head_section(r: Report) -> Section | None:
@@ -91,4 +91,4 @@ def head_section(r: Report) -> Section | None:
     if "heads" not in r.frames: return None
     f, n = r.frames["heads"].filter(condition="none"), ends(r)[1]
     chart = head_map(f.filter(context_length=n), "sigma_a", title=f"sigma_a of every head at {n:,} tokens")
-    return make_section(r, "Head by head", HEADS, [chart], f.sort("sigma_a", descending=True))
+    return make_section(r, "Head by head", _HEADS, [chart], f.sort("sigma_a", descending=True))

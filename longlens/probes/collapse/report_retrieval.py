@@ -11,7 +11,7 @@ from .report_common import make_section, value_curve
 from ...report import Report, Section
 
 # %% auto #0
-__all__ = ['RETRIEVAL', 'retrieval_sentences', 'retrieval_section']
+__all__ = ['retrieval_sentences', 'retrieval_section']
 
 # %% ../../../nbs/probes/collapse/09_report_retrieval.ipynb #7af6c6c1
 def retrieval_sentences(r: Report) -> list[str]:
@@ -30,7 +30,7 @@ def retrieval_sentences(r: Report) -> list[str]:
     return out
 
 # %% ../../../nbs/probes/collapse/09_report_retrieval.ipynb #2a4c91cd
-RETRIEVAL = "Share of {n_queries} queries whose document comes first (Acc@1), and nDCG@10. Bands: 95 % intervals over queries."
+_RETRIEVAL = "Share of {n_queries} queries whose document comes first (Acc@1), and nDCG@10. Bands: 95 % intervals over queries."
 
 # %% ../../../nbs/probes/collapse/09_report_retrieval.ipynb #9f8c13af
 def retrieval_section(r: Report) -> Section | None:
@@ -42,4 +42,4 @@ def retrieval_section(r: Report) -> Section | None:
         if g.filter(pl.col("condition") != "none")["context_length"].n_unique() > 1:
             title = f"{str(task).capitalize()}, by temperature"
             charts.append(value_curve(g, title, "context_length", "condition", name="nDCG@10", domain=(0, 1)))
-    return make_section(r, "Retrieval by length", RETRIEVAL, charts, r.frames["retrieval"], 2)
+    return make_section(r, "Retrieval by length", _RETRIEVAL, charts, r.frames["retrieval"], 2)

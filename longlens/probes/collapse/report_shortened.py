@@ -13,7 +13,7 @@ from .report_common import make_section, some_of
 from ...report import Report, Section
 
 # %% auto #0
-__all__ = ['SHORTENED', 'shortened_sentence', 'shortened_section']
+__all__ = ['shortened_sentence', 'shortened_section']
 
 # %% ../../../nbs/probes/collapse/11_report_shortened.ipynb #b8ffa3ca
 def _longest(r: Report) -> pl.DataFrame:    # layer, dims, value (nDCG@10); empty: there is none
@@ -46,7 +46,7 @@ def _layers_text(f: pl.DataFrame, full: dict[str, Any]) -> str:    # the end of 
     return text + (" (so words in common are enough, and this task says little of the layers)" if enough else "")
 
 # %% ../../../nbs/probes/collapse/11_report_shortened.ipynb #840955cf
-SHORTENED = (
+_SHORTENED = (
     "Embeddings made of the hidden states after fewer layers, and of fewer of their numbers. Here it is layers that were read which"
     " are counted: 0 is the input, 1 the states after layer 0, and so on: the largest number is after the last layer. Means over "
     "documents or {n_queries} queries, without intervals. Where 0 finds as much as the last, words that query and document have in "
@@ -65,4 +65,4 @@ def shortened_section(r: Report) -> Section | None:
         low = min(0.0, g["value"].min()) if len(g) else 0.0
         charts += [truncation_map(g.filter(context_length=n), f"{title} at {n:,} tokens", domain=(low, 1), name=name)
                    for n in some_of(g["context_length"].unique().sort().to_list(), 2)]
-    return make_section(r, "Embeddings cut short", SHORTENED, charts, f, 2)
+    return make_section(r, "Embeddings cut short", _SHORTENED, charts, f, 2)

@@ -11,8 +11,7 @@ from .report_common import ROUNDING_ERROR, direction, effect_of, ends, interval_
 from ...report import Report, Section
 
 # %% auto #0
-__all__ = ['SIMILARITY', 'MAP', 'cosine_sentence', 'average_sentence', 'filler_sentence', 'natural_sentence',
-           'similarity_section', 'map_section']
+__all__ = ['cosine_sentence', 'average_sentence', 'filler_sentence', 'natural_sentence', 'similarity_section', 'map_section']
 
 # %% ../../../nbs/probes/collapse/05_report_similarity.ipynb #4f71dda6
 def _turns(r: Report, ends: int) -> str:
@@ -71,7 +70,7 @@ def natural_sentence(r: Report) -> str:
     return f"{r.meta['natural']} documents as they are, in {len(f)} group{'s' * (len(f) > 1)} of {size} by length: {shown}"
 
 # %% ../../../nbs/probes/collapse/05_report_similarity.ipynb #704e31d9
-SIMILARITY = (
+_SIMILARITY = (
     "The same {documents} documents ({source}) cut to each length, so that lengths are compared on the same content. If embeddings "
     "collapse, the curve rises and the wide band narrows. Mean pooling alone makes it rise too: longer texts are averages of more "
     "words. Documents of natural length differ in content as well."
@@ -82,10 +81,10 @@ def similarity_section(r: Report) -> Section:
     from longlens.charts.embeddings import similarity_curve
     f = r.frames["similarity"].filter(condition="none")
     chart = similarity_curve(f, by="kind" if f["kind"].n_unique() > 1 else None)
-    return make_section(r, "Do longer texts look more alike?", SIMILARITY, [chart], r.frames["similarity"])
+    return make_section(r, "Do longer texts look more alike?", _SIMILARITY, [chart], r.frames["similarity"])
 
 # %% ../../../nbs/probes/collapse/05_report_similarity.ipynb #05ca6c0b
-MAP = "All texts on the first two principal axes of their embeddings (and by UMAP, which keeps neighbours, where it is installed)."
+_MAP = "All texts on the first two principal axes of their embeddings (and by UMAP, which keeps neighbours, where it is installed)."
 
 # %% ../../../nbs/probes/collapse/05_report_similarity.ipynb #18556b18
 def map_section(r: Report) -> Section:
@@ -94,4 +93,4 @@ def map_section(r: Report) -> Section:
     charts = [embedding_map(r.frames["points"], (axes[0], axes[1]))]
     if has_umap():
         charts.append(embedding_map(on_a_plane(r.frames["vectors"], "umap", r.meta["settings"]["seed"]), title="The same by UMAP"))
-    return make_section(r, "A map of the texts", MAP, charts, r.frames["points"])
+    return make_section(r, "A map of the texts", _MAP, charts, r.frames["points"])

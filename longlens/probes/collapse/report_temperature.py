@@ -13,7 +13,7 @@ from .report_common import effect_of, ends, found_with, headed, interval_text, m
 from ...report import Report, Section
 
 # %% auto #0
-__all__ = ['TEMPERATURES', 'temperature_sentences', 'temperature_section']
+__all__ = ['temperature_sentences', 'temperature_section']
 
 # %% ../../../nbs/probes/collapse/08_report_temperature.ipynb #41c0f350
 def temperature_sentences(r: Report) -> list[str]:
@@ -35,7 +35,7 @@ _NAMES = {"mean_cosine": "cosine of two texts", "effective_rank_centred": "effec
              "centroid_distance": "distance to the centroid"}
 
 # %% ../../../nbs/probes/collapse/08_report_temperature.ipynb #2d68e214
-TEMPERATURES = (
+_TEMPERATURES = (
     "Attention logits divided by a temperature in every layer (TempScale); below 1 is sharper. sigma_a and entropy: means over "
     "layers and heads. Bands: 95 % intervals over documents or queries."
 )
@@ -59,4 +59,4 @@ def temperature_section(r: Report) -> Section | None:
     if f["tau"].n_unique() < 2: return None
     mine = f.filter(pl.col("task").is_null(), pl.col("context_length").is_in(some_of(r.meta["settings"]["lengths"], 3)))
     charts = [tau_curve(mine.filter(measure=m), name, title=headed(name)) for m, name in _NAMES.items() if m in {*mine["measure"]}]
-    return make_section(r, "Temperature", TEMPERATURES, [*charts, *_task_charts(f)], f, 2)
+    return make_section(r, "Temperature", _TEMPERATURES, [*charts, *_task_charts(f)], f, 2)

@@ -13,7 +13,7 @@ from .report_common import effect_of, found_with, interval_text, make_section
 from ...report import Report, Section
 
 # %% auto #0
-__all__ = ['WINDOWS', 'window_sentences', 'window_section']
+__all__ = ['window_sentences', 'window_section']
 
 # %% ../../../nbs/probes/collapse/10_report_windows.ipynb #6b2913e0
 def window_sentences(r: Report) -> list[str]:
@@ -30,7 +30,7 @@ def window_sentences(r: Report) -> list[str]:
     return out
 
 # %% ../../../nbs/probes/collapse/10_report_windows.ipynb #3512868a
-WINDOWS = (
+_WINDOWS = (
     "Documents longer than the encoder reads: cut where its positions end (cut off), or read whole with positions made in other "
     "ways, for which it was not trained."
 )
@@ -54,4 +54,4 @@ def window_section(r: Report) -> Section | None:
     own = r.frames["similarity"].filter(kind="cut").rename({"mean_cosine": "value"}).filter(mine)
     baseline = "cut off" if "cut off" in own["condition"] else None
     charts += [_dots(own.filter(context_length=n), f"Cosine of two texts at {n:,} tokens", baseline, "cosine") for n in past]
-    return make_section(r, "Past the encoder's length", WINDOWS, charts, found if len(found) else own, 2)
+    return make_section(r, "Past the encoder's length", _WINDOWS, charts, found if len(found) else own, 2)
