@@ -238,7 +238,7 @@ def test_the_cost_of_gradients_is_what_runs(lm, prompt, tracer, monkeypatch):
 
     cost = tracer.cost(TraceJob(lm, prompt))
     monkeypatch.setattr(lm.hf, "forward", counted)
-    monkeypatch.setattr(lm, "_takes", lambda name: name == "logits_to_keep")
+    monkeypatch.setattr(lm, "accepts", lambda name: name == "logits_to_keep")
     found = tracer.run(TraceJob(lm, prompt))
     assert cost.evaluations == sum(b for b, _ in seen) == found.costs.evaluations
     assert cost.tokens == sum(b * n for b, n in seen) == found.costs.tokens and cost.exact

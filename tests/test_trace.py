@@ -33,6 +33,7 @@ from longlens.apps.trace import prompt_of, trace_span, without_html
 from longlens.charts.page import page_html
 from longlens.models.tokens import Tokens
 from longlens.needle_lm.data import filler
+from longlens.models.tokens import Tokens
 from longlens.probes.traceback import probe as traceback
 from longlens.probes.traceback import scorer as subset_scores
 from longlens.probes.traceback.coarse_to_fine import CoarseToFine

@@ -203,7 +203,7 @@ def test_a_cost_and_a_refusal_run_nothing(lm: LongModel, name: str, monkeypatch:
     how = dict(method=name, by="sentences", **INNER.get(name, {}))
     with monkeypatch.context() as m:
         def never(*a: Any, **k: Any) -> Any: raise AssertionError("the model ran")
-        m.setattr(LongModel, "_logits_at", never)
+        m.setattr(LongModel, "logits_at", never)
         m.setattr(lm.hf, "forward", never)
         asked, given = (ll.trace_context(lm, text, ASK, answer, dry_run=True, **how) for answer in (None, " stone"))
         for answer in (None, " stone"):

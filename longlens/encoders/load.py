@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import nn
@@ -21,13 +21,21 @@ from ..models.tokens import HFModel, HFTokenizer
 from longlens.models.files import (
     CONFIG_FILES, check_device, check_dtype, check_folder, check_weights, model_folder, locate, quiet_loading, read_config, read_tokenizer,
 )
-from ..models.load import display_name
+from ..models.load import TokenizerLike, display_name
 from .pooling import POOLINGS, Pooling, DenseLayer
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+else:
+    SentenceTransformer = Any
 
 _all_ = ["POOLINGS", "Pooling", "EncoderTokens", "Encoder", "Encoded"]
 
 # %% auto #0
-__all__ = ['load_encoder', 'POOLINGS', 'Pooling', 'EncoderTokens', 'Encoder', 'Encoded']
+__all__ = ['EncoderLike', 'load_encoder', 'POOLINGS', 'Pooling', 'EncoderTokens', 'Encoder', 'Encoded']
+
+# %% ../../nbs/encoders/04_load.ipynb #bda9654e
+EncoderLike: TypeAlias = str | Path | HFModel | SentenceTransformer | TextModel | None  # what `load_encoder` takes
 
 # %% ../../nbs/encoders/04_load.ipynb #e3c4b623
 def _check_encoder(
@@ -97,7 +105,7 @@ def _lower(
 # %% ../../nbs/encoders/04_load.ipynb #0e6c0f57
 def _from_files(
     model: str | Path,  # a folder or a hub id
-    tokenizer: HFTokenizer | str | Path | None,  # None: the one beside the model
+    tokenizer: TokenizerLike,  # None: the one beside the model
     pooling: str | Sequence[str] | Pooling | None,  # None: the model's own
     hub: Mapping[str, Any],  # revision, download, trust_remote_code
     **kw: Any,  # for from_pretrained
@@ -173,8 +181,8 @@ def _from_name(
 
 # %% ../../nbs/encoders/04_load.ipynb #e3834070
 def _from_object(
-    model: Any,  # a SentenceTransformer, a LongModel or a Hugging Face model
-    tokenizer: Any,  # its tokenizer, or where it is
+    model: HFModel | SentenceTransformer | TextModel,  # a TextModel: a LongModel, say
+    tokenizer: TokenizerLike,  # its tokenizer, or where it is
     pooling: str | Sequence[str] | Pooling | None,  # None: the model's own
     unused: Mapping[str, Any],  # arguments that only make sense for files
 ) -> tuple[HFModel, HFTokenizer | None, dict[str, Any]]:  # and arguments of Encoder
@@ -207,8 +215,8 @@ def _object_name(
 
 # %% ../../nbs/encoders/04_load.ipynb #fc6a6947
 def _unwrap(
-    model: Any,  # a sentence_transformers.SentenceTransformer
-    tokenizer: Any,  # None: its own
+    model: SentenceTransformer,
+    tokenizer: HFTokenizer | None,  # None: its own
     pooling: str | Sequence[str] | Pooling | None,  # None: its own
 ) -> tuple[HFModel, HFTokenizer | None, dict[str, Any]]:  # and arguments of Encoder
     """Model, tokenizer and settings of a SentenceTransformer; nothing is copied."""
@@ -225,8 +233,8 @@ def _unwrap(
 
 # %% ../../nbs/encoders/04_load.ipynb #e6ec5666
 def load_encoder(
-    model: Any = None,  # None: the packaged MiniLM; a folder, a hub id, a SentenceTransformer, a Hugging Face model, or a LongModel
-    tokenizer: Any = None,  # its tokenizer, or where it is; None: the one beside the model, if any
+    model: EncoderLike = None,  # None: the packaged MiniLM; a folder, a hub id, a SentenceTransformer, a Hugging Face model, or a LongModel
+    tokenizer: TokenizerLike = None,  # its tokenizer, or where it is; None: the one beside the model, if any
     pooling: str | Sequence[str] | Pooling | None = None,  # "mean", "cls", "lasttoken", ...; None: as the model's files say
     *,
     normalize: bool | None = None,  # vectors at length 1; None: as the model's files say, and else not

@@ -18,6 +18,8 @@ from .text_model import TextModel, check_length, first_setting
 from .tokens import TokenIds, Tokens, as_ids
 
 if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
     from longlens.models import forward as _forward, kv_cache as _kv_cache, memory as _memory
 
 # %% auto #0
@@ -27,7 +29,8 @@ __all__ = ['LongModel', 'pad_rows', 'check_logits']
 class LongModel(TextModel):
     """A causal language model for long contexts: tokens, logits, scores, answers, prefixes. Made by `load`."""
 
-    bridge: Any  # a TransformerLens TransformerBridge over the same weights, made when it is first used
+    if TYPE_CHECKING:
+        bridge: TransformerBridge  # over the same weights, made when it is first used
 
     if TYPE_CHECKING:  # each is written where it is explained
         inputs = _forward.inputs

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..methods import patch
 from .forward import LongModel, check_logits, pad_rows
 from .memory import size_text
-from .text_model import TextModel, check_length
+from .text_model import check_length
 from .tokens import TokenIds, Tokens
 
 if TYPE_CHECKING:

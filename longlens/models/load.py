@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -20,15 +20,24 @@ from .memory import MemoryEstimate
 from .text_model import ModelCard, read_card
 from .tokens import HFModel, HFTokenizer, Tokens
 
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+else:
+    TransformerBridge = Any
+
 _all_ = ["LongModel", "Tokens", "Prefix", "Score", "MemoryEstimate"]
 
 # %% auto #0
-__all__ = ['load', 'display_name', 'LongModel', 'Tokens', 'Prefix', 'Score', 'MemoryEstimate']
+__all__ = ['ModelLike', 'TokenizerLike', 'load', 'display_name', 'LongModel', 'Tokens', 'Prefix', 'Score', 'MemoryEstimate']
+
+# %% ../../nbs/models/07_load.ipynb #8cef8a9d
+ModelLike: TypeAlias = str | Path | HFModel | TransformerBridge | LongModel | None  # what `load` takes
+TokenizerLike: TypeAlias = str | Path | HFTokenizer | None  # a tokenizer, or where one is
 
 # %% ../../nbs/models/07_load.ipynb #60389f8b
 def load(
-    model: Any = None,  # None, or "needle-lm": the embedded model; a folder, a hub id, a Hugging Face model, or a TransformerBridge
-    tokenizer: Any = None,  # its tokenizer, or where it is; None: the one beside the model, if any
+    model: ModelLike = None,  # None, or "needle-lm": the embedded model; a folder, a hub id, a Hugging Face model, or a TransformerBridge
+    tokenizer: TokenizerLike = None,  # its tokenizer, or where it is; None: the one beside the model, if any
     *,
     dtype: str | torch.dtype | None = None,  # "float32", "bfloat16", "float16", "auto"; None: as the model is stored
     device: str | torch.device | None = None,  # "cpu", "cuda", "cuda:1"; None: where the model is, or CUDA if there is one
@@ -71,18 +80,18 @@ def _embedded() -> Path:
     return folder
 
 # %% ../../nbs/models/07_load.ipynb #86c85ef1
-def _card_of(model: Any) -> ModelCard:
+def _card_of(model: ModelLike) -> ModelCard:
     """The card of a model that is read from a folder."""
     if model is None: return read_card(_embedded())
     return read_card(Path(model).expanduser()) if isinstance(model, (str, Path)) and Path(model).expanduser().is_dir() else ModelCard()
 
 # %% ../../nbs/models/07_load.ipynb #0e61ad46
-def _is_embedded(model: Any) -> bool:
+def _is_embedded(model: ModelLike) -> bool:
     """Is it asked for by what reports call it? A folder of that name comes first."""
     return isinstance(model, str) and model == display_name(None) and not Path(model).exists()
 
 # %% ../../nbs/models/07_load.ipynb #480ba677
-def display_name(model: Any) -> str | None:
+def display_name(model: object) -> str | None:
     """What reports call the model; None: what its config says."""
     if model is None:
         return "needle-lm"
@@ -92,8 +101,8 @@ def display_name(model: Any) -> str | None:
 
 # %% ../../nbs/models/07_load.ipynb #bb766fb6
 def _given(
-    model: Any,  # a Hugging Face model or a TransformerBridge
-    tokenizer: Any,  # its tokenizer, or where it is
+    model: HFModel | TransformerBridge,
+    tokenizer: TokenizerLike,  # its tokenizer, or where it is
     unused: Mapping[str, Any],  # arguments that only make sense for files
 ) -> tuple[HFModel, HFTokenizer | None]:
     """Model and tokenizer from an object."""

@@ -147,7 +147,7 @@ def best_chunk(
         if need.fits if most is None else need.needed + (copies - 1) * need.cache <= most:
             return size
     if most is not None:
-        raise MemoryError(f"{self.name} cannot run {n:,} tokens in chunks of {size}: it takes "
-                          f"{size_text(need.needed + (copies - 1) * need.cache)} on top of the weights, and max_memory is {size_text(most)}: "
-                          "take a shorter context, or more max_memory")
+        takes = size_text(need.needed + (copies - 1) * need.cache)
+        raise MemoryError(f"{self.name} cannot run {n:,} tokens in chunks of {size}: it takes {takes} on top of the weights, and "
+                          f"max_memory is {size_text(most)}: take a shorter context, or more max_memory")
     raise MemoryError(f"{self.name} cannot run {n:,} tokens here, not even in small chunks: {need!r}")

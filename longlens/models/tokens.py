@@ -19,11 +19,15 @@ if TYPE_CHECKING:
     from longlens.models import tokens as _tokens
 
 # %% auto #0
-__all__ = ['HFModel', 'HFTokenizer', 'TokenIds', 'Tokens', 'as_ids', 'as_tokens', 'check_unicode']
+__all__ = ['TokenIds', 'Tokens', 'as_ids', 'as_tokens', 'check_unicode', 'HFModel', 'HFTokenizer']
 
 # %% ../../nbs/models/00_tokens.ipynb #1e403b2f
-HFModel = Any  # a transformers.PreTrainedModel
-HFTokenizer = Any  # a transformers.PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as HFModel, PreTrainedTokenizerBase as HFTokenizer
+else:
+    HFModel = HFTokenizer = Any
+_all_ = ["HFModel", "HFTokenizer"]
+
 TokenIds = Tensor | Sequence[int]  # (n,), integers
 
 # %% ../../nbs/models/00_tokens.ipynb #cd5a2ab2
