@@ -62,7 +62,7 @@ def measured(name: str, sources: int, permutations: int) -> dict[str, Any]:
 
     import longlens as ll
     from longlens.probes.traceback.scorer import SubsetScorer, plain_scores
-    from longlens.probes.traceback.tracer import GameJob, TraceJob, find_tracer
+    from longlens.probes.traceback.tracer import GameJob, find_tracer
     lm = ll.load(allow_longer=True)
     prompt, tracer = made_prompt(lm, sources), find_tracer(name, {"permutations": permutations} if name == "shapley" else {})
     plain_scores(lm, prompt, np.ones((1, sources), bool))  # warm

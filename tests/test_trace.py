@@ -33,7 +33,6 @@ from longlens.apps.trace import prompt_of, trace_span, without_html
 from longlens.charts.page import page_html
 from longlens.models.tokens import Tokens
 from longlens.needle_lm.data import filler
-from longlens.models.tokens import Tokens
 from longlens.probes.traceback import probe as traceback
 from longlens.probes.traceback import scorer as subset_scores
 from longlens.probes.traceback.coarse_to_fine import CoarseToFine
@@ -608,7 +607,7 @@ def test_what_is_refused(lm: ll.LongModel) -> None:
     refused("k is 0", DOCUMENTS, ASK, k=0)
     refused("chat template", DOCUMENTS, ASK, chat=True)
     refused("size is 0", DOCUMENTS[0], ASK, size=0)
-    cost = ll.trace_context(lm, DOCUMENTS, ASK, "stone", method="shapley", dry_run=True)
+    cost = ll.plan(ll.trace_context, lm, DOCUMENTS, ASK, "stone", method="shapley")
     assert isinstance(cost, TraceCost) and cost.exact
 
 
@@ -807,7 +806,7 @@ def test_a_large_cost_is_said_before_it_arises(lm: ll.LongModel, monkeypatch: py
     monkeypatch.setattr(traceback, "LARGE_COST", 500)
     def never(*a: Any, **k: Any) -> Any: raise AssertionError("it ran")
     for method, way in (("loo", "and so does method='attntrace'"), ("coarse_to_fine", "and so does inner='attntrace'")):
-        cost = ll.trace_context(lm, DOCUMENTS, ASK, "stone", method=method, dry_run=True)
+        cost = ll.plan(ll.trace_context, lm, DOCUMENTS, ASK, "stone", method=method)
         with monkeypatch.context() as m:
             m.setattr(traceback, "run_tracer", never)
             with pytest.raises(traceback.LargeTrace, match=re.escape(f"{cost}")) as e:    # warnings are errors here

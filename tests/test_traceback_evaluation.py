@@ -30,8 +30,9 @@ from longlens.probes.traceback.evaluation.cases import (
     text_truth,
 )
 from longlens.probes.traceback.evaluation.evaluate import ask_case, case_frame, named_tracers
+from longlens.probes.traceback.evaluation.frames import MEASURES, RUN_COSTS
 from longlens.probes.traceback.evaluation.metrics import answer_without, case_interval, f1_range, found_scores, says
-from longlens.probes.traceback.evaluation.report import MEASURES, RUN_COSTS, make_traceback_report
+from longlens.probes.traceback.evaluation.report import make_traceback_report
 from longlens.probes.traceback.prompts import answer_limits
 from longlens.probes.traceback.sources import cut_context
 from longlens.probes.traceback.tracer import TraceCost, Tracer, TraceScores
@@ -218,7 +219,8 @@ def test_files_that_are_something_else(tmp_path: Path, written: str, said: str) 
 
 def test_why_a_case_is_left_out(lm: Any, cases: list[TraceCase]) -> None:
     said = fact_cases(1, 200)[0]
-    known = replace(said, context=f"{said.injected_texts[0]} {said.text}", injected=((0, len(said.injected_texts[0])),))  # stands there once more
+    fact = said.injected_texts[0]
+    known = replace(said, context=f"{fact} {said.text}", injected=((0, len(fact)),))  # stands there once more
     asked = [ask_case(lm, c, answer_limits(lm), by="sentences") for c in (cases[0], said, replace(said, target="nobody"), known)]
     too = "the model says the target without what was injected, too"
     assert [x.why for x in asked] == [None, None, "the model does not say the target", too]
@@ -306,7 +308,7 @@ def test_the_total_is_planned_before_a_method_runs(lm: Any, cases: list[TraceCas
     from longlens.probes.traceback.probe import LargeTrace
     methods = ["loo", "stc", "shapley", "denoised_shapley", "tracllm", "attention", "attntrace", "rollout", "contextcite", "self_citation"]
     how: dict[str, Any] = dict(k=None, by="sentences", size=5, out=tmp_path)
-    plan = ll.evaluate_traceback(lm, cases, methods, dry_run=True, **how)
+    plan = ll.plan(ll.evaluate_traceback, lm, cases, methods, **how)
     unknown = plan.filter(pl.col("tokens").is_null())["method"].to_list()
     assert unknown == ["self_citation"]  # no chat template: its row says so when it runs
     with pytest.raises(ValueError, match=r"10 methods on \d cases .*, and [\d,]+ to ask and ask again\), and budget is 20,000: take fewer"):
@@ -316,11 +318,12 @@ def test_the_total_is_planned_before_a_method_runs(lm: Any, cases: list[TraceCas
         ll.evaluate_traceback(lm, cases, methods, budget=1000, **how)
     assert not list(tmp_path.glob("**/*.parquet"))  # nothing had run
     monkeypatch.setattr(trace_evaluation, "LARGE_COST", 1000)
-    with pytest.warns(LargeTrace, match="dry_run=True gives the table"): report = ll.evaluate_traceback(lm, cases, methods, **how)
+    with pytest.warns(LargeTrace, match=r"plan\(evaluate_traceback, ...\) gives the table"):
+        report = ll.evaluate_traceback(lm, cases, methods, **how)
     taken = dict(report.frames["runs"].group_by("method").agg(pl.col("forward_tokens").sum()).rows())
     for method, tokens in plan.select("method", "tokens").rows():
         if tokens is not None: assert 0 < taken[method] <= tokens, method
-    left = ll.evaluate_traceback(lm, cases, methods, dry_run=True, **how)
+    left = ll.plan(ll.evaluate_traceback, lm, cases, methods, **how)
     assert left["method"].to_list() == ["self_citation"]
 
 
