@@ -40,7 +40,6 @@ from longlens.probes.traceback.methods import attention as attention_trace
 from longlens.probes.traceback.methods.perturbation import InformedSearch, Shapley, chain_masks, informed_search, marginals
 from longlens.probes.traceback.prefix_tree import branches, common_start
 from longlens.probes.traceback.prompts import ready_prompt, trace_prompt
-from longlens.probes.traceback.report import said_probability
 from longlens.probes.traceback.scorer import FLOOR, SubsetScorer, plain_scores
 from longlens.probes.traceback.sources import (
     TracePrompt,
@@ -52,11 +51,12 @@ from longlens.probes.traceback.sources import (
     subset_tokens,
     token_prompt,
 )
-from longlens.probes.traceback.tracer import TRACER_MODULES, TRACERS, TraceCost, TraceJob, Tracer, TraceScores, find_tracer
+from longlens.probes.traceback.tracer import TRACER_MODULES, TRACERS, GameJob, TraceCost, TraceJob, Tracer, TraceScores, find_tracer
 from longlens.prompts.key_value import kv_lines
 from longlens.prompts.multi_document import numbered_documents
 from longlens.prompts.questions import fact_questions
 from longlens.sweeps.runner import SweepWarning
+from longlens.text import probability_text
 
 PEOPLE = {"Ada": "lamb", "Bob": "river", "Eve": "stone", "Tom": "table", "Una": "glass", "Max": "paper"}
 DOCUMENTS = [f"{filler(2, seed=i)} The code for {who} is {what}." for i, (who, what) in enumerate(PEOPLE.items())]
@@ -443,13 +443,13 @@ GAME = Game(6, {(0,): 1.0, (1, 2): 4.0, (2, 3, 4): -3.0, (5,): 0.5})
 def test_shapley_values_are_estimated_without_bias() -> None:
     true = exact_shapley(GAME)
     assert true == pytest.approx([1, 2, 1, -1, -1, 0.5])
-    many = Shapley(permutations=3000).run(TraceJob(game=GAME))
+    many = Shapley(permutations=3000).run(GameJob(GAME))
     assert np.abs(many.values - true).max() < 4 * many.errors.max() < 0.2
-    few = [Shapley(permutations=12).run(TraceJob(game=GAME, seed=s)) for s in range(200)]
+    few = [Shapley(permutations=12).run(GameJob(GAME, seed=s)) for s in range(200)]
     spread = np.stack([f.values for f in few]).std(0)
     assert np.stack([f.errors for f in few]).mean(0) == pytest.approx(spread, rel=0.15)
     assert all(f.values.sum() == pytest.approx(2.5) for f in few)  # efficiency, in every sample
-    assert (Shapley().run(TraceJob(game=GAME, seed=1)).values == Shapley().run(TraceJob(game=GAME, seed=1)).values).all()
+    assert (Shapley().run(GameJob(GAME, seed=1)).values == Shapley().run(GameJob(GAME, seed=1)).values).all()
 
 
 def test_chains_hold_who_came_before() -> None:
@@ -460,10 +460,10 @@ def test_chains_hold_who_came_before() -> None:
 
 def test_denoised_values_are_means_of_the_largest() -> None:
     t = find_tracer("denoised_shapley", {"permutations": 9, "beta": 0.4})
-    m = marginals(GAME, t.orders(TraceJob(game=GAME)))
-    assert t.run(TraceJob(game=GAME)).values == pytest.approx(np.sort(m, 0)[-3:].mean(0))  # int(3.6) = 3 of 9
-    one = find_tracer("denoised_shapley", {"permutations": 3, "beta": 0.1}).run(TraceJob(game=GAME, seed=2))
-    assert one.values == pytest.approx(marginals(GAME, Shapley(3).orders(TraceJob(game=GAME, seed=2))).max(0))
+    m = marginals(GAME, t.orders(GameJob(GAME)))
+    assert t.run(GameJob(GAME)).values == pytest.approx(np.sort(m, 0)[-3:].mean(0))  # int(3.6) = 3 of 9
+    one = find_tracer("denoised_shapley", {"permutations": 3, "beta": 0.1}).run(GameJob(GAME, seed=2))
+    assert one.values == pytest.approx(marginals(GAME, Shapley(3).orders(GameJob(GAME, seed=2))).max(0))
 
 
 @pytest.mark.parametrize(("n", "counts"), [(6, [6]), (10, [8, 7]), (100, [8] + 4 * [10]), (200, [8] + 5 * [10]), (320, [8] + 6 * [10])])
@@ -475,7 +475,7 @@ def test_the_search_scores_as_many_groups_as_published(n: int, counts: list[int]
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
 def test_a_search_among_few_still_scores_them(n: int) -> None:
-    found = InformedSearch().run(TraceJob(game=Game(n, {(n - 1,): 3.0})))
+    found = InformedSearch().run(GameJob(Game(n, {(n - 1,): 3.0})))
     assert found.values.tolist() == [0.0] * (n - 1) + [6.0]  # leave-one-out counts double
     assert found.frames["search"].group_by("function").len()["len"].to_list() == [n] * 3
 
@@ -497,7 +497,7 @@ def test_a_searched_group_stands_alone() -> None:
             return super().__call__(kept)
 
     seen: list[np.ndarray] = []
-    InformedSearch(functions=("loo",), keep=2).run(TraceJob(game=Watch(8, {(3,): 1.0})))
+    InformedSearch(functions=("loo",), keep=2).run(GameJob(Watch(8, {(3,): 1.0})))
     sizes = [sorted(set(k.sum(1).tolist())) for k in seen]
     assert sizes == [[6, 8], [3, 4], ] or sizes[-1] == [3, 4]  # the second level knows nothing of what was dropped
     assert TRACERS["tracllm"] == InformedSearch(("stc", "loo", "denoised_shapley"), 5, 2.0, 20, 0.2)  # published defaults
@@ -537,7 +537,7 @@ def test_a_search_costs_no_more_than_was_said(lm: ll.LongModel, sizes: tuple[int
     said = tracer.cost(TraceJob(lm, prompt))
     for weights in (np.arange(prompt.n), -np.arange(prompt.n), lengths, *np.random.default_rng(0).normal(size=(9, prompt.n))):
         game = Wins(weights.astype(float))
-        tracer.run(TraceJob(lm, prompt, game))
+        tracer.run(GameJob(game))
         asked = np.array([*game.asked])
         assert len(asked) <= said.evaluations
         assert len(asked) * (len(prompt.whole) - 1) - ((~asked) @ lengths).sum() <= said.tokens
@@ -608,7 +608,7 @@ def test_what_is_refused(lm: ll.LongModel) -> None:
     refused("k is 0", DOCUMENTS, ASK, k=0)
     refused("chat template", DOCUMENTS, ASK, chat=True)
     refused("size is 0", DOCUMENTS[0], ASK, size=0)
-    cost = ll.trace_context(lm, DOCUMENTS, ASK, "stone", method="shapley", dry_run=True)
+    cost = ll.plan(ll.trace_context, lm, DOCUMENTS, ASK, "stone", method="shapley")
     assert isinstance(cost, TraceCost) and cost.exact
 
 
@@ -779,7 +779,7 @@ def test_ids_alone_are_traced() -> None:
 
 def test_small_probabilities_are_not_zero() -> None:
     "The same numbers in every explorer, however small"
-    assert [said_probability(x) for x in (-0.0284, -3.474, -10.8, -1000.0, None)] == ["0.972", "0.031", "2.0e-5", "5.1e-435", "–"]
+    assert [probability_text(x) for x in (-0.0284, -3.474, -10.8, -1000.0, None)] == ["0.972", "0.031", "2.0e-5", "5.1e-435", "–"]
     shown = removal_html(" lamb", [3], {"reply": " lamb", "logprob": -0.0284}, {"reply": " oat", "logprob": -10.8})
     assert "<td>0.972</td>" in shown and "<td>2.0e-5</td>" in shown
     row = {"asked": 0, "said": " oat", "answers": "lamb", "score": 0.0, "logprob": -10.8}
@@ -807,7 +807,7 @@ def test_a_large_cost_is_said_before_it_arises(lm: ll.LongModel, monkeypatch: py
     monkeypatch.setattr(traceback, "LARGE_COST", 500)
     def never(*a: Any, **k: Any) -> Any: raise AssertionError("it ran")
     for method, way in (("loo", "and so does method='attntrace'"), ("coarse_to_fine", "and so does inner='attntrace'")):
-        cost = ll.trace_context(lm, DOCUMENTS, ASK, "stone", method=method, dry_run=True)
+        cost = ll.plan(ll.trace_context, lm, DOCUMENTS, ASK, "stone", method=method)
         with monkeypatch.context() as m:
             m.setattr(traceback, "run_tracer", never)
             with pytest.raises(traceback.LargeTrace, match=re.escape(f"{cost}")) as e:    # warnings are errors here

@@ -28,9 +28,9 @@ from ..probes.generate import Ask
 from ..probes.grid.report import GridReport
 from ..probes.metrics import METRICS
 from ..probes.middle.report import MiddleReport
-from ..probes.traceback.report import said_probability
 from ..sweeps.cells import Cell
 from ..sweeps.sweep import sweep
+from ..text import probability_text
 
 if TYPE_CHECKING:
     from longlens.apps import needle as _needle
@@ -391,7 +391,7 @@ def _answer_line(a: PlaceAnswer, name: str) -> str:    # HTML; how one of the qu
     who = f"{name} {number + 1}" if isinstance(number, int) else {"here": "asked here"}.get(number or "", "measured")
     mark = "" if score is None else f'<span class="{"lx-good" if score >= 1 else "lx-wrong"}">{score:.2f}</span>'
     words = "".join(f'<td class="lx-text lx-quote">{say(text or "–", 160)}</td>' for text in (a.get("reply"), a.get("answers")))
-    return f'<tr><th scope="row">{say(who)}</th>{words}<td>{mark}</td><td>{said_probability(a.get("logprob"))}</td></tr>'
+    return f'<tr><th scope="row">{say(who)}</th>{words}<td>{mark}</td><td>{probability_text(a.get("logprob"))}</td></tr>'
 
 # %% ../../nbs/apps/08_needle.ipynb #e1d83c2d
 def answers_html(

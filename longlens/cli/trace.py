@@ -173,8 +173,7 @@ def _show_question(job: _Job, files: list[Path]) -> None:
 def _plan(*args: Any, **how: Any) -> TraceCost:
     "What `trace_context` would cost with these arguments"
     from longlens import plan, trace_context
-    from longlens.run import PLANNERS
-    return plan(trace_context, *args, **how) if trace_context in PLANNERS else trace_context(*args, **how, dry_run=True)
+    return plan(trace_context, *args, **how)
 
 # %% ../../nbs/cli/01_trace.ipynb #2331ba50
 def _costs(asked: argparse.Namespace, job: _Job) -> dict[str, TraceCost]:
