@@ -22,6 +22,7 @@ test: .venv/.for-work    ## every check: repository, lint, types, notebooks, tes
 	step "repository" $(BIN)/python tools/check.py; \
 	step "lint" $(BIN)/ruff check --quiet .; \
 	step "types" $(BIN)/mypy; \
+	step "imports" $(BIN)/lint-imports --no-logo; \
 	step "notebooks" env OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing; \
 	step "tests" env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not browser"; \
 	step "tests in a browser" $(BIN)/python -m pytest -m browser; \
@@ -40,7 +41,7 @@ readme: .venv/.for-work    ## README.md from nbs/index.ipynb
 	@$(BIN)/python tools/readme.py
 
 clean:    ## remove what was made, except .venv
-	rm -rf out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis _proc _docs
+	rm -rf out build dist *.egg-info .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis _proc _docs
 	find longlens nbs tests tools benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/bin/python:

@@ -143,7 +143,7 @@ def test_every_notebook_has_a_page(project: Path, site: Path, parsed: dict[Path,
 
 def test_every_public_name_has_an_entry(parsed: dict[Path, Html], site: Path) -> None:
     ids = set().union(*(parsed[path].ids for path in (site / "reference").glob("*.html")))
-    assert {f"longlens.{name}" for name in longlens._WHERE} <= ids
+    assert {f"longlens.{name}" for name in longlens.__all__} <= ids
 
 
 def test_the_version_is_on_every_page(site: Path, parsed: dict[Path, Html]) -> None:
@@ -154,7 +154,7 @@ def test_entries_agree_with_the_objects() -> None:
     "Names, signatures and docments, read from the notebooks without an import, are those of the imported functions"
     index = Index(pages(ROOT / "nbs"), public_names(ROOT))
     compared = 0
-    for name, where in longlens._WHERE.items():
+    for name, where in public_names(ROOT).items():
         found = index.find(name)
         assert found, f"{name} is exported by no notebook"
         real, entry = getattr(import_module(f"longlens.{where}"), name), index.whole(found[0])
@@ -280,7 +280,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / "nbs" / name).parent.mkdir(parents=True, exist_ok=True)
         nbfiles.write({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}, root / f"nbs/{name}.ipynb")
     (root / "longlens").mkdir()
-    (root / "longlens/__init__.py").write_text("_WHERE = {'thing': 'all', 'lost': 'nowhere'}\n")
+    (root / "longlens/__init__.pyi").write_text("from .all import thing as thing\nfrom .nowhere import lost as lost\n")
     return build(root / "site/out", root)
 
 
@@ -348,7 +348,7 @@ def test_stored_workbenches_are_what_the_code_shows() -> None:
     for page in pages(ROOT / "nbs"):
         for data in (out.get("data", {}) for c in page.cells if c["cell_type"] == "code" for out in c["outputs"]):
             if "longlens workbench" in "".join(data.get("text/plain", "")): stored[page.name] = made_of(data[outputs.WIDGET])
-    assert {"tutorials/00_ten_minutes", "views/05e_workbench"} <= {*stored}
+    assert {"tutorials/00_ten_minutes", "apps/14_workbench"} <= {*stored}
     lm = longlens.load()
     app = longlens.explore(lm, longlens.needle_context(lm, 300, 40, wording="facts", n_keys=3, seed=1))
     state = outputs.widget_state({"model_id": app.model_id})
@@ -482,8 +482,8 @@ def test_every_page_in_a_browser(playwright: Any, project: Path, site: Path, add
 @pytest.mark.browser
 def test_narrow_dark_and_from_files(playwright: Any, site: Path) -> None:
     "From the file system, as a phone shows it: nothing is wider than the screen, or cut off, and the search finds something"
-    names = ["index.html", "tutorials/01_sinks.html", "tutorials/04_collapse.html", "probes/03b_remedies.html", "views/05e_workbench.html",
-             "reference/probes.html", "measure/03_statistics.html", "benchmarks.html"]
+    names = ["index.html", "tutorials/01_sinks.html", "tutorials/04_collapse.html", "probes/02_remedies.html", "apps/14_workbench.html",
+             "reference/probes.html", "measure/01_statistics.html", "benchmarks.html"]
 
     async def look(context: Any) -> tuple[list[dict[str, Any]], int]:
         seen = [await visit(context, (site / name).as_uri()) for name in names]

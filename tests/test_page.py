@@ -15,7 +15,8 @@ import pytest
 
 from longlens.charts import page as page_module
 from longlens.charts.common import arrange, bars, head_map, layer_profile, length_curve, position_profile
-from longlens.charts.page import Section, page_html, write_page
+from longlens.charts.page import page_html, write_page
+from longlens.report import Section
 from longlens.report import REPORTS, Report
 
 HOSTILE = [
@@ -275,7 +276,7 @@ def test_every_report_has_a_title_that_a_reader_understands() -> None:
     import longlens
     for module in pkgutil.walk_packages(longlens.__path__, "longlens."): import_module(module.name)
     own = {name: kind for name, kind in REPORTS.items() if kind.__module__.startswith("longlens.") and kind is not Report}
-    assert {"SinkReport", "MiddleReport", "TracebackReport", "Reading", "GainReport", "TracePage"} <= own.keys()
+    assert {"SinkReport", "MiddleReport", "TracebackReport", "PromptReading", "GainReport", "TracePage"} <= own.keys()
     untitled = [name for name, kind in own.items() if not kind.title]
     assert not set(untitled) - {"Trace"}    # called by its method on a page
     assert len({kind.title for kind in own.values() if kind.title}) == len(own) - len(untitled)

@@ -111,7 +111,7 @@ def test_settings_and_a_part_of_the_answer() -> None:
 def test_what_it_would_cost(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     "The model is not asked: its answer has as many tokens as it may have; a refusal comes before it, too"
     def never(*a: object, **k: object) -> None: raise AssertionError("the model ran")
-    monkeypatch.setattr(LongModel, "_logits_at", never)
+    monkeypatch.setattr(LongModel, "logits_at", never)
     before = sorted(Path().rglob("*"))
     assert run("--context", "a.txt", "--question", "Who?", "--budget", "1", "--out", "o") == 2
     assert run("--context", "a.txt", "--question", "Who?", "--answer", "Eve", "--dry-run") == 0

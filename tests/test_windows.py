@@ -13,7 +13,7 @@ from zoo import VOCAB, token_ids
 
 from longlens.attention import kernels, streams
 from longlens.attention.hf_interface import UnsupportedModel, attachments
-from longlens.encoders.encode import Encoder
+from longlens.encoders.encoder import Encoder
 from longlens.encoders.load import load_encoder
 from longlens.encoders.pooling import Pooling
 from longlens.interventions.base import intervene, interventions

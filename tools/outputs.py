@@ -53,9 +53,9 @@ def chart_of(data: dict[str, Any]) -> dict[str, Any] | None:
 
 def plain(model: dict[str, Any]) -> dict[str, Any]:
     "A model without what is not set, and without the name of the class that would show it in Jupyter"
-    said = {k: rounded(v) for k, v in model["state"].items() if v is not None and not k.startswith(("_model_", "_view_"))}
-    if "spec" in said and "vega" in said.get("_esm", ""): del said["_esm"]    # a JupyterChart brings all of Vega: the site has it
-    return {"kind": model["model_name"].removesuffix("Model"), "state": said,
+    state = {k: rounded(v) for k, v in model["state"].items() if v is not None and not k.startswith(("_model_", "_view_"))}
+    if "spec" in state and "vega" in state.get("_esm", ""): del state["_esm"]    # a JupyterChart brings all of Vega: the site has it
+    return {"kind": model["model_name"].removesuffix("Model"), "state": state,
             **({"buffers": model["buffers"]} if model.get("buffers") else {})}
 
 

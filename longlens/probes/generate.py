@@ -17,7 +17,7 @@ from torch import Tensor
 from ..sweeps.cells import Cell, Start, Tables, Task
 from ..measure.capture import capture
 from ..measure.statistics import SpanMass
-from ..models.kv_cache import cut_at_stops, end_ids, stop_texts
+from ..models.generate import cut_at_stops, end_ids, stop_texts
 from ..models.forward import LongModel
 
 # %% auto #0

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import polars as pl
 
-from ..prompts.multi_document import check_answers, normalize_answer
+from ..prompts.questions import check_answers, normalize_answer
 
 _all_ = ["normalize_answer"]
 

@@ -1,12 +1,13 @@
 """The notebooks of the project, as pages: what each is called, what it defines, and where it stands on the site.
 
-The order of the site is the table below; within a folder it is the order of the file names. A notebook in a folder that the
-table does not name gets a group of its own, so that a new one is never lost.
+The site has the rooms of the house: a folder of nbs/ is a room, its `index.ipynb` is the room's page, and the order is that of
+the contract in pyproject.toml, from the ground up. Within a room it is the order of the file names. A folder without an index
+gets a page that lists its notebooks, so that a new one is never lost.
 """
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,21 +15,16 @@ from pathlib import Path
 from entries import Entry, entries, ordered
 from nbfiles import Cell, directives, read, source, without_directives
 
-GROUPS = {    # folder of nbs/ -> its heading, and a sentence for its page
-    "tutorials": ("Tutorials", "Executed analyses: every number and picture was made by the cell above it."),
-    "": ("Models, contexts, sweeps", "What everything stands on: reports, models, long contexts with known places, grids of prompts."),
-    "measure": ("Measuring and changing attention", "Attention as an operator, statistics that are exact at any length, interventions."),
-    "probes": ("Probes", "One question each, answered with tables, a chart and sentences."),
-    "views": ("Charts, explorers, pages", "How reports are drawn, explored by hand, and written as pages."),
-}
-PARTS = {    # part of the public reference -> the modules whose public names it lists; the rest goes to the last
-    "models": ("Models and encoders", ("models", "forward", "prefix", "encoders", "needle_lm")),
-    "measuring": ("Measuring", ("measure.kernels", "measure.attention", "measure.capture", "measure.rollout")),
-    "statistics": ("Statistics", ("measure.statistics", "measure.collapse")),
-    "interventions": ("Interventions", ("measure.intervention", "measure.intervene", "measure.positions", "measure.redistribute")),
-    "contexts": ("Contexts", ("pieces", "haystack", "context", "tasks", "pairs", "questions", "retrieval", "rankings")),
-    "probes": ("Probes and reports", ("probes", "report", "sweeps", "cells", "cluster")),
-    "more": ("Views and the rest", ()),
+ROOMS = ("tutorials", "", "models", "encoders", "needle_lm", "prompts", "attention", "measure", "interventions", "retrieval_eval",
+         "sweeps", "charts", "probes", "apps", "cli")
+GROUND = ("Ground floor", "What every room stands on, and nothing of longlens below it: reports, texts, methods, runs.")
+PARTS = {    # part of the public reference -> the rooms whose public names it lists; the rest goes to the last
+    "models": ("Models and encoders", ("models", "encoders", "needle_lm")),
+    "prompts": ("Prompts", ("prompts", "retrieval_eval")),
+    "measuring": ("Attention and its statistics", ("attention", "measure")),
+    "interventions": ("Interventions", ("interventions",)),
+    "probes": ("Probes and reports", ("probes", "report", "run", "sweeps")),
+    "more": ("Charts, apps and the rest", ()),
 }
 TITLE = re.compile(r"\A\s*#[ \t]+(.+)(?:\s*\n>[ \t]*(.+))?")
 HIDDEN = {"hide", "default_exp"}
@@ -49,7 +45,7 @@ def exported(cell: Cell) -> bool:
 class Page:
     "One notebook"
     path: Path      # of the file
-    name: str       # on the site, without suffix: measure/05_capture
+    name: str       # on the site, without suffix: measure/02_capture
 
     @cached_property
     def cells(self) -> list[Cell]: return read(self.path)["cells"]
@@ -80,25 +76,51 @@ def pages(nbs: Path) -> list[Page]:
     "Every notebook under a folder, in the order of the site"
     found = [Page(p, p.relative_to(nbs).with_suffix("").as_posix()) for p in nbs.rglob("*.ipynb")
              if not any(part[0] in "._" for part in p.relative_to(nbs).parts)]
-    order = {folder: number for number, folder in enumerate(GROUPS)}
-    return sorted(found, key=lambda p: (order.get(p.folder, len(order)), p.folder, p.name))
+    order = {folder: number for number, folder in enumerate(ROOMS)}
+    return sorted(found, key=lambda p: (order.get(p.folder.split("/")[0], len(order)), p.folder, p.name))
 
 
-def grouped(found: Iterable[Page]) -> Iterator[tuple[str, str, str, list[Page]]]:
-    "Folder, heading, sentence and pages of each group; the landing page belongs to none"
-    inside: dict[str, list[Page]] = {}
+@dataclass(frozen=True)
+class Room:
+    "A folder of notebooks"
+    folder: str
+    index: Page | None    # its own page, index.ipynb
+    pages: list[Page]    # the others
+    rooms: list[str]    # the folders right below it
+
+    @property
+    def name(self) -> str:
+        "Of its page on the site"
+        return f"{self.folder}/index" if self.folder else "ground"
+
+    @property
+    def heading(self) -> tuple[str, str]:
+        "Title, and a sentence"
+        if self.index: return self.index.heading
+        return (self.folder.rpartition("/")[2].replace("_", " ").capitalize(), "") if self.folder else GROUND
+
+
+def rooms(found: Iterable[Page]) -> dict[str, Room]:
+    "Every folder with notebooks, the ground floor first; the landing page and the tutorials belong to none"
+    made: dict[str, Room] = {}
     for page in found:
-        if page.name != "index": inside.setdefault(page.folder, []).append(page)
-    for folder, these in inside.items():
-        title, said = GROUPS.get(folder, (folder.replace("_", " ").capitalize(), ""))
-        yield folder, title, said, these
+        if page.name == "index" or page.folder.startswith("tutorials"): continue
+        parts = page.folder.split("/") if page.folder else []
+        for depth in range(len(parts) + bool(not parts)):
+            folder = "/".join(parts[:depth + 1])
+            if folder in made: continue
+            made[folder] = Room(folder, None, [], [])
+            if depth: made["/".join(parts[:depth])].rooms.append(folder)
+        if page.name.endswith("/index"): made[page.folder] = replace(made[page.folder], index=page)
+        else: made[page.folder].pages.append(page)
+    return made
 
 
 class Index:
     "Every exported name: where it is defined, and which page says so"
 
     def __init__(self, found: Iterable[Page], public: dict[str, str]):
-        self.public = public    # name -> module without the package, as longlens/__init__.py has it
+        self.public = public    # name -> module without the package, as longlens/__init__.pyi has it
         self.names: dict[str, list[tuple[Entry, Page]]] = {}
         self.patched: dict[str, list[Entry]] = {}
         self.arguments: dict[str, set[str]] = {}    # module -> names of parameters in it

@@ -70,11 +70,11 @@ def comments(source: str) -> dict[int, str]:
     return found
 
 
-def docment(line: int, said: dict[int, str], taken: set[int]) -> str:
+def docment(line: int, comment_at: dict[int, str], taken: set[int]) -> str:
     "The comment on a line, or the comments right above it"
-    if line in said: return said[line]
+    if line in comment_at: return comment_at[line]
     above: list[str] = []
-    while (line := line - 1) in said and line not in taken: above.insert(0, said[line])
+    while (line := line - 1) in comment_at and line not in taken: above.insert(0, comment_at[line])
     return " ".join(above)
 
 
@@ -86,7 +86,7 @@ def _default(node: ast.expr | None) -> str | None:
     return ast.unparse(node)
 
 
-def _parameters(node: Function, said: dict[int, str], drop_first: bool) -> tuple[tuple[Parameter, ...], tuple[str, ...], str]:
+def _parameters(node: Function, comment_at: dict[int, str], drop_first: bool) -> tuple[tuple[Parameter, ...], tuple[str, ...], str]:
     args = node.args
     plain = [*args.posonlyargs, *args.args]
     defaults = [None] * (len(plain) - len(args.defaults)) + [*args.defaults]
@@ -97,21 +97,21 @@ def _parameters(node: Function, said: dict[int, str], drop_first: bool) -> tuple
     rows += [(arg, "", default) for arg, default in zip(args.kwonlyargs, args.kw_defaults, strict=True)]
     if args.kwarg: rows.append((args.kwarg, "**", None))
     owner = {arg.lineno: arg.arg for arg, _, _ in rows} | ({node.returns.lineno: "return"} if node.returns else {})
-    told = lambda arg: docment(arg.lineno, said, {*owner}) if owner[arg.lineno] == arg.arg else ""
-    found = tuple(Parameter(stars + arg.arg, ast.unparse(arg.annotation) if arg.annotation else "", _default(default), told(arg))
+    text_of = lambda arg: docment(arg.lineno, comment_at, {*owner}) if owner[arg.lineno] == arg.arg else ""
+    found = tuple(Parameter(stars + arg.arg, ast.unparse(arg.annotation) if arg.annotation else "", _default(default), text_of(arg))
                   for arg, stars, default in rows)
-    returned = said.get(node.returns.lineno, "") if node.returns and node.body[0].lineno > node.returns.lineno else ""
+    returned = comment_at.get(node.returns.lineno, "") if node.returns and node.body[0].lineno > node.returns.lineno else ""
     return found, tuple(marks), returned
 
 
 def _doc(node: Function | ast.ClassDef) -> str: return ast.get_docstring(node) or ""
 
 
-def _function(node: Function, said: dict[int, str], owner: str = "") -> Entry:
+def _function(node: Function, comment_at: dict[int, str], owner: str = "") -> Entry:
     decorators = tuple(ast.unparse(d).split("(")[0].split(".")[-1] for d in node.decorator_list)
     kind = "function" if not owner else "property" if {"property", "cached_property", "patch_property"} & {*decorators} else "method"
     static = "staticmethod" in decorators
-    found, marks, returned = _parameters(node, said, bool(owner) and not static)
+    found, marks, returned = _parameters(node, comment_at, bool(owner) and not static)
     return Entry(f"{owner}.{node.name}" if owner else node.name, kind, doc=_doc(node), parameters=found, marks=marks,
                  returns=ast.unparse(node.returns) if node.returns else "", returned=returned, decorators=decorators)
 
@@ -123,23 +123,23 @@ def ordered(fields: Iterable[Parameter]) -> tuple[tuple[Parameter, ...], tuple[s
     return tuple(found), () if first is None else (f"*{first}",)
 
 
-def _fields(node: ast.ClassDef, said: dict[int, str]) -> Iterator[Parameter]:
+def _fields(node: ast.ClassDef, comment_at: dict[int, str]) -> Iterator[Parameter]:
     own = {one.target.id: one for one in node.body if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)}
     lines = {one.lineno for one in own.values()}
     for name, one in own.items():
         annotation, value = ast.unparse(one.annotation), ast.unparse(one.value) if one.value else ""
         if name.startswith("_") or "ClassVar" in annotation or "init=False" in value: continue
-        yield Parameter(name, annotation, _default(one.value), docment(one.lineno, said, lines), "kw_only=True" in value)
+        yield Parameter(name, annotation, _default(one.value), docment(one.lineno, comment_at, lines), "kw_only=True" in value)
 
 
-def _class(node: ast.ClassDef, said: dict[int, str]) -> Entry:
-    inside = [_function(one, said, node.name) for one in node.body if isinstance(one, Function)]
+def _class(node: ast.ClassDef, comment_at: dict[int, str]) -> Entry:
+    inside = [_function(one, comment_at, node.name) for one in node.body if isinstance(one, Function)]
     init = next((one for one in inside if one.name.endswith(".__init__")), None)
     bases, written = tuple(map(ast.unparse, node.bases)), [*map(ast.unparse, node.decorator_list)]
     decorators = tuple(mark.split("(")[0] for mark in written)
     has_fields = {"dataclass", "dataclasses.dataclass"} & {*decorators} or {"NamedTuple", "TypedDict"} & {*bases}
     named = any("kw_only=True" in mark for mark in written)
-    fields = [replace(one, named=named or one.named) for one in _fields(node, said)] if has_fields else []
+    fields = [replace(one, named=named or one.named) for one in _fields(node, comment_at)] if has_fields else []
     parameters, marks = (init.parameters, init.marks) if init else ordered(fields)
     return Entry(node.name, "class", doc=_doc(node), parameters=parameters, marks=marks, bases=bases, decorators=decorators,
                  init=init is not None, members=tuple(one for one in inside if one.public))
@@ -152,11 +152,11 @@ def _patched(node: Function) -> str:
     return ast.unparse(given).split("|")[0].strip(" '\"") if given else ""
 
 
-def _constant(node: ast.stmt, said: dict[int, str]) -> Iterator[Entry]:
+def _constant(node: ast.stmt, comment_at: dict[int, str]) -> Iterator[Entry]:
     targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
     for target in targets:
         if isinstance(target, ast.Name) and target.id.isupper():
-            yield Entry(target.id, "data", doc=said.get(node.lineno, ""),
+            yield Entry(target.id, "data", doc=comment_at.get(node.lineno, ""),
                         returns=ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else "")
 
 
@@ -172,9 +172,9 @@ def entries(
     "The names that a cell defines, in order"
     try: tree = ast.parse(source)
     except SyntaxError: return []
-    said, found = comments(source), []
+    comment_at, found = comments(source), []
     for node in tree.body:
-        if isinstance(node, Function): found.append(_function(node, said, _patched(node)))
-        elif isinstance(node, ast.ClassDef): found.append(_class(node, said))
-        else: found += _constant(node, said)
+        if isinstance(node, Function): found.append(_function(node, comment_at, _patched(node)))
+        elif isinstance(node, ast.ClassDef): found.append(_class(node, comment_at))
+        else: found += _constant(node, comment_at)
     return [_placed(one, module) for one in found if one.public or private]

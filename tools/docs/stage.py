@@ -14,7 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from book import PARTS, Index, Page, exported, grouped, pages, shown
+from book import PARTS, Index, Page, Room, exported, pages, rooms, shown
 from entries import entries
 from markup import block, demoted, described, escaped, linked, moved, raw
 from nbfiles import Cell, directives, source, without_directives
@@ -40,10 +40,9 @@ def settings(root: Path) -> dict[str, str]:
 
 
 def public_names(root: Path) -> dict[str, str]:
-    "Public name -> module, as longlens/__init__.py has it, without importing the package"
-    for node in ast.parse((root / "longlens/__init__.py").read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_WHERE": return ast.literal_eval(node.value)
-    raise ValueError("longlens/__init__.py has no table _WHERE of public names")
+    "Public name -> module, as longlens/__init__.pyi has it, without importing the package"
+    stub = ast.parse((root / "longlens/__init__.pyi").read_text(encoding="utf-8")).body
+    return {name.name: node.module for node in stub if isinstance(node, ast.ImportFrom) and node.module for name in node.names}
 
 
 class Stage:
@@ -85,10 +84,10 @@ class Stage:
 
     # outputs
 
-    def text(self, said: str) -> str:
-        said = ANSI.sub("", said).rstrip("\n")
-        kind = "output ruled" if RULED.search(said) else "output"
-        return block("code-block", "text", f":class: {kind}\n\n{said}")
+    def text(self, printed: str) -> str:
+        printed = ANSI.sub("", printed).rstrip("\n")
+        kind = "output ruled" if RULED.search(printed) else "output"
+        return block("code-block", "text", f":class: {kind}\n\n{printed}")
 
     def html(self, html: str) -> str:
         shapes = SHAPE.findall(html)
@@ -175,19 +174,27 @@ class Stage:
         options = [f":caption: {caption}"] * bool(caption) + [":hidden:"] * hidden + [f":maxdepth: {depth}"]
         return block("toctree", "", "\n".join([*options, "", *names]))
 
-    def group(self, folder: str, title: str, said: str, these: list[Page]) -> str:
-        "The page of a folder: its notebooks with a line each; its name"
-        name = f"{folder}/index" if folder else "base"
-        lines = [f"[{page.heading[0]}](/{page.name}.md){f' · `longlens.{page.module}`' if page.module else ''}\n"
-                 f": {self.prose(page.heading[1], name, f'nbs/{page.folder}') or '&nbsp;'}" for page in these]
-        self.write(f"{name}.md", "\n\n".join([f"# {title}", said, *lines, self.contents([f"/{p.name}" for p in these])]) + "\n")
-        return name
+    def room(self, room: Room, all_rooms: dict[str, Room]) -> None:
+        "The page of a room: its own, or a list of its notebooks; the rooms in it follow its notebooks"
+        below = [all_rooms[folder] for folder in room.rooms]
+        contents = self.contents([*(f"/{p.name}" for p in room.pages), *(f"/{one.name}" for one in below)])
+        if room.index:
+            self.notebook(room.index)
+            text = (self.to / f"{room.name}.md").read_text(encoding="utf-8")
+        else: text = "\n\n".join([f"# {room.heading[0]}", room.heading[1], *self.listed(room, below)]) + "\n"
+        self.write(f"{room.name}.md", f"{text}\n{contents}\n")
+
+    def listed(self, room: Room, below: list[Room]) -> list[str]:
+        "A line for each notebook of a room, and for each room in it"
+        lines = [f"[{one.heading[0]}](/{one.name}.md)\n: {one.heading[1] or '&nbsp;'}" for one in below]
+        return [*(f"[{page.heading[0]}](/{page.name}.md){f' · `longlens.{page.module}`' if page.module else ''}\n"
+                  f": {self.prose(page.heading[1], room.name, f'nbs/{page.folder}') or '&nbsp;'}" for page in room.pages), *lines]
 
     def reference(self) -> list[str]:
         "Pages of all public names, by what they are for"
         left, names, tables = dict(self.index.public), ["reference/index"], []
         for part, (title, modules) in PARTS.items():
-            mine = [n for n, where in left.items() if not modules or where in modules or where.split(".")[0] in modules]
+            mine = [n for n, where in left.items() if not modules or where.split(".")[0] in modules]
             for name in mine: del left[name]
             if mine: tables.append(self.reference_part(part, title, mine))
         intro = ("Every name that `import longlens as ll` gives, from the comments beside the code. The notebooks define more: their pages "
@@ -203,7 +210,7 @@ class Stage:
         for name in mine:
             found = self.index.find(name)
             if not found:
-                parts.append(f"`{name}` is said to be in `longlens.{self.index.public[name]}`, and no notebook exports it there.")
+                parts.append(f"`{name}` is listed in `longlens.{self.index.public[name]}`, and no notebook exports it there.")
                 continue
             entry, page = found
             first = entry.doc.split("\n\n")[0].replace("\n", " ")
@@ -236,15 +243,17 @@ class Stage:
     def all(self) -> None:
         "Write everything, and remove what is no longer made"
         for page in self.pages:
-            if page.name != "index": self.notebook(page)
-        groups = [self.group(*group) for group in grouped(self.pages) if group[0] != "tutorials"]
+            if not page.name.endswith("index"): self.notebook(page)
+        house = rooms(self.pages)
+        for room in house.values(): self.room(room, house)
         tutorials = [f"/{p.name}" for p in self.pages if p.folder == "tutorials"]
         written, reference = self.written(), self.reference()
         methods = [f"/{n}" for n in written if n.startswith("methods/")]
         rest = [f"/{n}" for n in written if not n.startswith("methods/")]
         beside = [f"/{n}" for n in BESIDE.values() if (self.to / f"{n}.md").exists()]
         self.landing([self.contents(tutorials, "Tutorials"), self.contents(methods, "Methods"),
-                      self.contents([*(f"/{n}" for n in reference), *(f"/{name}" for name in groups)], "Reference", depth=2),
+                      self.contents([f"/{n}" for n in reference], "Reference", depth=2),
+                      self.contents([f"/{one.name}" for one in house.values() if "/" not in one.folder], "Rooms", depth=2),
                       self.contents([*rest, *beside], "Project")])
         for path in sorted(self.to.rglob("*")):
             if path.is_file() and path not in self.made: path.unlink()
@@ -259,8 +268,8 @@ def only_imports(text: str) -> bool:
 def title_of(spec: dict[str, Any]) -> str:
     "What a chart is called"
     title = spec.get("title", "chart")
-    said = title.get("text", "chart") if isinstance(title, dict) else title
-    return " ".join(said) if isinstance(said, list) else str(said)
+    text = title.get("text", "chart") if isinstance(title, dict) else title
+    return " ".join(text) if isinstance(text, list) else str(text)
 
 
 def stage(root: Path, to: Path) -> Stage:

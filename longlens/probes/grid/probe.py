@@ -15,14 +15,17 @@ import polars as pl
 
 from ...sweeps.cells import Cell
 from ...prompts.needle import needle_context, needle_depths
-from ...prompts.haystack import NIAH_TASKS, Haystack, Wording
+from ...prompts.haystack import Haystack
+from ...prompts.needle import NIAH_TASKS
+from ...prompts.wording import Wording
 from ...interventions.base import interventions
 from ..metrics import METRICS, effective_length, read_niah_scores
 from ..generate import Ask
 from .report import GridReport
 from ..middle.probe import check_metric, longer, reply_length, score_interval
 from ..remedies import Remedy, find_remedies
-from ...sweeps.sweep import sweep
+from ...run import Run
+from ...sweeps.sweep import plan_sweep, sweep
 from ...models.forward import LongModel
 
 # %% auto #0
@@ -165,9 +168,10 @@ def needle_grid(
     with longer(lm, allow_longer):
         cells = list(_cells(lm, s, chosen, how))
         check_metric(s.metric, cells)
-        done = sweep(lm, cells, Ask(s.max_new_tokens, s.stop, r"needle(_\d+)?", "$^"), out=out, engine=engine, batch_size=batch_size,
-                     dry_run=dry_run, progress=progress, title="needle grid")
-        return done if dry_run else _assemble(lm, s, cells, done, chosen)
+        ask = Ask(s.max_new_tokens, s.stop, r"needle(_\d+)?", "$^")
+        run = Run(out=out, engine=engine, batch_size=batch_size, progress=progress)
+        if dry_run: return plan_sweep(lm, cells, ask, run=run)
+        return _assemble(lm, s, cells, sweep(lm, cells, ask, title="needle grid", run=run), chosen)
 
 # %% ../../../nbs/probes/grid/01_probe.ipynb #0701e341
 def _assemble(lm: LongModel, s: GridSettings, cells: Sequence[Cell], done: Any, remedies: Mapping[str, Remedy]) -> GridReport:

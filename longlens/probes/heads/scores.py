@@ -20,7 +20,7 @@ from ...measure.capture import capture
 from ...measure.statistic import tidy
 from ...interventions.base import head_sizes
 from ...measure.statistics import DistanceProfile, Received, Rows
-from ...models.kv_cache import end_ids
+from ...models.generate import end_ids
 from ...sweeps.sweep import sweep
 from ...models.forward import LongModel
 
@@ -118,7 +118,7 @@ def decoded(
 # %% ../../../nbs/probes/heads/00_scores.ipynb #94a54983
 def _looked(seen: Any, sample: int, steps: int) -> Tensor:
     "Where each head looked most at each of the first steps, (layers, heads, steps)"
-    layers = [[(q, pos) for b, q, pos, _ in state["rows"] if first + b == sample] for first, _, state in seen._parts("rows")]
+    layers = [[(q, pos) for b, q, pos, _ in state["rows"] if first + b == sample] for first, _, state in seen.parts("rows")]
     return torch.stack([torch.stack([pos[:, 0] for _, pos in sorted(rows, key=lambda r: r[0])[:steps]], 1).cpu() for rows in layers])
 
 # %% ../../../nbs/probes/heads/00_scores.ipynb #ff7efdad

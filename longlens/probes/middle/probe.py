@@ -22,10 +22,12 @@ from longlens.probes.metrics import (
 from ..generate import Ask
 from .report import MiddleReport
 from ..remedies import Remedy, find_remedies
-from longlens.prompts.multi_document import (
-    VARIANTS, KeyValue, Question, fact_pairs, fact_questions, place, read_key_values, read_questions, with_distractors,
+from ...prompts.multi_document import place_answer, VARIANTS
+from longlens.prompts.questions import (
+    fact_pairs, fact_questions, KeyValue, Question, read_key_values, read_questions, with_distractors,
 )
-from ...sweeps.sweep import sweep
+from ...run import Run
+from ...sweeps.sweep import plan_sweep, sweep
 from ...models.forward import LongModel
 
 # %% auto #0
@@ -70,7 +72,7 @@ def _made(lm: LongModel, task: str, n: int, count: int, seed: int) -> list[Item]
     if task == "documents": return list(fact_questions(count, n, seed=seed))
     if lm.name == "needle-lm": return list(fact_pairs(count, n, seed))
     from random import Random
-    from longlens.prompts.haystack import draw_distinct
+    from longlens.prompts.wording import draw_distinct
     drawn = [draw_distinct("uuids", 2 * n, Random(f"kv {seed} {i}")) for i in range(count)]
     return [KeyValue(tuple(zip(d[::2], d[1::2], strict=True)), d[0], d[1]) for d in drawn]
 
@@ -155,7 +157,8 @@ def question_cell(lm: LongModel, item: Item, number: int, gold: int, variant: st
     """A question with its answer at a place."""
     name, what = remedy
     item, at = _reordered(item, gold, what)
-    ctx = place(lm, item, at, variant=variant, chat=s.chat or None, allow_longer=allow_longer, seed=f"{s.seed} {number}")
+    seed = f"{s.seed} {number}"
+    ctx = place_answer(lm, item, at, variant=variant, seed=seed, chat=s.chat or None, allow_longer=allow_longer)
     depth = 100 * ctx.spans["gold"].start / len(ctx) if "gold" in ctx.spans else None
     return Cell.of(ctx, what.condition, question=number, variant=variant, remedy=name, gold_index=gold, placed_index=at,
                    depth_percent=depth, context_length=len(ctx))
@@ -292,9 +295,9 @@ def lost_in_the_middle(
         s = _settings(lm, task, items, positions, variants, tuple(chosen), metric, max_new_tokens, seed, chat)
         cells = [*_cells(lm, items, s, chosen, allow_longer), *(_baselines(lm, items, s, allow_longer) if baselines else ())]
         check_metric(s.metric, cells)
-        done = sweep(lm, cells, Ask(s.max_new_tokens, s.stop), out=out, engine=engine, batch_size=batch_size, dry_run=dry_run,
-                     progress=progress, title="lost in the middle")
-        return done if dry_run else _assemble(lm, s, cells, done, chosen)
+        ask, run = Ask(s.max_new_tokens, s.stop), Run(out=out, engine=engine, batch_size=batch_size, progress=progress)
+        if dry_run: return plan_sweep(lm, cells, ask, run=run)
+        return _assemble(lm, s, cells, sweep(lm, cells, ask, title="lost in the middle", run=run), chosen)
 
 # %% ../../../nbs/probes/middle/01_probe.ipynb #646acbd0
 @contextmanager
