@@ -58,8 +58,9 @@ from longlens.probes.collapse.inputs import CollapseSettings, get_inputs
 from longlens.probes.collapse.parts import Change, VectorPart, encoder_key, layer_embeddings
 from longlens.probes.collapse.probe import length_collapse
 from longlens.probes.collapse.report import CollapseReport
-from longlens.prompts.multi_document import Question
-from longlens.retrieval_eval.tasks import evaluate_retrieval, needle_retrieval, padded_passages
+from longlens.prompts.questions import Question
+from longlens.retrieval_eval.evaluate import evaluate_retrieval
+from longlens.retrieval_eval.tasks import needle_retrieval, padded_passages
 from longlens.retrieval_eval.truncate import cut_texts, long_texts
 
 QUESTIONS = Path(__file__).parents[1] / "../shared/data/lost-in-the-middle/nq-open-oracle.jsonl.gz"
@@ -411,7 +412,7 @@ def test_without_a_look_at_the_attention(name: str, monkeypatch: pytest.MonkeyPa
     assert [s.title for s in r.sections()].count("Head by head") == 0 and r.chart() is not None
     assert page_html([r], "Length collapse") and r.widget(encoder=enc) is not None
     texts = cut_texts(long_texts(8, enc, 64), enc, (16, 32, 64))[64][:4]
-    states = [enc.hf(**enc._padded(enc._read([t]), [0])[0], output_hidden_states=True).hidden_states[-1][0].double() for t in texts]
+    states = [enc.hf(**enc.padded(enc.read_texts([t]), [0])[0], output_hidden_states=True).hidden_states[-1][0].double() for t in texts]
     want = np.mean([((x - x.mean(0)).norm() / x.norm()).item() for x in states])
     got = r.frames["layers"].filter(condition="none", context_length=64, layer=1, measure="high_frequency")["value"].item()
     assert got == pytest.approx(want, abs=1e-4)

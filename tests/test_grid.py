@@ -304,7 +304,7 @@ def test_another_call_resumes(lm: ll.LongModel, tmp_path: Path) -> None:
 def test_bad_input_is_named_before_anything_runs(lm: ll.LongModel, monkeypatch: pytest.MonkeyPatch, args: Any, kw: dict[str, Any],
                                                  error: type[Exception], said: str) -> None:
     def never(*args: Any, **kw: Any) -> None: raise AssertionError("the model was run")
-    monkeypatch.setattr("longlens.sweeps.sweep.do_batch", never)
+    monkeypatch.setattr("longlens.sweeps.runner.do_batch", never)
     with pytest.raises(error, match=said): needle_grid(lm, *args, **kw)
     assert not lm.allow_longer
 

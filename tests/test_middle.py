@@ -35,7 +35,8 @@ from longlens.probes.middle.inputs import POSITIONS, MiddleDesign, get_items, go
 from longlens.probes.middle.probe import lost_in_the_middle
 from longlens.probes.middle.report import MiddleReport, parts_frame
 from longlens.probes.remedies import REMEDIES, AsSet, Calibrated, PerHead, Remedy, document_spans, relevance
-from longlens.prompts.multi_document import KeyValue, Question, fact_pairs, fact_questions, place, read_questions
+from longlens.prompts.multi_document import place
+from longlens.prompts.questions import KeyValue, Question, fact_pairs, fact_questions, read_questions
 from longlens.sweeps.cells import Cell, Changed
 from longlens.sweeps.store import HEAD, StoreError
 from longlens.sweeps.sweep import sweep
@@ -608,13 +609,13 @@ def test_results_of_another_version_are_refused(tmp_path: Path) -> None:
 def test_bad_input_is_named_before_anything_runs(monkeypatch: pytest.MonkeyPatch, how: dict[str, Any], error: type[Exception],
                                                  said: str) -> None:
     def never(*args: Any, **kw: Any) -> None: raise AssertionError("the model was run")
-    monkeypatch.setattr("longlens.sweeps.sweep.do_batch", never)
+    monkeypatch.setattr("longlens.sweeps.runner.do_batch", never)
     with pytest.raises(error, match=said): lost_in_the_middle(known(), **{"task": listed(5, 2)} | how)
 
 
 def test_a_metric_that_cannot_be_had_is_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*args: Any, **kw: Any) -> None: raise AssertionError("the model was run")
-    monkeypatch.setattr("longlens.sweeps.sweep.do_batch", never)
+    monkeypatch.setattr("longlens.sweeps.runner.do_batch", never)
     two = [replace(q, answers=(*q.answers, "w5")) for q in listed(3, 1)]
     with pytest.raises(ValueError, match="kv_match is defined for one answer"): lost_in_the_middle(known(), two, metric="kv_match")
     with pytest.raises(ValueError, match="of which nothing is left without punctuation and articles"): replace(two[0], answers=("The.",))

@@ -199,7 +199,7 @@ def test_an_error_keeps_what_is_finished(tmp_path: Path) -> None:
 
     lm, cells = ll.load(zoo_model("llama"), check=False), [Cell(token_ids(n)[0]) for n in (40, 61, 80)]
     with pytest.raises(FloatingPointError): sweep(lm, cells, Fails(), out=tmp_path / "r")
-    assert len(sweep(lm, cells, Fails(), out=tmp_path / "r", dry_run=True).finished) == 1
+    assert len(ll.plan(sweep, lm, cells, Fails(), out=tmp_path / "r").finished) == 1
 
 
 def test_a_condition_that_the_model_cannot_take_is_refused_before_anything_runs(tmp_path: Path) -> None:

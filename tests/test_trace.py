@@ -25,7 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import CAUSAL, token_ids, zoo_model
 
 import longlens as ll
-from longlens.apps.app import Cancelled, Progress, using
+from longlens.apps.app import using
+from longlens.apps.progress import Cancelled, Progress
 from longlens.apps.needle import said_html
 from longlens.apps.prompt_form import QuestionBar, asked_context, read_asked, text_asked
 from longlens.apps.reading import PromptReading, revive
@@ -53,9 +54,10 @@ from longlens.probes.traceback.sources import (
     token_prompt,
 )
 from longlens.probes.traceback.tracer import TRACER_MODULES, TRACERS, TraceCost, TraceJob, Tracer, TraceScores, find_tracer
-from longlens.prompts.multi_document import fact_questions, kv_lines
-from longlens.prompts.ruler import numbered_documents
-from longlens.sweeps.sweep import SweepWarning
+from longlens.prompts.key_value import kv_lines
+from longlens.prompts.multi_document import numbered_documents
+from longlens.prompts.questions import fact_questions
+from longlens.sweeps.runner import SweepWarning
 
 PEOPLE = {"Ada": "lamb", "Bob": "river", "Eve": "stone", "Tom": "table", "Una": "glass", "Max": "paper"}
 DOCUMENTS = [f"{filler(2, seed=i)} The code for {who} is {what}." for i, (who, what) in enumerate(PEOPLE.items())]

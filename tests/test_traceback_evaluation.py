@@ -35,7 +35,7 @@ from longlens.probes.traceback.evaluation.report import MEASURES, RUN_COSTS, mak
 from longlens.probes.traceback.prompts import answer_limits
 from longlens.probes.traceback.sources import cut_context
 from longlens.probes.traceback.tracer import TraceCost, Tracer, TraceScores
-from longlens.prompts.multi_document import fact_questions, read_questions
+from longlens.prompts.questions import fact_questions, read_questions
 from longlens.report import Report
 
 DATA = Path(__file__).parents[1] / "../shared/data"

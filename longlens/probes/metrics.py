@@ -17,14 +17,14 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import polars as pl
 
-from ..prompts.multi_document import check_answers, normalize_answer
+from ..prompts.questions import check_answers, normalize_answer
 
 _all_ = ["normalize_answer"]
 
 # %% auto #0
 __all__ = ['METRICS', 'best_subspan_em', 'kv_match', 'string_match_all', 'string_match_part', 'edit_distance',
-           'needlebench_score', 'Interval', 'bootstrap_interval', 'wilson_interval', 'sign_flip_p', 'PairedTest',
-           'paired_ends_against_middle', 'position_indices', 'effective_length', 'rag_order', 'reorder',
+           'needlebench_score', 'Interval', 'bootstrap_interval', 'wilson_interval', 'score_interval', 'sign_flip_p',
+           'PairedTest', 'paired_ends_against_middle', 'position_indices', 'effective_length', 'rag_order', 'reorder',
            'read_niah_scores', 'normalize_answer']
 
 # %% ../../nbs/probes/00_metrics.ipynb #f8c3dc48
@@ -162,6 +162,15 @@ def wilson_interval(
     middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
     lower, upper = (min(1.0, max(0.0, (middle + s * half) / (1 + z * z / n))) for s in (-1, 1))
     return Interval(p, min(p, lower), max(p, upper))
+
+# %% ../../nbs/probes/00_metrics.ipynb #a1321133
+def score_interval(
+    scores: pl.Series,  # one for each question, 0 to 1
+    seed: int = 0,  # of the draws
+) -> Interval:  # mean, lower, upper, at 95 %
+    """Wilson's interval where every answer is right or wrong, a bootstrap otherwise."""
+    if scores.is_in([0.0, 1.0]).all(): return wilson_interval(float(scores.sum()), len(scores))
+    return bootstrap_interval(scores, seed=seed)
 
 # %% ../../nbs/probes/00_metrics.ipynb #5b96d48b
 def _by_position(table: pl.DataFrame, value: str, x: str, by: str) -> np.ndarray:  # (questions, positions), positions in order

@@ -13,11 +13,12 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from ...encoders.encode import Encoder
+from ...encoders.encoder import Encoder
 from ...retrieval_eval.truncate import CutTexts, nonempty_texts
-from ...prompts.multi_document import Question, read_questions
+from ...prompts.questions import Question, read_questions
+from ...retrieval_eval.evaluate import own_prompt
 from longlens.retrieval_eval.tasks import (
-    needle_retrieval, own_prompt, padded_passages, passage_text, passkey_retrieval, RetrievalTask,
+    needle_retrieval, padded_passages, passage_text, passkey_retrieval, RetrievalTask,
 )
 from ...retrieval_eval.truncate import cut_texts, long_texts
 
@@ -105,7 +106,7 @@ def own_words(
 ) -> str | None:  # None: there are none
     """What stands before texts of a kind."""
     own = own_prompt(enc, kind, prompt)
-    return own if own is not None else enc._prompt(None, None) or None
+    return own if own is not None else enc.prompt_text(None, None) or None
 
 # %% ../../../nbs/probes/collapse/01_inputs.ipynb #0e9980ec
 def room(
@@ -207,18 +208,17 @@ def _natural(
     if natural is not None:
         if len(natural) < 8: raise ValueError(f"natural has {len(natural)} texts: 8 or more are needed")
         taken = (enc.max_length or 0) - (most or 0)  # by the prompt
-        if not s.truncate: enc._check_lengths([n + taken for n in counts], way="cut it (truncate=True)")
+        if not s.truncate: enc.check_lengths([n + taken for n in counts], way="cut it (truncate=True)")
         if len(keep) < 8: raise ValueError(f"natural has {len(keep)} texts that differ: 8 or more are needed")
         return tuple(given[i] for i in keep), {"natural_copies": copies}
     fit = [given[i] for i in keep if s.truncate or most is None or counts[i] <= most]
     own = tuple(fit[: 4 * s.documents]) if len(fit) >= 8 else ()
     return own, {"too_long": len(keep) - len(fit), "natural_copies": copies if own else 0}
 
-
 # %% ../../../nbs/probes/collapse/01_inputs.ipynb #38948717
 def token_counts(enc: Encoder, texts: Sequence[str]) -> list[int]:
     """Tokens of every text, special ones counted."""
-    return [len(row) for row in enc._tokenize(list(texts))["input_ids"]]
+    return [len(row) for row in enc.tokenize(list(texts))["input_ids"]]
 
 # %% ../../../nbs/probes/collapse/01_inputs.ipynb #372d0fd8
 def _task(name: str, enc: Encoder, n: int, s: CollapseSettings, questions: Sequence[Question]) -> RetrievalTask:

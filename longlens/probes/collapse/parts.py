@@ -17,7 +17,7 @@ import polars as pl
 import torch
 
 from ...sweeps.cells import Tables, content, fingerprint
-from ...encoders.encode import Encoder
+from ...encoders.encoder import Encoder
 from ...attention.hf_interface import WAY_OUT, UnsupportedModel
 from ...measure.capture import capture
 from ...measure.spectral import SpectralNorm, TokenSpread
@@ -26,7 +26,8 @@ from ...interventions.positions import set_until_closed
 from ...measure.statistics import Entropy
 from .inputs import CollapseSettings, Inputs, room
 from .geometry import pair_cosines
-from ...retrieval_eval.tasks import RetrievalTask, evaluate_retrieval
+from ...retrieval_eval.evaluate import evaluate_retrieval
+from ...retrieval_eval.tasks import RetrievalTask
 
 # %% auto #0
 __all__ = ['layer_embeddings', 'reach', 'Change', 'changes', 'obstacle', 'Part', 'VectorPart', 'LayerPart', 'SearchPart',
@@ -63,17 +64,17 @@ def layer_embeddings(
     advance: Callable[[int], Any] = lambda tokens: None,  # called with the tokens of each batch that is done
 ) -> _LayerVectors:
     """Embeddings as `encode` gives them, from the states of several layers in one pass."""
-    words, wanted = enc._prompt(prompt, None), list(layers) if layers is not None else [enc.n_layers]
-    for layer in wanted: enc._check_layer(layer)
-    rows = replace(enc._read(texts, words, truncate), prompt=enc._prompt_length(words))
+    words, wanted = enc.prompt_text(prompt, None), list(layers) if layers is not None else [enc.n_layers]
+    for layer in wanted: enc.check_layer(layer)
+    rows = replace(enc.read_texts(texts, words, truncate), prompt=enc.prompt_length(words))
     out: list[Any] = [None] * len(rows.ids)
     for batch in _in_batches([len(r) for r in rows.ids], batch_size):
-        inputs, mask = enc._padded(rows, batch)
-        every = enc._layers(inputs) if wanted != [enc.n_layers] else {enc.n_layers: enc._run(inputs).last_hidden_state}
-        got = [enc._finish(enc.pooling(every[k], mask, rows.prompt), None, None).cpu().numpy() for k in wanted]
+        inputs, mask = enc.padded(rows, batch)
+        every = enc.layer_states(inputs) if wanted != [enc.n_layers] else {enc.n_layers: enc.run(inputs).last_hidden_state}
+        got = [enc.project(enc.pooling(every[k], mask, rows.prompt), None, None).cpu().numpy() for k in wanted]
         for row, i in enumerate(batch): out[i] = [x[row] for x in got]
         advance(int(mask.sum()))
-    flat = enc._checked(np.array(out).reshape(len(out), -1))
+    flat = enc.check_finite(np.array(out).reshape(len(out), -1))
     return _LayerVectors(flat.reshape(len(out), len(wanted), -1).swapaxes(0, 1), rows.n_truncated)
 
 # %% ../../../nbs/probes/collapse/02_parts.ipynb #ee611232
@@ -216,10 +217,10 @@ def _spread(
     enc: Encoder, texts: Sequence[str], batch_size: int, prompt: str | None, truncate: bool, advance: Callable[[int], Any],
 ) -> pl.DataFrame:
     """How alike the states of tokens are after every layer: document, layer, high_frequency, token_similarity."""
-    rows, stat, found = enc._read(texts, enc._prompt(prompt, None), truncate), TokenSpread(), []
+    rows, stat, found = enc.read_texts(texts, enc.prompt_text(prompt, None), truncate), TokenSpread(), []
     for batch in _in_batches([len(r) for r in rows.ids], batch_size):
-        inputs, mask = enc._padded(rows, batch)
-        for layer, hidden in enumerate(enc._layers(inputs)[1:]):
+        inputs, mask = enc.padded(rows, batch)
+        for layer, hidden in enumerate(enc.layer_states(inputs)[1:]):
             state: dict[str, Any] = {}
             stat.update_residual(state, hidden, mask.long() - 1, 0)
             values = {k: v.tolist() for k, v in stat.table(state)[1].items() if k != "n_tokens"}

@@ -15,7 +15,7 @@ from typing import Any
 import polars as pl
 from tqdm.auto import tqdm
 
-from ...encoders.encode import Encoder
+from ...encoders.encoder import Encoder
 from ...encoders.load import load_encoder
 from ...attention.hf_interface import UnsupportedModel
 from ...interventions.base import interventions
@@ -30,7 +30,7 @@ from longlens.probes.collapse.inputs import (
 )
 from .parts import Part, all_parts, changes, encoder_key, obstacle, reach
 from .report import CollapseReport
-from ...prompts.multi_document import Question
+from ...prompts.questions import Question
 from ...report import plain
 from ...sweeps.store import Store, as_row
 
@@ -61,7 +61,7 @@ def _layers_and_dims(enc: Encoder, layers: Iterable[int] | None, dims: Iterable[
     """2D truncation: at most seven layers from the input to the last, and five numbers of dimensions."""
     some = sorted({round(i * enc.n_layers / min(6, enc.n_layers)) for i in range(min(6, enc.n_layers) + 1)})
     chosen = tuple(sorted({index(k) for k in as_values(some if layers is None else layers)}))
-    for k in chosen: enc._check_layer(k)
+    for k in chosen: enc.check_layer(k)
     width = enc.dims or enc.width
     few = whole_numbers([n for k in (16, 8, 4, 2, 1) if (n := width // k)] if dims is None else dims, "dims")
     if few[-1] > width: raise ValueError(f"dims go up to {few[-1]}: embeddings of {enc.name} have {width} numbers")

@@ -19,7 +19,7 @@ import polars as pl
 from ...models.tokens import TokenIds
 from ...interventions.base import interventions
 from ...prompts.compose import Context
-from ..middle.probe import longer
+from ..generate import longer
 from .tracer import TraceCost, Tracer, TraceJob, TraceScores, check_budget, counted, find_tracer, load_methods
 from .sources import TracePrompt, answer_tokens, cut_context
 from .scorer import FLOOR, forget_if_changed, through_longlens, reusable

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...models.text_model import check_length
 from ...models.tokens import TokenIds, Tokens
 from ...prompts.compose import Context, Piece, solid_tokens, compose_prompt
-from ...models.kv_cache import cut_at_stops, stop_texts
+from ...models.generate import cut_at_stops, stop_texts
 from .sources import Sources, TracePrompt, checked_size, segment_spans, cut_context, placed
 from ...models.forward import LongModel
 

@@ -24,13 +24,13 @@ from tqdm.auto import tqdm
 from ...sweeps.cells import content, fingerprint
 from ...models.forward import check_logits
 from ...attention.hf_interface import UnsupportedModel, attach
-from ...interventions.base import _ACTIVE
+from ...interventions.base import active_interventions
 from ...models.kv_cache import fork_cache, new_cache, Prefix, rope_regime
 from ...models.memory import size_text
 from .sources import TracePrompt, subset_tokens
 from .prefix_tree import ScoreCosts, SegmentBits, Step, common_start, first_alike, make_steps, step_costs
 from ...sweeps.store import Store, as_row
-from ...sweeps.sweep import SweepWarning, out_of_memory
+from ...sweeps.runner import out_of_memory, SweepWarning
 from ...models.forward import LongModel
 
 # %% auto #0
@@ -308,7 +308,7 @@ def through_longlens(lm: LongModel) -> ExitStack:
 # %% ../../../nbs/probes/traceback/03_scorer.ipynb #47d8a451
 def forget_if_changed(s: SubsetScorer) -> None:
     """Forget everything if the model is not what it was."""
-    now = json.dumps([content(i, "intervention") for i in _ACTIVE.get(id(s.lm.hf), [])])
+    now = json.dumps([content(i, "intervention") for i in active_interventions(s.lm)])
     if now == s.state: return
     s.state, s.known, s.floored = now, {}, set()
     s.close()

@@ -15,7 +15,7 @@ from typing import Any
 
 from ....prompts.haystack import split_sentences
 from ..sources import Sources, cut_context
-from ....prompts.multi_document import Question, json_field, unique_keys, open_maybe_gzip
+from ....prompts.questions import json_field, open_maybe_gzip, Question, unique_keys
 
 # %% auto #0
 __all__ = ['ATTACKS', 'cut_out', 'TraceCase', 'clean_context', 'span_truth', 'text_truth', 'inject', 'fact_cases', 'attack_text',

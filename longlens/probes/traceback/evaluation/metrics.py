@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from ....models.kv_cache import cut_at_stops
+from ....models.generate import cut_at_stops
 from ...metrics import Interval, bootstrap_interval, wilson_interval
 from ..sources import TracePrompt, subset_ids
 from ..scorer import FLOOR
