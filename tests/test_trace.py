@@ -25,15 +25,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import CAUSAL, token_ids, zoo_model
 
 import longlens as ll
-from longlens.apps.app import using
-from longlens.apps.progress import Cancelled, Progress
-from longlens.apps.needle import said_html
-from longlens.apps.prompt_form import QuestionBar, asked_context, read_asked, text_asked
+from longlens.apps.needle import answers_html
+from longlens.apps.progress import Cancelled, Progress, exclusive_use
+from longlens.apps.prompt_form import QuestionBar, question_context, read_asked, text_asked
 from longlens.apps.reading import PromptReading, revive
-from longlens.apps.trace import prompt_of, trace_span, without_html
+from longlens.apps.trace import prompt_of_trace, removal_html, trace_span
 from longlens.charts.page import page_html
-from longlens.needle_lm.data import filler
 from longlens.models.tokens import Tokens
+from longlens.needle_lm.data import filler
 from longlens.probes.traceback import probe as traceback
 from longlens.probes.traceback import scorer as subset_scores
 from longlens.probes.traceback.coarse_to_fine import CoarseToFine
@@ -718,12 +717,12 @@ def test_an_answer_that_reads_back_otherwise_keeps_its_tokens(lm: ll.LongModel, 
     letters = [lm.tokens(c, add_special_tokens=False).ids[-1].item() for c in "stone"]
     t = ll.trace_context(lm, DOCUMENTS, ASK, letters, method="attention")
     t.save(tmp_path / "trace")
-    made = prompt_of(lm, ll.Report.load(tmp_path / "trace"))
+    made = prompt_of_trace(lm, ll.Report.load(tmp_path / "trace"))
     assert made.answer.ids.tolist() == letters and made.answer.strings == t.frames["answer"]["text"].to_list()
     for span in ((0, 1), (2, 5)):
         assert trace_span(lm, made, span, "attention").meta["traced"] == "".join(made.answer.strings[slice(*span)])
     t.frames["answer"] = t.frames["answer"].drop("id")  # of a report that is older
-    with pytest.raises(ValueError, match="the answer cannot be made again"): prompt_of(lm, t)
+    with pytest.raises(ValueError, match="the answer cannot be made again"): prompt_of_trace(lm, t)
 
 
 @pytest.mark.parametrize("how", [{"question": "Who?"}, {"answer": " coat"}, {"by": "words"}, {"size": 2}, {"answer_span": "s"},
@@ -765,7 +764,7 @@ def test_a_trace_comes_back_from_its_folder(lm: ll.LongModel, tmp_path: Any) -> 
     t.save(tmp_path / "trace")
     back = ll.Report.load(tmp_path / "trace")
     assert type(back) is ll.Trace and back.findings() == t.findings() and back.top().equals(t.top()) and back.context == t.context
-    made = prompt_of(lm, back)  # the explorer of a trace that was kept can ask the model further
+    made = prompt_of_trace(lm, back)  # the explorer of a trace that was kept can ask the model further
     assert made.ids.tolist() == trace_prompt(lm, DOCUMENTS, ASK).ids.tolist() and made.answer.text == t.meta["answer"]
     again = ll.trace_context(lm, DOCUMENTS, ASK, method="shapley", out=tmp_path / "scores")
     assert again.frames["costs"]["evaluations"].to_list() == [0, 0]
@@ -781,10 +780,10 @@ def test_ids_alone_are_traced() -> None:
 def test_small_probabilities_are_not_zero() -> None:
     "The same numbers in every explorer, however small"
     assert [said_probability(x) for x in (-0.0284, -3.474, -10.8, -1000.0, None)] == ["0.972", "0.031", "2.0e-5", "5.1e-435", "–"]
-    shown = without_html(" lamb", [3], {"said": " lamb", "logprob": -0.0284}, {"said": " oat", "logprob": -10.8})
+    shown = removal_html(" lamb", [3], {"reply": " lamb", "logprob": -0.0284}, {"reply": " oat", "logprob": -10.8})
     assert "<td>0.972</td>" in shown and "<td>2.0e-5</td>" in shown
     row = {"asked": 0, "reply": " oat", "answers": "lamb", "score": 0.0, "logprob": -10.8}
-    assert "<td>2.0e-5</td>" in said_html(pl.DataFrame([row]), None)
+    assert "<td>2.0e-5</td>" in answers_html(pl.DataFrame([row]), None)
 
 
 def test_bars_say_what_they_are_about(lm: ll.LongModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -832,7 +831,7 @@ def chat_lm() -> ll.LongModel:
 def test_a_plain_text_is_asked(chat: bool) -> None:
     "In the workbench: the prompt is `trace_context`'s own, the text can be asked again, and what was asked is kept with its model"
     lm, note = chat_lm(), "Most people were gone. The code for Ada is lamb. It rained.\n"
-    ctx = asked_context(lm, note, "What is the code for Ada?", "lamb", chat)
+    ctx = question_context(lm, note, "What is the code for Ada?", "lamb", chat)
     assert torch.equal(ctx.tokens.ids, trace_prompt(lm, note, "What is the code for Ada?", "lamb", chat=chat or None).ids)
     assert (ctx.kind, ctx.answers, ctx.completion.strip()) == ("asked", ("lamb",), "lamb")
     reading = read_asked(lm, note, "What is the code for Ada?", "lamb", chat)
@@ -848,7 +847,7 @@ def test_asking_is_cancelled(lm: ll.LongModel) -> None:
     "Before the answer, and between the chunks of the text"
     said: list[str] = []
     progress = Progress(lambda share, text: said.append(text))
-    with using(lm, progress): read_asked(lm, "The code for Ada is lamb. " * 20, "What is the code for Ada?", progress=progress)
+    with exclusive_use(lm, progress): read_asked(lm, "The code for Ada is lamb. " * 20, "What is the code for Ada?", progress=progress)
     assert said[0] == "the answer" and any("of about" in s for s in said)
     progress.cancelled = True
-    with pytest.raises(Cancelled), using(lm, progress): read_asked(lm, "The code for Ada is lamb.", ASK, progress=progress)
+    with pytest.raises(Cancelled), exclusive_use(lm, progress): read_asked(lm, "The code for Ada is lamb.", ASK, progress=progress)

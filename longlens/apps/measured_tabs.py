@@ -146,7 +146,7 @@ def collapse_tab(
     documents = _menu("texts", {"16": 16, "32": 32, "8": 8}, "140px")
 
     def measure(progress: Progress) -> Report:
-        run: Any = lambda **how: length_collapse(encoder, documents=documents.value, layer_documents=2, retrieval=(), **how)
+        run: Any = lambda **how: length_collapse(encoder, n_documents=documents.value, layer_documents=2, retrieval=(), **how)
         progress.planned = int(run(dry_run=True)["tokens"].sum())
         return run()
 

@@ -21,7 +21,8 @@ from longlens.charts.base import (
     axis_style, ChartError, COLOURS, inline_data, drawable, FONT, label, PAD, log_ticks, tooltips, titled, WIDTH,
 )
 from .base import shown_text
-from .page import Section, write_page
+from .page import write_page
+from ..report import Section
 from ..text import visible
 from .token_view import Shade, TextData, TokenView, quantity_state, as_u32, utf16_at
 

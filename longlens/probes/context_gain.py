@@ -17,12 +17,11 @@ from ..models.forward import LongModel
 from ..models.load import ModelLike, load
 from ..models.tokens import TokenIds, Tokens
 from .metrics import bootstrap_interval
-from ..report import Report
+from ..report import Report, Section
 from ..run import Run, RunOptions, run_of
 
 if TYPE_CHECKING:
     import altair as alt
-    from longlens.charts.page import Section
 
 # %% auto #0
 __all__ = ['GainSettings', 'enough', 'GainReport', 'context_gain']
@@ -122,7 +121,6 @@ class GainReport(Report):
 
     def sections(self) -> list[Section]:
         """The report as a page shows it"""
-        from longlens.charts.page import Section
         return [Section("How much context is used", _GAIN_EXPLAINED.format(**self.meta["settings"]), self.chart(), self.frames["gain"])]
 
     def chart(self) -> alt.TopLevelMixin:

@@ -13,7 +13,6 @@ from typing import Any, TypeVar, Unpack
 
 import polars as pl
 
-from ...interventions.base import interventions
 from ...models.forward import LongModel
 from ...models.load import ModelLike, load
 from ..generate import Ask, Prepared, check_metric, longer, reply_length, reply_stops, with_scores
@@ -26,6 +25,7 @@ from ...prompts.haystack import Haystack
 from ...prompts.wording import Wording
 from ...prompts.needle import needle_depths
 from ...run import PLANNERS, Run, RunOptions, arguments_of, run_of, settings_of
+from ...sweeps.cells import model_meta
 from ...sweeps.sweep import SweepResult
 
 # %% auto #0
@@ -155,9 +155,8 @@ def _report(design: GridDesign, remedies: Mapping[str, Remedy], ready: Prepared,
     answers = _with_attention(with_scores(done.table("answers"), ready.cells, design.metric), heads)
     frames = {**grid_frames(answers, design.threshold, design.seed), "answers": answers, "costs": done.costs,
               "attention": _head_means(heads)}
-    meta = {"model": lm.name, "settings": json.loads(json.dumps(asdict(design))), "remedies": {k: r.says for k, r in remedies.items()},
-            "max_length": lm.max_length, "tokens": int(done.costs["tokens"].sum()), "tokens_naive": sum(map(len, ready.cells)),
-            "interventions": interventions(lm), "dtype": str(lm.dtype), "device": str(lm.device)}
+    meta = {**model_meta(lm), "settings": json.loads(json.dumps(asdict(design))), "remedies": {k: r.says for k, r in remedies.items()},
+            "max_length": lm.max_length, "tokens": int(done.costs["tokens"].sum()), "tokens_naive": sum(map(len, ready.cells))}
     return GridReport(frames, meta)
 
 # %% ../../../nbs/probes/grid/03_probe.ipynb #96d6383f

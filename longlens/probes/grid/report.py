@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, ClassVar
 import polars as pl
 
 from ..generate import cost_sentence, cut_sentence
-from ...report import Report
+from ...report import Report, Section
 
 if TYPE_CHECKING:
     import altair as alt
-    from longlens.charts.page import Section
 
 # %% auto #0
 __all__ = ['GridReport']
@@ -26,6 +25,7 @@ class GridReport(Report):
 
     main: ClassVar[str] = "grid"
     title: ClassVar[str] = "Needles in a haystack"
+    explorer: ClassVar[str] = "longlens.apps.needle:explore_grid"
 
     def findings(self) -> list[str]:
         """What was found, a sentence each"""
@@ -93,7 +93,6 @@ _GRID_EXPLAINED = {
 # %% ../../../nbs/probes/grid/02_report.ipynb #81bcbc7b
 def _section(r: GridReport, title: str, key: str, charts: Sequence[alt.TopLevelMixin], table: pl.DataFrame, columns: int = 1) -> Section:
     from longlens.charts.common import arrange
-    from longlens.charts.page import Section
     chart = charts[0] if len(charts) == 1 else arrange(charts, columns=columns)
     return Section(title, _GRID_EXPLAINED[key].format(**r.meta["settings"]), chart, table)
 

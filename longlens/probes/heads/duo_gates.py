@@ -24,7 +24,7 @@ from ...models.load import ModelLike, load
 from ...run import settings_of
 
 # %% auto #0
-__all__ = ['Labelled', 'Gated', 'fact_text', 'GateSettings', 'GateOptions', 'GateFit', 'duo_gates']
+__all__ = ['Gated', 'fact_text', 'GateSettings', 'GateOptions', 'GateFit', 'duo_gates']
 
 # %% ../../../nbs/probes/heads/04_duo_gates.ipynb #cf6ff227
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Gated(Intervention):
         return a * out + (1 - a) * streamed
 
 # %% ../../../nbs/probes/heads/04_duo_gates.ipynb #735627b3
-Labelled = tuple[Tensor, Tensor]  # token ids (n,), positions of answer tokens (m,)
+_Labelled = tuple[Tensor, Tensor]  # token ids (n,), positions of answer tokens (m,)
 
 # %% ../../../nbs/probes/heads/04_duo_gates.ipynb #fe0ed37e
 def fact_text(
@@ -58,7 +58,7 @@ def fact_text(
     n_tokens: int,  # at most
     seed: int | str = 0,  # of the text
     n_facts: int = 8,  # facts, each of them asked for
-) -> Labelled:
+) -> _Labelled:
     "Facts in filler and all questions answered"
     from longlens.needle_lm.data import make_example
     ex = make_example("facts", n_tokens, n_facts=n_facts, n_questions=n_facts, seed=seed, tokenizer=lm.tokenizer)
@@ -74,7 +74,7 @@ def _passkey_text(
     lm: LongModel,  # the model
     n_tokens: int,  # at most
     seed: int | str = 0,  # of the text
-) -> Labelled:
+) -> _Labelled:
     "Passkeys in filler, and all of them asked for and answered, as DuoAttention was trained"
     from longlens.prompts.ruler import passkeys
     ctx = passkeys(lm, n_tokens, seed=seed)
@@ -123,7 +123,7 @@ def _states(lm: LongModel, ids: Tensor, at: Tensor) -> Tensor:
 def _gate_loss(
     lm: LongModel,  # the model
     gates: Tensor,  # (layers, kv_heads)
-    text: Labelled,  # what is read
+    text: _Labelled,  # what is read
     settings: GateSettings,  # of which penalty, sink and recent count
 ) -> tuple[Tensor, Tensor]:  # distillation loss, penalty
     "The two parts of DuoAttention's loss (arXiv 2410.10819, equations 3 and 4)"
@@ -163,7 +163,7 @@ class GateFit:
 # %% ../../../nbs/probes/heads/04_duo_gates.ipynb #89ecea91
 def duo_gates(
     model: ModelLike,  # a LongModel, or whatever `load` takes, small enough to be differentiated through
-    texts: Callable[[int], Labelled] | Sequence[Labelled] | None = None,  # of step i, or in turn; None: what the card says, else passkeys
+    texts: Callable[[int], _Labelled] | Sequence[_Labelled] | None = None,  # of step i, or in turn; None: what the card says, else passkeys
     settings: GateSettings | None = None,  # the published ones if not given
     progress: bool = True,  # show a bar
     **options: Unpack[GateOptions],  # fields of GateSettings, one by one
@@ -182,7 +182,7 @@ def duo_gates(
 
 # %% ../../../nbs/probes/heads/04_duo_gates.ipynb #d9e4f20e
 def _train_step(
-    lm: LongModel, gates: Tensor, optimizer: torch.optim.Optimizer, text: Labelled, step: int, s: GateSettings,
+    lm: LongModel, gates: Tensor, optimizer: torch.optim.Optimizer, text: _Labelled, step: int, s: GateSettings,
 ) -> dict[str, Any]:
     "One step of the optimisation; the gates change. Gives a row of the log"
     gates.data.clamp_(0, 1)
@@ -200,9 +200,9 @@ def _gate_frame(gates: Tensor) -> pl.DataFrame:
 # %% ../../../nbs/probes/heads/04_duo_gates.ipynb #61677334
 def _text_source(
     lm: LongModel,  # the model
-    texts: Callable[[int], Labelled] | Sequence[Labelled] | None,
+    texts: Callable[[int], _Labelled] | Sequence[_Labelled] | None,
     s: GateSettings,  # of which steps, sink, recent and seed count
-) -> Callable[[int], Labelled]:
+) -> Callable[[int], _Labelled]:
     "The text of each step"
     if callable(texts): return texts
     if texts is None: return _made_texts(lm, s)
@@ -210,7 +210,7 @@ def _text_source(
     return lambda i: texts[i % len(texts)]
 
 # %% ../../../nbs/probes/heads/04_duo_gates.ipynb #ede959c5
-def _made_texts(lm: LongModel, s: GateSettings) -> Callable[[int], Labelled]:
+def _made_texts(lm: LongModel, s: GateSettings) -> Callable[[int], _Labelled]:
     "Texts of the kind that the model's card says"
     make = fact_text if lm.card.gate_text == "facts" else _passkey_text
     most, rng = min(32_000, lm.max_length or 32_000), random.Random(s.seed)

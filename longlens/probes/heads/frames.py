@@ -23,7 +23,7 @@ from .scores import Trial
 VIEWS = "copy_score", "induction", "previous_token", "qr_score", "gate"  # other scores of the same heads
 
 # %% auto #0
-__all__ = ['VIEWS', 'trials_frame', 'head_axes', 'trial_scores_frame', 'head_scores_frame', 'head_grid_frame', 'stability_frame',
+__all__ = ['VIEWS', 'trials_frame', 'trial_scores_frame', 'head_scores_frame', 'head_grid_frame', 'stability_frame',
            'agreement_frame']
 
 # %% ../../../nbs/probes/heads/06_frames.ipynb #e0c6cf74
@@ -37,7 +37,7 @@ def trials_frame(
                               recall=t.recall, answer=" ".join(c.answers), reply=t.reply) for i, ((n, d, c), t) in both])
 
 # %% ../../../nbs/probes/heads/06_frames.ipynb #5db4cfa4
-def head_axes(
+def _head_axes(
     lm: LongModel,  # the model
 ) -> dict[str, Sequence]:  # layer, head
     "The axes of a table with a row for each head"
@@ -57,7 +57,7 @@ def trial_scores_frame(
     "The score of every head in every trial that counts, as score files keep them"
     kept = [i for i, t in enumerate(trials) if t.kept or keep_all]
     if not kept: return pl.DataFrame(schema=dict(trial=pl.Int64, layer=pl.Int64, head=pl.Int64, score=pl.Float64))
-    return tidy({"trial": kept, **head_axes(lm)}, {"score": _stacked([trials[i] for i in kept], "retrieval_score").numpy()})
+    return tidy({"trial": kept, **_head_axes(lm)}, {"score": _stacked([trials[i] for i in kept], "retrieval_score").numpy()})
 
 # %% ../../../nbs/probes/heads/06_frames.ipynb #3b005d9e
 def head_scores_frame(
@@ -69,7 +69,7 @@ def head_scores_frame(
     names = "retrieval_score", "standard_error", "copy_score", "active"
     values = _over_trials(trials) if trials else [np.full((n_layers, n_heads), np.nan)] * len(names)
     kv = (torch.arange(n_heads) // (n_heads // n_kv)).expand(n_layers, -1).numpy()
-    return tidy(head_axes(lm), {"kv_head": kv, **dict(zip(names, values, strict=True))})
+    return tidy(_head_axes(lm), {"kv_head": kv, **dict(zip(names, values, strict=True))})
 
 # %% ../../../nbs/probes/heads/06_frames.ipynb #f9f156fa
 def _over_trials(trials: Sequence[Trial]) -> list[np.ndarray]:  # (layers, heads) each
@@ -98,7 +98,7 @@ def _grid_parts(lm: LongModel, placed: Sequence[Placed], trials: Sequence[Trial]
     for (n, d, _), t in zip(placed, trials, strict=True):
         if t.kept or keep_all: cells[n, d].append(t.retrieval_score)
     for (n, d), scores in sorted(cells.items()):
-        axes: dict[str, Sequence] = {"context_length": [n], "depth_percent": [float(d)], **head_axes(lm)}
+        axes: dict[str, Sequence] = {"context_length": [n], "depth_percent": [float(d)], **_head_axes(lm)}
         mean = tidy(axes, {"retrieval_score": torch.stack(scores).mean(0).numpy()})
         yield mean.with_columns(trials=pl.lit(len(scores)))
 

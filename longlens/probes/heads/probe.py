@@ -12,7 +12,6 @@ from typing import Any, Unpack
 import numpy as np
 import polars as pl
 
-from ...interventions.base import interventions
 from ...models.forward import LongModel
 from ...models.load import ModelLike, load
 from ...models.tokens import TokenIds, Tokens
@@ -30,7 +29,7 @@ from ...prompts.compose import Context
 from ...prompts.haystack import Haystack
 from ...prompts.wording import Wording
 from ...run import PLANNERS, Run, RunOptions, arguments_of, run_of, settings_of
-from ...sweeps.cells import Cell
+from ...sweeps.cells import Cell, model_meta
 from ...sweeps.plan import Plan
 
 # %% auto #0
@@ -132,9 +131,7 @@ def _report(design: HeadDesign, placed: Sequence[Placed], done: Sequence[Trial],
     frames = {"heads": heads, "trials": trials_frame(placed, done), "scores": trial_scores_frame(lm, done, design.keep_all),
               "grid": head_grid_frame(lm, placed, done, design.keep_all),
               "stability": stability_frame(counted, top, seed=design.seed), "agreement": agreement_frame(heads, top)}
-    meta = {"model": lm.name, "settings": asdict(design), "counted": len(counted), "methods": list(methods),
-            "interventions": interventions(lm), "layers": lm.n_layers, "heads": lm.n_heads, "kv_heads": lm.n_kv_heads,
-            "dtype": str(lm.dtype), "device": str(lm.device)}
+    meta = {**model_meta(lm, sizes=True), "settings": asdict(design), "counted": len(counted), "methods": list(methods)}
     return HeadReport(frames, meta)
 
 # %% ../../../nbs/probes/heads/09_probe.ipynb #6f76aa97

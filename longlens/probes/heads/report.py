@@ -12,11 +12,10 @@ import numpy as np
 import polars as pl
 
 from .frames import VIEWS
-from ...report import Report
+from ...report import Report, Section
 
 if TYPE_CHECKING:
     import altair as alt
-    from longlens.charts.page import Section
 
 _VIEW_TITLES = {"qr_score": "QR score", "gate": "DuoAttention gate", "induction": "Attention to the induction target",
                 "previous_token": "Attention to the previous token"}
@@ -29,6 +28,7 @@ class HeadReport(Report):
     "Retrieval heads of a model: scores, their certainty, other views, and what happens without them"
     main: ClassVar[str] = "heads"
     title: ClassVar[str] = "Heads that copy"
+    explorer: ClassVar[str] = "longlens.apps.heads:explore_heads"
 
     @property
     def ranked(self) -> list[tuple[int, int]]:
@@ -137,7 +137,6 @@ _HEADS_EXPLAINED = {
 # %% ../../../nbs/probes/heads/08_report.ipynb #6634d4fc
 def _section(title: str, key: str, charts: Sequence[alt.TopLevelMixin], table: pl.DataFrame, **words: str) -> Section:
     from longlens.charts.common import arrange
-    from longlens.charts.page import Section
     return Section(title, _HEADS_EXPLAINED[key].format(**words), arrange(charts, columns=1) if len(charts) > 1 else charts[0], table)
 
 # %% ../../../nbs/probes/heads/08_report.ipynb #cf7eed5e

@@ -15,7 +15,7 @@ from typing import Any
 from ...models.forward import LongModel
 from ..remedies import Remedy
 from ...prompts.wording import draw_distinct
-from ...prompts.multi_document import place
+from ...prompts.multi_document import place_answer
 from longlens.prompts.questions import (
     fact_pairs, fact_questions, KeyValue, Question, read_key_values, read_questions, with_distractors,
 )
@@ -185,7 +185,7 @@ def question_cell(
     """A question with its answer at a place."""
     name, what = remedy
     item, at = _reordered(item, gold, what)
-    ctx = place(lm, item, at, variant=variant, chat=design.chat or None, allow_longer=allow_longer, seed=f"{design.seed} {number}")
+    ctx = place_answer(lm, item, at, variant=variant, chat=design.chat or None, allow_longer=allow_longer, seed=f"{design.seed} {number}")
     depth = 100 * ctx.spans["gold"].start / len(ctx) if "gold" in ctx.spans else None
     return Cell.of(ctx, what.condition, question=number, variant=variant, remedy=name, gold_index=gold, placed_index=at,
                    depth_percent=depth, context_length=len(ctx))

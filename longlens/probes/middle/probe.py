@@ -13,7 +13,6 @@ from typing import Any, Unpack
 
 import polars as pl
 
-from ...interventions.base import interventions
 from ...models.forward import LongModel
 from ...models.load import ModelLike, load
 from ..generate import Ask, Prepared, check_metric, longer, reply_length, reply_stops, with_scores
@@ -27,6 +26,7 @@ from ..remedies import Remedy, find_remedies
 from ...prompts.multi_document import VARIANTS
 from ...prompts.questions import KeyValue
 from ...run import PLANNERS, Run, RunOptions, arguments_of, run_of, settings_of
+from ...sweeps.cells import model_meta
 from ...sweeps.sweep import SweepResult
 
 # %% auto #0
@@ -143,10 +143,9 @@ def _report(design: MiddleDesign, remedies: Mapping[str, Remedy], ready: Prepare
     top = top_heads(heads.filter(pl.col("gold_index").is_not_null()))
     answers = with_attention(with_scores(done.table("answers"), ready.cells, design.metric), spans, heads, top)
     frames = _frames(answers, heads, spans, done.costs, design.seed)
-    meta = {"model": lm.name, "settings": json.loads(json.dumps(asdict(design))), "remedies": {k: r.says for k, r in remedies.items()},
+    meta = {**model_meta(lm), "settings": json.loads(json.dumps(asdict(design))), "remedies": {k: r.says for k, r in remedies.items()},
             "max_length": lm.max_length, "top_heads": top, "tokens": int(done.costs["tokens"].sum()),
-            "tokens_naive": sum(map(len, ready.cells)), "interventions": interventions(lm), "dtype": str(lm.dtype),
-            "device": str(lm.device)}
+            "tokens_naive": sum(map(len, ready.cells))}
     return MiddleReport(frames, meta)
 
 # %% ../../../nbs/probes/middle/04_probe.ipynb #99efc699

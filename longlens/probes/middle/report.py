@@ -14,11 +14,10 @@ from ..metrics import bootstrap_interval
 from longlens.probes.middle.findings import (
     attention_sentence, plain_rows, remedy_sentences, score_sentence, shape_sentence, what_of,
 )
-from ...report import Report
+from ...report import Report, Section
 
 if TYPE_CHECKING:
     import altair as alt
-    from longlens.charts.page import Section
 
 # %% auto #0
 __all__ = ['MiddleReport', 'parts_frame']
@@ -29,6 +28,7 @@ class MiddleReport(Report):
 
     main: ClassVar[str] = "curve"
     title: ClassVar[str] = "Lost in the middle"
+    explorer: ClassVar[str] = "longlens.apps.needle:explore_middle"
 
     def findings(self) -> list[str]:
         """What was found, a sentence each"""
@@ -61,7 +61,6 @@ _MIDDLE_EXPLAINED = {
 
 # %% ../../../nbs/probes/middle/03_report.ipynb #7f362414
 def _section(r: MiddleReport, title: str, key: str, chart: alt.TopLevelMixin, table: pl.DataFrame) -> Section:
-    from longlens.charts.page import Section
     s = r.meta["settings"]
     return Section(title, _MIDDLE_EXPLAINED[key].format(metric=s["metric"], n=s["n"], what=what_of(r)), chart, table)
 

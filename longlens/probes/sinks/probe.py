@@ -12,12 +12,12 @@ from typing import Any, TypeGuard
 
 import polars as pl
 
-from ...interventions.base import interventions
 from ...models.forward import LongModel
 from ...models.load import ModelLike, load
 from ...models.tokens import TokenIds, Tokens
 from .frames import SinkSettings, made_sequences, metric_frame, natural_sequences, text_frames
 from .report import SinkReport
+from ...sweeps.cells import model_meta
 
 # %% auto #0
 __all__ = ['Text', 'attention_sinks']
@@ -53,9 +53,7 @@ def _steps(lm: LongModel, tokens: list[Tokens], settings: SinkSettings) -> Itera
 # %% ../../../nbs/probes/sinks/03_probe.ipynb #7f996d2d
 def _what_was_run(lm: LongModel, tokens: list[Tokens], settings: SinkSettings) -> dict[str, Any]:
     "Metadata of the report"
-    return {"model": lm.name, "lengths": [len(t) for t in tokens], "settings": asdict(settings), "dtype": str(lm.dtype),
-            "device": str(lm.device), "layers": lm.n_layers, "heads": lm.n_heads, "kv_heads": lm.n_kv_heads,
-            "interventions": interventions(lm)}
+    return {**model_meta(lm, sizes=True), "lengths": [len(t) for t in tokens], "settings": asdict(settings)}
 
 # %% ../../../nbs/probes/sinks/03_probe.ipynb #8302c26a
 def attention_sinks(

@@ -14,11 +14,10 @@ from longlens.probes.sinks.findings import (
     head_sentence, mean_heads, metric_sentence, shape_sentence, token_sentence, why_sentence,
 )
 from .frames import judged
-from ...report import Report
+from ...report import Report, Section
 
 if TYPE_CHECKING:
     import altair as alt
-    from longlens.charts.page import Section
 
 # %% auto #0
 __all__ = ['SinkReport']
@@ -28,6 +27,7 @@ class SinkReport(Report):
     "Attention sinks of a model: the published metric, heads, positions, tokens, lengths, and what makes them sinks"
     main: ClassVar[str] = "heads"
     title: ClassVar[str] = "Attention sinks"
+    explorer: ClassVar[str] = "longlens.apps.heads:explore_sinks"
 
     def findings(self) -> list[str]:
         "What was found, in five sentences"
@@ -65,7 +65,6 @@ _EXPLAINED = {  # what a section's picture shows; filled in with the settings
 # %% ../../../nbs/probes/sinks/02_report.ipynb #cc4cd296
 def _section(r: SinkReport, title: str, key: str, charts: Sequence[alt.TopLevelMixin], table: pl.DataFrame) -> Section:
     from longlens.charts.common import arrange
-    from longlens.charts.page import Section
     return Section(title, _EXPLAINED[key].format(**r.meta["settings"]), arrange(charts) if len(charts) > 1 else charts[0], table)
 
 # %% ../../../nbs/probes/sinks/02_report.ipynb #7e2069bb

@@ -60,6 +60,7 @@ class Trace(Report):
     """Which sources of a context made the model say that"""
 
     main: ClassVar[str] = "sources"
+    explorer: ClassVar[str] = "longlens.apps.trace:explore_trace"
 
     @property
     def context(self) -> str:
@@ -97,7 +98,7 @@ class Trace(Report):
 # %% ../../../nbs/probes/traceback/05_report.ipynb #92ba337a
 def _trace_sections(r: Trace) -> list[Any]:
     """What a page shows of a trace: the context with its sources shaded, the strongest of them, the answer, what it cost."""
-    from longlens.charts.page import Section
+    from longlens.report import Section
     text = _TRACE_EXPLAINED.format(says=r.meta["says"], method=r.meta["method"], by=r.meta["by"])
     costs = "Tokens through the model, padding included, and what one whole forward for each subset would have taken."
     answer = "How probable each traced token is with the whole context, after the tokens before it (natural logarithm)."
@@ -154,7 +155,7 @@ _OWN_TABLES = {  # name of a method's table -> heading, what it says
 
 def _own_tables(r: Trace) -> list[Any]:
     """The tables of a method that a reader should see."""
-    from longlens.charts.page import Section
+    from longlens.report import Section
     return [Section(title, text, table=r.frames[name]) for name, (title, text) in _OWN_TABLES.items() if name in r.frames]
 
 # %% ../../../nbs/probes/traceback/05_report.ipynb #398fe0bb

@@ -59,7 +59,7 @@ class ScanReport(Trace):
 
     def sections(self) -> list[Any]:
         """The report as a page shows it"""
-        from longlens.charts.page import Section
+        from longlens.report import Section
         text = _SCAN_EXPLAINED.format(k=len(self.frames["scan"]), method=self.meta["method"], threshold=self.meta["threshold"])
         shown = self.frames["scan"].join(self.top(len(self.frames["sources"])).select("source", "excerpt"), "source", how="left")
         return [Section("What the detector says", text, table=shown), *super().sections()]

@@ -60,7 +60,7 @@ class TracebackReport(Report):
 
     def sections(self) -> list[Any]:
         """The report as a page shows it"""
-        from longlens.charts.page import Section
+        from longlens.report import Section
         made = [Section("Does it find the truth?", _found_text(self), self.chart(), _best_first(self)), _after_section(self)]
         text = "Every case, those that were left out among them, and what the model says with and without what was injected."
         return [*made, Section("The cases", text, table=self.frames["cases"])]
@@ -93,7 +93,7 @@ _AFTER_EXPLAINED = ("The model is asked again without the sources that a method 
 # %% ../../../../nbs/probes/traceback/evaluation/02_report.ipynb #41e2309a
 def _after_section(r: TracebackReport) -> Any:
     from longlens.charts.common import bars
-    from longlens.charts.page import Section
+    from longlens.report import Section
     f = r.frames["intervals"].filter(measure="said_after").sort("mean", maintain_order=True)
     chart = bars(f, "method", "mean", title="Still said without what was found", unit="share",
                  name="cases in which the target is still said") if 0 < len(f) <= 60 else None
