@@ -39,7 +39,7 @@ def needles(lm: Any, length: int, depths: int, trials: int) -> list:
 
 def documents(lm: Any, n: int, questions: int) -> list:
     "Questions with the right document at five places"
-    from longlens.probes.middle.probe import gold_positions
+    from longlens.probes.middle.inputs import gold_positions
     from longlens.prompts.multi_document import place_answer
     from longlens.prompts.questions import fact_questions
     from longlens.sweeps.cells import Cell

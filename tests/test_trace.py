@@ -782,7 +782,7 @@ def test_small_probabilities_are_not_zero() -> None:
     assert [probability_text(x) for x in (-0.0284, -3.474, -10.8, -1000.0, None)] == ["0.972", "0.031", "2.0e-5", "5.1e-435", "–"]
     shown = removal_html(" lamb", [3], {"reply": " lamb", "logprob": -0.0284}, {"reply": " oat", "logprob": -10.8})
     assert "<td>0.972</td>" in shown and "<td>2.0e-5</td>" in shown
-    row = {"asked": 0, "said": " oat", "answers": "lamb", "score": 0.0, "logprob": -10.8}
+    row = {"asked": 0, "reply": " oat", "answers": "lamb", "score": 0.0, "logprob": -10.8}
     assert "<td>2.0e-5</td>" in answers_html(pl.DataFrame([row]), None)
 
 

@@ -27,6 +27,7 @@ from ..probes.collapse.report import CollapseReport
 from ..probes.grid.probe import needle_grid
 from ..probes.grid.report import GridReport
 from ..probes.middle.probe import lost_in_the_middle
+from ..run import plan
 from ..probes.middle.report import MiddleReport
 from ..probes.traceback.probe import trace_context
 from ..run import plan
@@ -35,6 +36,7 @@ from ..probes.traceback.report import Trace
 from ..probes.traceback.sources import TracePrompt
 from ..prompts.compose import Context
 from ..report import Report
+from ..run import plan
 
 # %% auto #0
 __all__ = ['trace_tab', 'needle_tab', 'collapse_tab']
@@ -113,7 +115,7 @@ def _grid_run(lm: LongModel, n: int, places: int) -> Any:    # tokens of the tex
 
 
 def _middle_run(lm: LongModel, places: int) -> Any:
-    return partial(lost_in_the_middle, lm, n=10, questions=3, positions=places, baselines=False)
+    return partial(lost_in_the_middle, lm, n_documents=10, n_questions=3, positions=places, baselines=False)
 
 # %% ../../nbs/apps/13_measured_tabs.ipynb #94fbf616
 def needle_tab(
@@ -127,7 +129,7 @@ def needle_tab(
     def measure(progress: Progress) -> Report:
         if lm is None: raise ValueError("a needle needs the model: widget(model=lm)")
         run = _grid_run(lm, n, places.value) if task.value == "grid" else _middle_run(lm, places.value)
-        progress.planned = run(dry_run=True).tokens
+        progress.planned = plan(run.func, *run.args, **run.keywords).tokens
         return run()
 
     def make(found: GridReport | MiddleReport) -> Explorer:
@@ -146,9 +148,10 @@ def collapse_tab(
     documents = _menu("texts", {"16": 16, "32": 32, "8": 8}, "140px")
 
     def measure(progress: Progress) -> Report:
-        run: Any = lambda **how: length_collapse(encoder, n_documents=documents.value, layer_documents=2, retrieval=(), **how)
-        progress.planned = int(run(dry_run=True)["tokens"].sum())
-        return run()
+        if encoder is None: raise ValueError("embeddings need the encoder: widget(encoder=encoder)")
+        how: Any = dict(n_documents=documents.value, layer_documents=2, retrieval=())
+        progress.planned = int(plan(length_collapse, encoder, **how)["tokens"].sum())
+        return length_collapse(encoder, **how)
 
     def make(found: CollapseReport) -> Explorer: return CollapseExplorer(found, encoder)
     return Pending("collapse", "Collapse", _COLLAPSE, [documents], measure, make, encoder, report)

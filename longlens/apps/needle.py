@@ -48,7 +48,7 @@ class Places:
     ends: tuple[int, int]                  # of the slider
     by: tuple[str, ...]                    # columns of conditions
     curve: pl.DataFrame                    # by, at, score, logprob, attention
-    answers: pl.DataFrame                  # by, at, asked, said, answers, logprob, score, attention
+    answers: pl.DataFrame                  # by, at, asked, reply, answers, logprob, score, attention
     heads: pl.DataFrame                    # by, perhaps at, layer, head, mass
     documents: pl.DataFrame | None         # by, at, document, mass
     ask: Callable[[LongModel, int, Mapping[str, Any]], Cell]    # model, place and conditions -> the prompt
@@ -74,11 +74,11 @@ def _needle_cell(
     where: Mapping[str, Any],     # kind, remedy, context_length
 ) -> Cell:
     "The prompt of a grid at any depth"
-    from longlens.probes.grid.probe import GridSettings, cell_context
+    from longlens.probes.grid.inputs import GridDesign, cell_context
     from longlens.probes.remedies import find_remedies
     s, remedy = r.meta["settings"], find_remedies([where["remedy"]])[where["remedy"]]
     how = {"wording": s["wording"], "allow_longer": None}
-    ctx = cell_context(lm, where["kind"], where["context_length"], place, 0, _settings(GridSettings, s), how)
+    ctx = cell_context(lm, where["kind"], where["context_length"], place, 0, _settings(GridDesign, s), how)
     return Cell.of(ctx, remedy.condition, **where)
 
 # %% ../../nbs/apps/08_needle.ipynb #fcd2e7d3
@@ -104,14 +104,14 @@ def _document_cell(
     where: Mapping[str, Any],     # variant, remedy
 ) -> Cell:
     "The prompt of a list with the right document at any place"
-    from longlens.probes.middle.probe import MiddleSettings, get_items, question_cell
+    from longlens.probes.middle.inputs import MiddleDesign, get_items, question_cell
     from longlens.probes.remedies import find_remedies
     s = r.meta["settings"]
     if s["task"] not in ("documents", "kv"):
         raise ValueError(f"the questions of {s['task']} are not in the report: only measured places can be shown")
     item = get_items(lm, s["task"], s["n"], 1, s["seed"])[0]
     remedy = find_remedies([where["remedy"]])[where["remedy"]]
-    return question_cell(lm, item, 0, place, where["variant"], (where["remedy"], remedy), _settings(MiddleSettings, s), None)
+    return question_cell(lm, item, 0, place, where["variant"], (where["remedy"], remedy), _settings(MiddleDesign, s), None)
 
 # %% ../../nbs/apps/08_needle.ipynb #6eea9f63
 def middle_places(
@@ -402,7 +402,7 @@ def answers_html(
 ) -> str:                                   # HTML
     "What was answered at a place"
     rows: list[Any] = [asked] if asked else []
-    rows += [{**a, "reply": a.get("said")} for a in answers.head(most - len(rows)).to_dicts()]
+    rows += answers.head(most - len(rows)).to_dicts()
     head = "<tr><th></th><th>the model says</th><th>right is</th><th>score</th><th>probability</th></tr>"
     left = len(answers) + bool(asked) - len(rows)
     more = f'<p class="lx-soft">and {left:,} more</p>' if left else ""
@@ -434,8 +434,8 @@ def _asked_at(
     documents = None
     if p.documents is not None:
         documents = done.table("spans").with_columns(document=pl.col("span").str.extract(r"_(\d+)$").cast(pl.Int64)).drop_nulls("document")
-    return PlaceAnswer(where=where, place=place, asked="here", reply=a["said"], answers=" | ".join(cell.answers), logprob=a["logprob"],
-                       score=METRICS[p.metric](a["said"], cell.answers), probability=_share(a["logprob"]),
+    return PlaceAnswer(where=where, place=place, asked="here", reply=a["reply"], answers=" | ".join(cell.answers), logprob=a["logprob"],
+                       score=METRICS[p.metric](a["reply"], cell.answers), probability=_share(a["logprob"]),
                        attention=heads["mass"].mean(), heads=heads, documents=documents)
 
 # %% ../../nbs/apps/08_needle.ipynb #a0601fc2

@@ -19,6 +19,7 @@ class ModelCard:
     """How a model is asked where the caller does not say. Read from `longlens.json` beside its weights"""
 
     wording: str = "ruler"  # of needles: a name in WORDINGS
+    n_keys: int = 1  # needles of the same wording in a text, one of them asked for
     template: str = "raw"  # of a question about a context: a name in TEMPLATES
     key_values: str = "uuids"  # what lists of keys and values are made of: "uuids", or "names" (of people, and common words)
     gate_text: str = "passkeys"  # what gates learn from: "passkeys" or "facts"

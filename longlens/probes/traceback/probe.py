@@ -19,7 +19,7 @@ from ...interventions.base import interventions
 from ...models.forward import LongModel
 from ...models.load import ModelLike, load
 from ...models.tokens import TokenIds
-from ..middle.probe import longer
+from ..generate import longer
 from .prefix_tree import ScoreCosts
 from longlens.probes.traceback.prompts import (
     AskOptions, AskSettings, answer_limits, own_answer, ready_prompt, trace_prompt, unwritten,

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from ....sweeps.cells import content, fingerprint
 from .cases import TraceCase, clean_context, span_truth
 from ..methods.attention import retrieval_weights
-from ...middle.probe import longer
+from ...generate import longer
 from ..tracer import Heads, Tracer, TraceJob, counted, find_tracer, load_methods
 from ..sources import TracePrompt
 from .metrics import answer_without, found_scores, replied, says
