@@ -127,9 +127,6 @@ def module_of(path: Path) -> str: return ".".join(path.relative_to(ROOT / "longl
 
 # ---- public names
 
-def hints_of(function: typing.Any) -> dict[str, str]: return {name: str(p.annotation) for name, p in inspect.signature(function).parameters.items()}
-
-
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_public_signature_is_typed_and_short(name: str) -> None:
     function = getattr(longlens, name)

@@ -17,7 +17,17 @@ from longlens.encoders.encoder import Encoder
 from longlens.encoders.load import load_encoder
 from longlens.encoders.pooling import Pooling
 from longlens.interventions.base import intervene, interventions
-from longlens.interventions.extend import NTK, WINDOWS, Grouped, Interpolated, Recurrent, SelfExtend, extend_window, group_distances, windows_for
+from longlens.interventions.extend import (
+    NTK,
+    WINDOWS,
+    Grouped,
+    Interpolated,
+    Recurrent,
+    SelfExtend,
+    extend_window,
+    group_distances,
+    windows_for,
+)
 from longlens.interventions.heads import ablate, temperature
 from longlens.measure.capture import capture
 from longlens.measure.spectral import SpectralNorm
@@ -257,7 +267,8 @@ def test_long_texts_take_the_fused_path(monkeypatch):
 
 def test_statistics_and_temperature_under_self_extend():
     model, ids = tiny("NomicBert"), ids_of()
-    with temperature(model, .7), extend_window(model, "self_extend", length=LONG, group=5, window=4), ablate(model, [(1, 2)], mode="uniform"), \
+    longer = extend_window(model, "self_extend", length=LONG, group=5, window=4)
+    with temperature(model, .7), longer, ablate(model, [(1, 2)], mode="uniform"), \
             capture(model, Entropy(), Received(), SpectralNorm()) as seen:
         assert [i["intervention"] for i in interventions(model)] == ["temperature", "self_extend", "ablate"]
         states(model, ids)

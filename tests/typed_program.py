@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 import longlens as ll
+from longlens.sweeps.cells import Task
 from longlens.probes.traceback.evaluation.cases import fact_cases
 
 lm = ll.load("needle-lm", device="cpu")
@@ -47,7 +48,7 @@ ll.lambda_mask(lm, sink=4, recent=64)
 ll.lambda_mask(lm, recents=64)  # wrong
 ll.temperature(lm, 0.8)
 ll.temperature(lm, "warm")  # wrong
-ll.scale_spans(lm, [(0, 3)], 0.5)
+ll.scale_spans(lm, {"a": (0, 3)}, 0.5)
 ll.scale_spans(lm, spans=0.5)  # wrong
 ll.intervene(lm)
 ll.intervene()  # wrong
@@ -70,7 +71,7 @@ ll.lost_in_the_middle(lm, positions=3, remedies=["ntk"], seed=3)
 ll.lost_in_the_middle(lm, position=3)  # wrong
 grid = ll.needle_grid(lm, lengths=(512,), trials=1, seed=3)
 ll.needle_grid(lm, lengths=512)  # wrong
-grid.frame("grid").heigth  # wrong
+print(grid.frames["grid"].heigth)  # wrong
 ll.published_grid("file.json", threshold=0.8)
 ll.published_grid(7)  # wrong
 collapse = ll.length_collapse(enc, ["a text"], lengths=(16, 64), seed=3)
@@ -91,8 +92,8 @@ print(ll.evaluate_traceback(lm, cases, methods=["loo"], seed=3).findings())
 ll.evaluate_traceback(lm, cases, methods=3)  # wrong
 ll.plan(ll.needle_grid, lm, lengths=(512,))
 ll.plan(ll.needle_grid, lm, lengths=512)  # wrong
-ll.sweep(lm, [], out="results")
-ll.sweep(lm, [], outs="results")  # wrong
+ll.sweep(lm, [], Task(), out="results")
+ll.sweep(lm, [], Task(), outs="results")  # wrong
 ll.token_view(lm.tokens("a text"), {})
 ll.token_view()  # wrong
 ll.explore(lm, context)

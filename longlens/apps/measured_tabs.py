@@ -30,13 +30,11 @@ from ..probes.middle.probe import lost_in_the_middle
 from ..run import plan
 from ..probes.middle.report import MiddleReport
 from ..probes.traceback.probe import trace_context
-from ..run import plan
 from ..probes.traceback.prompts import answer_limits, ready_prompt
 from ..probes.traceback.report import Trace
 from ..probes.traceback.sources import TracePrompt
 from ..prompts.compose import Context
 from ..report import Report
-from ..run import plan
 
 # %% auto #0
 __all__ = ['trace_tab', 'needle_tab', 'collapse_tab']

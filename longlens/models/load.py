@@ -49,24 +49,24 @@ def load(
     download: bool = True,  # may a hub id use the network?
     check: bool = True,  # look for NaN in the weights
     allow_longer: bool = False,  # let texts be longer than the model was made for
-    **kw: Any,  # handed to from_pretrained
+    from_pretrained: Mapping[str, Any] | None = None,  # what else transformers is to be given, for a folder or a hub id
 ) -> LongModel:
     """A causal language model, ready for probes. Only a hub id uses the network."""
     if isinstance(model, LongModel):
         return model
     if device is not None and device_map is not None:
         raise ValueError("device puts the model on one device and device_map spreads it over several: give one of them")
-    place, number = check_device(device), check_dtype(dtype)
+    place, number, more = check_device(device), check_dtype(dtype), dict(from_pretrained or {})
     model = None if _is_embedded(model) else model
     name = display_name(model)
     if model is None or isinstance(model, (str, Path)):
         if place is None and device_map is None:
             place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        kw |= {"dtype": number or ("float32" if model is None else "auto"), "device_map": device_map}
+        more |= {"dtype": number or ("float32" if model is None else "auto"), "device_map": device_map}
         where = _embedded() if model is None else model
-        hf, tokenizer = read_folder(where, tokenizer, download=download, trust_remote_code=trust_remote_code, revision=revision, **kw)
+        hf, tokenizer = read_folder(where, tokenizer, download=download, trust_remote_code=trust_remote_code, revision=revision, **more)
     else:
-        hf, tokenizer = _given(model, tokenizer, {**kw, **({"device_map": device_map} if device_map else {})})
+        hf, tokenizer = _given(model, tokenizer, {**more, **({"device_map": device_map} if device_map else {})})
     if place is not None or isinstance(number, torch.dtype):
         hf = hf.to(device=place, dtype=number if isinstance(number, torch.dtype) else None)
     if check:
