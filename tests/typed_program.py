@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 import longlens as ll
+from longlens.probes.traceback.evaluation.cases import fact_cases
 
 lm = ll.load("needle-lm", device="cpu")
 ll.load(modle="needle-lm")  # wrong
@@ -80,10 +81,14 @@ trace = ll.trace_context(lm, context, method="loo", by="sentences", budget=10_00
 print(trace.top())
 ll.trace_context(lm, context, budget="all")  # wrong
 print(trace.tops())  # wrong
-ll.scan_context(lm, context)
-ll.scan_context()  # wrong
-ll.evaluate_traceback(lm, methods=["loo"], seed=3)
-ll.evaluate_traceback(lm, methods=3)  # wrong
+ll.trace_context(lm, context, method="shapley", permutations=20, heads=[(2, 0)], seed=3)
+ll.trace_context(lm, context, method="shapley", permutation=20)  # wrong
+ll.plan(ll.trace_context, lm, context, seed="3")  # wrong
+ll.scan_context(lm, context, detector=lambda text: "OFFICIAL" in text, k=3)
+ll.scan_context(lm, context)  # wrong
+cases = fact_cases(2, conflict="later")
+print(ll.evaluate_traceback(lm, cases, methods=["loo"], seed=3).findings())
+ll.evaluate_traceback(lm, cases, methods=3)  # wrong
 ll.plan(ll.needle_grid, lm, lengths=(512,))
 ll.plan(ll.needle_grid, lm, lengths=512)  # wrong
 ll.sweep(lm, [], out="results")
