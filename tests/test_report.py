@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from types import ModuleType
 
@@ -80,6 +82,19 @@ def test_an_older_folder_says_who_wrote_it_and_what_to_do(kept: Path) -> None:
     (kept / "report.json").write_text(json.dumps({"longlens": 3}))    # of a later version, and not even whole
     with pytest.raises(ReportError, match="format 3 .*: update longlens"): Report.load(kept)
     assert pl.read_parquet(kept / "heads.parquet").height == 200    # as the message promises
+
+
+@pytest.mark.parametrize(("kind", "explorer"), [
+    ("SinkReport", "heads:explore_sinks"), ("HeadReport", "heads:explore_heads"), ("PromptReading", "workbench:explore_reading"),
+    ("GridReport", "needle:explore_grid"), ("MiddleReport", "needle:explore_middle"), ("CollapseReport", "collapse:explore_collapse"),
+    ("Trace", "trace:explore_trace"), ("GainReport", "sections:explore_sections"),
+])
+def test_explorers_are_there_and_take_a_model(kind: str, explorer: str) -> None:
+    import longlens
+    named = getattr(longlens, kind).explorer
+    assert named == f"longlens.apps.{explorer}"
+    module, name = named.split(":")
+    assert "model" in signature(getattr(import_module(module), name)).parameters
 
 
 def test_a_report_opens_the_explorer_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
