@@ -320,16 +320,16 @@ def test_nothing_large_is_kept_after_the_forward() -> None:
     import weakref
     model, kept = ZOO["llama"](), []
     import longlens.attention.hf_interface as module
-    original = module.AttentionOperator
+    original = module.LayerCall.operator
 
-    def watched(*args: object, **kw: object) -> object:
-        op = original(*args, **kw)
+    def watched(call: object, lse: object = None) -> object:
+        op = original(call, lse)
         kept.append(weakref.ref(op))
         return op
-    module.AttentionOperator = watched
+    module.LayerCall.operator = watched
     try:
         with capture(model, *EVERYTHING) as seen: model(token_ids(30))
-    finally: module.AttentionOperator = original
+    finally: module.LayerCall.operator = original
     gc.collect()
     assert len(kept) == 2 and all(r() is None for r in kept)
     assert seen.frames

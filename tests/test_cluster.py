@@ -21,8 +21,8 @@ from longlens.prompts.needle import needle_context
 from longlens.sweeps import ray_engine as cluster
 from longlens.sweeps.cells import Cell, Changed, Task
 from longlens.sweeps.ray_engine import Cluster, start_ray
-from longlens.sweeps.serialize import ClusterError
 from longlens.sweeps.runner import SweepWarning
+from longlens.sweeps.serialize import ClusterError
 from longlens.sweeps.sweep import sweep
 
 ray = pytest.importorskip("ray", reason="engine='ray' needs Ray: pip install longlens[ray]")

@@ -31,7 +31,7 @@ hostile""", """
 grid = ll.needle_grid(lm, [256, 512], [0, 50, 100], trials=1).widget(model=lm)
 grid""", """
 from longlens.probes.collapse.probe import length_collapse
-collapse = length_collapse(enc, lengths=[16, 32], documents=8, layer_documents=1, taus=[.5], retrieval=()).widget(encoder=enc)
+collapse = length_collapse(enc, lengths=[16, 32], n_documents=8, layer_documents=1, taus=[.5], retrieval=()).widget(encoder=enc)
 collapse""", """
 small = ll.needle_context(lm, 200, 40, wording="facts", n_keys=3, seed=1)
 prompt = ready_prompt(lm, small, answer=" lamb. The", by="sentences", answer_span=(0, 5))

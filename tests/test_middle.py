@@ -34,7 +34,7 @@ from longlens.probes.middle import probe as middle
 from longlens.probes.middle.probe import POSITIONS, curve_frame, effects_frame, gold_positions, indices_frame, lost_in_the_middle, top_heads
 from longlens.probes.middle.report import MiddleReport, parts_frame
 from longlens.probes.remedies import REMEDIES, AsSet, Calibrated, PerHead, Remedy, document_spans, relevance
-from longlens.prompts.multi_document import place
+from longlens.prompts.multi_document import place_answer
 from longlens.prompts.questions import KeyValue, Question, fact_pairs, fact_questions, read_questions
 from longlens.sweeps.cells import Cell, Changed
 from longlens.sweeps.store import HEAD, StoreError
@@ -300,7 +300,7 @@ def test_variants_and_baselines_are_the_prompts_of_the_paper() -> None:
         q, a = items[cell.axes["question"]], cell.axes
         alone = a["variant"] in ("closed_book", "oracle")
         assert (a["gold_index"] is None) == alone
-        want = place(lm, q, 0 if alone else a["gold_index"], variant=a["variant"], seed=f"3 {a['question']}")
+        want = place_answer(lm, q, 0 if alone else a["gold_index"], variant=a["variant"], seed=f"3 {a['question']}")
         assert torch.equal(cell.ids, want.tokens.ids) and cell.answers == q.answers and a["context_length"] == len(want)
     text = {c.axes["variant"]: lm.decode(c.ids) for c in cells if c.axes["question"] == 0 and c.axes["gold_index"] in (2, None)}
     assert text["query_aware"].count(items[0].question) == 2 and "ordered randomly" in text["random_order"]
@@ -357,7 +357,7 @@ def test_tables_by_hand(k: int, scores: list[list[int]]) -> None:
 
 def both(lm: ll.LongModel, item: Any, gold: int, condition: Any, **kw: Any) -> tuple[Cell, dict[str, Any]]:
     "A cell, and what a sweep says of it"
-    cell = Cell.of(place(lm, item, gold), condition)
+    cell = Cell.of(place_answer(lm, item, gold), condition)
     return cell, sweep(lm, [cell], Ask(3, **kw)).table("answers").row(0, named=True)
 
 
@@ -389,7 +389,7 @@ def test_ms_poe_is_that_of_the_whole_prompt() -> None:
 
 def test_relevance_from_patterns_that_are_written_out() -> None:
     lm, item, dummy = needle(), fact_questions(1, 4, sentences=1)[0], " This is nothing."
-    cell = Cell.of(place(lm, item, 2))
+    cell = Cell.of(place_answer(lm, item, 2))
     words = lm.tokens(dummy, add_special_tokens=False).ids
 
     def attention(ids: torch.Tensor, s: range) -> float:
@@ -445,7 +445,7 @@ def test_lines_as_a_set_have_no_order() -> None:
     r = lost_in_the_middle(lm, [item], positions=range(6), remedies=["set_based"], max_new_tokens=2)
     same, differ = (r.frames["answers"].filter(remedy=n).sort("gold_index")["logprob"] for n in ("set_based", "none"))
     assert same.max() - same.min() < 1e-4 and differ.max() - differ.min() > .1
-    cell = Cell.of(place(lm, item, 3))
+    cell = Cell.of(place_answer(lm, item, 3))
     starts = [s.start for s in document_spans(cell).values()]
     with torch.no_grad(), set_based(lm, [range(a, b) for a, b in zip(starts, [*starts[1:], cell.spans["question"].start], strict=True)]):
         want = lm.score(cell.ids, cell.completion).total
@@ -622,7 +622,7 @@ def test_a_metric_that_cannot_be_had_is_refused_before_anything_runs(monkeypatch
 
 def test_texts_that_are_too_long(tmp_path: Path) -> None:
     lm, items = needle(), fact_questions(1, 2, sentences=110)
-    assert len(place(lm, items[0], 0, allow_longer=True)) > 2048
+    assert len(place_answer(lm, items[0], 0, allow_longer=True)) > 2048
     with pytest.raises(ValueError, match=r"made for 2,048 positions: .* if the model is loaded with allow_longer=True"):
         lost_in_the_middle(lm, items)
     r = lost_in_the_middle(lm, items, positions=1, allow_longer=True, max_new_tokens=1, baselines=False)

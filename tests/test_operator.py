@@ -57,7 +57,7 @@ def formed(op: AttentionOperator) -> torch.Tensor:
     seen = seen.expand(b, 1, nq, nk)
     if m.rule is not None: seen = seen & (m.rule if isinstance(m.rule, torch.Tensor) else m.rule(0, 0, i, j))
     if m.keep is not None: seen = seen & m.keep[:, None, None, :] & m.keep[:, None, m.offset:m.offset + nq, None]
-    sinks = op.call.sinks
+    sinks = op.sinks
     extra = torch.full((b, h, nq, 1), -torch.inf).double() if sinks is None else sinks[None, :, None, None].expand(b, h, nq, 1)
     e = torch.cat([x.masked_fill(~seen, -torch.inf), extra], -1)
     rows = seen.any(-1, keepdim=True)  # a row that sees nothing has no attention, whatever the sink says
@@ -68,7 +68,7 @@ def formed(op: AttentionOperator) -> torch.Tensor:
 def test_operator_is_the_formed_matrix(op: AttentionOperator) -> None:
     P = formed(op)
     torch.testing.assert_close(op.dense(), P)
-    torch.testing.assert_close(op.output, P @ op.call.v.repeat_interleave(op.call.group, 1))
+    torch.testing.assert_close(op.output, P @ op.v.repeat_interleave(op.call.group, 1))
     torch.testing.assert_close(op.entropy(), -(P * P.clamp_min(1e-300).log()).sum(-1))
     torch.testing.assert_close(op.reduce(SquareSum())[0], (P**2).sum(-1))
     i, j = torch.arange(op.shape[2])[:, None] + op.mask.offset, torch.arange(op.shape[3])
@@ -82,7 +82,7 @@ def test_operator_is_the_formed_matrix(op: AttentionOperator) -> None:
 def test_rows_sum_to_one_less_the_learned_sink(op: AttentionOperator) -> None:
     mass = op.matmul(torch.ones(op.shape[3], 1))[..., 0]
     torch.testing.assert_close(mass, op.key_mass())
-    if op.call.sinks is None: torch.testing.assert_close(mass, torch.ones_like(mass))
+    if op.sinks is None: torch.testing.assert_close(mass, torch.ones_like(mass))
     else: assert (mass <= 1 + 1e-9).all()
 
 
@@ -123,7 +123,7 @@ def test_chunks_of_queries_add_up(op: AttentionOperator, cuts: list[int]) -> Non
     for a, b in pairwise(edges):
         rule = s.mask.rule[:, :, a:b] if isinstance(s.mask.rule, torch.Tensor) else s.mask.rule
         mask = replace(s.mask, offset=s.mask.offset + a, rule=rule)
-        part = AttentionOperator(s.q[:, :, a:b], s.k, op.call.v, mask=mask, softcap=s.softcap, sinks=op.call.sinks)
+        part = AttentionOperator(s.q[:, :, a:b], s.k, op.v, mask=mask, softcap=s.softcap, sinks=op.sinks)
         received += part.received()
         entropy.append(part.entropy())
     torch.testing.assert_close(received, op.received())
@@ -143,7 +143,7 @@ def test_counts_of_the_mask(op: AttentionOperator) -> None:
 
 @given(operators(padding=False))
 def test_entropy_and_support_are_bounded(op: AttentionOperator) -> None:
-    if op.call.sinks is not None: return
+    if op.sinks is not None: return
     seen = visible_keys(op.mask, *op.shape[2:])[:, None].double()
     assert (op.entropy() >= -1e-9).all() and (op.entropy() <= seen.log() + 1e-9).all()
     assert (op.support() >= 1 - 1e-9).all() and (op.support() <= seen + 1e-6).all()

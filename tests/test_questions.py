@@ -45,7 +45,7 @@ from longlens.probes.metrics import (
 )
 from longlens.prompts import questions as module
 from longlens.prompts.key_value import kv_lines
-from longlens.prompts.multi_document import VARIANTS, place
+from longlens.prompts.multi_document import VARIANTS, place_answer
 from longlens.prompts.questions import (
     KeyValue,
     Question,
@@ -263,38 +263,38 @@ def test_the_answer_stands_where_it_should(n: int, data: st.DataObject) -> None:
     tok, g = needle_tokenizer(), data.draw(st.integers(0, n - 1))
     variant = data.draw(st.sampled_from(VARIANTS[:3]))
     q = fact_questions(1, n, sentences=1)[0]
-    ctx = place(tok, q, g, variant=variant, seed=3)
+    ctx = place_answer(tok, q, g, variant=variant, seed=3)
     assert ctx.spans["gold"] == ctx.spans[f"document_{g}"] and ctx.meta["gold_index"] == g and ctx.meta["variant"] == variant
     shown = [tok.decode(ctx.tokens.ids[ctx.spans[f"document_{i}"]]) for i in range(n)]
     texts = [s.split(") ", 1)[1] for s in shown]
     assert texts[g] == q.gold[1] and {*texts[:g], *texts[g + 1:]} == {t for _, t in q.others}
     if variant != "random_order": assert texts[:g] + texts[g + 1:] == [t for _, t in q.others]
     assert ctx.text.endswith(f"\nQuestion: {q.question}\nAnswer:{q.answer_prefix}") and ctx.completion == f" {q.answers[0]}"
-    with pytest.raises(ValueError, match=f"gold_index is {n}, and there are {n} documents: it is 0 to {n - 1}"): place(tok, q, n)
+    with pytest.raises(ValueError, match=f"gold_index is {n}, and there are {n} documents: it is 0 to {n - 1}"): place_answer(tok, q, n)
 
 
 @pytest.mark.parametrize("form", ["json", "lines"])
 def test_a_pair_stands_where_it_should(form: str) -> None:
     tok, p = needle_tokenizer(), replace(fact_pairs(1, 9)[0], form=form)
     for g in range(9):
-        ctx = place(tok, p, g)
+        ctx = place_answer(tok, p, g)
         assert ctx.spans["gold"] == ctx.spans[f"pair_{g}"] and ctx.spans["answer"] == ctx.spans[f"value_{g}"]
         assert tok.decode(ctx.tokens.ids[ctx.spans[f"key_{g}"]]).strip() == p.key and ctx.answers == (p.value,)
         rest = [tok.decode(ctx.tokens.ids[ctx.spans[f"value_{i}"]]).strip() for i in range(9) if i != g]
         assert rest == [v for k, v in p.records if k != p.key]
     for g in (9, -1):
-        with pytest.raises(ValueError, match=f"gold_index is {g}, and there are 9 pairs: it is 0 to 8"): place(tok, p, g)
-    assert place(tok, p, 0, variant="query_aware").text.count(p.key) == place(tok, p, 0).text.count(p.key) + 1
+        with pytest.raises(ValueError, match=f"gold_index is {g}, and there are 9 pairs: it is 0 to 8"): place_answer(tok, p, g)
+    assert place_answer(tok, p, 0, variant="query_aware").text.count(p.key) == place_answer(tok, p, 0).text.count(p.key) + 1
 
 
 def test_texts_that_look_like_something_else() -> None:
     tok = needle_tokenizer()
     text = "{0} %s \\n\nQuestion: who?\nAnswer: <x>"
     odd = Question("Is {question} <b>\nAnswer:</b>?", ("<x>",), ("Document [7](Title: {t})", text), ("é中🙂",))
-    ctx = place(tok, odd, 1)
+    ctx = place_answer(tok, odd, 1)
     assert tok.decode(ctx.tokens.ids[ctx.spans["gold"]]) == f"Document [2](Title: Document [7](Title: {{t}})) {text}"
     assert tok.decode(ctx.tokens.ids[ctx.spans["document_0"]]) == "Document [1](Title: ) é中🙂"
-    with pytest.raises(ValueError, match="reads as a special token"): place(tok, replace(odd, gold="an <eos> here"), 0)
+    with pytest.raises(ValueError, match="reads as a special token"): place_answer(tok, replace(odd, gold="an <eos> here"), 0)
     with pytest.raises(ValueError, match="'key'|reads as a special token"): kv_lines(tok, [("a", "<eos>"), ("b", "c")], "a")
 
 
@@ -308,25 +308,25 @@ def test_lines_on_a_tokenizer_that_joins_stops_and_line_breaks() -> None:
     tok.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=900, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     fast = PreTrainedTokenizerFast(tokenizer_object=tok, clean_up_tokenization_spaces=False)
     assert ".\n" in [fast.decode([i]) for i in fast("Key Ada: river.\nKey")["input_ids"]]
-    ctx = place(fast, lists[0], 3)
+    ctx = place_answer(fast, lists[0], 3)
     assert fast.decode(ctx.tokens.ids[ctx.spans["gold"]]) == f"Key {lists[0].key}: {lists[0].value}"
     assert fast.decode(ctx.tokens.ids[ctx.spans["answer"]]) == fast.decode(ctx.completion_ids) == f" {lists[0].value}"
 
 
 def test_what_the_variants_are() -> None:
     lm, q = load(), fact_questions(1, 4, sentences=1)[0]
-    texts = {v: place(lm, q, 2, variant=v) for v in VARIANTS}
+    texts = {v: place_answer(lm, q, 2, variant=v) for v in VARIANTS}
     assert texts["closed_book"].text == f"Question: {q.question}\nAnswer:{q.answer_prefix}"
     assert "document_1" not in texts["oracle"].spans and texts["oracle"].spans["gold"] == texts["oracle"].spans["document_0"]
     assert {v: c.meta["variant"] for v, c in texts.items()} == {v: v for v in VARIANTS}
-    assert len({texts["plain"].text, texts["random_order"].text, place(lm, q, 2, variant="random_order", seed=1).text}) == 3
+    assert len({texts["plain"].text, texts["random_order"].text, place_answer(lm, q, 2, variant="random_order", seed=1).text}) == 3
     right = [bool(lm.score(c.tokens, c.completion_ids).greedy.all()) for v, c in texts.items() if v != "closed_book"]
     assert right == [True] * 4
     long = fact_questions(1, 20, sentences=12)[0]
-    with pytest.raises(ValueError, match="needle-lm was made for 2,048 positions"): place(lm, long, 0)
-    assert len(place(lm, long, 0, allow_longer=True)) > 2048
+    with pytest.raises(ValueError, match="needle-lm was made for 2,048 positions"): place_answer(lm, long, 0)
+    assert len(place_answer(lm, long, 0, allow_longer=True)) > 2048
     for item, variant in ((KeyValue((("a", "1"), ("b", "2")), "a", "1"), "closed_book"), (q, "Plain")):
-        with pytest.raises(ValueError, match="a variant of a"): place(lm, item, variant=variant)
+        with pytest.raises(ValueError, match="a variant of a"): place_answer(lm, item, variant=variant)
 
 
 # Metrics
@@ -517,7 +517,7 @@ def test_published_questions() -> None:
     assert all(len({q.gold, *q.others}) == 20 for q in twenty) and twenty[:5] == with_distractors(asked, 20)[:5]
     long = [q for q in twenty if min(map(len, map(normalize_answer, q.answers))) > 2]
     assert not any(best_subspan_em(f"{t} {d}".replace("\n", " "), q.answers) for q in long for t, d in q.others)
-    ctx = place(needle_tokenizer(), twenty[0], 9)
+    ctx = place_answer(needle_tokenizer(), twenty[0], 9)
     assert ctx.text.count("\nDocument [") == 20
     assert "Document [10](Title: List of Nobel laureates in Physics) The first Nobel Prize" in ctx.text
 
@@ -526,7 +526,7 @@ def test_published_pairs() -> None:
     lists = read_key_values(published("lost-in-the-middle/kv-retrieval-75_keys.jsonl.gz"))
     assert len(lists) == 500 and {len(p.records) for p in lists} == {75}
     assert len(read_key_values(DATA / "lost-in-the-middle/kv-retrieval-75_keys.jsonl.gz", limit=3)) == 3
-    ctx = place(needle_tokenizer(), lists[0], 74)
+    ctx = place_answer(needle_tokenizer(), lists[0], 74)
     assert json.loads(ctx.text.split("JSON data:\n")[1].split("\n\n")[0])[lists[0].key] == lists[0].value
     assert [*json.loads(ctx.text.split("JSON data:\n")[1].split("\n\n")[0])][74] == lists[0].key
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
-from inspect import signature
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
@@ -21,13 +19,13 @@ from ..charts.page import facts, say, static
 from ..encoders.encoder import Encoder
 from ..methods import patch
 from ..models.forward import LongModel
-from ..report import Report, check_name, load_report, new_folder, write_report
+from ..report import Report, check_name, load_report, new_folder, open_explorer as open_explorer, write_report
 
 if TYPE_CHECKING:
     from longlens.apps import app as _app
 
 # %% auto #0
-__all__ = ['R', 'Build', 'EXPLORERS', 'Explorer', 'needs_model', 'Pending', 'App', 'read_parts', 'open_explorer']
+__all__ = ['Build', 'Explorer', 'needs_model', 'Pending', 'App', 'read_parts']
 
 # %% ../../nbs/apps/02_app.ipynb #27d0bf94
 class Explorer(VBox):
@@ -128,13 +126,13 @@ def restore(self: Pending, state: Mapping[str, Any]) -> None:
     self.inner.restore(state)
 
 # %% ../../nbs/apps/02_app.ipynb #f013e83c
-R = TypeVar("R", bound=Report)
-Build = Callable[[R, Mapping[str, Report]], Sequence[Explorer]]    # a report, other reports by the name of their tab -> tabs
+_R = TypeVar("_R", bound=Report)
+Build = Callable[[_R, Mapping[str, Report]], Sequence[Explorer]]    # a report, other reports by the name of their tab -> tabs
 
 # %% ../../nbs/apps/02_app.ipynb #3f957f7e
-class App(VBox, Generic[R]):
+class App(VBox, Generic[_R]):
     "A report, or several, to look at: title, tabs, errors, status, and a folder to keep it in"
-    report: R
+    report: _R
     explorers: list[Explorer]           # the tabs
     progress: Progress | None = None    # of what is running, or ran last
     thread: Thread | None = None        # in which something is running
@@ -147,8 +145,8 @@ class App(VBox, Generic[R]):
 
     def __init__(
         self,
-        report: R,                                      # what it is about
-        build: Build[R],                                # makes the tabs
+        report: _R,                                      # what it is about
+        build: Build[_R],                                # makes the tabs
         title: str,                                     # heading
         parts: Mapping[str, Report] | None = None,      # other reports, by tab
     ):
@@ -354,31 +352,4 @@ def read_parts(
     report: Report,       # the report that it holds
 ) -> dict[str, Report]:
     "The other reports in the folder of a view"
-    return {name: load_report(Path(path) / check_name(name)) for name in report.meta.get("view", {}).get("parts", [])}
-
-# %% ../../nbs/apps/02_app.ipynb #f86916cc
-EXPLORERS: dict[str, str] = {    # class of report -> the function that makes its app: (report, **what else there is) -> App
-    "SinkReport": "longlens.apps.heads.explore_sinks",
-    "HeadReport": "longlens.apps.heads.explore_heads",
-    "PromptReading": "longlens.apps.workbench.explore_reading",
-    "GridReport": "longlens.apps.needle.explore_grid",
-    "MiddleReport": "longlens.apps.needle.explore_middle",
-    "CollapseReport": "longlens.apps.collapse.explore_collapse",
-    "Trace": "longlens.apps.trace.explore_trace",
-}
-
-# %% ../../nbs/apps/02_app.ipynb #420b9205
-def open_explorer(
-    report: Report,    # any report
-    **how: Any,        # what the explorer takes, such as model=
-) -> App:
-    "A report to click through"
-    found = next((EXPLORERS[c.__name__] for c in type(report).__mro__ if c.__name__ in EXPLORERS), None)
-    if found is None:
-        if type(report).chart is Report.chart and not hasattr(report, "sections"): return report.chart()    # an error with what to do
-        found = "longlens.apps.sections.explore_sections"
-    module, name = found.rsplit(".", 1)
-    make = getattr(import_module(module), name)
-    if unknown := how.keys() - (known := [*signature(make).parameters][1:]):
-        raise TypeError(f"widget() of a {type(report).__name__} takes {', '.join(known) or 'nothing'}, and not {min(unknown)!r}")
-    return make(report, **how)
+    return {name: Report.load(Path(path) / check_name(name)) for name in report.meta.get("view", {}).get("parts", [])}

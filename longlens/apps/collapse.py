@@ -18,6 +18,7 @@ from .linked_chart import VegaView, html_box, picture, with_classes
 from .sections import SectionsExplorer
 from ..charts.base import COLOURS, axis_style, legend_style, tooltips
 from ..encoders.encoder import Encoder
+from ..encoders.load import EncoderLike, load_encoder
 from ..methods import patch
 from ..probes.collapse.report import CollapseReport
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from longlens.apps import collapse as _collapse
 
 # %% auto #0
-__all__ = ['Texts', 'CollapseExplorer', 'explore_collapse']
+__all__ = ['CollapseExplorer', 'explore_collapse']
 
 # %% ../../nbs/apps/09_collapse.ipynb #3cc0531b
 _SERIES = "chosen temperature", "temperature 1"    # what the colours mean
@@ -94,7 +95,7 @@ def _passed_chart(
         color=alt.Color("sigma_a:Q", scale=scale, legend=legend_style(title="sigma_a")), tooltip=tips), 260)
 
 # %% ../../nbs/apps/09_collapse.ipynb #e7f47f87
-Texts = Sequence[str] | None    # the documents that were measured; None: the generated ones
+_Texts = Sequence[str] | None    # the documents that were measured; None: the generated ones
 
 # %% ../../nbs/apps/09_collapse.ipynb #86987077
 class CollapseExplorer(Explorer):
@@ -112,7 +113,7 @@ class CollapseExplorer(Explorer):
         self,
         report: CollapseReport,
         encoder: Encoder | None = None,     # its Encoder: embeds at other temperatures for the map
-        texts: Texts = None,                # the documents that were measured; None: the generated ones
+        texts: _Texts = None,                # the documents that were measured; None: the generated ones
     ):
         self.report, self.encoder, self.texts = report, encoder, texts
         self.taus = {c["tau"]: name for name, c in report.meta["conditions"].items()
@@ -252,16 +253,16 @@ def _embedded(
     encoder: Encoder,       # that was measured
     length: int,            # tokens, one of the report's
     tau: float,             # temperature
-    texts: Texts = None,    # the documents that were measured; None: the generated ones
+    texts: _Texts = None,    # the documents that were measured; None: the generated ones
 ) -> np.ndarray:            # x and y of every document on the report's axes, (documents, 2)
     "Texts at another temperature, on the map of the report"
     from longlens.interventions.heads import temperature
-    from longlens.probes.collapse.inputs import CollapseSettings, get_inputs
+    from longlens.probes.collapse.inputs import CollapseDesign, get_inputs
     if texts is None and report.meta["documents_from"] != "generated filler":
         raise ValueError(f"the documents ({report.meta['documents_from']}) are not in the report: give them, "
                          "report.widget(encoder=..., texts=...)")
     s: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in report.meta["settings"].items()}
-    cut = get_inputs(encoder, texts, None, None, CollapseSettings(**{**s, "retrieval": ()})).cut[length]
+    cut = get_inputs(encoder, texts, None, None, CollapseDesign(**{**s, "retrieval": ()})).cut[length]
     with temperature(encoder, tau): new = _unit_rows(np.asarray(encoder.encode(cut, prompt=s["document_prompt"])))
     both = report.frames["vectors"].join(report.frames["points"], on=["context_length", "document"])
     old, xy = _unit_rows(both["vector"].to_numpy()), both.select("x", "y").to_numpy()
@@ -312,13 +313,11 @@ def restore(self: CollapseExplorer, state: Mapping[str, Any]) -> None:
 # %% ../../nbs/apps/09_collapse.ipynb #5ef68a7a
 def explore_collapse(
     report: CollapseReport,
-    encoder: Any = None,      # its Encoder, or whatever `load_encoder` takes: embeds at other temperatures for the map
-    texts: Texts = None,      # the documents that were measured; None: the generated ones
-    model: Any = None,        # the same as `encoder`, as other reports call it
+    encoder: EncoderLike | None = None,    # its Encoder, or whatever `load_encoder` takes: embeds at other temperatures for the map
+    texts: _Texts = None,      # the documents that were measured; None: the generated ones
+    model: EncoderLike | None = None,      # the same as `encoder`, as other reports call it
 ) -> App[CollapseReport]:
     "A report on length collapse, to move along"
-    encoder = model if encoder is None else encoder
-    if encoder is not None:
-        from longlens.encoders.load import load_encoder
-        encoder = load_encoder(encoder)
-    return App(report, lambda r, parts: [CollapseExplorer(r, encoder, texts), SectionsExplorer(r)], "Length collapse")
+    chosen = model if encoder is None else encoder
+    enc = None if chosen is None else load_encoder(chosen)
+    return App(report, lambda r, parts: [CollapseExplorer(r, enc, texts), SectionsExplorer(r)], "Length collapse")

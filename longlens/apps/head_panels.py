@@ -21,8 +21,8 @@ from ..probes.sinks.report import SinkReport
 from ..text import visible
 
 # %% auto #0
-__all__ = ['QUANTITIES', 'Rows', 'SHARE', 'quantities', 'Panel', 'attention_row', 'attended_tokens', 'reading_panels',
-           'retrieval_panels', 'sink_panels']
+__all__ = ['QUANTITIES', 'SHARE', 'quantities', 'Panel', 'attention_row', 'attended_tokens', 'reading_panels', 'retrieval_panels',
+           'sink_panels']
 
 # %% ../../nbs/apps/05_head_panels.ipynb #c10cc731
 QUANTITIES: dict[str, tuple[str, str, str]] = {    # column -> name, unit, what it is
@@ -69,7 +69,7 @@ def quantities(
     return {QUANTITIES[c][0] if c in QUANTITIES else c.replace("_", " "): c for c in [*known, *others]}
 
 # %% ../../nbs/apps/05_head_panels.ipynb #12d24b51
-Rows = dict[str, list[dict[str, Any]]]    # name of the data -> its rows
+_Rows = dict[str, list[dict[str, Any]]]    # name of the data -> its rows
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Panel:
     title: str                                                  # what is seen
     caption: str                                                # how to read it
     chart: Any                                                  # of Altair, over named data
-    rows: Callable[[int, int], Rows]                            # of a layer and a head
+    rows: Callable[[int, int], _Rows]                            # of a layer and a head
     wide: bool = False                                          # a row of its own
     fields: Sequence[str] = ()                                  # what a click on it picks
 
@@ -207,9 +207,9 @@ def reading_panels(
     "By position, by distance, from one token"
     spans = [dict(span=visible(k, 30), start=s.start, stop=s.stop, where=f"{s.start:,} to {s.stop - 1:,}") for k, s in r.spans.items()]
     f = r.frames["distance"].with_columns(pl.col("mass").round_sig_figs(4))
-    def profile(layer: int, head: int) -> Rows: return {"profile": _profile_rows(r, layer, head), "spans": spans}
-    def bands(layer: int, head: int) -> Rows: return {"bands": f.filter(layer=layer, head=head).to_dicts()}
-    def row(layer: int, head: int) -> Rows: return {"row": attended_tokens(r, layer, head, token())}
+    def profile(layer: int, head: int) -> _Rows: return {"profile": _profile_rows(r, layer, head), "spans": spans}
+    def bands(layer: int, head: int) -> _Rows: return {"bands": f.filter(layer=layer, head=head).to_dicts()}
+    def row(layer: int, head: int) -> _Rows: return {"row": attended_tokens(r, layer, head, token())}
     return [Panel("Where in the text", _CAPTIONS["where"], _position_chart(len(r.strings)), profile, wide=True, fields=["at"]),
             Panel("How far back", _CAPTIONS["back"], _band_chart(), bands),
             Panel("From one token", _CAPTIONS["token"], _row_chart(), row, fields=["position"])]
@@ -248,7 +248,7 @@ def retrieval_panels(
     f = r.frames["grid"].with_columns(pl.col("depth_percent").round(1), score=pl.col("retrieval_score").round_sig_figs(4))
     if f.is_empty(): return []
     chart = _depth_chart(*(f[c].unique().sort().to_list() for c in ("context_length", "depth_percent")))
-    def rows(layer: int, head: int) -> Rows:
+    def rows(layer: int, head: int) -> _Rows:
         return {"cells": f.filter(layer=layer, head=head).select("context_length", "depth_percent", "score").to_dicts()}
     caption = "Its retrieval score by where the needle stood and how long the context was: a retrieval head copies from everywhere."
     return [Panel("By depth and length", caption, chart, rows, wide=True)]
@@ -266,7 +266,7 @@ def sink_panels(
 ) -> list[Panel]:
     "A head's means by context length"
     f = r.frames["lengths"].group_by("layer", "head", "context_length").mean().sort("context_length")
-    def rows_of(column: str) -> Callable[[int, int], Rows]:
+    def rows_of(column: str) -> Callable[[int, int], _Rows]:
         some = f.filter(pl.col(column).is_finite()).select("layer", "head", "context_length", value=pl.col(column).round_sig_figs(4))
         return lambda layer, head: {"curve": some.filter(layer=layer, head=head).drop("layer", "head").to_dicts()}
     return [Panel(title, f"{caption}, by how many tokens a query sees.", _curve_chart(axis), rows_of(column))

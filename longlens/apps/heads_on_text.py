@@ -22,8 +22,7 @@ from .reading import RULES, ModelReply, PromptReading, model_reply
 from ..charts.page import say
 from ..measure.statistic import tidy
 from ..methods import patch
-from ..probes.traceback.report import said_probability
-from ..text import visible
+from ..text import probability_text, visible
 
 if TYPE_CHECKING:
     from longlens.apps import heads_on_text as _heads_on_text
@@ -157,7 +156,7 @@ def _named(heads: Sequence[tuple[int, int]]) -> str: return ", ".join(f"{layer}-
 # %% ../../nbs/apps/07_heads_on_text.ipynb #6fc6a596
 def _reply_line(name: str, a: ModelReply) -> str:    # HTML
     return (f'<tr><th scope="row">{say(name)}</th><td class="lx-text lx-quote">{say(a["reply"])}</td>'
-            f"<td>{a['logprob']:.3f}</td><td>{said_probability(a['logprob'])}</td></tr>")
+            f"<td>{a['logprob']:.3f}</td><td>{probability_text(a['logprob'])}</td></tr>")
 
 # %% ../../nbs/apps/07_heads_on_text.ipynb #6638e41b
 def _target_name(r: PromptReading) -> str:

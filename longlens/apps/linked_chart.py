@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from longlens.apps import linked_chart as _linked_chart
 
 # %% auto #0
-__all__ = ['W', 'VegaView', 'with_pick', 'html_box', 'with_classes', 'picture', 'numbers_html']
+__all__ = ['VegaView', 'with_pick', 'html_box', 'with_classes', 'picture', 'numbers_html']
 
 # %% ../../nbs/apps/00_linked_chart.ipynb #2ab1d761
 @lru_cache(1)
@@ -91,13 +91,13 @@ def html_box(
     return out
 
 # %% ../../nbs/apps/00_linked_chart.ipynb #1fe69d83
-W = TypeVar("W", bound=Widget)
+_W = TypeVar("_W", bound=Widget)
 
 
 def with_classes(
-    widget: W,               # any widget
+    widget: _W,               # any widget
     *classes: str,           # of explore.css
-) -> W:                      # the same
+) -> _W:                      # the same
     "A widget with classes"
     for name in classes: widget.add_class(name)
     return widget

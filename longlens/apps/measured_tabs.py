@@ -29,6 +29,7 @@ from ..probes.grid.report import GridReport
 from ..probes.middle.probe import lost_in_the_middle
 from ..probes.middle.report import MiddleReport
 from ..probes.traceback.probe import trace_context
+from ..run import plan
 from ..probes.traceback.prompts import answer_limits, ready_prompt
 from ..probes.traceback.report import Trace
 from ..probes.traceback.sources import TracePrompt
@@ -81,7 +82,7 @@ def trace_tab(
     def measure(progress: Progress) -> Report:
         if live is None: raise ValueError("a trace needs the model: widget(model=lm)")
         prompt = _prompt_of_text(live, by.value)
-        progress.planned = trace_context(live.lm, prompt, method=method.value, dry_run=True).tokens
+        progress.planned = plan(trace_context, live.lm, prompt, method=method.value).tokens
         found = trace_context(live.lm, prompt, method=method.value, budget=progress.planned)    # the line of status has how much it is
         prompts[id(found)] = prompt
         return found
@@ -145,7 +146,7 @@ def collapse_tab(
     documents = _menu("texts", {"16": 16, "32": 32, "8": 8}, "140px")
 
     def measure(progress: Progress) -> Report:
-        run: Any = lambda **how: length_collapse(encoder, documents=documents.value, layer_documents=2, retrieval=(), **how)
+        run: Any = lambda **how: length_collapse(encoder, n_documents=documents.value, layer_documents=2, retrieval=(), **how)
         progress.planned = int(run(dry_run=True)["tokens"].sum())
         return run()
 

@@ -28,15 +28,15 @@ from ..probes.generate import Ask
 from ..probes.grid.report import GridReport
 from ..probes.metrics import METRICS
 from ..probes.middle.report import MiddleReport
-from ..probes.traceback.report import said_probability
 from ..sweeps.cells import Cell
 from ..sweeps.sweep import sweep
+from ..text import probability_text
 
 if TYPE_CHECKING:
     from longlens.apps import needle as _needle
 
 # %% auto #0
-__all__ = ['S', 'Places', 'grid_places', 'middle_places', 'PlaceExplorer', 'PlaceAnswer', 'answers_html', 'explore_grid',
+__all__ = ['Places', 'grid_places', 'middle_places', 'PlaceExplorer', 'PlaceAnswer', 'answers_html', 'explore_grid',
            'explore_middle']
 
 # %% ../../nbs/apps/08_needle.ipynb #708ebfc4
@@ -60,10 +60,10 @@ def _task(settings: Mapping[str, Any], heads_on: str, mean_on: str) -> Ask:    #
     return Ask(settings["max_new_tokens"], tuple(settings["stop"]), heads_on, mean_on)
 
 # %% ../../nbs/apps/08_needle.ipynb #1649b29b
-S = TypeVar("S")
+_S = TypeVar("_S")
 
 
-def _settings(kind: type[S], stored: Mapping[str, Any]) -> S:    # a dataclass of settings; as the report has them
+def _settings(kind: type[_S], stored: Mapping[str, Any]) -> _S:    # a dataclass of settings; as the report has them
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
 
 # %% ../../nbs/apps/08_needle.ipynb #6b75ff1c
@@ -192,7 +192,7 @@ class PlaceExplorer(Explorer):
         state, restore, _boxes, _connect, _refresh = _needle.state, _needle.restore, _needle._boxes, _needle._connect, _needle._refresh
         _grid, _go, _changed, _where, _here = _needle._grid, _needle._go, _needle._changed, _needle._where, _needle._here
         _controls, _pictures, _show_curve, _show_answers = _needle._controls, _needle._pictures, _needle._show_curve, _needle._show_answers
-        _look, _ask, _is_grid = _needle._look, _needle._ask, _needle._is_grid
+        _look, _ask, _is_grid, _cell, _go_to_cell = _needle._look, _needle._ask, _needle._is_grid, _needle._cell, _needle._go_to_cell
 
     def __init__(
         self,
@@ -272,8 +272,7 @@ def _connect(self: PlaceExplorer) -> None:
     self.place.observe(self.guarded(lambda _: self._refresh()), "value")
     for c, d in self.conditions.items(): d.observe(self.guarded(partial(self._changed, c)), "value")
     self.curve.observe(self.guarded(lambda change: self._go(change.new.get("place"))), "picked")
-    to_cell = lambda change: self._go(change.new.get("depth_percent"), change.new.get("context_length"))
-    if self.map is not None: self.map.observe(self.guarded(to_cell), "picked")
+    if self.map is not None: self.map.observe(self.guarded(lambda change: self._go_to_cell(change.new)), "picked")
     self.ask.on_click(self.guarded(lambda _: self._ask()))
 
 # %% ../../nbs/apps/08_needle.ipynb #5149d344
@@ -282,6 +281,19 @@ def _go(self: PlaceExplorer, place: float | None, length: int | None = None) -> 
     "To a place that was clicked"
     if length is not None: self.conditions["context_length"].value = length
     if place is not None: self.place.value = round(place)
+
+# %% ../../nbs/apps/08_needle.ipynb #207a3db9
+@patch
+def _cell(self: PlaceExplorer) -> dict[str, Any]:
+    "The cell of the map that is nearest to the slider"
+    depth = min(self.measured, key=lambda d: abs(d - self.place.value))
+    return {"context_length": self.conditions["context_length"].value, "depth_percent": depth}
+
+
+@patch
+def _go_to_cell(self: PlaceExplorer, picked: Mapping[str, Any]) -> None:
+    "To a cell of the map that was clicked"
+    if picked != self._cell(): self._go(picked.get("depth_percent"), picked.get("context_length"))
 
 # %% ../../nbs/apps/08_needle.ipynb #4073c20c
 @patch
@@ -324,14 +336,11 @@ def _show_curve(
     asked: Sequence[PlaceAnswer],        # here, in these conditions
 ) -> None:
     "The curves, and the place of the slider in them and on the map"
-    at = self.place.value
     rows = [dict(place=r[self.places.at], score=r["score"], probability=_share(r.get("logprob")), attention=r.get("attention"), asked=False)
             for r in measured.iter_rows(named=True)]
     rows += [dict(place=a["place"], score=a["score"], probability=a["probability"], attention=a["attention"], asked=True) for a in asked]
-    self.curve.rows, self.curve.picked = {"curve": rows}, {"place": at}
-    if self.map is None: return
-    depth = min(self.measured, key=lambda d: abs(d - at))
-    self.map.picked = {"context_length": self.conditions["context_length"].value, "depth_percent": depth}
+    self.curve.rows, self.curve.picked = {"curve": rows}, {"place": self.place.value}
+    if self.map is not None: self.map.picked = self._cell()
 
 # %% ../../nbs/apps/08_needle.ipynb #0d6810b0
 @patch
@@ -382,7 +391,7 @@ def _answer_line(a: PlaceAnswer, name: str) -> str:    # HTML; how one of the qu
     who = f"{name} {number + 1}" if isinstance(number, int) else {"here": "asked here"}.get(number or "", "measured")
     mark = "" if score is None else f'<span class="{"lx-good" if score >= 1 else "lx-wrong"}">{score:.2f}</span>'
     words = "".join(f'<td class="lx-text lx-quote">{say(text or "–", 160)}</td>' for text in (a.get("reply"), a.get("answers")))
-    return f'<tr><th scope="row">{say(who)}</th>{words}<td>{mark}</td><td>{said_probability(a.get("logprob"))}</td></tr>'
+    return f'<tr><th scope="row">{say(who)}</th>{words}<td>{mark}</td><td>{probability_text(a.get("logprob"))}</td></tr>'
 
 # %% ../../nbs/apps/08_needle.ipynb #e1d83c2d
 def answers_html(

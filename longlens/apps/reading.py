@@ -25,6 +25,7 @@ from ..probes.sinks.frames import heads_frame, judged, mean_received
 from ..report import Report, plain
 from ..methods import patch
 from ..models.forward import LongModel
+from ..models.load import ModelLike, load
 from ..models.tokens import TokenIds, Tokens
 from ..prompts.compose import Context
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from longlens.apps import reading as _reading
 
 # %% auto #0
-__all__ = ['ShowProgress', 'RULES', 'ModelReply', 'Live', 'PromptReading', 'model_reply', 'Rule', 'read_text', 'revive']
+__all__ = ['RULES', 'ModelReply', 'Live', 'PromptReading', 'model_reply', 'Rule', 'read_text', 'revive']
 
 # %% ../../nbs/apps/04_reading.ipynb #4958ac5f
 def _chunk(lm: LongModel, n: int) -> int:    # tokens
@@ -46,14 +47,14 @@ def _surprise(logits: Tensor, ids: Tensor) -> Tensor:    # (k, vocab), the token
     return (-log / torch.log(torch.tensor(2.0))).cpu()
 
 # %% ../../nbs/apps/04_reading.ipynb #4394b77f
-ShowProgress = Callable[[float | None, str], None]    # a share of the work, 0 to 1, and a line; what it raises stops the work
+_ShowProgress = Callable[[float | None, str], None]    # a share of the work, 0 to 1, and a line; what it raises stops the work
 
 
 @torch.no_grad()
 def _read_through(
     lm: LongModel,
     ids: Tensor,                                # (n,)
-    progress: ShowProgress = lambda share, text: None,
+    progress: _ShowProgress = lambda share, text: None,
 ) -> tuple[Prefix, Tensor]:                     # the text in a cache; surprise of every token in bits, (n,), NaN for the first
     "Run a text in chunks, and keep the cache and the surprise of its tokens"
     n, cache, surprise, last = len(ids), new_cache(lm.config, "all"), torch.full((len(ids),), torch.nan), None
@@ -115,6 +116,7 @@ class PromptReading(Report):
     "What every head does in one text, and how surprising its tokens are"
     main: ClassVar[str] = "heads"
     title: ClassVar[str] = "One text, head by head"
+    explorer: ClassVar[str] = "longlens.apps.workbench:explore_reading"
     live: Live | None = None    # the model, while there is one
 
     @property
@@ -295,12 +297,11 @@ def _check_text(text: Any) -> None:
 
 # %% ../../nbs/apps/04_reading.ipynb #5c1c3398
 def read_text(
-    model: Any,     # a LongModel, or whatever `load` takes
+    model: ModelLike,     # a LongModel, or whatever `load` takes
     text: str | Tokens | TokenIds | Context,      # a Context's question, answer and spans are used
-    progress: ShowProgress = lambda share, text: None,
+    progress: _ShowProgress = lambda share, text: None,
 ) -> PromptReading:       # with `.live`
     "Measure every head in one text, and keep it in a cache"
-    from longlens.models.load import load
     _check_text(text)
     lm, context = load(model), text if isinstance(text, Context) else None
     tokens = lm.tokens(text.tokens if isinstance(text, Context) else text)

@@ -12,7 +12,8 @@ from ipywidgets import HTML, Dropdown, Layout, VBox
 
 from .app import App, Explorer
 from .linked_chart import VegaView, html_box, picture, with_classes
-from ..charts.page import Section, apart, say, sections_of, table_html
+from ..charts.page import apart, say, table_html
+from ..report import Section
 from ..encoders.encoder import Encoder
 from ..methods import patch
 from ..models.forward import LongModel
@@ -51,7 +52,7 @@ class SectionsExplorer(Explorer):
 def opened(self: SectionsExplorer) -> None:
     "Make the sections, the first time"
     if self.sections: return
-    self.sections = sections_of(self.report)
+    self.sections = self.report.sections()
     found = "".join(f"<li>{say(line)}</li>" for line in self.report.findings())
     self.found.value = f'<ul class="lx-findings">{found}</ul>'
     self.menu.options = [s.title for s in self.sections]

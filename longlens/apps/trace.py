@@ -30,10 +30,12 @@ from ..models.forward import LongModel
 from ..models.tokens import Tokens
 from ..probes.traceback.probe import trace_context
 from ..probes.traceback.prompts import trace_prompt
-from ..probes.traceback.report import Trace, excerpt, said_probability
+from ..probes.traceback.frames import excerpt
+from ..probes.traceback.report import Trace
 from ..probes.traceback.sources import TracePrompt, subset_ids
 from ..probes.traceback.tracer import load_methods
-from ..text import visible
+from ..run import plan
+from ..text import probability_text, visible
 
 if TYPE_CHECKING:
     from longlens.apps import trace as _trace_app
@@ -54,7 +56,7 @@ def trace_span(
 ) -> Trace:
     "Trace a span of the answer to the sources of its prompt"
     mine = replace(prompt, traced=range(*span))
-    planned = trace_context(lm, mine, method=method, dry_run=True).tokens
+    planned = plan(trace_context, lm, mine, method=method).tokens
     if progress is not None: progress.planned = planned
     return trace_context(lm, mine, method=method, budget=planned)
 
@@ -329,7 +331,7 @@ def _put_back(self: TraceExplorer) -> None:
 # %% ../../nbs/apps/11_trace.ipynb #4e6ffb77
 def _reply_line(name: str, a: SourceReply) -> str:    # HTML
     return (f'<tr><th scope="row">{say(name)}</th><td class="lx-text lx-quote">{say(a["reply"], 300)}</td>'
-            f'<td>{a["logprob"]:.2f}</td><td>{said_probability(a["logprob"])}</td></tr>')
+            f'<td>{a["logprob"]:.2f}</td><td>{probability_text(a["logprob"])}</td></tr>')
 
 # %% ../../nbs/apps/11_trace.ipynb #5758d4f7
 def removal_html(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .app import App, Build, Explorer, read_parts
 from .heads import Choice, strongest_head
@@ -17,8 +17,10 @@ from .prompt_form import QuestionBar, read_asked, text_asked
 from .reading import PromptReading, read_text, revive
 from .text_tab import TextExplorer
 from ..encoders.encoder import Encoder
+from ..encoders.load import EncoderLike, load_encoder
 from ..methods import patch
 from ..models.forward import LongModel
+from ..models.load import ModelLike, load
 from ..models.tokens import TokenIds, Tokens
 from ..prompts.compose import Context
 from ..report import Report, load_report
@@ -112,15 +114,13 @@ def explore_reading(
 
 # %% ../../nbs/apps/14_workbench.ipynb #a10c3d2a
 def explore(
-    model: Any,                 # a LongModel, or whatever `load` takes
+    model: ModelLike,           # a LongModel, or whatever `load` takes
     text: str | Tokens | TokenIds | Context | Path,    # a Context's question, answer and spans are used; the Path of a kept view is opened
-    encoder: Any = None,        # an Encoder, or whatever `load_encoder` takes: adds a tab on length collapse
+    encoder: EncoderLike | None = None,    # an Encoder, or whatever `load_encoder` takes: adds a tab on length collapse
     question: str = "",         # asked about a text; it can be asked in the workbench, too
     answer: str = "",           # to the question; "": the model's own
 ) -> Workbench:
     "Open the whole workbench on one input"
-    from longlens.encoders.load import load_encoder
-    from longlens.models.load import load
     lm, enc = load(model), None if encoder is None else load_encoder(encoder)
     if question or answer:
         if not isinstance(text, str): raise TypeError(f"a question is asked about a text, and this is a {type(text).__name__}")

@@ -100,6 +100,16 @@ class AttentionOperator:
         return self.call.shape
 
     @property
+    def v(self) -> Tensor | None:
+        "The values, if there are any"
+        return self.call.v
+
+    @property
+    def sinks(self) -> Tensor | None:
+        "Learned sink logits, if there are any, (heads,)"
+        return self.call.sinks
+
+    @property
     def device(self) -> torch.device:
         "Where the queries are"
         return self.call.q.device
@@ -270,8 +280,8 @@ def entropy(self: AttentionOperator) -> Tensor:  # nats, (batch, heads, n_querie
 def key_mass(self: AttentionOperator) -> Tensor:  # (batch, heads, n_queries)
     "What a row gives to keys: 1, less the share of the learned sink (GPT-OSS), 0 at padding"
     sees = self.lse > -torch.inf
-    if self.call.sinks is None: return sees.to(self.dtype)
-    return torch.where(sees, -torch.expm1(self.call.sinks.to(self.lse)[None, :, None] - self.lse), 0).to(self.dtype)
+    if self.sinks is None: return sees.to(self.dtype)
+    return torch.where(sees, -torch.expm1(self.sinks.to(self.lse)[None, :, None] - self.lse), 0).to(self.dtype)
 
 # %% ../../nbs/attention/07_operator.ipynb #f2fa1149
 @patch

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from longlens.report import Report
 
 # %% auto #0
-__all__ = ['REPORT', 'load_asked_encoder', 'chosen_probes', 'report_command']
+__all__ = ['REPORT', 'load_asked_encoder', 'chosen_probes']
 
 # %% ../../nbs/cli/02_report.ipynb #65d5f4d0
 _ENCODER = option("--encoder", "measure a text encoder, a folder or a hub id (default: MiniLM, which comes with longlens[embed]), and no "
@@ -134,11 +134,11 @@ def _heads_report(
 # %% ../../nbs/cli/02_report.ipynb #c801edd1
 def _question_size(lm: LongModel, room: int) -> tuple[int, int]:
     "Documents of a question, and sentences of each, that fill so many tokens"
-    from longlens.prompts.multi_document import place
+    from longlens.prompts.multi_document import place_answer
     from longlens.prompts.questions import fact_questions
     n, sentences = 0, 0
     for sentences in (5, 2, 0):
-        few, more = (len(place(lm, fact_questions(1, k, sentences=sentences)[0], allow_longer=True)) for k in (2, 6))
+        few, more = (len(place_answer(lm, fact_questions(1, k, sentences=sentences)[0], allow_longer=True)) for k in (2, 6))
         each = 1.1 * (more - few) / 4    # tokens of a document; some are longer
         n = min(20, int((room - few) / each) + 2)
         if n >= 10: break
@@ -262,7 +262,7 @@ def _collapse_report(
     lengths, ways = _collapse_lengths(enc, context), _ways(windows)
     longest = 2 * (enc.positions_limit or enc.max_length or 0) if ways else lengths[-1]
     texts, paragraphs = (None, []) if text is None else _text_documents(enc, text, longest)
-    if quick: how |= dict(documents=24, candidates=50)
+    if quick: how |= dict(n_documents=24, n_candidates=50)
     if questions is not None: how["questions"] = questions
     if ways: how["windows"] = "all" if ways == ["all"] else ways
     return longlens.length_collapse(enc, texts, lengths, natural=_readable(enc, paragraphs), **how)
@@ -368,7 +368,7 @@ def _measure(asked: argparse.Namespace, names: list[str], x: _Inputs) -> dict[st
     return made
 
 # %% ../../nbs/cli/02_report.ipynb #36b7dfd4
-def report_command(
+def _run_report(
     asked: argparse.Namespace,    # the arguments
 ) -> Path:                        # the page
     "Measure, then write the page and the tables"
@@ -384,4 +384,4 @@ def report_command(
 _OPTIONS = (MODEL, _ENCODER, _TEXT, _CONTEXT, _PROBES, *_COLLAPSE, OUT, OVERWRITE, RESULTS, _ENGINE, ALLOW_LONGER, DEVICE, DTYPE, OPEN,
             DEBUG)
 
-REPORT = Command("report", "measure a model on a text; write a page and the tables", _OPTIONS, report_command)
+REPORT = Command("report", "measure a model on a text; write a page and the tables", _OPTIONS, _run_report)

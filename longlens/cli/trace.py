@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from longlens.probes.traceback.tracer import TraceCost
 
 # %% auto #0
-__all__ = ['TRACE', 'trace_command']
+__all__ = ['TRACE']
 
 # %% ../../nbs/cli/01_trace.ipynb #2a0f47f7
 _ASKED = (
@@ -173,8 +173,7 @@ def _show_question(job: _Job, files: list[Path]) -> None:
 def _plan(*args: Any, **how: Any) -> TraceCost:
     "What `trace_context` would cost with these arguments"
     from longlens import plan, trace_context
-    from longlens.run import PLANNERS
-    return plan(trace_context, *args, **how) if trace_context in PLANNERS else trace_context(*args, **how, dry_run=True)
+    return plan(trace_context, *args, **how)
 
 # %% ../../nbs/cli/01_trace.ipynb #2331ba50
 def _costs(asked: argparse.Namespace, job: _Job) -> dict[str, TraceCost]:
@@ -207,7 +206,7 @@ def _traces(asked: argparse.Namespace, job: _Job) -> dict[str, Trace]:
         return {n: longlens.trace_context(job.lm, prompt, method=n, **job.how, **own) for n, own in job.methods.items()}
 
 # %% ../../nbs/cli/01_trace.ipynb #d9322a5d
-def trace_command(
+def _run_trace(
     asked: argparse.Namespace,    # the arguments
 ) -> Path | None:                 # the page
     "Trace, then write the page and the tables"
@@ -225,5 +224,5 @@ def trace_command(
     return write_results(asked, made, first.meta["question"], {"context.txt": first.context}, findings)
 
 # %% ../../nbs/cli/01_trace.ipynb #66d3701c
-TRACE = Command("trace", "find the passages that made a model write its answer; write a page and the tables", _OPTIONS, trace_command,
+TRACE = Command("trace", "find the passages that made a model write its answer; write a page and the tables", _OPTIONS, _run_trace,
                 "longlens trace [MODEL] --context FILE [FILE ...] --question TEXT --out DIR [more of the options below]")

@@ -27,7 +27,7 @@ __all__ = ['EncodeSettings', 'EncodeOptions', 'Encoded']
 # %% ../../nbs/encoders/03_encode.ipynb #638fb34e
 _ON_CPU = {"fill": 7 / 8, "most": 2048}
 
-
+# %% ../../nbs/encoders/03_encode.ipynb #8bc085dd
 def _batches(
     lengths: Sequence[int],  # tokens of every text
     batch_size: int,  # texts of a batch, at most

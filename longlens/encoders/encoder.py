@@ -108,12 +108,7 @@ def __repr__(self: Encoder) -> str:
     )
 
 # %% ../../nbs/encoders/01_encoder.ipynb #213f89bf
-def _width(
-    hidden: int,  # numbers of a token's state
-    pooling: Pooling,  # how states become one vector
-    heads: Sequence[Callable],  # what is done to the vector
-    name: str,  # the model's
-) -> int:
+def _width(hidden: int, pooling: Pooling, heads: Sequence[Callable], name: str) -> int:
     """Numbers of an embedding; raise if pooling and projections do not fit together."""
     width = hidden * len(pooling.modes)
     for head in (h for h in heads if isinstance(h, DenseLayer)):
@@ -124,10 +119,7 @@ def _width(
     return width
 
 # %% ../../nbs/encoders/01_encoder.ipynb #37ec26c1
-def _positions_limit(
-    hf: HFModel,  # the model
-    limit: int | None,  # what its config says
-) -> int | None:
+def _positions_limit(hf: HFModel, limit: int | None) -> int | None:
     """How many tokens the model has positions for; None: no limit."""
     if limit is None or limit < 1:
         return None

@@ -23,9 +23,7 @@ from ..models.tokens import TokenIds, Tokens, as_ids
 __all__ = ['TokenRows']
 
 # %% ../../nbs/encoders/02_inputs.ipynb #510bcf47
-def _check_texts(
-    texts: str | Iterable[str],  # as the user gives them
-) -> list[str]:
+def _check_texts(texts: str | Iterable[str]) -> list[str]:
     """A list of texts that have something in them."""
     if not isinstance(texts, Iterable): raise TypeError(f"texts is {texts!r:.60}: give a text, or a list of texts")
     out = [texts] if isinstance(texts, str) else list(texts)
@@ -66,10 +64,7 @@ def check_lengths(
                          f"or choose a model for longer texts ({_how_far(self, limit)})")
 
 # %% ../../nbs/encoders/02_inputs.ipynb #9e4c6967
-def _how_far(
-    m: Encoder,  # the encoder
-    limit: int,  # tokens that it reads here
-) -> str:
+def _how_far(m: Encoder, limit: int) -> str:
     """What could be done about its limit."""
     end = m.positions_limit
     if m.extended_by is not None:
@@ -125,10 +120,12 @@ def read_ids(
     ids: Tokens | TokenIds | Sequence[Tokens | TokenIds],  # (n,), (batch, n), or several sequences
 ) -> tuple[TokenRows, bool]:  # and: is it one sequence?
     """Token ids as checked rows."""
+    table: Any = ids
     several = isinstance(ids, Sequence) and len(ids) > 0 and not isinstance(ids[0], (int, np.integer))
-    if isinstance(ids, str) or (several and any(isinstance(v, str) for v in ids)):
+    if isinstance(ids, str) or (several and any(isinstance(v, str) for v in table)):
         raise TypeError("token ids are wanted, and these are strings: for texts use encode")
-    table: Any = ids if several or isinstance(ids, Tokens) else as_ids(ids, self.n_embeddings)
+    if not several and not isinstance(ids, Tokens):
+        table = as_ids(ids, self.n_embeddings)
     one = isinstance(table, Tokens) or (isinstance(table, Tensor) and table.ndim == 1)
     rows = [self.tokens(row, allow_longer=True).ids for row in ([table] if one else table)]
     lengths = np.array([len(row) for row in rows])

@@ -40,10 +40,7 @@ __all__ = ['EncoderLike', 'FileOptions', 'load_encoder', 'POOLINGS', 'Pooling', 
 EncoderLike: TypeAlias = str | Path | HFModel | SentenceTransformer | TextModel | None  # what `load_encoder` takes
 
 # %% ../../nbs/encoders/05_load.ipynb #e3c4b623
-def _check_encoder(
-    config: HFConfig,  # the model's
-    name: str,  # the model's class, as far as it is known
-) -> None:
+def _check_encoder(config: HFConfig, name: str) -> None:
     """Raise if the model does not turn text into states with one stack of layers."""
     name = name or (config.architectures or [type(config).__name__])[0]
     if getattr(config, "is_encoder_decoder", False) and not name.endswith("EncoderModel"):
@@ -53,11 +50,7 @@ def _check_encoder(
         raise ValueError(f"{name} has no vocabulary: load_encoder takes models that read text")
 
 # %% ../../nbs/encoders/05_load.ipynb #e3670863
-def _read_states_model(
-    folder: str,  # with config.json and *.safetensors
-    config: HFConfig,  # what config.json holds
-    **kw: Any,  # for from_pretrained
-) -> HFModel:
+def _read_states_model(folder: str, config: HFConfig, **kw: Any) -> HFModel:
     """The model without a head, from safetensors; every weight that states need must be there."""
     import transformers
     from safetensors import SafetensorError
@@ -91,9 +84,7 @@ class _no_report:
         logging.set_verbosity(self.before)
 
 # %% ../../nbs/encoders/05_load.ipynb #496e23f4
-def _lower(
-    tokenizer: HFTokenizer,  # a fast one
-) -> HFTokenizer:
+def _lower(tokenizer: HFTokenizer) -> HFTokenizer:
     """A copy of the tokenizer that lowers texts first."""
     from tokenizers import normalizers
 
@@ -149,10 +140,7 @@ def _read_tokenizer(
     return _lower(found) if found is not None and steps and steps[0].config.get("do_lower_case") else found
 
 # %% ../../nbs/encoders/05_load.ipynb #ea5ff81e
-def _states_config(
-    folder: Path,  # of the model itself
-    trust_remote_code: bool,  # run code that comes with it
-) -> HFConfig:
+def _states_config(folder: Path, trust_remote_code: bool) -> HFConfig:
     """The config of a model that turns text into states."""
     if (folder / "adapter_config.json").exists():
         raise ValueError(f"{folder} holds a PEFT adapter: merge it into its model and save that (merge_and_unload, save_pretrained)")
@@ -237,9 +225,7 @@ def _from_model(
     return _Parts(hf.base_model, tokenizer, *module_settings([], {}, pooling, name), name)
 
 # %% ../../nbs/encoders/05_load.ipynb #f7699404
-def _object_name(
-    hf: HFModel,  # a model in memory
-) -> str:
+def _object_name(hf: HFModel) -> str:
     """What reports call it: its hub id, the name of its folder, or its class."""
     origin = getattr(hf.config, "_name_or_path", "") or type(hf).__name__
     return Path(origin).name if Path(origin).is_dir() else origin
@@ -316,10 +302,7 @@ def _parts_of(
     return _from_object(model, tokenizer, pooling, files)
 
 # %% ../../nbs/encoders/05_load.ipynb #274edfee
-def _as_it_is(
-    enc: Encoder,  # loaded before
-    *settings: Any,  # what else load_encoder was given
-) -> Encoder:
+def _as_it_is(enc: Encoder, *settings: Any) -> Encoder:
     """The encoder itself, if nothing else is asked for."""
     if any(v is not None for v in settings):
         raise TypeError(f"{enc.name} is loaded already, and keeps its settings: load it anew with others, from where it came")
@@ -340,9 +323,7 @@ def _place(
             head.to(device=device, dtype=dtype)
 
 # %% ../../nbs/encoders/05_load.ipynb #a573b954
-def _check_parts(
-    enc: Encoder,  # the encoder
-) -> None:
+def _check_parts(enc: Encoder) -> None:
     """Raise if the model or a projection has NaN in its weights."""
     for part in (enc.hf, *enc.heads):
         if isinstance(part, nn.Module):

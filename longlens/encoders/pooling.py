@@ -18,14 +18,12 @@ __all__ = ['POOLINGS', 'as_modes', 'Pooling', 'DenseLayer', 'unit_length']
 # %% ../../nbs/encoders/00_pooling.ipynb #d9eef47a
 _Weights = Callable[[Tensor, Tensor], Tensor]  # mask (batch, n) and positions from 1 (batch, n) -> weights (batch, n)
 
-
-def _weighted(
-    weights: _Weights,  # of every token
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+# %% ../../nbs/encoders/00_pooling.ipynb #3f0d5690
+def _weighted(weights: _Weights) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """A pooling that is a weighted sum of states."""
     return lambda states, mask, at: (states * weights(mask, at)[..., None]).sum(1)
 
-
+# %% ../../nbs/encoders/00_pooling.ipynb #662d24a8
 POOLINGS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {  # states (batch, n, d), mask, positions -> (batch, d)
     "cls": _weighted(lambda m, at: m & (m.cumsum(1) == 1)),
     "max": lambda states, mask, at: states.masked_fill(~mask[..., None], -torch.inf).amax(1),
@@ -42,7 +40,7 @@ _SWITCHES = {
     "pooling_mode_lasttoken": "lasttoken",
 }
 
-
+# %% ../../nbs/encoders/00_pooling.ipynb #c957555f
 def as_modes(
     modes: str | Sequence[str],  # as the user or a file gives them
 ) -> tuple[str, ...]:

@@ -39,7 +39,7 @@ class ModuleEntry:
 _FAMILIES = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 _TRANSFORMER_CONFIGS = [f"sentence_{name}_config.json" for name in _FAMILIES]
 
-
+# %% ../../nbs/encoders/04_sentence_transformers.ipynb #ee70b754
 def read_json(
     path: Path,  # a file that may be missing
 ) -> Any:
@@ -67,9 +67,7 @@ def folder_steps(
     return out
 
 # %% ../../nbs/encoders/04_sentence_transformers.ipynb #ec940ca4
-def _read_weights(
-    folder: Path,  # of a module
-) -> Mapping[str, Tensor]:
+def _read_weights(folder: Path) -> Mapping[str, Tensor]:
     """The tensors of a small module; safetensors only."""
     from safetensors.torch import load_file
 
@@ -95,11 +93,8 @@ _KNOWN_SETTINGS = {"max_seq_length", "do_lower_case", "transformer_task", "modal
                    "model_max_length", "padding_side"}
 _WAY_OUT = "give its Hugging Face model, a tokenizer and pooling=, if that is what you mean"
 
-
-def _check_transformer(
-    config: Mapping[str, Any],  # of sentence-transformers' Transformer
-    name: str,  # the model's
-) -> None:
+# %% ../../nbs/encoders/04_sentence_transformers.ipynb #05961d55
+def _check_transformer(config: Mapping[str, Any], name: str) -> None:
     """Raise if the first module does more than tokenize and run the model."""
     task = config.get("transformer_task", "feature-extraction")
     ways = config.get("modality_config") or {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
@@ -113,10 +108,7 @@ def _check_transformer(
         raise ValueError(f"{name} sets {', '.join(odd)} for its Transformer module, which longlens does not read: {_WAY_OUT}")
 
 # %% ../../nbs/encoders/04_sentence_transformers.ipynb #8c3cff83
-def _check_kinds(
-    steps: Sequence[ModuleEntry],  # all modules
-    name: str,  # the model's
-) -> None:
+def _check_kinds(steps: Sequence[ModuleEntry], name: str) -> None:
     """Raise if a module is not known, or works on something else than pooled vectors."""
     known = ["Transformer", "Pooling", "Dense", "Normalize"]
     for i, s in enumerate(steps):

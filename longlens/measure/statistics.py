@@ -308,8 +308,8 @@ class ValueNorm(Statistic):
     name: ClassVar[str] = "value_norm"
 
     def update(self, state: dict, call: Call) -> None:
-        if call.op.call.v is None: raise ValueError("value norms need an operator that was made with values")
-        state["norm"] = grow_last(state.get("norm"), call.op.call.v.float().norm(dim=-1), call.start)
+        if call.op.v is None: raise ValueError("value norms need an operator that was made with values")
+        state["norm"] = grow_last(state.get("norm"), call.op.v.float().norm(dim=-1), call.start)
         note_places(state, call.key_pos, call.batch, call.start)
 
     def table(self, state: dict) -> tuple[dict[str, Sequence], dict[str, Any]]:

@@ -38,9 +38,7 @@ def _bare(
         return type(hf)(config).eval()
 
 # %% ../../nbs/models/10_bridge.ipynb #cf506f0a
-def _twin(
-    hf: HFModel,  # the model
-) -> HFModel:
+def _twin(hf: HFModel) -> HFModel:
     """A second module tree over the same weight tensors."""
     if len(set((getattr(hf, "hf_device_map", None) or {}).values())) > 1:
         raise ValueError("a bridge needs the model on one device: load it without device_map")
@@ -64,9 +62,7 @@ def _no_tokenizer() -> HFTokenizer:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), **signs)
 
 # %% ../../nbs/models/10_bridge.ipynb #9f7e2893
-def _boot(
-    lm: LongModel,  # the model
-) -> TransformerBridge:
+def _boot(lm: LongModel) -> TransformerBridge:
     """A TransformerBridge over a twin of the model; no network."""
     try:
         from transformer_lens.model_bridge import TransformerBridge
@@ -112,10 +108,7 @@ def unbridge(
     return out
 
 # %% ../../nbs/models/10_bridge.ipynb #489cf4cf
-def _fill_buffers(
-    hf: HFModel,  # with buffers on the meta device
-    have: Mapping[str, Tensor],  # known buffers, by name
-) -> None:
+def _fill_buffers(hf: HFModel, have: Mapping[str, Tensor]) -> None:
     """Give a bare model the buffers that no state dict holds; rotary frequencies are computed again if need be."""
     for name, module in hf.named_modules():
         missing = [k for k, b in module._buffers.items() if b is not None and b.is_meta]

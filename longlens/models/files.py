@@ -50,7 +50,7 @@ def check_folder(
         )
     raise FileNotFoundError(f"{folder} holds no *.safetensors")
 
-
+# %% ../../nbs/models/05_files.ipynb #6dcfbb06
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 # %% ../../nbs/models/05_files.ipynb #39c08d0f
@@ -130,10 +130,7 @@ def quiet_loading(
             logging.enable_progress_bar()
 
 # %% ../../nbs/models/05_files.ipynb #388ab3ca
-def _read_model(
-    folder: str,  # what is read
-    **kw: Any,  # for from_pretrained
-) -> HFModel:
+def _read_model(folder: str, **kw: Any) -> HFModel:
     """Read a model from safetensors; every weight must be there."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -168,7 +165,7 @@ def _cached_folder(
         how = "the network cannot be reached, or there is no such model" if download else "download=False, and it is not on this machine"
         raise OSError(f"{hub_id} cannot be loaded: {how}. Fetch its folder where there is a network, and give that folder. ({e})") from e
 
-
+# %% ../../nbs/models/05_files.ipynb #b3ea1b5a
 CONFIG_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 
 # %% ../../nbs/models/05_files.ipynb #1fd2196d

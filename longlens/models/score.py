@@ -83,11 +83,7 @@ def _pairs(
     return ps, qs
 
 # %% ../../nbs/models/08_score.ipynb #afa51691
-def _score_batch(
-    m: LongModel,  # the model
-    ps: Sequence[Tensor],  # ids of the prompts
-    qs: Sequence[Tokens],  # the answers
-) -> list[Score]:
+def _score_batch(m: LongModel, ps: Sequence[Tensor], qs: Sequence[Tokens]) -> list[Score]:
     """Scores of one padded batch of pairs."""
     inputs = m.padded([torch.cat([p, q.ids]) for p, q in zip(ps, qs, strict=True)], "right")
     rows = pad_rows([torch.arange(len(p) - 1, len(p) + len(q) - 1) for p, q in zip(ps, qs, strict=True)], "right", 0)[0]

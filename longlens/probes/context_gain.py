@@ -119,7 +119,7 @@ class GainReport(Report):
 
     def sections(self) -> list[Any]:
         """The report as a page shows it"""
-        from longlens.charts.page import Section
+        from longlens.report import Section
         return [Section("How much context is used", _GAIN_EXPLAINED.format(**self.meta["settings"]), self.chart(), self.frames["gain"])]
 
     def chart(self) -> Any:

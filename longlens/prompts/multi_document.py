@@ -16,7 +16,7 @@ from .questions import DocumentLike, KeyValue, Question, title_and_text
 from ..run import settings_of
 
 # %% auto #0
-__all__ = ['VARIANTS', 'DocumentSettings', 'DocumentOptions', 'numbered_documents', 'place']
+__all__ = ['VARIANTS', 'DocumentSettings', 'DocumentOptions', 'numbered_documents', 'place_answer']
 
 # %% ../../nbs/prompts/06_multi_document.ipynb #1eaa16e1
 def _numbered(document: DocumentLike, i: int) -> str:
@@ -133,7 +133,7 @@ def _placed_document(
                               answers=item.answers, answer_prefix=item.answer_prefix, seed=seed, settings=s)
 
 # %% ../../nbs/prompts/06_multi_document.ipynb #57be2b07
-def place(
+def place_answer(
     model: TokenizerSource,  # a LongModel, or a Hugging Face fast tokenizer
     item: Question | KeyValue,  # what is asked
     gold_index: int = 0,  # where the answer stands, from 0; without meaning for "closed_book" and "oracle"
@@ -144,7 +144,7 @@ def place(
     **options: Unpack[PromptOptions],  # fields of the settings, one by one: chat, system, allow_longer
 ) -> Context:
     "A prompt in which the answer stands at a place (Liu et al., arXiv 2307.03172)."
-    how = settings_of(PromptSettings, settings, {**options}, "place")
+    how = settings_of(PromptSettings, settings, {**options}, "place_answer")
     _check_variant(item, variant)
     if isinstance(item, KeyValue): ctx = _placed_pair(model, item, gold_index, variant, seed, how)
     else: ctx = _placed_document(model, item, gold_index, variant, seed, how)

@@ -26,7 +26,7 @@ from ..prompts.compose import Context
 
 # %% auto #0
 __all__ = ['Tables', 'FORMAT', 'content', 'fingerprint', 'model_meta', 'Cell', 'Condition', 'Changed', 'Start', 'Task',
-           'cell_key']
+           'short_digest', 'cell_key']
 
 # %% ../../nbs/sweeps/00_cells.ipynb #8dca0d71
 def content(
@@ -203,6 +203,11 @@ class Task:
         """Do it, for cells of one batch; what comes of each."""
         raise NotImplementedError(f"{type(self).__name__} must define run(lm, cells, start), which returns tables for each cell")
 
+# %% ../../nbs/sweeps/00_cells.ipynb #4788aad8
+def short_digest(what: Any) -> str:  # JSON's types -> 32 hexadecimal digits
+    """A name that is equal exactly if the value is."""
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
+
 # %% ../../nbs/sweeps/00_cells.ipynb #8e34b2fa
 FORMAT = 1  # of keys and results folders; another one is another version of longlens
 
@@ -216,4 +221,4 @@ def cell_key(
     spans = {k: [v.start, v.stop] for k, v in cell.spans.items()}
     parts = [FORMAT, model, content(task, "task"), task.version, content(cell.condition, "condition"),
              content(cell.ids, "ids"), spans, list(cell.answers), cell.completion.tolist()]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    return short_digest(parts)

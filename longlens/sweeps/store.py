@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -122,6 +123,7 @@ class Store:
         add = _store.add
         write = _store.write
         tidy = _store.tidy
+        collect = _store.collect
         names = _store.names
         table = _store.table
 
@@ -164,6 +166,25 @@ def tidy(self: Store) -> None:
     whole = _write(self.folder, parts)
     for file in self.files: file.unlink(missing_ok=True)
     self.files = [whole]
+
+# %% ../../nbs/sweeps/01_store.ipynb #0c0bc7b3
+@patch
+def collect(
+    self: Store,
+    finished: Iterable[Sequence[pl.DataFrame]],  # rows, as `as_row` makes them; a generator that does the work
+) -> None:
+    """Take rows as they come; write them now and then, and at the end, however that comes."""
+    begun = written = time.monotonic()
+    try:
+        for rows in finished:
+            self.add(rows)
+            if (now := time.monotonic()) - written > min(60.0, max(0.5, (now - begun) / 50)):
+                self.write()
+                written = time.monotonic()
+    finally:
+        try: self.write()
+        finally: getattr(finished, "close", lambda: None)()  # an interrupt here leaves the work waiting
+    self.tidy()
 
 # %% ../../nbs/sweeps/01_store.ipynb #a6699aa7
 @patch

@@ -5,7 +5,6 @@
 # %% ../../nbs/sweeps/05_sweep.ipynb #eece90fe
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -25,7 +24,7 @@ from .runner import Done
 from .store import COSTS, Store
 
 # %% auto #0
-__all__ = ['Engine', 'ENGINES', 'SweepResult', 'sweep', 'plan_sweep']
+__all__ = ['SweepResult', 'sweep', 'plan_sweep']
 
 # %% ../../nbs/sweeps/05_sweep.ipynb #8139b876
 Engine = Callable[[LongModel, Plan, Sequence[str]], Iterator[Done]]  # model, plan, keys of all cells -> finished batches
@@ -99,21 +98,14 @@ def _given_run(run: Run | None, options: RunOptions, who: str) -> Run:
     if given: raise TypeError(f"{who} got an unexpected keyword argument {next(iter(given))!r}")
     return run
 
-# %% ../../nbs/sweeps/05_sweep.ipynb #5f5916b0
-def _collect(done: Iterator[Done], store: Store, bar: Any) -> None:
-    """Take finished batches into the store; write them now and then, and at the end, however that comes."""
-    begun = written = time.monotonic()
+# %% ../../nbs/sweeps/05_sweep.ipynb #9f3b154f
+def _rows(done: Iterator[Done], bar: tqdm[Any]) -> Iterator[Sequence[pl.DataFrame]]:
+    """Rows of finished batches, for the store to take; the bar follows."""
     try:
         for d in done:
-            store.add(d.rows)
+            yield d.rows
             bar.update(d.tokens)
-            if (now := time.monotonic()) - written > min(60.0, max(0.5, (now - begun) / 50)):
-                store.write()
-                written = time.monotonic()
-    finally:
-        try: store.write()
-        finally: getattr(done, "close", lambda: None)()  # an interrupt here leaves the engine waiting, and its workers too
-    store.tidy()
+    finally: getattr(done, "close", lambda: None)()  # else an interrupt leaves the engine waiting, and its workers too
 
 # %% ../../nbs/sweeps/05_sweep.ipynb #8d563985
 def _once(plan: Plan, keys: Sequence[str]) -> Plan:
@@ -165,7 +157,7 @@ def sweep(
     made = _prepare(model, cells, task, run, reuse=reuse, chunk=chunk, grain=grain)
     name = title or type(task).__name__.lower()
     with tqdm(total=made.plan.tokens, unit="tok", unit_scale=True, desc=name, disable=not run.progress) as bar:
-        _collect(made.engine(made.lm, _once(made.plan, made.keys), made.keys), made.store, bar)
+        made.store.collect(_rows(made.engine(made.lm, _once(made.plan, made.keys), made.keys), bar))
     return SweepResult(made.plan, made.keys, made.store)
 
 # %% ../../nbs/sweeps/05_sweep.ipynb #a6a13a27

@@ -21,6 +21,7 @@ class GridReport(Report):
 
     main: ClassVar[str] = "grid"
     title: ClassVar[str] = "Needles in a haystack"
+    explorer: ClassVar[str] = "longlens.apps.needle:explore_grid"
 
     def findings(self) -> list[str]:
         """What was found, a sentence each"""
@@ -84,7 +85,7 @@ _GRID_EXPLAINED = {
 
 def _said(r: GridReport, title: str, key: str, charts: list[Any], table: pl.DataFrame, columns: int = 1) -> Any:
     from longlens.charts.common import arrange
-    from longlens.charts.page import Section
+    from longlens.report import Section
     chart = charts[0] if len(charts) == 1 else arrange(charts, columns=columns)
     return Section(title, _GRID_EXPLAINED[key].format(**r.meta["settings"]), chart, table)
 

@@ -16,13 +16,14 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from ...interventions.base import head_sizes, interventions
+from ...interventions.base import head_sizes
 from ...measure.statistic import tidy
 from .ablation import ablation_curve
 from .duo_gates import GateSettings, duo_gates, fact_text
 from .report import VIEWS, HeadReport
 from .scores import Trial, Watch, pattern_scores, qr_scores, run_trials
 from ...models.forward import LongModel
+from ...sweeps.cells import model_meta
 
 # %% auto #0
 __all__ = ['METHODS', 'HeadSettings', 'retrieval_heads']
@@ -311,6 +312,5 @@ def _assemble(lm: LongModel, s: HeadSettings, cells: list, done: list[Trial], me
     frames = {"heads": heads, "trials": _trial_frame(cells, done), "scores": _scores_frame(lm, done, s.keep_all),
               "grid": _grid_frame(lm, cells, done, s.keep_all),
               "stability": _stability_frame(counted, top, seed=s.seed), "agreement": _agreement_frame(heads, top)}
-    meta = {"model": lm.name, "settings": asdict(s), "counted": len(counted), "methods": list(methods), "interventions": interventions(lm),
-            "layers": lm.n_layers, "heads": lm.n_heads, "kv_heads": lm.n_kv_heads, "dtype": str(lm.dtype), "device": str(lm.device)}
+    meta = {**model_meta(lm, sizes=True), "settings": asdict(s), "counted": len(counted), "methods": list(methods)}
     return HeadReport(frames, meta)

@@ -24,6 +24,7 @@ class HeadReport(Report):
     "Retrieval heads of a model: scores, their certainty, other views, and what happens without them"
     main: ClassVar[str] = "heads"
     title: ClassVar[str] = "Heads that copy"
+    explorer: ClassVar[str] = "longlens.apps.heads:explore_heads"
 
     @property
     def ranked(self) -> list[tuple[int, int]]:
@@ -115,7 +116,7 @@ _HEADS_EXPLAINED = {
 # %% ../../../nbs/probes/heads/04_report.ipynb #6634d4fc
 def _page_section(title: str, key: str, charts: list[Any], table: pl.DataFrame, **said: Any) -> Any:
     from longlens.charts.common import arrange
-    from longlens.charts.page import Section
+    from longlens.report import Section
     return Section(title, _HEADS_EXPLAINED[key].format(**said), arrange(charts, columns=1) if len(charts) > 1 else charts[0], table)
 
 # %% ../../../nbs/probes/heads/04_report.ipynb #cf7eed5e

@@ -22,7 +22,7 @@ from longlens.probes.metrics import (
 from ..generate import Ask
 from .report import MiddleReport
 from ..remedies import Remedy, find_remedies
-from ...prompts.multi_document import place, VARIANTS
+from ...prompts.multi_document import place_answer, VARIANTS
 from longlens.prompts.questions import (
     fact_pairs, fact_questions, KeyValue, Question, read_key_values, read_questions, with_distractors,
 )
@@ -157,7 +157,8 @@ def question_cell(lm: LongModel, item: Item, number: int, gold: int, variant: st
     """A question with its answer at a place."""
     name, what = remedy
     item, at = _reordered(item, gold, what)
-    ctx = place(lm, item, at, variant=variant, chat=s.chat or None, allow_longer=allow_longer, seed=f"{s.seed} {number}")
+    seed = f"{s.seed} {number}"
+    ctx = place_answer(lm, item, at, variant=variant, seed=seed, chat=s.chat or None, allow_longer=allow_longer)
     depth = 100 * ctx.spans["gold"].start / len(ctx) if "gold" in ctx.spans else None
     return Cell.of(ctx, what.condition, question=number, variant=variant, remedy=name, gold_index=gold, placed_index=at,
                    depth_percent=depth, context_length=len(ctx))

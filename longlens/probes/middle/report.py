@@ -20,6 +20,7 @@ class MiddleReport(Report):
 
     main: ClassVar[str] = "curve"
     title: ClassVar[str] = "Lost in the middle"
+    explorer: ClassVar[str] = "longlens.apps.needle:explore_middle"
 
     def findings(self) -> list[str]:
         """What was found, a sentence each"""
@@ -147,7 +148,7 @@ _MIDDLE_EXPLAINED = {
 
 # %% ../../../nbs/probes/middle/00_report.ipynb #7f362414
 def _section(r: MiddleReport, title: str, key: str, chart: Any, table: pl.DataFrame) -> Any:
-    from longlens.charts.page import Section
+    from longlens.report import Section
     s = r.meta["settings"]
     return Section(title, _MIDDLE_EXPLAINED[key].format(metric=s["metric"], n=s["n"], what=_what(r)), chart, table)
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import polars as pl
 
-from ...interventions.base import interventions
 from .frames import SinkSettings, made_sequences, metric_frame, natural_sequences, text_frames
 from .report import SinkReport
 from ...models.forward import LongModel
+from ...sweeps.cells import model_meta
 
 # %% auto #0
 __all__ = ['attention_sinks']
@@ -41,9 +41,7 @@ def _steps(lm: LongModel, tokens: list[Any], settings: SinkSettings) -> Iterator
 
 # %% ../../../nbs/probes/sinks/02_probe.ipynb #7f996d2d
 def _what_was_run(lm: LongModel, tokens: list[Any], settings: SinkSettings) -> dict[str, Any]:
-    return {"model": lm.name, "lengths": [len(t) for t in tokens], "settings": vars(settings), "dtype": str(lm.dtype),
-            "device": str(lm.device), "layers": lm.n_layers, "heads": lm.n_heads, "kv_heads": lm.n_kv_heads,
-            "interventions": interventions(lm)}
+    return {**model_meta(lm, sizes=True), "lengths": [len(t) for t in tokens], "settings": vars(settings)}
 
 # %% ../../../nbs/probes/sinks/02_probe.ipynb #8302c26a
 def attention_sinks(

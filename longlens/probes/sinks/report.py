@@ -20,6 +20,7 @@ class SinkReport(Report):
     "Attention sinks of a model: the published metric, heads, positions, tokens, lengths, and what makes them sinks"
     main: ClassVar[str] = "heads"
     title: ClassVar[str] = "Attention sinks"
+    explorer: ClassVar[str] = "longlens.apps.heads:explore_sinks"
 
     def findings(self) -> list[str]:
         "What was found, in five sentences"
@@ -110,7 +111,7 @@ _EXPLAINED = {  # what a section's picture shows; filled in with the settings
 
 def _section(r: SinkReport, title: str, key: str, charts: list[Any], table: pl.DataFrame) -> Any:
     from longlens.charts.common import arrange
-    from longlens.charts.page import Section
+    from longlens.report import Section
     return Section(title, _EXPLAINED[key].format(**r.meta["settings"]), arrange(charts) if len(charts) > 1 else charts[0], table)
 
 # %% ../../../nbs/probes/sinks/01_report.ipynb #7e2069bb
