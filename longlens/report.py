@@ -29,8 +29,7 @@ import polars as pl
 
 # %% auto #0
 __all__ = ['MARK', 'FORMAT', 'HEAD', 'REPORTS', 'R', 'ReportError', 'atomic_write', 'free_place', 'new_folder', 'plain', 'stamp',
-           'check_name', 'check_frames', 'Tables', 'Section', 'Report', 'open_explorer', 'report_html', 'write_report',
-           'load_report']
+           'check_name', 'Tables', 'Section', 'Report', 'open_explorer', 'report_html', 'write_report', 'load_report']
 
 # %% ../nbs/00_report.ipynb #76dafdee
 class ReportError(ValueError):
@@ -153,7 +152,7 @@ def check_name(name: Any) -> str:
     raise ReportError(f"{name!r} cannot name a frame: a letter, then letters, digits and underscores, 64 at most")
 
 # %% ../nbs/00_report.ipynb #83adff97
-def check_frames(
+def _check_frames(
     frames: Mapping[str, pl.DataFrame],    # tables by name
 ) -> dict[str, pl.DataFrame]:              # the same
     "The frames, if they can be kept"
@@ -253,7 +252,7 @@ class Tables:
     title: ClassVar[str] = ""    # what a page calls it; the name of its class, if empty
 
     def __post_init__(self) -> None:
-        self.frames = check_frames(self.frames)
+        self.frames = _check_frames(self.frames)
         self.meta = {**stamp(), **plain(self.meta), "kind": type(self).__name__}
 
     @property

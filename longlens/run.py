@@ -9,7 +9,10 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields, replace
 from inspect import signature
 from pathlib import Path
-from typing import Any, ParamSpec, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypedDict, TypeVar
+
+if TYPE_CHECKING:
+    import polars as pl
 
 T = TypeVar("T")
 
@@ -78,7 +81,7 @@ def plan(
     probe: Callable[P, Any],  # such as `needle_grid`
     *args: P.args,  # what it would be called with
     **kwargs: P.kwargs,
-) -> Any:  # a polars DataFrame: what would be run, and what it costs
+) -> pl.DataFrame:  # what would be run, and what it costs
     "What a probe would run and what that costs; nothing is run"
     if probe not in PLANNERS:
         known = ", ".join(f.__name__ for f in PLANNERS) or "none of those loaded"

@@ -8,7 +8,6 @@ import re
 import statistics
 import subprocess
 import sys
-import typing
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 
 import longlens as ll
-from longlens.sweeps.cells import Task
 from longlens.probes.traceback.evaluation.cases import fact_cases
+from longlens.sweeps.cells import Task
 
 lm = ll.load("needle-lm", device="cpu")
 ll.load(modle="needle-lm")  # wrong
@@ -71,7 +71,7 @@ ll.lost_in_the_middle(lm, positions=3, remedies=["ntk"], seed=3)
 ll.lost_in_the_middle(lm, position=3)  # wrong
 grid = ll.needle_grid(lm, lengths=(512,), trials=1, seed=3)
 ll.needle_grid(lm, lengths=512)  # wrong
-print(grid.frames["grid"].heigth)  # wrong
+print(grid.frams)  # wrong
 ll.published_grid("file.json", threshold=0.8)
 ll.published_grid(7)  # wrong
 collapse = ll.length_collapse(enc, ["a text"], lengths=(16, 64), seed=3)

@@ -20,8 +20,8 @@ from longlens.charts.base import (
 from ..run import settings_of
 
 # %% auto #0
-__all__ = ['Encode', 'Place', 'colour_scale', 'head_map', 'position_profile', 'summarise', 'line_layers', 'line_series',
-           'spread_text', 'length_curve', 'layer_profile', 'bars', 'arrange']
+__all__ = ['colour_scale', 'head_map', 'position_profile', 'summarise', 'line_layers', 'line_series', 'spread_text',
+           'length_curve', 'layer_profile', 'bars', 'arrange']
 
 # %% ../../nbs/charts/01_common.ipynb #cb5077aa
 def _grid(frame: pl.DataFrame, value: str) -> pl.DataFrame:    # every layer with every head; null: not measured
@@ -141,11 +141,11 @@ def _marked(frame: pl.DataFrame, marks: Mapping[int, str] | pl.DataFrame) -> pl.
     return out.sort("top", "position", descending=[True, False])
 
 # %% ../../nbs/charts/01_common.ipynb #1af9e3c8
-Encode: TypeAlias = Callable[[str], Any]       # a column -> its encoding on an axis
-Place: TypeAlias = Callable[[float], float]    # a value -> where it is on an axis, 0 to 1
+_Encode: TypeAlias = Callable[[str], Any]       # a column -> its encoding on an axis
+_Place: TypeAlias = Callable[[float], float]    # a value -> where it is on an axis, 0 to 1
 
 # %% ../../nbs/charts/01_common.ipynb #2a7dfe66
-def _names(marks: pl.DataFrame, x: Encode, y: Encode, spots: Sequence[tuple[int, int] | None], what: str) -> list[alt.Chart]:
+def _names(marks: pl.DataFrame, x: _Encode, y: _Encode, spots: Sequence[tuple[int, int] | None], what: str) -> list[alt.Chart]:
     tips = tooltips(("token", "nominal", "token"), ("position", "quantitative", "position"), ("top", "quantitative", what))
     xy = dict(x=x("position"), y=y("top"))
     charts = [alt.Chart(inline_data(marks)).mark_point(filled=True, size=50, color=COLOURS[1], opacity=1).encode(**xy, tooltip=tips)]
@@ -168,7 +168,7 @@ def _x_positions(n: int, log: bool) -> tuple[dict[str, Any], Any]:    # encoding
     return dict(scale=scale, axis=axis), lambda p: math.log1p(p) / math.log1p(last)
 
 # %% ../../nbs/charts/01_common.ipynb #e058eafd
-def _profile_lines(few: pl.DataFrame, x: Encode, y: Encode) -> list[alt.Chart]:    # the highest behind, the mean before it
+def _profile_lines(few: pl.DataFrame, x: _Encode, y: _Encode) -> list[alt.Chart]:    # the highest behind, the mean before it
     how = {"highest": ("at", "top", 1.2, COLOURS[1]), "mean": ("middle", "mean", 2, COLOURS[0])}
     if not (few["top"] > few["mean"]).any(): del how["highest"]
     legend = legend_style(title=None, offset=4, **ABOVE) if len(how) > 1 else None
@@ -179,7 +179,7 @@ def _profile_lines(few: pl.DataFrame, x: Encode, y: Encode) -> list[alt.Chart]: 
     return [line(name).encode(x=x(at), y=y(value), color=colour) for name, (at, value, _, _) in how.items()]
 
 # %% ../../nbs/charts/01_common.ipynb #303a0c8e
-def _hover(few: pl.DataFrame, x: Encode, what: str) -> alt.Chart:    # a bin's numbers, anywhere above or below it
+def _hover(few: pl.DataFrame, x: _Encode, what: str) -> alt.Chart:    # a bin's numbers, anywhere above or below it
     tips = tooltips(("where", "nominal", "positions"), ("mean", "quantitative", f"mean {what}"),
                  ("top", "quantitative", f"highest {what}"), ("at", "quantitative", "highest at"))
     return alt.Chart(inline_data(few)).mark_rect(opacity=0, aria=False, clip=True).encode(x=x("first"), x2="end:Q", tooltip=tips)
@@ -191,7 +191,7 @@ def _binned(rows: pl.DataFrame, bins: int, log: bool) -> pl.DataFrame:    # as _
     return few.with_columns(where=pl.when(one).then(pl.col("first").cast(pl.String)).otherwise(pl.format("{} to {}", "first", "last")))
 
 # %% ../../nbs/charts/01_common.ipynb #688db590
-def _mark_layers(marked: pl.DataFrame, x: tuple[Encode, Place], y: tuple[Encode, Place], what: str) -> list[alt.Chart]:
+def _mark_layers(marked: pl.DataFrame, x: tuple[_Encode, _Place], y: tuple[_Encode, _Place], what: str) -> list[alt.Chart]:
     "Names of tokens, where they have room; of each axis its encoding, and where a value is on it, 0 to 1"
     points = marked.select(pl.col("position").map_elements(lambda p: PAD + x[1](p) * (WIDTH - 2 * PAD), pl.Float64),
                            pl.col("top").map_elements(lambda v: (1 - y[1](v)) * HEIGHT, pl.Float64), "text").rows()

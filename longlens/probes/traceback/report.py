@@ -31,6 +31,7 @@ class Trace(Report):
     """Which sources of a context made the model say that"""
 
     main: ClassVar[str] = "sources"
+    explorer: ClassVar[str] = "longlens.apps.trace:explore_trace"
 
     if TYPE_CHECKING:  # added below
         top = _here.top
