@@ -183,7 +183,7 @@ def test_a_plan_that_would_be_too_large_is_not_made(lm: LongModel, monkeypatch: 
 def test_a_plan_that_does_not_fit_is_not_free(lm: LongModel, monkeypatch: pytest.MonkeyPatch) -> None:
     "Out of memory while planning, an evaluation does not go on as if a method took nothing; a refusal is kept for its row"
     case = fact_cases(1, 300)[0]
-    run = ("key", 0, replace_prompt(lm, case), "loo", LeaveOneOut())
+    run = trace_evaluation.CaseRun("key", 0, replace_prompt(lm, case), "loo", LeaveOneOut())
     def raises(error: BaseException) -> Any: return lambda self, job: (_ for _ in ()).throw(error)
     monkeypatch.setattr(LeaveOneOut, "cost", raises(np._core._exceptions._ArrayMemoryError((9, 9), np.dtype(int))))
     with pytest.raises(MemoryError): trace_evaluation.planned_runs(lm, [run])
