@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypedDict, TypeVar
 
 if TYPE_CHECKING:
-    import polars as pl
+    from polars import DataFrame
+else:
+    DataFrame = Any
 
 T = TypeVar("T")
 
@@ -81,7 +83,7 @@ def plan(
     probe: Callable[P, Any],  # such as `needle_grid`
     *args: P.args,  # what it would be called with
     **kwargs: P.kwargs,
-) -> pl.DataFrame:  # what would be run, and what it costs
+) -> DataFrame:  # what would be run, and what it costs
     "What a probe would run and what that costs; nothing is run"
     if probe not in PLANNERS:
         known = ", ".join(f.__name__ for f in PLANNERS) or "none of those loaded"
