@@ -18,8 +18,7 @@ from .masks import Mask, band_tile, key_range, real_queries, visible_keys
 Result = tuple[Tensor, Tensor]  # output (batch, heads, n_queries, d_value), log-sum-exp (batch, heads, n_queries)
 
 # %% auto #0
-__all__ = ['Result', 'attend_blocked', 'has_kernel', 'fused', 'merge', 'causal', 'side_by_side', 'banded', 'has_holes',
-           'each_text', 'needs_grad', 'Facts']
+__all__ = ['Result', 'attend_blocked', 'fused', 'merge', 'causal', 'side_by_side', 'banded', 'each_text', 'needs_grad', 'Facts']
 
 # %% ../../nbs/attention/02_backends.ipynb #1ac642e3
 def _block(call: AttentionCall, at: Tile) -> Result:
@@ -50,7 +49,7 @@ def attend_blocked(
     return out.to(v.dtype), lse
 
 # %% ../../nbs/attention/02_backends.ipynb #7be661c3
-def has_kernel(q: Tensor) -> bool:
+def _has_kernel(q: Tensor) -> bool:
     "Is there a fused kernel with log-sum-exp for this device and number format?"
     if q.device.type == "cpu": return q.dtype.is_floating_point
     if q.device.type != "cuda" or q.dtype == torch.float64: return False
@@ -94,7 +93,7 @@ def fused(
     bias: Tensor | None = None,  # one tile added to the scores of all heads, (n_queries, n_keys)
 ) -> Result:
     "One call of the backend's fused attention kernel; the log-sum-exp carries no gradient"
-    if not has_kernel(q): raise ValueError(f"no fused kernel with log-sum-exp for {q.dtype} on {q.device}: use attend()")
+    if not _has_kernel(q): raise ValueError(f"no fused kernel with log-sum-exp for {q.dtype} on {q.device}: use attend()")
     d = max(q.shape[-1], v.shape[-1])
     if q.device.type == "cuda": d = -(-d // 8) * 8
     kernel = _fused_cpu if q.device.type == "cpu" else _fused_cuda
@@ -151,7 +150,7 @@ def banded(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Mask) -> tuple[T
     return out.masked_fill(nothing[:, None, :, None], 0), lse.masked_fill(nothing[:, None], -torch.inf)
 
 # %% ../../nbs/attention/02_backends.ipynb #7830d56f
-def has_holes(keep: Tensor) -> bool:
+def _has_holes(keep: Tensor) -> bool:
     "Does some sample have padding between its tokens?"
     first = keep.int().argmax(-1, keepdim=True)
     last = keep.shape[1] - 1 - keep.flip(1).int().argmax(-1, keepdim=True)
@@ -199,7 +198,7 @@ class Facts:
     @cached_property
     def products(self) -> bool:
         "Are the logits scaled products alone, where there is a fused kernel? Rules and streams aside"
-        return self.call.softcap is None and self.call.bias is None and has_kernel(self.call.q)
+        return self.call.softcap is None and self.call.bias is None and _has_kernel(self.call.q)
 
     @cached_property
     def plain(self) -> bool:
@@ -219,7 +218,7 @@ class Facts:
     @cached_property
     def holes(self) -> bool:
         "Does some sample have padding between its tokens?"
-        return self.mask.keep is not None and has_holes(self.mask.keep)
+        return self.mask.keep is not None and _has_holes(self.mask.keep)
 
     @property
     def windowed(self) -> bool:

@@ -27,8 +27,8 @@ T = TypeVar("T")
 
 # %% auto #0
 __all__ = ['NAME', 'WAY_OUT', 'T', 'UnsupportedModel', 'longlens_mask', 'LayerCall', 'Recorder', 'Editor', 'Edit', 'Attachment',
-           'attachment_of', 'attachments', 'recording', 'editing', 'acting', 'editors_of', 'recorders_of',
-           'longlens_attention', 'install', 'hf_model', 'attach']
+           'attachment_of', 'attachments', 'recording', 'editing', 'acting', 'editors_of', 'longlens_attention',
+           'install', 'hf_model', 'attach']
 
 # %% ../../nbs/attention/08_hf_interface.ipynb #ef2d004d
 class UnsupportedModel(ValueError):
@@ -251,7 +251,7 @@ def editors_of(
     return [e.editor for e in sorted(found, key=lambda e: e.turn)]
 
 
-def recorders_of(
+def _recorders_of(
     module: nn.Module,  # an attention module
 ) -> list[Recorder]:
     "Who records its calls"
@@ -278,7 +278,7 @@ def longlens_attention(
     mask = _as_mask(attention_mask, module, query, key, is_causal, sliding_window)
     scale = query.shape[-1] ** -.5 if scaling is None else scaling
     call = LayerCall(query, key, value, scale, mask, softcap, s_aux, position_bias, module=module)
-    editors, recorders = editors_of(module), recorders_of(module)
+    editors, recorders = editors_of(module), _recorders_of(module)
     for e in editors: call = e.before(call)
     out, lse = call.attend()
     if recorders: op = call.operator(lse)

@@ -17,7 +17,7 @@ from .logits import AttentionCall, make_call
 from .masks import Mask, Stream
 
 # %% auto #0
-__all__ = ['WAYS', 'Way', 'way_of', 'best', 'attend_call', 'attend']
+__all__ = ['WAYS', 'Way', 'best', 'attend_call', 'attend']
 
 # %% ../../nbs/attention/05_kernels.ipynb #663c8094
 class Way(NamedTuple):
@@ -53,7 +53,7 @@ WAYS: tuple[Way, ...] = (
 )
 
 # %% ../../nbs/attention/05_kernels.ipynb #96c35154
-def way_of(
+def _way_of(
     call: AttentionCall,  # of any kind
 ) -> Way:
     "The way that a call goes"
@@ -65,7 +65,7 @@ def best(
     call: AttentionCall,  # of any kind
 ) -> Result:
     "Output and log-sum-exp, learned sinks aside, the fastest exact way"
-    return way_of(call).run(call)
+    return _way_of(call).run(call)
 
 # %% ../../nbs/attention/05_kernels.ipynb #046ce7e0
 def _with_sinks(call: AttentionCall) -> Result:

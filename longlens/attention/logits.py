@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from longlens.attention import logits as _logits
 
 # %% auto #0
-__all__ = ['TILE', 'AttentionCall', 'check_shapes', 'check_mask', 'make_call', 'Tile', 'score_tile', 'tiles']
+__all__ = ['TILE', 'AttentionCall', 'make_call', 'Tile', 'score_tile', 'tiles']
 
 # %% ../../nbs/attention/01_logits.ipynb #3583895b
 @dataclass(frozen=True, eq=False)
@@ -82,7 +82,7 @@ class AttentionCall:
         return replace(self, **_narrowed(self, queries, keys, sample, heads))
 
 # %% ../../nbs/attention/01_logits.ipynb #be44a10f
-def check_shapes(
+def _check_shapes(
     q: Tensor,  # (batch, heads, n_queries, d_head)
     k: Tensor,  # (batch, kv_heads, n_keys, d_head)
     v: Tensor | None = None,  # (batch, kv_heads, n_keys, d_value)
@@ -104,7 +104,7 @@ def _fits(t: Tensor, shape: tuple[int, ...]) -> bool:
     return t.ndim == len(shape) and all(a in (1, b) for a, b in zip(t.shape[:-2], shape, strict=False)) and t.shape[-2:] == shape[-2:]
 
 # %% ../../nbs/attention/01_logits.ipynb #41fac807
-def check_mask(
+def _check_mask(
     mask: Mask,  # who sees whom
     shape: tuple[int, int, int, int],  # batch, heads, n_queries, n_keys
     bias: Tensor | None = None,  # added to the logits
@@ -123,8 +123,8 @@ def check_mask(
 @patch
 def check(self: AttentionCall) -> None:
     "Raise a ValueError if its parts do not belong together"
-    check_shapes(self.q, self.k, self.v)
-    check_mask(self.mask, self.shape, self.bias)
+    _check_shapes(self.q, self.k, self.v)
+    _check_mask(self.mask, self.shape, self.bias)
 
 # %% ../../nbs/attention/01_logits.ipynb #12b19501
 def make_call(
@@ -139,10 +139,10 @@ def make_call(
     streams: tuple[Stream, ...] = (),  # heads that see only the beginning and the recent
 ) -> AttentionCall:
     "An attention call, checked"
-    check_shapes(q, k, v)
+    _check_shapes(q, k, v)
     if mask is None: mask = Mask(offset=k.shape[2] - q.shape[2])
     call = AttentionCall(q, k, v, q.shape[-1] ** -.5 if scale is None else scale, mask, softcap, sinks, bias, streams)
-    check_mask(mask, call.shape, bias)
+    _check_mask(mask, call.shape, bias)
     return call
 
 # %% ../../nbs/attention/01_logits.ipynb #c026738c

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from longlens.attention import operator as _operator
 
 # %% auto #0
-__all__ = ['LOG2E', 'HIDDEN', 'AttentionOperator', 'log_windows']
+__all__ = ['HIDDEN', 'AttentionOperator', 'log_windows']
 
 # %% ../../nbs/attention/07_operator.ipynb #5ad5f9d4
 class AttentionOperator:
@@ -149,7 +149,7 @@ def per_key(self: AttentionOperator, *extra: int) -> Tensor:
     return self.call.q.new_zeros(b, h, n, *extra, dtype=self.dtype)
 
 # %% ../../nbs/attention/07_operator.ipynb #cc86b287
-LOG2E, HIDDEN = math.log2(math.e), -1e30
+_LOG2E, HIDDEN = math.log2(math.e), -1e30
 
 
 @patch
@@ -175,11 +175,11 @@ def log_tiles(
 ) -> Iterator[tuple[Tile, Tensor]]:
     "Every tile with the logarithms of its weights to base 2, (heads, rows, keys); `HIDDEN` where a key is not seen"
     call, shift, linear = self.call, self._row_shift(), self._is_linear()
-    if linear: call, shift = replace(call, scale=call.scale * LOG2E), shift * LOG2E
+    if linear: call, shift = replace(call, scale=call.scale * _LOG2E), shift * _LOG2E
     for at in tiles(call, whole_rows, size):
         if wanted is not None and not wanted(at): continue
         log2p = score_tile(call, at, shift=shift, fill=HIDDEN)
-        yield at, log2p if linear else log2p.mul_(LOG2E)
+        yield at, log2p if linear else log2p.mul_(_LOG2E)
 
 # %% ../../nbs/attention/07_operator.ipynb #5e9a1365
 @patch

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from longlens.interventions import positions as _positions
 
 # %% auto #0
-__all__ = ['POSITION_SCALINGS', 'check_causal', 'position_awareness', 'MsPoE', 'ms_poe', 'SetBased', 'set_based',
-           'rotary_modules', 'exchange_rotary', 'set_until_closed', 'without_bridge', 'rescaled_positions']
+__all__ = ['POSITION_SCALINGS', 'check_causal', 'MsPoE', 'ms_poe', 'SetBased', 'set_based', 'rotary_modules', 'exchange_rotary',
+           'set_until_closed', 'without_bridge', 'rescaled_positions']
 
 # %% ../../nbs/interventions/02_positions.ipynb #bedfafd6
 def check_causal(
@@ -43,7 +43,7 @@ def check_causal(
 
 # %% ../../nbs/interventions/02_positions.ipynb #80fe47fa
 @torch.no_grad()
-def position_awareness(
+def _position_awareness(
     call: LayerCall,  # the first call of a text: as many queries as keys
     layer: int,  # its number
     turner: Turner,  # of the model
@@ -138,7 +138,7 @@ def _order(self: MsPoE, call: LayerCall, layer: int) -> Tensor:  # (batch|1, hea
 @patch
 def _find(self: MsPoE, call: LayerCall, layer: int) -> _Read:
     assert self.turner is not None
-    order = position_awareness(call, layer, self.turner).argsort(dim=-1, descending=True, stable=True)
+    order = _position_awareness(call, layer, self.turner).argsort(dim=-1, descending=True, stable=True)
     n = call.q.shape[2]
     return _Read(order, n, call.k[:, :, n - 1].detach().clone())
 

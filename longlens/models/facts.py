@@ -20,8 +20,8 @@ else:
 _Known: TypeAlias = HFModel | HFConfig | TextModel  # whatever has a config, or is one
 
 # %% auto #0
-__all__ = ['first_setting', 'text_config', 'attention_layers', 'head_counts', 'count_kv_heads', 'head_widths', 'cache_width',
-           'max_positions', 'position_kind']
+__all__ = ['first_setting', 'text_config', 'attention_layers', 'head_counts', 'head_widths', 'cache_width', 'max_positions',
+           'position_kind']
 
 # %% ../../nbs/models/01_facts.ipynb #f01af038
 def first_setting(config: Any, *names: str) -> Any:
@@ -49,10 +49,10 @@ def head_counts(
 ) -> tuple[int, int, int]:  # layers, query heads of a layer, KV heads of a layer
     """How many layers and heads a model has."""
     config = text_config(model)
-    return int(config.num_hidden_layers), int(config.num_attention_heads), count_kv_heads(config)
+    return int(config.num_hidden_layers), int(config.num_attention_heads), _count_kv_heads(config)
 
 # %% ../../nbs/models/01_facts.ipynb #39c91f11
-def count_kv_heads(
+def _count_kv_heads(
     model: _Known,  # a model, or its config
 ) -> int:
     """How many heads of a layer have keys and values of their own."""
@@ -80,7 +80,7 @@ def cache_width(
     config = text_config(model)
     if rank := getattr(config, "kv_lora_rank", None):
         return rank + config.qk_rope_head_dim
-    return count_kv_heads(config) * sum(head_widths(config))
+    return _count_kv_heads(config) * sum(head_widths(config))
 
 # %% ../../nbs/models/01_facts.ipynb #e4f8bc03
 def max_positions(
