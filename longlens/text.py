@@ -22,7 +22,8 @@ def _sign(char: str) -> str:
     if char in SIGNS: return SIGNS[char]
     kind, n = category(char), ord(char)
     if char == " " or (kind[0] != "C" and kind not in ("Zs", "Zl", "Zp") and char not in _BLANK): return char
-    return f"\\x{n:02x}" if n < 0x100 else f"\\u{n:04x}" if n < 0x10000 else f"\\U{n:08x}"
+    letter, digits = next((letter, digits) for letter, digits in (("x", 2), ("u", 4), ("U", 8)) if n < 16**digits)
+    return f"\\{letter}{n:0{digits}x}"
 
 # %% ../nbs/01_text.ipynb #76a5b065
 def visible(

@@ -99,7 +99,8 @@ def place_axis(at: pl.Series, x: str, shown: bool, field: str = "x") -> alt.X:
     "The axis of places"
     places, log = at.unique().sort().to_list(), x == "context_length"
     if log and places[0] <= 0: raise ChartError(f"a length of {places[0]:g} has no place on a logarithmic axis")
-    ends = [places[0], places[-1]] if len(places) > 1 else [places[0] / 2, 2 * places[0]] if log else [places[0] - 0.5, places[0] + 0.5]
+    around = [places[0] / 2, 2 * places[0]] if log else [places[0] - 0.5, places[0] + 0.5]
+    ends = [places[0], places[-1]] if len(places) > 1 else around
     few = {"values": places} if len(places) <= 14 else {"tickCount": 10}
     axis = axis_style(title=_X_NAMES.get(x, label(x)) if shown else None, labels=shown, format=",~f", grid=True, **few)
     kind = {"type": "log", "base": 2} if log else {"zero": False}

@@ -56,7 +56,8 @@ def check_lengths(
     way: str = "split it",  # what the caller can do
 ) -> None:
     """Raise if a text has more tokens than are read."""
-    limit = (self.positions_limit if self.positions == "learned" else None) if longer else self.max_length
+    beyond = self.positions_limit if self.positions == "learned" else None
+    limit = beyond if longer else self.max_length
     long = [i for i, n in enumerate(lengths) if limit is not None and n > limit]
     if long and limit is not None:
         also = f" (and {len(long) - 1:,} of the others are too long)" if len(long) > 1 else ""

@@ -112,7 +112,7 @@ def _check_kinds(steps: Sequence[ModuleEntry], name: str) -> None:
     """Raise if a module is not known, or works on something else than pooled vectors."""
     known = ["Transformer", "Pooling", "Dense", "Normalize"]
     for i, s in enumerate(steps):
-        if s.kind not in (known[:1] if i == 0 else known[1:] if i == 1 else known[2:]):
+        if s.kind not in (known[:1], known[1:], known[2:])[min(i, 2)]:
             raise ValueError(f"module {i} of {name} is {s.kind}, and longlens reads Transformer, Pooling, then Dense and Normalize: "
                              f"{_WAY_OUT}")
         ends = {s.config.get(k) or "sentence_embedding" for k in ("module_input_name", "module_output_name")}

@@ -200,7 +200,8 @@ def measure_all(
 # %% ../../nbs/needle_lm/02_card.ipynb #ad23eedd
 def _markdown(frame: pl.DataFrame) -> str:
     "A frame as a Markdown table"
-    cell = lambda v: "" if v is None else f"{v:.3g}" if isinstance(v, float) else str(v)
+    number = lambda v: f"{v:.3g}" if isinstance(v, float) else str(v)
+    cell = lambda v: "" if v is None else number(v)
     rows = [frame.columns, ["---"] * frame.width, *([cell(v) for v in r] for r in frame.iter_rows())]
     return "\n".join(f"| {' | '.join(r)} |" for r in rows)
 

@@ -65,7 +65,8 @@ def _tokenizer_corpus(seed: int) -> Iterator[str]:
     "Word lists, weighted so that names and values become single tokens, and generated text"
     words = _words("words")
     for w in NAMES + VALUES: yield from [f" {w}"] * 3000
-    for i, w in enumerate(words): yield from [f" {w}"] * (400 if i < 300 else 100 if i < 700 else 60)
+    for some, times in ((words[:300], 400), (words[300:700], 100), (words[700:], 60)):
+        for w in some: yield from [f" {w}"] * times
     for w in words[:500]: yield from [f" {w.capitalize()}"] * 80
     for w in words[:200]: yield from [w.capitalize()] * 40
     rng = random.Random(seed)

@@ -186,7 +186,8 @@ def _make_batch(recipe: Recipe, tok: PreTrainedTokenizerFast, focus: list[int], 
     length = recipe.lengths[stage]
     if stage and rng.random() >= 0.75: length = rng.choice(recipe.lengths[:stage])
     rows = max(2, recipe.tokens_per_step // length)
-    n_rep = rows // 2 if stage < 2 else max(1, rows // 4) if length < 1024 else int(rng.random() < 0.34)
+    if stage < 2: n_rep = rows // 2
+    else: n_rep = max(1, rows // 4) if length < 1024 else int(rng.random() < 0.34)
     rep_ids, rep = _repeat_rows(n_rep, length, rng, focus)
     task_ids, answers, text = _task_rows(tok, rows - n_rep, length, rng, stage)
     text &= torch.rand(text.shape, generator=torch.Generator().manual_seed(step)) < 0.2

@@ -255,7 +255,8 @@ def threads(
     lines = _thread_lines(pairs, task, s, Random(f"threads {seed}"))
     keys, values = [pairs[line[0]][0] for line in lines], [pairs[line[-1]][1] for line in lines]
     several = task in ("multiple", "conditional", "multi_threading")
-    asked = s.character if task == "conditional" else _as_list(keys) if several else keys[0]
+    named = _as_list(keys) if several else keys[0]
+    asked = s.character if task == "conditional" else named
     ask, body = _THREADS[task].format(asked), _json_pieces(pairs, _thread_names(lines, task.endswith("threading")), ", ")
     meta = {"n_pairs": n_pairs, "positions": lines, "depth_percent": [100 * line[0] / max(1, n_pairs - 1) for line in lines], "seed": seed}
     return compose_prompt(

@@ -317,7 +317,8 @@ def ready_prompt(
     ctx = prompt if isinstance(prompt, Context) else None
     text, question = (ctx.text, ctx.question) if ctx else (str(prompt), "")
     kind, parts = _known_parts(ctx, by, span) if ctx else ("", [])
-    if span is None: span = (parts[0][0], parts[-1][1]) if parts else context_span(ctx) if ctx else (0, len(text))
+    whole = context_span(ctx) if ctx else (0, len(text))
+    if span is None: span = (parts[0][0], parts[-1][1]) if parts else whole
     a, b = span
     if not 0 <= a < b <= len(text): raise ValueError(f"the context is ({a}, {b}), and the prompt has the characters 0 to {len(text):,}")
     tokens = ctx.tokens if ctx else compose_prompt(lm, [Piece(text, special=special)], allow_longer=allow_longer).tokens

@@ -138,7 +138,7 @@ def cut_context(
     text, documents = (context, [(0, len(context))]) if isinstance(context, str) else _joined_documents(context, sep)
     if not text.strip(): raise ValueError("the context is empty: there are no sources to trace an answer to")
     check_unicode(text, "the context")
-    by = by if by is not None else "words" if isinstance(context, str) else "documents"
+    if by is None: by = "words" if isinstance(context, str) else "documents"
     if not isinstance(by, str) and size is not None:
         raise TypeError(f"size is {size!r}, and by gives spans of your own, which are sources as they are: leave size out, or name a way")
     if by == "documents": spans = _several(documents, checked_size(1 if size is None else size, by))

@@ -172,7 +172,8 @@ def retrieval_weights(
 ) -> dict[tuple[int, int], float]:  # (layer, head) -> weight
     "Weights of heads that copy: the found heads of a report with their retrieval scores, given heads alike, or the weights given"
     if heads is None: raise ValueError(f"retrieval_attention needs to know which heads retrieve: {_HOW_TO_FIND}")
-    pairs = _scored(heads) if isinstance(heads, HeadReport) else heads if isinstance(heads, Mapping) else dict.fromkeys(heads, 1.0)
+    if isinstance(heads, HeadReport): pairs: Mapping[tuple[int, int], float] = _scored(heads)
+    else: pairs = heads if isinstance(heads, Mapping) else dict.fromkeys(heads, 1.0)
     weights = {(int(layer), int(head)): float(w) for (layer, head), w in pairs.items()}
     check_head_weights(weights, "retrieval_attention")
     for layer, head in weights:

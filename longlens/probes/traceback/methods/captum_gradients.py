@@ -115,7 +115,8 @@ def _steps_at_once(
 ) -> int:
     """How many backward passes fit beside each other; if none does, an error with the numbers."""
     need, free = backward_bytes(lm, ids, rows), lm.memory(len(ids)).available
-    limit = max_memory if max_memory is not None else None if free is None else 0.9 * free
+    limit: float | None = max_memory
+    if limit is None and free is not None: limit = 0.9 * free
     fit = most if limit is None else int(limit // need)
     if fit < 1:
         have = f"max_memory is {size_text(max_memory)}" if max_memory is not None else f"{size_text(free or 0)} are free"

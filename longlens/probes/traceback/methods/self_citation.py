@@ -37,7 +37,8 @@ def read_citations(
     for order, found in enumerate(re.findall(r"\[\s*(\d+)\s*\]", reply), 1):
         number = int(found.lstrip("0")[:10] or 0)  # ten digits are more than there are texts
         source = number - 1 if 1 <= number <= n else None
-        use = "no such text" if source is None else "again" if source in used else "beyond k" if len(used) >= k else "cited"
+        hindered = {"no such text": source is None, "again": source in used, "beyond k": len(used) >= k}
+        use = next((why for why, so in hindered.items() if so), "cited")
         if use == "cited": used.add(number - 1)
         rows.append((order, f"[{found[:20]}]", source, use))
     return pl.DataFrame(rows, schema={"order": pl.Int64, "cited": pl.String, "source": pl.Int64, "use": pl.String}, orient="row")
