@@ -37,10 +37,10 @@ def measured(inner: str, tokens: int) -> dict[str, Any]:
     import longlens as ll
     lm, text = ll.load(allow_longer=True), made_text(tokens)
     how: dict[str, Any] = dict(question="What is the code for Ada?", answer="lamb", method="coarse_to_fine", inner=inner, by="paragraphs")
-    said, found, start = ll.trace_context(lm, text, **how, dry_run=True), [], time.process_time()
-    peak = peak_bytes(lambda: found.append(ll.trace_context(lm, text, **how, budget=said.tokens)))
+    planned, found, start = ll.plan(ll.trace_context, lm, text, **how), [], time.process_time()
+    peak = peak_bytes(lambda: found.append(ll.trace_context(lm, text, **how, budget=planned.tokens)))
     costs = found[0].frames["costs"].sum()
-    return {"said": said.tokens, "tokens": costs["tokens"][0], "seconds": time.process_time() - start, "peak": peak,
+    return {"said": planned.tokens, "tokens": costs["tokens"][0], "seconds": time.process_time() - start, "peak": peak,
             "prompt": found[0].meta["prompt_tokens"], "sources": len(found[0].frames["sources"])}
 
 

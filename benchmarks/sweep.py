@@ -39,10 +39,11 @@ def needles(lm: Any, length: int, depths: int, trials: int) -> list:
 
 def documents(lm: Any, n: int, questions: int) -> list:
     "Questions with the right document at five places"
-    from longlens.probes.middle.probe import gold_positions
-    from longlens.prompts.multi_document import fact_questions, place
+    from longlens.probes.middle.inputs import gold_positions
+    from longlens.prompts.multi_document import place_answer
+    from longlens.prompts.questions import fact_questions
     from longlens.sweeps.cells import Cell
-    return [Cell.of(place(lm, q, g)) for q in fact_questions(questions, n) for g in gold_positions(n)]
+    return [Cell.of(place_answer(lm, q, g)) for q in fact_questions(questions, n) for g in gold_positions(n)]
 
 
 def grids(lm: Any, length: int) -> dict[str, Callable[[], list]]:

@@ -62,13 +62,13 @@ def measured(name: str, sources: int, permutations: int) -> dict[str, Any]:
 
     import longlens as ll
     from longlens.probes.traceback.scorer import SubsetScorer, plain_scores
-    from longlens.probes.traceback.tracer import TraceJob, find_tracer
+    from longlens.probes.traceback.tracer import GameJob, find_tracer
     lm = ll.load(allow_longer=True)
     prompt, tracer = made_prompt(lm, sources), find_tracer(name, {"permutations": permutations} if name == "shapley" else {})
     plain_scores(lm, prompt, np.ones((1, sources), bool))  # warm
     game = Asked(SubsetScorer(lm, prompt))
     start = time.process_time()
-    tracer.run(TraceJob(game=game))
+    tracer.run(GameJob(game))
     seconds, costs = time.process_time() - start, game.scorer.costs
     kept, values = (np.array(x) for x in zip(*game.kept.values(), strict=True))
     least = SubsetScorer(lm, prompt, batch_size=1).plan(kept).tokens

@@ -4,9 +4,9 @@ from .report import Report as Report
 from .run import Run as Run
 from .run import plan as plan
 from .models.load import load as load
-from .models.forward import LongModel as LongModel
+from .models.load import LongModel as LongModel
 from .encoders.load import load_encoder as load_encoder
-from .encoders.encode import Encoder as Encoder
+from .encoders.load import Encoder as Encoder
 from .prompts.haystack import Haystack as Haystack
 from .prompts.compose import Context as Context
 from .prompts.compose import compose_prompt as compose_prompt

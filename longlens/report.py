@@ -17,17 +17,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from html import escape
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from inspect import signature
 from io import BytesIO
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO, ClassVar, Self, TypeVar
 
 import polars as pl
 
 # %% auto #0
-__all__ = ['MARK', 'FORMAT', 'HEAD', 'REPORTS', 'ReportError', 'atomic_write', 'free_place', 'new_folder', 'plain', 'stamp',
-           'check_name', 'check_frames', 'Tables', 'Report', 'report_html', 'write_report', 'load_report']
+__all__ = ['MARK', 'FORMAT', 'HEAD', 'REPORTS', 'R', 'ReportError', 'atomic_write', 'free_place', 'new_folder', 'plain', 'stamp',
+           'check_name', 'Tables', 'Section', 'Report', 'open_explorer', 'report_html', 'write_report', 'load_report']
 
 # %% ../nbs/00_report.ipynb #76dafdee
 class ReportError(ValueError):
@@ -150,7 +152,7 @@ def check_name(name: Any) -> str:
     raise ReportError(f"{name!r} cannot name a frame: a letter, then letters, digits and underscores, 64 at most")
 
 # %% ../nbs/00_report.ipynb #83adff97
-def check_frames(
+def _check_frames(
     frames: Mapping[str, pl.DataFrame],    # tables by name
 ) -> dict[str, pl.DataFrame]:              # the same
     "The frames, if they can be kept"
@@ -166,10 +168,10 @@ def check_frames(
     return dict(frames)
 
 # %% ../nbs/00_report.ipynb #69914d68
-FORMAT, HEAD = 1, "report.json"    # the version of the layout on disk; the file that describes the others
+FORMAT, HEAD = 2, "report.json"    # the version of what is on disk; the file that describes the others
 
 
-def _said(frame: pl.DataFrame, data: bytes) -> dict[str, Any]:
+def _entry(frame: pl.DataFrame, data: bytes) -> dict[str, Any]:
     "What report.json says of a frame and its file"
     return {"rows": frame.height, "columns": {c: str(t) for c, t in frame.schema.items()},
             "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -179,32 +181,32 @@ def _write_frames(
     frames: Mapping[str, pl.DataFrame],    # tables by name
     folder: Path,                          # where NAME.parquet is written for each
 ) -> dict[str, dict[str, Any]]:            # by name: rows, columns, bytes, sha256
-    "Write one parquet file per frame, and say what was written"
-    said = {}
+    "Write one parquet file per frame, and describe what was written"
+    entries = {}
     for name, frame in frames.items():
         frame.write_parquet(buffer := BytesIO())
         atomic_write(folder / f"{name}.parquet", data := buffer.getvalue())
-        said[name] = _said(frame, data)
-    return said
+        entries[name] = _entry(frame, data)
+    return entries
 
 # %% ../nbs/00_report.ipynb #f6e1830d
-def _check_bytes(file: Path, data: bytes, said: Mapping[str, Any]) -> None:
-    if len(data) != said["bytes"]:
-        raise ReportError(f"{file} has {len(data):,} bytes where {said['bytes']:,} were written: it was cut short or changed")
-    if hashlib.sha256(data).hexdigest() != said["sha256"]:
+def _check_bytes(file: Path, data: bytes, entry: Mapping[str, Any]) -> None:
+    if len(data) != entry["bytes"]:
+        raise ReportError(f"{file} has {len(data):,} bytes where {entry['bytes']:,} were written: it was cut short or changed")
+    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
         raise ReportError(f"{file} is not the file that was written: its checksum differs")
 
 # %% ../nbs/00_report.ipynb #4323947a
 def _read_frame(
-    folder: Path,             # the report's folder
-    name: str,                # the frame's name
-    said: Mapping[str, Any],  # what report.json says of it: bytes, sha256
+    folder: Path,              # the report's folder
+    name: str,                 # the frame's name
+    entry: Mapping[str, Any],  # what report.json says of it: bytes, sha256
 ) -> pl.DataFrame:
     "One table, if its file is the one that was written"
     file = folder / f"{check_name(name)}.parquet"
     if not file.is_file(): raise ReportError(f"{file} is missing: the report is not complete")
     data = file.read_bytes()
-    _check_bytes(file, data, said)
+    _check_bytes(file, data, entry)
     try: return pl.read_parquet(BytesIO(data))
     except (pl.exceptions.PolarsError, OSError) as e: raise ReportError(f"{file} cannot be read as parquet: {e}") from e
 
@@ -218,17 +220,26 @@ def _read_head(
     try: head = json.loads(file.read_bytes())
     except ValueError as e: raise ReportError(f"{file} cannot be read as JSON: {e}") from e
     if not isinstance(head, dict) or "longlens" not in head: raise ReportError(f"{file} was not written by longlens")
-    if head["longlens"] != FORMAT:
-        raise ReportError(f"{file} has format {head['longlens']!r}; this version of longlens reads format {FORMAT}")
+    if head["longlens"] != FORMAT: raise ReportError(_other_format(file, head))
     _check_head(file, head)
     return head
+
+# %% ../nbs/00_report.ipynb #a65c76a0
+def _other_format(file: Path, head: Mapping[str, Any]) -> str:
+    "Who wrote a folder of another format, and what to do"
+    meta = head["meta"] if isinstance(head.get("meta"), dict) else {}
+    versions = meta["versions"] if isinstance(meta.get("versions"), dict) else {}
+    wrote = f" (written by longlens {versions.get('longlens', 'of an unknown version')}, {meta.get('created', 'at an unknown time')})"
+    later = isinstance(head["longlens"], int) and head["longlens"] > FORMAT
+    way = "update longlens" if later else "run the measurement again; its tables are still there as parquet files, for pl.read_parquet"
+    return f"{file} has format {head['longlens']!r}{wrote}; this version of longlens reads format {FORMAT}: {way}"
 
 # %% ../nbs/00_report.ipynb #623b976e
 def _check_head(file: Path, head: dict[str, Any]) -> None:
     for key, kind in {"kind": str, "meta": dict, "frames": dict}.items():
         if not isinstance(head.get(key), kind): raise ReportError(f"{file} has no {key!r}, or not as longlens writes it")
-    for name, said in head["frames"].items():
-        if not isinstance(said, dict) or type(said.get("bytes")) is not int or "sha256" not in said:
+    for name, entry in head["frames"].items():
+        if not isinstance(entry, dict) or type(entry.get("bytes")) is not int or "sha256" not in entry:
             raise ReportError(f"{file} does not describe the frame {name!r}")
 
 # %% ../nbs/00_report.ipynb #2d877628
@@ -241,11 +252,21 @@ class Tables:
     title: ClassVar[str] = ""    # what a page calls it; the name of its class, if empty
 
     def __post_init__(self) -> None:
-        self.frames = check_frames(self.frames)
+        self.frames = _check_frames(self.frames)
         self.meta = {**stamp(), **plain(self.meta), "kind": type(self).__name__}
 
     @property
     def table(self) -> pl.DataFrame: return self.frames[self.main or next(iter(self.frames))]    # the main frame
+
+# %% ../nbs/00_report.ipynb #d7ee01da
+@dataclass
+class Section:
+    "One question of a report"
+    title: str                            # heading
+    text: str = ""                        # paragraphs, with an empty line between them
+    chart: Any = None                     # an Altair chart
+    table: pl.DataFrame | None = None     # its first rows are on the page, folded
+    view: Any = None                      # a text with shaded units: `TextData` of charts/token_view
 
 # %% ../nbs/00_report.ipynb #3b9ce071
 REPORTS: dict[str, type[Report]] = {}    # the classes that a folder can be loaded as, by name
@@ -253,6 +274,8 @@ REPORTS: dict[str, type[Report]] = {}    # the classes that a folder can be load
 # %% ../nbs/00_report.ipynb #088a5544
 class Report(Tables):
     "What a probe gives: tables that can be read, drawn, shown and kept"
+    explorer: ClassVar[str] = "longlens.apps.sections:explore_sections"    # what `widget` opens: module:function, called with the report
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         REPORTS[cls.__name__] = cls
@@ -269,9 +292,13 @@ class Report(Tables):
         "The report as an Altair chart"
         raise TypeError(f"{type(self).__name__} draws no chart of its own: a subclass does, in chart()")
 
+    def sections(self) -> list[Section]:
+        "What a page shows of it: its chart, if it draws one, and its table"
+        draws = type(self).chart is not Report.chart
+        return [Section("The table", chart=self.chart() if draws else None, table=self.table)]
+
     def widget(self, **how: Any) -> Any:
-        "The report to click through in a notebook: its explorer, or the chart where there is none; `model=` lets it compute more"
-        from longlens.apps.app import open_explorer
+        "The report to click through in a notebook, in its `explorer`; `model=` lets it compute more"
         return open_explorer(self, **how)
 
     def save(self, path: str | Path, overwrite: bool = False) -> Path:
@@ -279,7 +306,7 @@ class Report(Tables):
         return _save_report(self, path, overwrite)
 
     @classmethod
-    def load(cls, path: str | Path) -> Any:
+    def load(cls, path: str | Path) -> Self:
         "The report that a folder holds, as the class that was saved (`load_report`)"
         return load_report(path, cls)
 
@@ -296,6 +323,26 @@ def _finding_shapes(
 ) -> list[str]:        # a line for each frame
     "What is in the frames, for a report that knows nothing about their meaning"
     return [f"{name}: {f.height:,} rows of {', '.join(f.columns)}" for name, f in report.frames.items()]
+
+# %% ../nbs/00_report.ipynb #2efbe5e4
+def _explorer_of(report: Report) -> Any:    # a function: (report, **what else there is) -> a widget
+    "The function that a report names as its explorer"
+    module, _, name = report.explorer.partition(":")
+    if module and name: return getattr(import_module(module), name)
+    raise TypeError(f"{type(report).__name__}.explorer is {report.explorer!r}: write module:function, as in {Report.explorer!r}")
+
+# %% ../nbs/00_report.ipynb #ed540eb9
+def open_explorer(
+    report: Report,    # any report
+    **how: Any,        # what its explorer takes, such as model=
+) -> Any:              # an `App` of longlens.apps, or what a report's own explorer gives
+    "A report to click through"
+    pictures = type(report).chart is not Report.chart or type(report).sections is not Report.sections
+    if report.explorer == Report.explorer and not pictures: return report.chart()    # an error that says what to do
+    make = _explorer_of(report)
+    if unknown := how.keys() - (known := [*signature(make).parameters][1:]):
+        raise TypeError(f"widget() of a {type(report).__name__} takes {', '.join(known) or 'nothing'}, and not {min(unknown)!r}")
+    return make(report, **how)
 
 # %% ../nbs/00_report.ipynb #d7598094
 def report_html(
@@ -315,8 +362,8 @@ def write_report(
     folder: Path,      # that is there
 ) -> None:
     "Write a report's parquet files and its report.json into a folder"
-    said = _write_frames(report.frames, folder)
-    head = {"longlens": FORMAT, "kind": report.meta["kind"], "meta": plain(report.meta), "frames": said}
+    entries = _write_frames(report.frames, folder)
+    head = {"longlens": FORMAT, "kind": report.meta["kind"], "meta": plain(report.meta), "frames": entries}
     atomic_write(folder / HEAD, json.dumps(head, indent=1, allow_nan=False))
 
 # %% ../nbs/00_report.ipynb #007783e1
@@ -335,21 +382,23 @@ def _kind_class(
 ) -> type[Report]:      # the class of that name
     "The class that a report was saved from, its module loaded if longlens has it"
     if kind in REPORTS: return REPORTS[kind]
-    from importlib import import_module
-    longlens = import_module(__package__)  # its names are loaded when they are used
+    longlens = import_module("longlens")  # its names are loaded when they are used
     found = getattr(longlens, kind, None) if kind in longlens.__all__ else None
     if isinstance(found, type) and issubclass(found, Report): return found
     raise ReportError(f"{kind!r} is no kind of report known here: import the module that defines it, or update longlens")
 
 # %% ../nbs/00_report.ipynb #3946e73f
+R = TypeVar("R", bound=Report)
+
+
 def load_report(
-    path: str | Path,              # a folder that was saved
-    expect: type[Report] = Report  # the class that it must have been, or a base of it
-) -> Any:                          # a report of the class that was saved
+    path: str | Path,    # a folder that was saved
+    expect: type[R],     # the class that it must have been, or a base of it; `Report` takes any
+) -> R:                  # a report of the class that was saved
     "A report from its folder; what cannot be trusted raises `ReportError`"
     folder = Path(path)
     head = _read_head(folder)
     try: cls = expect if expect.__name__ == head["kind"] else _kind_class(head["kind"])    # a class may be defined twice in a notebook
     except ReportError as e: raise ReportError(f"{folder / HEAD}: {e}") from e
     if not issubclass(cls, expect): raise ReportError(f"{folder} holds a {cls.__name__}, not a {expect.__name__}")
-    return cls({name: _read_frame(folder, name, said) for name, said in head["frames"].items()}, head["meta"])
+    return cls({name: _read_frame(folder, name, entry) for name, entry in head["frames"].items()}, head["meta"])

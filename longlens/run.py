@@ -7,13 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields, replace
+from inspect import signature
 from pathlib import Path
-from typing import Any, ParamSpec, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypedDict, TypeVar
+
+if TYPE_CHECKING:
+    from polars import DataFrame
+else:
+    DataFrame = Any
 
 T = TypeVar("T")
 
 # %% auto #0
-__all__ = ['T', 'P', 'PLANNERS', 'Run', 'RunOptions', 'run_of', 'settings_of', 'plan']
+__all__ = ['T', 'P', 'PLANNERS', 'Run', 'RunOptions', 'run_of', 'settings_of', 'plan', 'arguments_of']
 
 # %% ../nbs/03_run.ipynb #00adbe26
 @dataclass(frozen=True)
@@ -77,9 +83,20 @@ def plan(
     probe: Callable[P, Any],  # such as `needle_grid`
     *args: P.args,  # what it would be called with
     **kwargs: P.kwargs,
-) -> Any:  # a polars DataFrame: what would be run, and what it costs
+) -> DataFrame:  # what would be run, and what it costs
     "What a probe would run and what that costs; nothing is run"
     if probe not in PLANNERS:
         known = ", ".join(f.__name__ for f in PLANNERS) or "none of those loaded"
         raise TypeError(f"{getattr(probe, '__name__', probe)} cannot be planned before it is run: {known} can be")
     return PLANNERS[probe](*args, **kwargs)
+
+# %% ../nbs/03_run.ipynb #7e3ebf1e
+def arguments_of(
+    probe: Callable[..., Any],  # such as `needle_grid`
+    args: tuple[Any, ...],  # what it would be called with
+    kwargs: dict[str, Any],
+) -> dict[str, Any]:  # by name; what goes into its `**options` is one dictionary
+    "All arguments of a call, defaults filled in"
+    bound = signature(probe).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return dict(bound.arguments)

@@ -5,10 +5,12 @@
 # %% ../nbs/01_text.ipynb #cf2371a7
 from __future__ import annotations
 
+import math
+from decimal import Decimal
 from unicodedata import category, combining
 
 # %% auto #0
-__all__ = ['SIGNS', 'visible']
+__all__ = ['SIGNS', 'visible', 'probability_text']
 
 # %% ../nbs/01_text.ipynb #2aa450a2
 SIGNS = {"\n": "⏎", "\t": "⇥"}    # what has a sign of its own
@@ -34,3 +36,14 @@ def visible(
     shown = "␣" * front + "".join(map(_sign, core)) + "␣" * (len(text) - front - len(core))
     if core and combining(core[0]): shown = "◌" + shown    # an accent with nothing to stand on
     return shown + "…" * cut or "(empty)"
+
+# %% ../nbs/01_text.ipynb #ee3935ef
+def probability_text(
+    logprob: float | None,  # natural logarithm; None or NaN: not known
+) -> str:  # such as 0.972, 0.0031 or 2.0e-5
+    """A probability as people read it, however small it is."""
+    if logprob is None or math.isnan(logprob): return "–"
+    p = Decimal(min(logprob, 0.0)).exp()    # a float would be 0 below e^-745
+    if not p: return "0"
+    if p >= 0.01: return f"{p:.3f}"
+    return f"{p:.4f}" if p >= 0.001 else f"{p:.1e}"

@@ -264,10 +264,10 @@ def test_methods_are_found_by_name(tmp_path) -> None:
         scores = trace.frames["sources"]["score"]
         assert scores.is_finite().all() and (scores >= 0).all() and scores.sum() > 0
         how = dict(method=method, by="sentences", heads=[(2, 0)], **settings)
-        cost = trace_context(lm, documents, ask, trace.meta["answer"], dry_run=True, **how)
+        cost = ll.plan(trace_context, lm, documents, ask, trace.meta["answer"], **how)
         again = trace_context(lm, documents, ask, trace.meta["answer"], budget=cost.tokens, **how).frames["costs"]
         assert cost.exact and cost.tokens == again["tokens"].sum()
-        asked = trace_context(lm, documents, ask, dry_run=True, **how)  # the answer is not there yet
+        asked = ll.plan(trace_context, lm, documents, ask, **how)  # the answer is not there yet
         assert not asked.exact and trace.frames["costs"]["tokens"].sum() <= asked.tokens
         trace.save(tmp_path / method)
         assert ll.Report.load(tmp_path / method).frames["sources"].equals(trace.frames["sources"])

@@ -34,7 +34,7 @@ from longlens.probes.traceback.methods.captum_perturbation import CaptumKernelSh
 from longlens.probes.traceback.methods.contextcite import ContextCite
 from longlens.probes.traceback.prompts import trace_prompt
 from longlens.probes.traceback.sources import token_prompt
-from longlens.probes.traceback.tracer import TRACERS, TraceJob, find_tracer
+from longlens.probes.traceback.tracer import TRACERS, GameJob, TraceJob, find_tracer
 
 SUBSETS = ("captum_ablation", "captum_shapley", "kernel_shap", "lime")
 PEOPLE = {"Ada": "lamb", "Bob": "river", "Eve": "stone", "Tom": "table", "Una": "glass"}
@@ -87,7 +87,7 @@ def prompt(lm):
 @given(st.integers(1, 9), st.integers(0, 10_000), st.floats(-300, 300))
 def test_additive_games_are_recovered_by_every_method(n, seed, base):
     w = np.random.default_rng(seed).normal(size=n) * 3
-    job = TraceJob(game=Game(n, lambda kept: kept @ w + base))
+    job = GameJob(Game(n, lambda kept: kept @ w + base))
     for name in ("loo", "stc", "shapley", *SUBSETS[:3]):
         np.testing.assert_allclose(TRACERS[name].run(job).values, w, atol=5e-3, err_msg=name)
     np.testing.assert_allclose(CaptumLime(samples=300, draws=2).run(job).values, w, atol=0.25)  # its penalty
@@ -95,7 +95,7 @@ def test_additive_games_are_recovered_by_every_method(n, seed, base):
 
 
 def test_shapley_values_of_a_game_that_does_not_add_up():
-    exact, job = exact_shapley(tangled, 5), TraceJob(game=Game(5, tangled))
+    exact, job = exact_shapley(tangled, 5), GameJob(Game(5, tangled))
     np.testing.assert_allclose(TRACERS["captum_ablation"].run(job).values, TRACERS["loo"].run(job).values, atol=1e-9)
     for tracer in (CaptumShapley(samples=400), CaptumKernelShap(samples=600)):
         found = tracer.run(job)
@@ -106,7 +106,7 @@ def test_shapley_values_of_a_game_that_does_not_add_up():
 
 def test_standard_errors_are_the_spread_over_seeds():
     for tracer in (CaptumShapley(samples=30), CaptumKernelShap(samples=60, draws=15), CaptumLime(samples=60, draws=15)):
-        runs = [tracer.run(TraceJob(game=Game(5, tangled), seed=s)) for s in range(12)]
+        runs = [tracer.run(GameJob(Game(5, tangled), seed=s)) for s in range(12)]
         spread, said = np.std([r.values for r in runs], axis=0, ddof=1), np.mean([r.errors for r in runs], axis=0)
         big = spread > 0.05
         assert big.any() and (0.35 < said[big] / spread[big]).all() and (said[big] / spread[big] < 2.5).all(), (tracer, said, spread)
@@ -121,7 +121,7 @@ def test_it_is_captum_that_answers():
     torch.manual_seed(3)
     shap = KernelShap(MaskGame(tangled)).attribute(one, baselines=zero, n_samples=25)
     torch.set_rng_state(before)
-    job = TraceJob(game=Game(5, tangled), seed=3)
+    job = GameJob(Game(5, tangled), seed=3)
     np.testing.assert_allclose(TRACERS["captum_shapley"].run(job).values, shapley[0].numpy(), atol=1e-5)
     np.testing.assert_allclose(TRACERS["kernel_shap"].run(job).values, shap[0].numpy(), atol=1e-5)
     assert torch.equal(before, torch.get_rng_state())
@@ -130,9 +130,9 @@ def test_it_is_captum_that_answers():
 @pytest.mark.parametrize("name", SUBSETS)
 def test_each_subset_is_scored_once_and_the_cost_said_before(lm, prompt, name):
     game = Game(5, tangled)
-    cost = TRACERS[name].cost(TraceJob(game=game))
+    cost = TRACERS[name].cost(GameJob(game))
     assert not game.asked
-    a, b = (TRACERS[name].run(TraceJob(game=game)) for _ in range(2))
+    a, b = (TRACERS[name].run(GameJob(game)) for _ in range(2))
     assert game.asked == 2 * cost.evaluations
     np.testing.assert_array_equal(a.values, b.values)
     job = TraceJob(lm, prompt)
@@ -153,14 +153,14 @@ def test_on_a_model_beside_our_own(lm, prompt):
 
 
 def test_settings_of_subsets():
-    job = TraceJob(game=Game(9, lambda kept: kept.sum(1) * 1.0))
+    job = GameJob(Game(9, lambda kept: kept.sum(1) * 1.0))
     assert CaptumKernelShap(samples=11).run(job).values == pytest.approx(np.ones(9), abs=1e-2)
     with pytest.raises(ValueError, match="kernel_shap fits 10 numbers for 9 sources, and samples is 10: it needs 11 or more"):
         CaptumKernelShap(samples=10).cost(job)
     for cls in (CaptumShapley, CaptumKernelShap, CaptumLime):
         with pytest.raises(ValueError, match="samples is 0"): cls(samples=0)
     assert find_tracer("captum_shapley", {"samples": 1}).run(job).errors is None
-    assert TRACERS["kernel_shap"].cost(TraceJob(game=Game(40, None))).evaluations <= 160
+    assert TRACERS["kernel_shap"].cost(GameJob(Game(40, None))).evaluations <= 160
 
 
 def test_what_to_install(monkeypatch, lm, prompt):
@@ -275,7 +275,7 @@ def test_a_span_of_the_answer_and_a_changed_model(lm):
 
 
 def test_what_gradients_refuse(lm, prompt):
-    game = TraceJob(game=Game(3, len))
+    game = GameJob(Game(3, len))
     for name in ("integrated_gradients", "gradient_x_input"):
         with pytest.raises(ValueError, match="takes gradients of a model, and this job is a game without one"): TRACERS[name].run(game)
     with pytest.raises(ValueError, match="baseline 99999 is no token: needle-lm has 0 to"): neutral_id(lm, 99_999)

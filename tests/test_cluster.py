@@ -21,8 +21,9 @@ from longlens.prompts.needle import needle_context
 from longlens.sweeps import ray_engine as cluster
 from longlens.sweeps.cells import Cell, Changed, Task
 from longlens.sweeps.ray_engine import Cluster, start_ray
+from longlens.sweeps.runner import SweepWarning
 from longlens.sweeps.serialize import ClusterError
-from longlens.sweeps.sweep import SweepWarning, sweep
+from longlens.sweeps.sweep import sweep
 
 ray = pytest.importorskip("ray", reason="engine='ray' needs Ray: pip install longlens[ray]")
 pytestmark = [pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning"),  # Ray's, where it did not start at once
@@ -122,7 +123,7 @@ def test_a_worker_is_killed(two_workers: None, lm: LongModel, cells: list[Cell],
     with pytest.warns(SweepWarning, match=r"a worker died in job \d of \d: what is left of it, \d cells, is run again by another one"):
         swept = sweep(lm, cells, task, engine=Cluster(workers=2), out=tmp_path / "out")
     assert swept.table("next").equals(local.table("next")) and swept.table("top").equals(local.table("top"))
-    assert len(sweep(lm, cells, task, out=tmp_path / "out", dry_run=True).finished) == len(cells)
+    assert len(ll.plan(sweep, lm, cells, task, out=tmp_path / "out").finished) == len(cells)
     assert wait_for(lambda: free_cpus() == 2)
 
 
@@ -130,7 +131,7 @@ def test_a_batch_that_kills(two_workers: None, lm: LongModel, cells: list[Cell],
     "It is given up, with its cells named; what was finished is kept"
     with pytest.warns(SweepWarning, match=GONE), pytest.raises(ClusterError, match=r"2 workers died, one after another.*depth=50, trial="):
         sweep(lm, cells, Harmful(), engine=Cluster(workers=1, retries=2), out=tmp_path)
-    kept = sweep(lm, cells, Harmful(), out=tmp_path, dry_run=True).finished
+    kept = ll.plan(sweep, lm, cells, Harmful(), out=tmp_path).finished
     assert kept and not any(cells[i].axes["depth"] == 50 for i in kept)
 
 
@@ -150,7 +151,7 @@ def test_another_model(two_workers: None, lm: LongModel, cells: list[Cell]) -> N
 def test_it_waits_and_is_stopped(two_workers: None, lm: LongModel, cells: list[Cell], monkeypatch: pytest.MonkeyPatch) -> None:
     "An engine that waits for room says so; one that is closed ends its workers"
     assert wait_for(lambda: free_cpus() == 2)
-    other, said = ray.remote(num_cpus=2)(dict).remote(), cluster._say_waiting
+    other, said = ray.remote(num_cpus=2)(dict).remote(), cluster._warn_waiting
 
     def say(crew: cluster.Crew) -> None:
         said(crew)
@@ -158,8 +159,8 @@ def test_it_waits_and_is_stopped(two_workers: None, lm: LongModel, cells: list[C
 
     assert wait_for(lambda: free_cpus() == 0)
     monkeypatch.setattr(cluster, "PATIENCE", 0.5)
-    monkeypatch.setattr(cluster, "_say_waiting", say)
-    engine = Cluster(workers=1)(lm, sweep(lm, cells, NextToken(), dry_run=True), [str(i) for i in range(len(cells))])
+    monkeypatch.setattr(cluster, "_warn_waiting", say)
+    engine = Cluster(workers=1)(lm, ll.plan(sweep, lm, cells, NextToken()), [str(i) for i in range(len(cells))])
     with pytest.warns(SweepWarning, match="no worker has been ready for .* s: the sweep waits for room in the cluster"): next(engine)
     assert free_cpus() == 1
     engine.close()

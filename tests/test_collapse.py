@@ -54,16 +54,18 @@ from longlens.probes.collapse.geometry import (
     separability,
     spectrum,
 )
-from longlens.probes.collapse.inputs import CollapseSettings, get_inputs
+from longlens.probes.collapse.inputs import CollapseDesign, CollapseSettings, get_inputs
 from longlens.probes.collapse.parts import Change, VectorPart, encoder_key, layer_embeddings
 from longlens.probes.collapse.probe import length_collapse
 from longlens.probes.collapse.report import CollapseReport
-from longlens.prompts.multi_document import Question
-from longlens.retrieval_eval.tasks import evaluate_retrieval, needle_retrieval, padded_passages
+from longlens.prompts.questions import Question
+from longlens.retrieval_eval.evaluate import evaluate_retrieval
+from longlens.retrieval_eval.tasks import needle_retrieval, padded_passages
 from longlens.retrieval_eval.truncate import cut_texts, long_texts
+from longlens.run import Run, plan
 
 QUESTIONS = Path(__file__).parents[1] / "../shared/data/lost-in-the-middle/nq-open-oracle.jsonl.gz"
-SMALL: dict[str, Any] = dict(lengths=(16, 32, 64), documents=8, layer_documents=4, taus=(0.5,), queries=6, candidates=8)
+SMALL: dict[str, Any] = dict(lengths=(16, 32, 64), n_documents=8, layer_documents=4, taus=(0.5,), n_queries=6, n_candidates=8)
 few = settings(max_examples=25, deadline=None)
 
 
@@ -236,7 +238,8 @@ def test_shortened_embeddings_are_those_of_encode() -> None:
 @pytest.mark.parametrize("pooling", ["mean", "lasttoken"])
 def test_decoder_embedder(pooling: str) -> None:
     enc = ll.load_encoder(ll.load(), pooling=pooling)
-    r = length_collapse(enc, lengths=(32, 64), documents=8, layer_documents=2, taus=(0.5,), retrieval="passkey", queries=4, candidates=6)
+    r = length_collapse(enc, lengths=(32, 64), n_documents=8, layer_documents=2, taus=(0.5,), retrieval="passkey",
+                        n_queries=4, n_candidates=6)
     texts = cut_texts(long_texts(8, enc, 64), enc, (32, 64))[64]
     c = pair_cosines(enc.encode(texts))
     got = r.frames["similarity"].filter(condition="none", context_length=64)["mean_cosine"].item()
@@ -275,8 +278,8 @@ def test_windows_are_compared_with_all_that_positions_reach() -> None:
     assert_frame_equal(*past)
     assert any("against documents cut at 96" in s for s in r.findings())
     assert any("documents of retrieval tasks were cut at 96 tokens (cut off)" in s for s in r.findings())
-    plan = length_collapse(short, **how, dry_run=True)
-    assert plan["tokens"].sum() == r.meta["tokens"] == whole.meta["tokens"]
+    planned = plan(length_collapse, short, **how)
+    assert planned["tokens"].sum() == r.meta["tokens"] == whole.meta["tokens"]
 
 
 def test_prompts_stand_before_queries_and_documents() -> None:
@@ -308,7 +311,7 @@ def test_the_encoders_own_prompts_are_used_as_everywhere(tmp_path: Path) -> None
     for name in ("similarity", "layers", "queries", "shortened"): assert_frame_equal(r.frames[name], named.frames[name], abs_tol=1e-6)
     assert (r.meta["settings"]["query_prompt"], r.meta["settings"]["document_prompt"]) == ("question: ", "passage: ")
     assert "prompts: 'question: ' before queries, 'passage: ' before documents" in r.findings()
-    kept = lambda e, **more: length_collapse(e, **{**how, **more}, out=tmp_path / "kept", dry_run=True)["finished"].sum()
+    kept = lambda e, **more: plan(length_collapse, e, **{**how, **more}, out=tmp_path / "kept")["finished"].sum()
     assert kept(enc) == r.meta["parts"] and kept(enc, document_prompt="") == kept(own_prompts(query="question: ")) == 0
     none = length_collapse(enc, **how, query_prompt="", document_prompt="")
     plain = length_collapse(tiny(), **how)
@@ -324,8 +327,8 @@ def test_the_lengths_do_not_choose_the_questions() -> None:
     words = "river stone cloud lamp garden window paper bridge".split()
     asked = [Question(f"Where is the {w} number {i}?", (f"spot {w} {i}",), (f"{w} {i}", f"It is at spot {w} {i}. " * (1 + i % 5)))
              for i in range(8) for w in words]
-    how = {**SMALL, "taus": (), "retrieval": "passages", "queries": 6, "candidates": 6}
-    tasks = lambda **more: {t.length: t for t in get_inputs(enc, None, None, asked, CollapseSettings(
+    how = {**SMALL, "taus": (), "retrieval": "passages", "n_queries": 6, "n_candidates": 6}
+    tasks = lambda **more: {t.length: t for t in get_inputs(enc, None, None, asked, CollapseDesign(
         (16, 64), 8, 2, (), (), (), ("passages",), more.pop("at"), 6, 6, False, (), (), None, None, False, 0, **more)).tasks}
     one, other = tasks(at=(64, 96), max_passage=24), tasks(at=(96,), max_passage=24)
     assert one[64].queries == one[96].queries == other[96].queries and one[96].documents == other[96].documents
@@ -411,7 +414,7 @@ def test_without_a_look_at_the_attention(name: str, monkeypatch: pytest.MonkeyPa
     assert [s.title for s in r.sections()].count("Head by head") == 0 and r.chart() is not None
     assert page_html([r], "Length collapse") and r.widget(encoder=enc) is not None
     texts = cut_texts(long_texts(8, enc, 64), enc, (16, 32, 64))[64][:4]
-    states = [enc.hf(**enc._padded(enc._read([t]), [0])[0], output_hidden_states=True).hidden_states[-1][0].double() for t in texts]
+    states = [enc.hf(**enc.padded(enc.read_texts([t]), [0])[0], output_hidden_states=True).hidden_states[-1][0].double() for t in texts]
     want = np.mean([((x - x.mean(0)).norm() / x.norm()).item() for x in states])
     got = r.frames["layers"].filter(condition="none", context_length=64, layer=1, measure="high_frequency")["value"].item()
     assert got == pytest.approx(want, abs=1e-4)
@@ -458,7 +461,8 @@ def test_the_shortest_texts_have_two_tokens() -> None:
     tok.backend_tokenizer.post_processor = Sequence([])
     enc, how = ll.load_encoder(hf, tok, pooling="lasttoken"), {**SMALL, "taus": (), "retrieval": ()}
     assert tok.num_special_tokens_to_add() == 0
-    with pytest.raises(ValueError, match="lengths begin at 1: of 2 tokens or more"): length_collapse(enc, **{**how, "lengths": (1, 2, 8)})
+    with pytest.raises(ValueError, match="lengths begin at 1: how alike tokens are takes 2 or more"):
+        length_collapse(enc, **{**how, "lengths": (1, 2, 8)})
     r = length_collapse(enc, **{**how, "lengths": (2, 8)})
     assert r.frames["layers"]["value"].is_finite().all()
 
@@ -495,7 +499,7 @@ def test_another_encoder_or_setting_finds_nothing(tmp_path: Path) -> None:
     how = {**SMALL, "taus": (), "retrieval": ()}
     enc = tiny()
     first = length_collapse(enc, **how, out=tmp_path / "kept")
-    kept = lambda e, **more: length_collapse(e, **{**how, **more}, out=tmp_path / "kept", dry_run=True)["finished"].sum()
+    kept = lambda e, **more: plan(length_collapse, e, **{**how, **more}, out=tmp_path / "kept")["finished"].sum()
     assert kept(enc) == first.meta["parts"] == 6
     assert kept(tiny(bias=1.0)) == kept(enc, document_prompt="a ") == 0
     assert kept(ll.load_encoder(enc.hf, enc.tokenizer, pooling="cls")) == 0
@@ -513,10 +517,23 @@ def test_keys_do_not_depend_on_what_was_tokenized_before() -> None:
 
 def test_a_plan_tells_what_it_costs() -> None:
     enc, report = measured()
-    plan = length_collapse(enc, **SMALL, dry_run=True)
-    assert plan["tokens"].sum() == report.meta["tokens"]
-    assert not plan["finished"].any()
-    assert_frame_equal(plan.drop("finished"), report.frames["costs"].drop("seconds"))
+    planned = plan(length_collapse, enc, **SMALL)
+    assert planned["tokens"].sum() == report.meta["tokens"]
+    assert not planned["finished"].any()
+    assert_frame_equal(planned.drop("finished"), report.frames["costs"].drop("seconds"))
+
+
+def test_settings_and_run_together_or_one_by_one() -> None:
+    enc, how = tiny(), {**SMALL, "taus": (), "retrieval": ()}
+    one = length_collapse(enc, **how, dims=(4, 8), seed=1, batch_size=4)
+    own = {k: v for k, v in how.items() if k not in ("layer_documents", "n_queries", "n_candidates")}
+    s = CollapseSettings(layer_documents=4, n_queries=6, n_candidates=8, dims=(4, 8))
+    same(length_collapse(enc, **own, settings=s, run=Run(seed=1, batch_size=4)), one)
+    same(length_collapse(enc, **own, settings=s, run=Run(seed=7, batch_size=4), seed=1), one)    # an argument of its own comes first
+    with pytest.raises(TypeError, match="no use for engine=: it takes out, batch_size, progress, seed"):
+        length_collapse(enc, run=Run(engine="ray"))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'documents': its settings are layer_documents, retrieval"):
+        length_collapse(enc, documents=8)  # type: ignore[call-arg]
 
 
 # What is refused, and what is left out
@@ -526,13 +543,13 @@ def test_a_plan_tells_what_it_costs() -> None:
     (dict(lengths=()), "lengths is .*: give whole numbers above 0"),
     (dict(lengths=(0, 16)), "lengths is .*: give whole numbers above 0"),
     (dict(lengths=(2, 16)), "a length is 2, and the tokenizer adds 2 tokens"),
-    (dict(documents=4), "documents is 4: how texts lie together is told by 8 or more"),
+    (dict(n_documents=4), "n_documents is 4: 8 texts or more show how texts lie together"),
     (dict(layer_documents=-1), "layer_documents is -1: it is 0 to 8"),
     (dict(taus=(0.5, -1.0)), "a temperature is -1.0: it must be above 0"),
     (dict(taus=(float("nan"),)), "a temperature is nan"),
     (dict(retrieval=("needle", "haystack")), "there is no task 'haystack': there are passkey, needle, passages"),
     (dict(retrieval="passages"), 'the task "passages" asks real questions: give questions='),
-    (dict(queries=9), "9 queries and 8 candidates"),
+    (dict(n_queries=9), "9 queries and 8 candidates"),
     (dict(retrieval_lengths=(16,)), "length is 16 tokens; .* takes"),
     (dict(lengths=(16, 32), retrieval="needle"), "retrieval takes documents of 64 tokens or more"),
     (dict(retrieval_lengths=(500,)), "retrieval_lengths go up to 500 tokens"),
@@ -552,10 +569,10 @@ def test_a_plan_tells_what_it_costs() -> None:
     (dict(natural=["rain " * 200] * 8), "text 0 has 202 tokens .* reads 96: cut it"),
     (dict(batch_size=0), "batch_size is 0"),
     (dict(batch_size=2.5), "batch_size is 2.5: give a whole number"),
-    (dict(documents=8.5), "documents is 8.5: give a whole number"),
+    (dict(n_documents=8.5), "n_documents is 8.5: give a whole number"),
     (dict(seed="x"), "seed is 'x': give a whole number"),
-    (dict(queries="few"), "queries is 'few': give a whole number"),
-    (dict(queries=1), "1 queries and 8 candidates: 2 queries or more"),
+    (dict(n_queries="few"), "n_queries is 'few': give a whole number"),
+    (dict(n_queries=1), "1 queries and 8 candidates: 2 queries or more"),
     (dict(retrieval_lengths=(16,)), r"the task 'passkey' at 16 tokens \(retrieval_lengths=\): length is 16 tokens; .* ask for 3\d or more"),
     (dict(questions=[]), "questions is empty: give some that have passages, or leave questions= out"),
     (dict(texts=["One text of a few words. " * 30] * 10), r"1 of 10 texts have 64 tokens or more \(9 others are copies of them\), and 8"),
@@ -582,7 +599,7 @@ def test_long_and_short_texts_are_counted() -> None:
     enc = tiny()
     texts = [*long_texts(9, enc, 80, seed="a"), *long_texts(2, enc, 150, seed="b"), *[f"Number {i} is a short one." for i in range(10)]]
     how = {**SMALL, "taus": (), "retrieval": ()}
-    r = length_collapse(enc, texts, **{**how, "documents": 11})
+    r = length_collapse(enc, texts, **{**how, "n_documents": 11})
     assert (r.meta["too_short"], r.meta["too_long"], r.meta["natural"], r.meta["n_truncated"]) == (10, 2, 19, 0)
     left = "10 texts were too short to be cut to the longest length; 2 texts were too long to be read whole"
     assert any(s.startswith(left) for s in r.findings())
@@ -599,8 +616,8 @@ def test_long_and_short_texts_are_counted() -> None:
 def test_a_copy_is_no_document_of_its_own() -> None:
     enc, how = tiny(), {**SMALL, "taus": (), "retrieval": ()}
     texts = long_texts(9, enc, 80)
-    once = length_collapse(enc, texts, **how | {"documents": 20})
-    twice = length_collapse(enc, [texts[0], *texts, texts[4].replace(" ", "  ", 3), *texts[:2]], **how | {"documents": 20})
+    once = length_collapse(enc, texts, **how | {"n_documents": 20})
+    twice = length_collapse(enc, [texts[0], *texts, texts[4].replace(" ", "  ", 3), *texts[:2]], **how | {"n_documents": 20})
     for name in ("similarity", "geometry", "separability", "layers"):
         assert_frame_equal(once.frames[name], twice.frames[name], abs_tol=1e-6)
     assert (once.meta["copies"], twice.meta["copies"], twice.meta["natural"], twice.meta["natural_copies"]) == (0, 4, 9, 4)
@@ -616,7 +633,7 @@ def test_cut_queries_are_counted() -> None:
     long = " please" * 120
     asked = [Question(f"Where is the {w} number {i}?{long * (i % 2)}", (f"spot {w} {i}",), (f"{w} {i}", f"It is at spot {w} {i}. " * 2))
              for i in range(8) for w in words]
-    how = {**SMALL, "retrieval": "passages", "queries": 8, "candidates": 8, "max_passage": 32, "retrieval_lengths": (32, 64)}
+    how = {**SMALL, "retrieval": "passages", "n_queries": 8, "n_candidates": 8, "max_passage": 32, "retrieval_lengths": (32, 64)}
     task = padded_passages(asked, enc, 32, n_queries=8, max_passage=32, seed=0)
     n = sum("please" in q for q in task.queries)
     texts = long_texts(8, enc, 80)
@@ -628,7 +645,7 @@ def test_cut_queries_are_counted() -> None:
 
 
 def test_temperatures_of_one_name_are_one() -> None:
-    r = length_collapse(tiny(), **{**SMALL, "taus": (0.5, 0.50000001, 1.00000001), "retrieval": (), "queries": 1})  # of no task
+    r = length_collapse(tiny(), **{**SMALL, "taus": (0.5, 0.50000001, 1.00000001), "retrieval": (), "n_queries": 1})  # of no task
     assert [*r.meta["conditions"]] == ["none", "tau 0.5"]
 
 
@@ -764,7 +781,7 @@ def test_a_second_map_where_umap_is_there(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_one_length_and_no_retrieval() -> None:
     "The least that can be measured still makes a report"
-    r = length_collapse(tiny(), lengths=(32,), documents=8, layer_documents=1, taus=(), retrieval=())
+    r = length_collapse(tiny(), lengths=(32,), n_documents=8, layer_documents=1, taus=(), retrieval=())
     assert {"retrieval", "queries"}.isdisjoint(r.frames)
     assert re.match(r"8 documents \(generated filler\) cut to 32 tokens: two of them have a cosine of -?[\d.]+ \(", r.findings()[0])
     assert len(r.sections()) == 6
@@ -775,11 +792,11 @@ def test_real_passages() -> None:
         pytest.skip(f"needs published files: lost-in-the-middle/{QUESTIONS.name} in a folder shared/data beside the project's")
     enc = ll.load_encoder()
     plain = dict(query_prompt=None, document_prompt=None, truncate=False, seed=0)
-    s = CollapseSettings((32, 256), 8, 2, (), (), (), ("passages",), (256,), 8, 8, False, (6,), (384,), **plain)
+    s = CollapseDesign((32, 256), 8, 2, (), (), (), ("passages",), (256,), 8, 8, False, (6,), (384,), **plain)
     x = get_inputs(enc, None, None, QUESTIONS, s)
     assert x.source == "passages, joined" and len(x.cut[256]) == 8 and len(x.natural) == 32
-    r = length_collapse(enc, questions=QUESTIONS, lengths=(32, 256), documents=8, layer_documents=2, taus=(), retrieval="passages",
-                        queries=8, retrieval_lengths=(256,))
+    r = length_collapse(enc, questions=QUESTIONS, lengths=(32, 256), n_documents=8, layer_documents=2, taus=(), retrieval="passages",
+                        n_queries=8, retrieval_lengths=(256,))
     assert r.frames["retrieval"].filter(measure="hit_1")["candidates"].item() == 8
     assert r.frames["retrieval"].filter(measure="ndcg_10")["value"].item() > 0.9
     assert r.frames["similarity"].filter(kind="natural")["context_length"].is_sorted()

@@ -123,8 +123,8 @@ def test_a_padded_text_is_measured_as_if_alone() -> None:
     for at in (range(30, 150), range(120), [*range(60), *range(80, 140)]):
         keep = torch.zeros(1, 150, dtype=torch.bool)
         keep[0, list(at)] = True
-        q, k = (torch.randn(1, x.shape[1], 150, 16, dtype=torch.float64) for x in (op.scores.q, op.scores.k))
-        q[:, :, keep[0]], k[:, :, keep[0]] = op.scores.q, op.scores.k
+        q, k = (torch.randn(1, x.shape[1], 150, 16, dtype=torch.float64) for x in (op.call.q, op.call.k))
+        q[:, :, keep[0]], k[:, :, keep[0]] = op.call.q, op.call.k
         got = top_singular(AttentionOperator(q, k, mask=Mask(None, None, keep=keep)))
         torch.testing.assert_close(got.value, want.value, rtol=1e-10, atol=0)
         assert torch.equal(got.iterations, want.iterations)
@@ -250,7 +250,7 @@ def test_bad_settings() -> None:
     for bad, match in (({"iterations": 0}, "1 step or more"), ({"tol": 0.0}, "between 0 and 1"), ({"tol": 2.0}, "between 0 and 1")):
         with pytest.raises(ValueError, match=match): SpectralNorm(**bad)
     op = random_operator(30)
-    two = AttentionOperator(op.scores.q.expand(2, -1, -1, -1), op.scores.k.expand(2, -1, -1, -1))
+    two = AttentionOperator(op.call.q.expand(2, -1, -1, -1), op.call.k.expand(2, -1, -1, -1))
     with pytest.raises(ValueError, match="there are 2 samples"): collapse_rate(two)
     with pytest.raises(IndexError, match="no sample 2"): collapse_rate(two, sample=2)
     torch.testing.assert_close(collapse_rate(two, sample=1), collapse_rate(op))

@@ -22,10 +22,12 @@ from zoo import zoo_model
 from longlens.models.forward import LongModel
 from longlens.models.load import load
 from longlens.prompts.compose import BoundaryError, Context, Piece, compose_prompt
-from longlens.prompts.haystack import NIAH_TASKS, WORDINGS, Haystack, Wording
+from longlens.prompts.haystack import Haystack
 from longlens.prompts.key_value import kv_json, threads
-from longlens.prompts.needle import haystack_context, needle_context
-from longlens.prompts.ruler import ancestral_chain, numbered_documents, passkeys, retrieval_prompt, variable_tracking
+from longlens.prompts.multi_document import numbered_documents
+from longlens.prompts.needle import NIAH_TASKS, haystack_context, needle_context
+from longlens.prompts.ruler import ancestral_chain, passkeys, retrieval_prompt, variable_tracking
+from longlens.prompts.wording import WORDINGS, Wording
 
 DATA = Path(__file__).parents[1] / "../shared/data"
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -118,7 +120,7 @@ def lm() -> LongModel:
     return load(allow_longer=True)
 
 
-def said(ctx: Context, name: str) -> str:
+def text_of(ctx: Context, name: str) -> str:
     "The tokens of a span, decoded, without white space and without WordPiece's sign for the inside of a word"
     ids = ctx.tokens.ids[ctx.spans[name]]
     return "".join(ctx.tokens.tokenizer.decode(ids).replace("##", "").split())
@@ -161,7 +163,7 @@ def check_pieces(tok: PreTrainedTokenizerFast, row: list[tuple[str, str]]) -> No
         covered = {k for i in s for k in range(*ctx.tokens.offsets[i].tolist())}
         assert {k for k in range(a, b) if not text[k].isspace()} <= covered
         assert all(text[k].isspace() for k in covered - set(range(a, b)))
-    assert [said(ctx, f"p{i}") for i in range(len(row))] == [bare(t) for t, _ in row]
+    assert [text_of(ctx, f"p{i}") for i in range(len(row))] == [bare(t) for t, _ in row]
 
 
 @settings(max_examples=150, deadline=None)
@@ -194,7 +196,8 @@ def test_special_tokens_behind_the_text_are_left_out(tok: PreTrainedTokenizerFas
 
 def test_special_tokens_in_the_text_are_refused() -> None:
     for name, text in (("bpe", "<eos>"), ("unigram", "</s>"), ("wordpiece", "[SEP]"), ("llama3", "<|eot_id|>")):
-        with pytest.raises(ValueError, match="reads as a special token: take it out"): compose_prompt(MAKE[name](), [f"It says {text} here."])
+        with pytest.raises(ValueError, match="reads as a special token: take it out"):
+            compose_prompt(MAKE[name](), [f"It says {text} here."])
         allowed = compose_prompt(MAKE[name](), ["It says ", Piece(text, special=True), " here."])
         assert MAKE[name]().convert_tokens_to_ids(text) in allowed.tokens.ids.tolist()
 
@@ -250,7 +253,7 @@ def test_chat(name: str, template: str) -> None:
     assert ctx.text == rendered + ctx.text[len(rendered):] and ctx.text.endswith("mentioned in the provided text is")
     assert ctx.tokens.ids.tolist() == tok(ctx.text, add_special_tokens=False)["input_ids"]
     assert (ctx.tokens.ids == (tok.bos_token_id)).sum() == (template == LLAMA)
-    assert said(ctx, "answer") == ctx.answer and said(ctx, "question").startswith("Whatisthespecialmagic")
+    assert text_of(ctx, "answer") == ctx.answer and text_of(ctx, "question").startswith("Whatisthespecialmagic")
     assert len(ctx) + len(ctx.completion_ids) <= 400
 
 
@@ -289,12 +292,12 @@ def test_ruler_tasks(tok: PreTrainedTokenizerFast, task: str) -> None:
     assert len(ctx) + len(ctx.completion_ids) <= 1200
     for i, answer in enumerate(ctx.answers):
         number = f"_{i}" * several
-        assert said(ctx, f"answer{number}") == bare(answer) and said(ctx, f"needle{number}").endswith(bare(answer) + ".")
+        assert text_of(ctx, f"answer{number}") == bare(answer) and text_of(ctx, f"needle{number}").endswith(bare(answer) + ".")
         assert ctx.spans[f"needle{number}"].start <= ctx.spans[f"answer{number}"].start
     assert sum(k.startswith("distractor") for k in ctx.spans) == (3 if task == "niah_multikey_1" else 0)
-    assert all(bare(k) in said(ctx, "question") for k in ctx.meta["keys"])
+    assert all(bare(k) in text_of(ctx, "question") for k in ctx.meta["keys"])
     assert ctx.text.count(ctx.answer) == 1
-    assert said(ctx, "question").startswith("Whatareallthe" if several else "Whatisthe")
+    assert text_of(ctx, "question").startswith("Whatareallthe" if several else "Whatisthe")
 
 
 def test_ruler_wording_by_the_letter(lm: LongModel) -> None:
@@ -328,7 +331,7 @@ def test_any_needle(name: str, n: int, depth: float, seed: int, kind: str, keys:
     event(f"made: {name}")
     total = len(ctx) + len(ctx.completion_ids)
     assert total == n if exact else total <= n
-    assert said(ctx, "answer") == bare(ctx.answer)
+    assert text_of(ctx, "answer") == bare(ctx.answer)
     off, sentence = (ctx.meta["depth_percent"] - depth) * ctx.meta["haystack_tokens"] / 100, max(map(len, units_of(tok, seed)))
     assert -sentence - 4 <= off <= 4    # the last boundary that is not behind the depth; 4 tokens for what is counted at breaks
     assert torch.equal(make(depth).tokens.ids, ctx.tokens.ids)    # the same seed, the same ids
@@ -353,12 +356,12 @@ def test_no_further_sentence_fits(tok: PreTrainedTokenizerFast) -> None:
 
 def test_only_the_needle_moves(lm: LongModel) -> None:
     contexts = [needle_context(lm, 800, d, wording="facts", seed=1) for d in (0, 40, 100)]
-    needle = said_with_spaces(contexts[0], "needle")
+    needle = spaced_text_of(contexts[0], "needle")
     assert len({bare(c.text.replace(needle, "")) for c in contexts}) == 1
     assert len({c.text for c in contexts}) == 3
 
 
-def said_with_spaces(ctx: Context, name: str) -> str:
+def spaced_text_of(ctx: Context, name: str) -> str:
     return ctx.tokens.tokenizer.decode(ctx.tokens.ids[ctx.spans[name]]).strip()
 
 
@@ -383,9 +386,9 @@ def test_facts_are_answered_by_the_embedded_model(lm: LongModel) -> None:
 
 def test_city_is_asked_as_published(lm: LongModel) -> None:
     ctx = needle_context(lm, 400, 50, wording="san_francisco")
-    assert said(ctx, "needle") == bare("The best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day.")
+    assert text_of(ctx, "needle") == bare("The best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day.")
     assert ctx.text.endswith("\nBased on the content of the book, Question: What is the best thing to do in San Francisco?\nAnswer:")
-    assert said(ctx, "answer") == bare(ctx.answer) and ctx.completion == " eat a sandwich and sit in Dolores Park on a sunny day."
+    assert text_of(ctx, "answer") == bare(ctx.answer) and ctx.completion == " eat a sandwich and sit in Dolores Park on a sunny day."
 
 
 # --- haystacks
@@ -422,7 +425,7 @@ def test_published_passages_as_a_haystack(lm: LongModel) -> None:
     assert len(ctx) + len(ctx.completion_ids) == 20_000 and abs(ctx.meta["depth_percent"] - 50) < 1
     docs = [r["ctxs"][0] for r in records[:10]]
     ctx = numbered_documents(lm, records[3]["question"], docs[3], [d for d in docs if d is not docs[3]], 7, answers=records[3]["answers"])
-    assert said(ctx, "document_7") == said(ctx, "gold") and bare(docs[3]["text"]) in said(ctx, "gold")
+    assert text_of(ctx, "document_7") == text_of(ctx, "gold") and bare(docs[3]["text"]) in text_of(ctx, "gold")
     assert list(ctx.answers) == records[3]["answers"]
 
 
@@ -435,7 +438,7 @@ def test_published_pairs(lm: LongModel) -> None:
     with gzip.open(file, "rt", encoding="utf-8") as f: record = json.loads(next(f))
     for index in (0, 37, 74):
         ctx = kv_json(lm, records=record["ordered_kv_records"], key=record["key"], gold_index=index)
-        assert ctx.answer == record["value"] and said(ctx, f"key_{index}") == record["key"] and said(ctx, "answer") == record["value"]
+        assert ctx.answer == record["value"] and text_of(ctx, f"key_{index}") == record["key"] and text_of(ctx, "answer") == record["value"]
         assert len([k for k in ctx.spans if k.startswith("pair_")]) == 75
         spans = [ctx.spans[f"pair_{i}"] for i in range(75)]
         assert all(a.stop <= b.start for a, b in pairwise(spans))
@@ -476,7 +479,7 @@ def test_threads_end_where_the_object_says(lm: LongModel, task: str, direction: 
     ctx = threads(lm, task, 40, thread_length=6, n_threads=4, direction=direction, seed=7)
     record = json.loads(ctx.text.split("\n")[0])
     for t, answer in enumerate(ctx.answers):
-        at, steps = said(ctx, f"thread_{t}_0").split('":')[0], 0
+        at, steps = text_of(ctx, f"thread_{t}_0").split('":')[0], 0
         while at in record: at, steps = record[at], steps + 1
         assert (at, steps) == (answer, 6)
     assert len(ctx.answers) == (4 if task == "multi_threading" else 1)
@@ -497,4 +500,4 @@ def test_different_seeds_differ(lm: LongModel) -> None:
 def test_own_wording(tok: PreTrainedTokenizerFast) -> None:
     mine = Wording("The sign at the mill says {value}.", "\nWhat does the sign at the mill say?", " It says", value="the market is closed")
     ctx = needle_context(tok, 300, 70, wording=mine)
-    assert said(ctx, "answer") == "themarketisclosed" and ctx.completion == " the market is closed."
+    assert text_of(ctx, "answer") == "themarketisclosed" and ctx.completion == " the market is closed."

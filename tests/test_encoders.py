@@ -14,7 +14,8 @@ from torch import nn
 from zoo import CAUSAL, ENCODERS, POSITIONS, VOCAB, ZOO, token_ids, zoo_model
 
 from longlens.attention.hf_interface import attach
-from longlens.encoders.encode import Encoder, _batches
+from longlens.encoders.encode import _batches
+from longlens.encoders.encoder import Encoder
 from longlens.encoders.load import load_encoder
 from longlens.encoders.pooling import POOLINGS, Pooling
 from longlens.interventions.base import interventions

@@ -14,6 +14,13 @@ from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
 from longlens.probes.heads.files import (
+    read_qrhead,
+    read_retrieval_scores,
+    to_head_list,
+    write_qrhead,
+    write_retrieval_scores,
+)
+from longlens.probes.heads.patterns import (
     DuoPattern,
     choose,
     kv_heads,
@@ -21,12 +28,7 @@ from longlens.probes.heads.files import (
     list_gates,
     query_heads,
     read_duo,
-    read_qrhead,
-    read_retrieval_scores,
-    to_head_list,
     write_duo,
-    write_qrhead,
-    write_retrieval_scores,
 )
 
 DATA = Path(__file__).parents[1] / "../shared/data"

@@ -31,7 +31,7 @@ hostile""", """
 grid = ll.needle_grid(lm, [256, 512], [0, 50, 100], trials=1).widget(model=lm)
 grid""", """
 from longlens.probes.collapse.probe import length_collapse
-collapse = length_collapse(enc, lengths=[16, 32], documents=8, layer_documents=1, taus=[.5], retrieval=()).widget(encoder=enc)
+collapse = length_collapse(enc, lengths=[16, 32], n_documents=8, layer_documents=1, taus=[.5], retrieval=()).widget(encoder=enc)
 collapse""", """
 small = ll.needle_context(lm, 200, 40, wording="facts", n_keys=3, seed=1)
 prompt = ready_prompt(lm, small, answer=" lamb. The", by="sentences", answer_span=(0, 5))
@@ -208,7 +208,7 @@ def test_an_answer_is_traced_where_hardly_a_position_is_left(page: Any, app: Any
 def test_every_quantity_of_the_map_is_explained(page: Any, app: Any) -> None:
     from playwright.sync_api import expect
     work = app("work")
-    menu, told = work.get_by_label("colour"), work.locator(".lx-main .lx-says").first
+    menu, told = work.get_by_label("colour"), work.locator(".lx-main .lx-caption").first
     names = [name.replace("\u00a0", " ") for name in menu.locator("option").all_inner_texts()]
     assert "entropy" in names and "normalised entropy" in names and "learned sink" not in names
     for name, sentence in (("entropy", "How spread out its attention is"), ("retrieval score", "Outlined: above 0.1, 2 of 40 heads.")):
@@ -329,7 +329,7 @@ def test_a_plain_text_is_asked(page: Any, app: Any) -> None:
     answer.fill("<b>lamb</b>")
     ask.click()
     says(plain, "asking: done")
-    expect(plain.locator(".lx-answers + .lx-says, .lx-box .lx-says")).to_contain_text("the answer that was given, “<b>lamb</b>”")
+    expect(plain.locator(".lx-answers + .lx-caption, .lx-box .lx-caption")).to_contain_text("the answer that was given, “<b>lamb</b>”")
     tab(plain, "Trace")
     plain.get_by_role("button", name="Measure").click()
     says(plain, "trace: done")

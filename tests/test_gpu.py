@@ -92,7 +92,7 @@ def test_sweep_of_a_small_llama() -> None:
     at = [(d, t) for d in (10, 50, 90) for t in range(3)]
     cells = [Cell.of(ll.needle_context(lms[0], 600, d, wording="facts", haystack=Haystack.generated(0), seed=t)) for d, t in at]
     want, got = (ll.sweep(lm, cells, Ask(4, heads_on="needle")) for lm in lms)
-    assert want.table("answers")["said"].equals(got.table("answers")["said"])
+    assert want.table("answers")["reply"].equals(got.table("answers")["reply"])
     for name, column in (("answers", "logprob"), ("attention", "mass")):
         a, b = (s.table(name)[column].to_torch() for s in (want, got))
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)

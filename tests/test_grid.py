@@ -21,7 +21,9 @@ import longlens as ll
 from longlens.charts.page import page_html
 from longlens.interventions.heads import Streaming
 from longlens.interventions.positions import rescaled_positions
-from longlens.probes.grid.probe import KINDS, grid_frames, needle_grid, published_grid
+from longlens.probes.grid.frames import grid_frames
+from longlens.probes.grid.inputs import KINDS
+from longlens.probes.grid.probe import needle_grid, published_grid
 from longlens.probes.grid.report import GridReport
 from longlens.probes.remedies import Remedy
 from longlens.prompts.haystack import Haystack
@@ -44,7 +46,7 @@ def lm() -> ll.LongModel: return ll.load()
 
 def cells_of(*args: Any, **kw: Any) -> list[Cell]:
     "The cells that the probe would run"
-    return list(needle_grid(*args, dry_run=True, **kw).cells)
+    return list(ll.plan(needle_grid, *args, **kw).cells)
 
 
 # Numbers
@@ -71,7 +73,7 @@ def test_against_plain_forwards(lm: ll.LongModel) -> None:
         ids = cell.ids[None]
         free = hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0)
         said = lm.tokenizer.decode(free[0, len(cell):], skip_special_tokens=True).split(".")[0].split("\n")[0]
-        assert row["said"] == said and row["score"] == np.mean([a.lower() in said.lower() for a in cell.answers])
+        assert row["reply"] == said and row["score"] == np.mean([a.lower() in said.lower() for a in cell.answers])
     for kind, masses in heads.items():
         f = r.frames["attention"].filter(kind=kind).sort("layer", "head")
         np.testing.assert_allclose(f["mass"], torch.stack(masses).mean(0).flatten(), atol=1e-5)
@@ -152,7 +154,7 @@ def test_kinds_of_ruler(lm: ll.LongModel) -> None:
 
 def test_usual_settings() -> None:
     lm = ll.load()
-    plan = needle_grid(lm, trials=1, dry_run=True)
+    plan = ll.plan(needle_grid, lm, trials=1)
     axes = [c.axes for c in plan.cells]
     assert sorted({a["context_length"] for a in axes}) == [256, 512, 1024, 2048]
     assert sorted({a["depth_percent"] for a in axes}) == needle_depths(10) and "40 cells" in repr(plan)
@@ -265,10 +267,10 @@ def test_grids_of_ones_own_files(tmp_path: Path) -> None:
 
 def test_another_call_resumes(lm: ll.LongModel, tmp_path: Path) -> None:
     args: dict[str, Any] = dict(max_new_tokens=1, out=tmp_path)
-    plan = needle_grid(lm, (128,), (0, 100), trials=1, dry_run=True, **args)
+    plan = ll.plan(needle_grid, lm, (128,), (0, 100), trials=1, **args)
     assert "2 cells" in repr(plan) and not plan.finished
     first = needle_grid(lm, (128,), (0, 100), trials=1, **args)
-    finished = lambda *a, **kw: len(needle_grid(lm, *a, dry_run=True, **args | kw).finished)
+    finished = lambda *a, **kw: len(ll.plan(needle_grid, lm, *a, **args | kw).finished)
     assert finished((128, 200), (0, 50, 100), trials=2) == 2
     assert finished((128,), (0, 100), trials=1, threshold=.5, metric="string_match_part") == 2  # nothing is asked anew
     assert finished((128,), (0, 100), trials=1, remedies=["yarn"]) == 2 and finished((128,), (0, 100), trials=1, seed=1) == 0
@@ -302,7 +304,7 @@ def test_another_call_resumes(lm: ll.LongModel, tmp_path: Path) -> None:
 def test_bad_input_is_named_before_anything_runs(lm: ll.LongModel, monkeypatch: pytest.MonkeyPatch, args: Any, kw: dict[str, Any],
                                                  error: type[Exception], said: str) -> None:
     def never(*args: Any, **kw: Any) -> None: raise AssertionError("the model was run")
-    monkeypatch.setattr("longlens.sweeps.sweep.do_batch", never)
+    monkeypatch.setattr("longlens.sweeps.runner.do_batch", never)
     with pytest.raises(error, match=said): needle_grid(lm, *args, **kw)
     assert not lm.allow_longer
 
@@ -347,7 +349,7 @@ def test_the_whole_reply_counts(lm: ll.LongModel, monkeypatch: pytest.MonkeyPatc
     answer, = cells_of(lm, **args)[0].answers
     monkeypatch.setattr("longlens.probes.generate._texts", lambda lm, rows: [f"It is:\n1. {answer}"] * len(rows))
     r, own = (needle_grid(m, **args) for m in (other, lm))
-    assert r.frames["answers"]["score"].to_list() == [score] and own.frames["answers"]["said"].to_list() == ["It is:"]
+    assert r.frames["answers"]["score"].to_list() == [score] and own.frames["answers"]["reply"].to_list() == ["It is:"]
 
 
 def test_a_haystack_that_has_the_fact_already() -> None:

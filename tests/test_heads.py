@@ -18,9 +18,10 @@ from longlens.needle_lm.data import NAMES, VALUES
 from longlens.probes.heads.ablation import ablation_curve
 from longlens.probes.heads.duo_gates import GateSettings, duo_gates
 from longlens.probes.heads.files import read_retrieval_scores, write_retrieval_scores
-from longlens.probes.heads.probe import METHODS, retrieval_heads
+from longlens.probes.heads.probe import retrieval_heads
 from longlens.probes.heads.report import HeadReport
 from longlens.probes.heads.scores import Watch, pattern_scores, qr_scores, run_trials
+from longlens.probes.heads.views import METHODS
 from longlens.prompts.compose import Piece
 
 WORDS, PLACES = 32, 64  # tokens of the vocabulary, positions
@@ -84,7 +85,8 @@ def question(lm: ll.LongModel, seed: int, n: int = 40) -> ll.Context:
     needle, rest = order[:4], order[4:]
     at = int(g.integers(0, len(rest)))
     pieces = ["".join(f"{w} " for w in rest[:at]), Piece(" ".join(needle), "needle"), "".join(f" {w}" for w in rest[at:]), f" {needle[0]}"]
-    return ll.compose_prompt(lm, [p for p in pieces if p], answers=[" ".join(needle[1:])], completion=" " + " ".join(needle[1:]), kind="by hand")
+    value = " ".join(needle[1:])
+    return ll.compose_prompt(lm, [p for p in pieces if p], answers=[value], completion=f" {value}", kind="by hand")
 
 
 @pytest.mark.parametrize("mode", ["teacher", "decode"])
@@ -104,7 +106,7 @@ def test_both_modes_agree_step_by_step() -> None:
     for s in range(5):
         ctx = question(lm, s)
         forced, free = (run_trials(lm, [ctx], Watch(m, 3))[0] for m in ("teacher", "decode"))
-        assert torch.equal(forced.said_ids, free.said_ids) and torch.equal(forced.looked, free.looked)
+        assert torch.equal(forced.reply_ids, free.reply_ids) and torch.equal(forced.looked, free.looked)
         assert torch.equal(forced.retrieval_score, free.retrieval_score)
 
 

@@ -38,6 +38,12 @@ def test_public_name_resolves(name: str) -> None:
     assert name in dir(longlens)
 
 
+@pytest.mark.parametrize("wanted", ["LongModel.generate", "LongModel.score", "LongModel.memory", "Encoder.encode", "Encoder.read_texts"])
+def test_classes_have_all_their_methods_from_the_start(wanted: str) -> None:
+    "Methods are patched in by other modules than the one with the class: the stub must name a module that loads them all"
+    subprocess.run([sys.executable, "-c", f"import longlens; longlens.{wanted}"], check=True)
+
+
 def test_unknown_name_says_what_there_is() -> None:
     with pytest.raises(AttributeError, match=r"no attribute 'laod'.*load"): longlens.laod  # noqa: B018
 

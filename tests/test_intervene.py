@@ -11,9 +11,8 @@ from transformers import DynamicCache
 from zoo import CAUSAL, ENCODERS, POSITIONS, token_ids, zoo_model
 
 import longlens as ll
-from longlens.attention.hf_interface import _EDITS, _HELD, UnsupportedModel
+from longlens.attention.hf_interface import UnsupportedModel, attachments
 from longlens.interventions.base import (
-    _ACTIVE,
     Intervention,
     check_heads,
     head_sizes,
@@ -69,7 +68,7 @@ def test_nothing_is_left_behind(name: str) -> None:
     assert (changed - before).abs().max() > 1e-4
     with pytest.raises(RuntimeError, match="stop"), ablate(model, heads): raise RuntimeError("stop")
     assert torch.equal(model(ids)[0], before)
-    assert not (_EDITS or _ACTIVE or _HELD)
+    assert not attachments()
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -245,7 +244,7 @@ def test_only_one_changes_positions(pair: tuple[str, str]) -> None:
             for one in (first, second): stack.enter_context(TURNING[one](model))
             with pytest.raises(UnsupportedModel, match=f"{first} and {second} change positions of the same layer: use one"): model(ids)
         with TURNING[first](model): model(ids)
-    assert torch.equal(model(ids).logits, before) and not (_EDITS or _ACTIVE or _HELD)
+    assert torch.equal(model(ids).logits, before) and not attachments()
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "qwen3"])

@@ -30,11 +30,13 @@ from longlens.interventions.calibrate import redistribute
 from longlens.interventions.heads import Streaming, Temperature
 from longlens.interventions.positions import ms_poe, rescaled_positions, set_based
 from longlens.probes.generate import Ask
-from longlens.probes.middle import probe as middle
-from longlens.probes.middle.probe import POSITIONS, curve_frame, effects_frame, gold_positions, indices_frame, lost_in_the_middle, top_heads
+from longlens.probes.middle.frames import curve_frame, effects_frame, indices_frame, top_heads
+from longlens.probes.middle.inputs import POSITIONS, MiddleDesign, get_items, gold_positions
+from longlens.probes.middle.probe import lost_in_the_middle
 from longlens.probes.middle.report import MiddleReport, parts_frame
 from longlens.probes.remedies import REMEDIES, AsSet, Calibrated, PerHead, Remedy, document_spans, relevance
-from longlens.prompts.multi_document import KeyValue, Question, fact_pairs, fact_questions, place, read_questions
+from longlens.prompts.multi_document import place_answer
+from longlens.prompts.questions import KeyValue, Question, fact_pairs, fact_questions, read_questions
 from longlens.sweeps.cells import Cell, Changed
 from longlens.sweeps.store import HEAD, StoreError
 from longlens.sweeps.sweep import sweep
@@ -106,7 +108,7 @@ def free(hf: Any, ids: torch.Tensor, n: int) -> list[int]:
 
 def cells_of(*args: Any, **kw: Any) -> list[Cell]:
     "The cells that the probe would run"
-    return list(lost_in_the_middle(*args, dry_run=True, **kw).cells)
+    return list(ll.plan(lost_in_the_middle, *args, **kw).cells)
 
 
 # Position effects that are known
@@ -152,7 +154,7 @@ def test_what_the_model_is_meanwhile_is_what_is_measured(what: Streaming, said: 
     same = {"same": Remedy("", Changed((what,)))}
     own = lost_in_the_middle(lm, listed(5, 1), positions=5, max_new_tokens=1, baselines=False, remedies=same)
     a, b = (f.sort("gold_index") for f in (r.frames["answers"].filter(question=0), own.frames["answers"].filter(remedy="same")))
-    assert a["said"].to_list() == b["said"].to_list()
+    assert a["reply"].to_list() == b["reply"].to_list()
     for column in ("logprob", "gold_attention"): np.testing.assert_allclose(a[column], b[column], atol=1e-6)
 
 
@@ -169,7 +171,7 @@ def test_against_a_mask_that_is_written_out() -> None:
         seen = (k <= q) & ((k < ENDS.sink) | (q - k < ENDS.recent))
         logs, attention = forced(hf, cell, torch.where(seen, 0., torch.finfo(torch.float32).min)[None, None])
         assert row["logprob"] == pytest.approx(float(logs.gather(-1, cell.completion[:, None]).sum()), abs=1e-4)
-        assert row["said"].strip() == lm.decode(logs[:1].argmax(-1)).strip()
+        assert row["reply"].strip() == lm.decode(logs[:1].argmax(-1)).strip()
         gold = cell.spans["gold"]
         mass = attention[..., gold.start:gold.stop].sum(-1).mean(-1)  # (layers, heads)
         assert row["gold_attention"] == pytest.approx(float(mass.mean()), abs=1e-4)  # logits go up to 64 here
@@ -195,8 +197,8 @@ def test_needle_lm_against_plain_forwards() -> None:
         assert row["logprob_mean"] == pytest.approx(row["logprob"] / len(cell.completion))
         assert row["first_choice"] == bool((logs.argmax(-1) == cell.completion).all())
         said = lm.tokenizer.decode(free(hf, cell.ids, 6), skip_special_tokens=True)
-        assert row["said"] == said.split(".")[0].split("\n")[0]
-        assert row["score"] == float(cell.answers[0].lower() in row["said"].lower())
+        assert row["reply"] == said.split(".")[0].split("\n")[0]
+        assert row["score"] == float(cell.answers[0].lower() in row["reply"].lower())
         if row["variant"] == "closed_book":
             assert row["gold_attention"] is None and row["gold_share"] is None
             continue
@@ -244,7 +246,7 @@ def test_greedy_answers_are_those_of_generate() -> None:
     cells = [Cell(row) for row in token_ids(30, batch=12, seed=3)] + [Cell(token_ids(n)[0]) for n in (500, 511)]
     got = sweep(lm, cells, Ask(20), batch_size=5).table("answers")
     ways = set()
-    for cell, said, ended in zip(cells, got["said"], got["ended"], strict=True):
+    for cell, said, ended in zip(cells, got["reply"], got["ended"], strict=True):
         room = min(20, 513 - len(cell))
         new = free(hf, cell.ids, room)
         stopped = new[-1] in hf.config.eos_token_id
@@ -299,7 +301,7 @@ def test_variants_and_baselines_are_the_prompts_of_the_paper() -> None:
         q, a = items[cell.axes["question"]], cell.axes
         alone = a["variant"] in ("closed_book", "oracle")
         assert (a["gold_index"] is None) == alone
-        want = place(lm, q, 0 if alone else a["gold_index"], variant=a["variant"], seed=f"3 {a['question']}")
+        want = place_answer(lm, q, 0 if alone else a["gold_index"], variant=a["variant"], seed=f"3 {a['question']}")
         assert torch.equal(cell.ids, want.tokens.ids) and cell.answers == q.answers and a["context_length"] == len(want)
     text = {c.axes["variant"]: lm.decode(c.ids) for c in cells if c.axes["question"] == 0 and c.axes["gold_index"] in (2, None)}
     assert text["query_aware"].count(items[0].question) == 2 and "ordered randomly" in text["random_order"]
@@ -308,12 +310,12 @@ def test_variants_and_baselines_are_the_prompts_of_the_paper() -> None:
 
 def test_lists_are_shortened_and_filled_up() -> None:
     long = KeyValue(tuple((f"w{i}", f"w{i + 40}") for i in range(10, 40)), "w20", "w60")
-    made, = {type(i): i for i in middle.get_items(known(), [long], 5, 1, 0)}.values()
+    made, = {type(i): i for i in get_items(known(), [long], 5, 1, 0)}.values()
     assert len(made.records) == 5 and dict(made.records)["w20"] == "w60" and {*made.records} <= {*long.records}
     gold_only = [replace(q, others=()) for q in listed(1, 12)]
-    three, nine = (middle.get_items(known(), gold_only, 6, k, 0) for k in (3, 9))
+    three, nine = (get_items(known(), gold_only, 6, k, 0) for k in (3, 9))
     assert three == nine[:3] and all(len(q.others) == 5 for q in nine)  # asking more questions leaves the others as they were
-    assert len(middle.get_items(known(), [replace(q, others=()) for q in listed(1, 25)], None, 2, 0)[0].others) == 19  # 20 as the paper has
+    assert len(get_items(known(), [replace(q, others=()) for q in listed(1, 25)], None, 2, 0)[0].others) == 19  # 20 as the paper has
 
 
 @given(n=st.integers(1, 400), k=st.integers(1, 12), data=st.data())
@@ -356,7 +358,7 @@ def test_tables_by_hand(k: int, scores: list[list[int]]) -> None:
 
 def both(lm: ll.LongModel, item: Any, gold: int, condition: Any, **kw: Any) -> tuple[Cell, dict[str, Any]]:
     "A cell, and what a sweep says of it"
-    cell = Cell.of(place(lm, item, gold), condition)
+    cell = Cell.of(place_answer(lm, item, gold), condition)
     return cell, sweep(lm, [cell], Ask(3, **kw)).table("answers").row(0, named=True)
 
 
@@ -388,7 +390,7 @@ def test_ms_poe_is_that_of_the_whole_prompt() -> None:
 
 def test_relevance_from_patterns_that_are_written_out() -> None:
     lm, item, dummy = needle(), fact_questions(1, 4, sentences=1)[0], " This is nothing."
-    cell = Cell.of(place(lm, item, 2))
+    cell = Cell.of(place_answer(lm, item, 2))
     words = lm.tokens(dummy, add_special_tokens=False).ids
 
     def attention(ids: torch.Tensor, s: range) -> float:
@@ -428,7 +430,7 @@ def test_documents_as_a_set_have_no_order() -> None:
     by = {(q, n): f for (q, n), f in r.frames["answers"].group_by("question", "remedy")}
     for q in range(2):
         same, differ = (by[q, n].sort("gold_index") for n in ("set_based", "none"))
-        assert same["logprob"].max() - same["logprob"].min() < 1e-4 and same["said"].n_unique() == 1
+        assert same["logprob"].max() - same["logprob"].min() < 1e-4 and same["reply"].n_unique() == 1
         assert differ["logprob"].max() - differ["logprob"].min() > .1
     u = r.frames["indices"].filter(remedy="set_based", measure="logprob")
     assert u["value"].abs().max() < 1e-4
@@ -444,7 +446,7 @@ def test_lines_as_a_set_have_no_order() -> None:
     r = lost_in_the_middle(lm, [item], positions=range(6), remedies=["set_based"], max_new_tokens=2)
     same, differ = (r.frames["answers"].filter(remedy=n).sort("gold_index")["logprob"] for n in ("set_based", "none"))
     assert same.max() - same.min() < 1e-4 and differ.max() - differ.min() > .1
-    cell = Cell.of(place(lm, item, 3))
+    cell = Cell.of(place_answer(lm, item, 3))
     starts = [s.start for s in document_spans(cell).values()]
     with torch.no_grad(), set_based(lm, [range(a, b) for a, b in zip(starts, [*starts[1:], cell.spans["question"].start], strict=True)]):
         want = lm.score(cell.ids, cell.completion).total
@@ -485,13 +487,13 @@ def reader() -> ll.LongModel:
 
 def test_published_questions() -> None:
     lm, path = reader(), published("nq-open-oracle.jsonl.gz")
-    r = lost_in_the_middle(lm, path, n=10, questions=2, max_new_tokens=2)
+    r = lost_in_the_middle(lm, path, n_documents=10, n_questions=2, max_new_tokens=2)
     s = r.meta["settings"]
     assert (s["task"], s["n"], s["positions"], s["metric"], s["stop"]) == (path.name, 10, [0, 4, 9], "best_subspan_em", ["\n"])
     assert r.frames["curve"]["gold_index"].to_list() == [0, 4, 9] and r.frames["baselines"]["questions"].to_list() == [2, 2]
     raw = [json.loads(line) for line in gzip.open(path, "rt", encoding="utf-8")]
     texts = {c["text"].strip() for row in raw for c in row["ctxs"]}
-    cells = cells_of(lm, str(path), n=10, questions=2)
+    cells = cells_of(lm, str(path), n_documents=10, n_questions=2)
     for cell in (c for c in cells if c.axes["gold_index"] is not None):
         row = raw[cell.axes["question"]]
         said = [lm.decode(cell.ids[cell.spans[f"document_{i}"]]).strip() for i in range(10)]
@@ -501,14 +503,14 @@ def test_published_questions() -> None:
         assert sum(any(a.lower() in d.lower() for a in row["answers"]) for d in said) >= 1 and list(cell.answers) == row["answers"]
     for row, cell in zip(r.frames["answers"].iter_rows(named=True), cells, strict=True):
         assert row["logprob"] == pytest.approx(lm.score(cell.ids, cell.completion).total, rel=1e-4, abs=1e-3)
-    more = cells_of(lm, path, n=10, questions=4)
+    more = cells_of(lm, path, n_documents=10, n_questions=4)
     have = {tuple(c.ids.tolist()) for c in more}
     assert all(tuple(c.ids.tolist()) in have for c in cells)  # four questions are these two and two more
 
 
 def test_published_pairs() -> None:
     lm, path = reader(), published("kv-retrieval-75_keys.jsonl.gz")
-    cells = cells_of(lm, path, questions=2)
+    cells = cells_of(lm, path, n_questions=2)
     raw = [json.loads(line) for line, _ in zip(gzip.open(path, "rt", encoding="utf-8"), range(2), strict=False)]
     assert [(c.axes["question"], c.axes["gold_index"]) for c in cells] == [(q, g) for q in range(2) for g in (0, 24, 49, 74)]
     for cell in cells:
@@ -519,7 +521,7 @@ def test_published_pairs() -> None:
         assert told[cell.axes["gold_index"]] == (row["key"], row["value"])
         assert [p for p in told if p[0] != row["key"]] == [tuple(p) for p in row["ordered_kv_records"] if p[0] != row["key"]]
         assert text.endswith(f'Key: "{row["key"]}"\nCorresponding value:') and cell.answers == (row["value"],)
-    r = lost_in_the_middle(lm, path, n=8, questions=2, positions=3, max_new_tokens=2)
+    r = lost_in_the_middle(lm, path, n_documents=8, n_questions=2, positions=3, max_new_tokens=2)
     s = r.meta["settings"]
     assert (s["n"], s["metric"], s["stop"], s["what"]) == (8, "kv_match", [], "pairs")  # the whole reply counts, line breaks and all
     assert r.frames["curve"]["gold_index"].to_list() == [0, 4, 7] and "baselines" not in r.frames
@@ -542,22 +544,22 @@ def test_what_counts_of_a_reply(monkeypatch: pytest.MonkeyPatch, item: str, scor
 
 def test_another_call_resumes(tmp_path: Path) -> None:
     lm, gold_only = known(), [replace(q, others=()) for q in listed(1, 9)]
-    kw: dict[str, Any] = dict(n=4, positions=4, max_new_tokens=1, out=tmp_path / "r")
-    plan = lost_in_the_middle(lm, gold_only, questions=2, dry_run=True, **kw)
+    kw: dict[str, Any] = dict(n_documents=4, positions=4, max_new_tokens=1, out=tmp_path / "r")
+    plan = ll.plan(lost_in_the_middle, lm, gold_only, n_questions=2, **kw)
     assert "12 cells" in repr(plan) and "tokens to compute" in repr(plan) and plan.finished == frozenset()
-    first = lost_in_the_middle(lm, gold_only, questions=2, **kw)
-    finished = lambda **more: len(lost_in_the_middle(lm, gold_only, dry_run=True, **kw | dict(questions=2) | more).finished)
+    first = lost_in_the_middle(lm, gold_only, n_questions=2, **kw)
+    finished = lambda **more: len(ll.plan(lost_in_the_middle, lm, gold_only, **kw | dict(n_questions=2) | more).finished)
     assert finished() == 12
-    assert finished(questions=3) == 12
+    assert finished(n_questions=3) == 12
     assert finished(metric="string_match_part") == 0  # the whole reply is written then
     assert finished(positions=2) == 8 and finished(variants="query_aware") == 4 and finished(max_new_tokens=2) == finished(seed=1) - 4 == 0
     one = {"sharp": Remedy("", Changed((Temperature(.5),)))}
     assert finished(remedies=one) == 12
-    lost_in_the_middle(lm, gold_only, questions=2, remedies=one, **kw)
+    lost_in_the_middle(lm, gold_only, n_questions=2, remedies=one, **kw)
     assert finished(remedies=one) == 20
     assert finished(remedies={"renamed": one["sharp"]}) == 20  # a name is no setting
     assert finished(remedies={"sharp": Remedy("", Changed((Temperature(.6),)))}) == 12
-    again = lost_in_the_middle(lm, gold_only, questions=2, **kw)
+    again = lost_in_the_middle(lm, gold_only, n_questions=2, **kw)
     assert again.frames["answers"].equals(first.frames["answers"]) and again.findings() == first.findings()
     with ll.temperature(lm, .9): assert finished() == 0
     assert finished() == 12
@@ -578,11 +580,11 @@ def test_results_of_another_version_are_refused(tmp_path: Path) -> None:
     (dict(positions=(-1,)), ValueError, "position -1 is not among 5"),
     (dict(positions=()), ValueError, "positions is empty: give at least one"),
     (dict(positions=0), ValueError, "0 positions: one or more"),
-    (dict(n=40), ValueError, "40 documents were asked for, and 'what' can have"),
-    (dict(n=0), ValueError, "n is 0: ask one question or more, of one document or more"),
-    (dict(n=-3), ValueError, "n is -3"),
-    (dict(questions=0), ValueError, "questions is 0"),
-    (dict(questions=-1), ValueError, "questions is -1"),
+    (dict(n_documents=40), ValueError, "40 documents were asked for, and 'what' can have"),
+    (dict(n_documents=0), ValueError, "n_documents is 0: ask one question or more, of one document or more"),
+    (dict(n_documents=-3), ValueError, "n_documents is -3"),
+    (dict(n_questions=0), ValueError, "n_questions is 0"),
+    (dict(n_questions=-1), ValueError, "n_questions is -1"),
     (dict(variants=("reversed",)), ValueError, "a variant of this task is one of plain, query_aware, random_order, not 'reversed'"),
     (dict(variants=()), ValueError, "variants is empty"),
     (dict(metric="bleu"), ValueError, "a metric is one of best_subspan_em, .*, not 'bleu'"),
@@ -596,24 +598,24 @@ def test_results_of_another_version_are_refused(tmp_path: Path) -> None:
     (dict(task=[]), ValueError, "no questions: there is nothing to ask"),
     (dict(task="no/such/file.jsonl"), FileNotFoundError, "there is no file no/such/file.jsonl: task is"),
     (dict(task=Path("no/such")), FileNotFoundError, "there is no file"),
-    (dict(task=[*listed(2, 1), *listed(3, 1)]), ValueError, "2 to 3 documents: say how many with n="),
+    (dict(task=[*listed(2, 1), *listed(3, 1)]), ValueError, "2 to 3 documents: say how many with n_documents="),
     (dict(task=[*listed(2, 1), fact_pairs(1, 4)[0]]), TypeError, "two tasks"),
-    (dict(task=[*fact_pairs(1, 4), *fact_pairs(1, 5)]), ValueError, "4 to 5 pairs: say how many with n="),
-    (dict(task=fact_pairs(1, 4), n=9), ValueError, "9 pairs were asked for, and this list has 4"),
-    (dict(task=fact_pairs(1, 4), n=1), ValueError, "two pairs or more are needed"),
+    (dict(task=[*fact_pairs(1, 4), *fact_pairs(1, 5)]), ValueError, "4 to 5 pairs: say how many with n_documents="),
+    (dict(task=fact_pairs(1, 4), n_documents=9), ValueError, "9 pairs were asked for, and this list has 4"),
+    (dict(task=fact_pairs(1, 4), n_documents=1), ValueError, "two pairs or more are needed"),
     (dict(task=fact_pairs(1, 4), variants=["random_order"]), ValueError, "one of plain, query_aware, not 'random_order'"),
     (dict(task=[Question("what", ("w5",), "w5 " * 150, ("w6 " * 150,))]), ValueError, "made for 256 positions: they are a learned table"),
 ])
 def test_bad_input_is_named_before_anything_runs(monkeypatch: pytest.MonkeyPatch, how: dict[str, Any], error: type[Exception],
                                                  said: str) -> None:
     def never(*args: Any, **kw: Any) -> None: raise AssertionError("the model was run")
-    monkeypatch.setattr("longlens.sweeps.sweep.do_batch", never)
+    monkeypatch.setattr("longlens.sweeps.runner.do_batch", never)
     with pytest.raises(error, match=said): lost_in_the_middle(known(), **{"task": listed(5, 2)} | how)
 
 
 def test_a_metric_that_cannot_be_had_is_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*args: Any, **kw: Any) -> None: raise AssertionError("the model was run")
-    monkeypatch.setattr("longlens.sweeps.sweep.do_batch", never)
+    monkeypatch.setattr("longlens.sweeps.runner.do_batch", never)
     two = [replace(q, answers=(*q.answers, "w5")) for q in listed(3, 1)]
     with pytest.raises(ValueError, match="kv_match is defined for one answer"): lost_in_the_middle(known(), two, metric="kv_match")
     with pytest.raises(ValueError, match="of which nothing is left without punctuation and articles"): replace(two[0], answers=("The.",))
@@ -621,7 +623,7 @@ def test_a_metric_that_cannot_be_had_is_refused_before_anything_runs(monkeypatch
 
 def test_texts_that_are_too_long(tmp_path: Path) -> None:
     lm, items = needle(), fact_questions(1, 2, sentences=110)
-    assert len(place(lm, items[0], 0, allow_longer=True)) > 2048
+    assert len(place_answer(lm, items[0], 0, allow_longer=True)) > 2048
     with pytest.raises(ValueError, match=r"made for 2,048 positions: .* if the model is loaded with allow_longer=True"):
         lost_in_the_middle(lm, items)
     r = lost_in_the_middle(lm, items, positions=1, allow_longer=True, max_new_tokens=1, baselines=False)
@@ -648,7 +650,7 @@ def odd(findings: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize(("n", "count", "positions", "more"), [
-    (1, 1, 1, dict(n=1)), (2, 1, 1, {}), (3, 1, 3, dict(remedies=["reordering"])), (4, 2, (1, 2, 3), {}),
+    (1, 1, 1, dict(n_documents=1)), (2, 1, 1, {}), (3, 1, 3, dict(remedies=["reordering"])), (4, 2, (1, 2, 3), {}),
     (5, 3, 4, dict(baselines=False, variants=("query_aware", "plain"), remedies=["reordering", "temperature"])),
 ])
 def test_small_reports_read_well(n: int, count: int, positions: Any, more: dict[str, Any], tmp_path: Path) -> None:
@@ -697,6 +699,6 @@ def test_settings_say_what_was_run() -> None:
     s = r.meta["settings"]
     assert (s["task"], s["questions"], s["variants"], s["remedies"], s["seed"]) == ("own questions", 2, ["query_aware"], ["none"], 7)
     assert s["stop"] == [] and s["what"] == "documents"
-    assert {*s} == {*asdict(middle.MiddleSettings("", 1, (), 1, (), (), "", 1, ()))} and r.meta["max_length"] == 256
+    assert {*s} == {*asdict(MiddleDesign("", 1, (), 1, (), (), "", 1, ()))} and r.meta["max_length"] == 256
     twice = lost_in_the_middle(known(), listed(4, 2), variants=("plain", "plain"), remedies=["reordering", "reordering"], **kw)
     assert len(twice.frames["answers"]) == 2 * 2 * 2 + 4

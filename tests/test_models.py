@@ -12,8 +12,8 @@ import pytest
 import torch
 from zoo import CAUSAL, VOCAB, ZOO, token_ids, zoo_model
 
-from longlens.models.kv_cache import Prefix
 from longlens.models.forward import LongModel
+from longlens.models.kv_cache import Prefix
 from longlens.models.load import load
 
 N = 40  # several windows long

@@ -47,7 +47,7 @@ def operators(draw, sinks: bool = True, padding: bool = True) -> AttentionOperat
 
 def formed(op: AttentionOperator) -> torch.Tensor:
     "P by the textbook, from the definition of the mask alone"
-    s, (b, h, nq, nk) = op.scores, op.shape
+    s, (b, h, nq, nk) = op.call, op.shape
     m, x = s.mask, s.q @ s.k.repeat_interleave(s.group, 1).mT * s.scale
     if s.softcap: x = s.softcap * torch.tanh(x / s.softcap)
     i, j = torch.arange(nq)[:, None] + m.offset, torch.arange(nk)[None]
@@ -57,7 +57,8 @@ def formed(op: AttentionOperator) -> torch.Tensor:
     seen = seen.expand(b, 1, nq, nk)
     if m.rule is not None: seen = seen & (m.rule if isinstance(m.rule, torch.Tensor) else m.rule(0, 0, i, j))
     if m.keep is not None: seen = seen & m.keep[:, None, None, :] & m.keep[:, None, m.offset:m.offset + nq, None]
-    extra = torch.full((b, h, nq, 1), -torch.inf).double() if op.sinks is None else op.sinks[None, :, None, None].expand(b, h, nq, 1)
+    sinks = op.sinks
+    extra = torch.full((b, h, nq, 1), -torch.inf).double() if sinks is None else sinks[None, :, None, None].expand(b, h, nq, 1)
     e = torch.cat([x.masked_fill(~seen, -torch.inf), extra], -1)
     rows = seen.any(-1, keepdim=True)  # a row that sees nothing has no attention, whatever the sink says
     return torch.where(rows, e.masked_fill(~rows, 0).softmax(-1)[..., :nk], 0.)
@@ -67,7 +68,7 @@ def formed(op: AttentionOperator) -> torch.Tensor:
 def test_operator_is_the_formed_matrix(op: AttentionOperator) -> None:
     P = formed(op)
     torch.testing.assert_close(op.dense(), P)
-    torch.testing.assert_close(op.output, P @ op.v.repeat_interleave(op.scores.group, 1))
+    torch.testing.assert_close(op.output, P @ op.v.repeat_interleave(op.call.group, 1))
     torch.testing.assert_close(op.entropy(), -(P * P.clamp_min(1e-300).log()).sum(-1))
     torch.testing.assert_close(op.reduce(SquareSum())[0], (P**2).sum(-1))
     i, j = torch.arange(op.shape[2])[:, None] + op.mask.offset, torch.arange(op.shape[3])
@@ -108,15 +109,15 @@ def test_transpose_is_the_adjoint(op: AttentionOperator, seed: int) -> None:
 
 @given(operators(), st.integers(1, 300))
 def test_tile_size_never_matters(op: AttentionOperator, size: int) -> None:
-    seen = op.scores.q.new_zeros(*op.shape)
-    for at, p, _ in op._walk(size): seen[at.b, at.heads, at.rows.start:at.rows.stop, at.keys.start:at.keys.stop] += p
+    seen = op.call.q.new_zeros(*op.shape)
+    for at, p, _ in op.walk(size): seen[at.b, at.heads, at.rows.start:at.rows.stop, at.keys.start:at.keys.stop] += p
     torch.testing.assert_close(seen, op.dense())
-    assert all(len(at.rows) * len(at.keys) >= 1 or not len(at.keys) for at in tiles(op.scores, size=size))
+    assert all(len(at.rows) * len(at.keys) >= 1 or not len(at.keys) for at in tiles(op.call, size=size))
 
 
 @given(operators(), st.lists(st.integers(1, 39), max_size=3))
 def test_chunks_of_queries_add_up(op: AttentionOperator, cuts: list[int]) -> None:
-    s, n = op.scores, op.shape[2]
+    s, n = op.call, op.shape[2]
     edges = sorted({0, n, *(c for c in cuts if c < n)})
     received, entropy = torch.zeros_like(op.received()), []
     for a, b in pairwise(edges):
@@ -132,7 +133,7 @@ def test_chunks_of_queries_add_up(op: AttentionOperator, cuts: list[int]) -> Non
 @given(operators())
 def test_counts_of_the_mask(op: AttentionOperator) -> None:
     P, (_, _, nq, nk) = formed(op)[:, :1] > 0, op.shape
-    P = P if op.scores.q.abs().max() < 15 else None  # strong logits underflow to exact zeros, which are not masked keys
+    P = P if op.call.q.abs().max() < 15 else None  # strong logits underflow to exact zeros, which are not masked keys
     if P is None: return
     if op.mask.keep is not None: real = op.mask.keep[:, op.mask.offset:op.mask.offset + nq]
     visible = visible_keys(op.mask, nq, nk).expand(op.shape[0], -1)

@@ -15,8 +15,8 @@ import pytest
 
 from longlens.charts import page as page_module
 from longlens.charts.common import arrange, bars, head_map, layer_profile, length_curve, position_profile
-from longlens.charts.page import Section, page_html, write_page
-from longlens.report import REPORTS, Report
+from longlens.charts.page import page_html, write_page
+from longlens.report import REPORTS, Report, Section
 
 HOSTILE = [
     "<script>window.hacked = 1</script>", "</script><script>window.hacked = 2</script>", "<img src=x onerror='window.hacked=3'>",

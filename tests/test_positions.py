@@ -15,12 +15,14 @@ from transformers import DynamicCache
 from zoo import CAUSAL, LAYERS, VOCAB, ZOO, token_ids, zoo_model
 
 import longlens as ll
-from longlens.attention import kernels
-from longlens.attention.hf_interface import _EDITS, _HELD, UnsupportedModel
-from longlens.attention.kernels import OptionRule, attend, attend_blocked
-from longlens.attention.logits import Scores
+from longlens.attention import kernels, streams
+from longlens.attention.backends import attend_blocked
+from longlens.attention.hf_interface import UnsupportedModel, attachments
+from longlens.attention.kernels import attend
+from longlens.attention.logits import AttentionCall, make_call
 from longlens.attention.masks import Mask, positions, visible_tile
-from longlens.interventions.base import _ACTIVE, Intervention, intervene, interventions
+from longlens.attention.options import OptionRule
+from longlens.interventions.base import Intervention, intervene, interventions
 from longlens.interventions.calibrate import Redistribute, redistribute, redistributed_masses
 from longlens.interventions.heads import Turner, ablate, lambda_mask, scale_spans, streaming_attention, temperature
 from longlens.interventions.positions import POSITION_SCALINGS, MsPoE, SetBased, ms_poe, rescaled_positions, set_based
@@ -282,7 +284,7 @@ def test_what_set_based_cannot_do() -> None:
 
 
 @st.composite
-def option_calls(draw, dtypes=(torch.float32, torch.float64)) -> tuple[Scores, torch.Tensor]:
+def option_calls(draw, dtypes=(torch.float32, torch.float64)) -> AttentionCall:
     "Queries anywhere in a text with blocks of options: cached, padded, with room for keys to come, with what kernels cannot do"
     g, dtype = torch.Generator().manual_seed(draw(st.integers(0, 2**31))), draw(st.sampled_from(dtypes))
     batch, kv, group, d = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 9))
@@ -302,7 +304,7 @@ def option_calls(draw, dtypes=(torch.float32, torch.float64)) -> tuple[Scores, t
     def make(heads: int, m: int) -> torch.Tensor:
         return (torch.randn(batch, heads, m, d, generator=g) * draw(st.sampled_from([.5, 3.]))).to(dtype)
     cap = draw(st.none() | st.none() | st.just(3.))
-    return Scores(make(kv * group, n), make(kv, n_k), .4, mask, cap), make(kv, n_k)
+    return make_call(make(kv * group, n), make(kv, n_k), make(kv, n_k), .4, mask, cap)
 
 
 def seen_by_hand(m: Mask, batch: int, n: int, n_k: int) -> torch.Tensor:
@@ -326,10 +328,10 @@ def seen_by_hand(m: Mask, batch: int, n: int, n_k: int) -> torch.Tensor:
 @given(call=option_calls())
 def test_kernels_see_of_options_what_the_rule_says(call) -> None:
     "Two ways to the same: the fused kernels by the blocks, and the tiles by the rule; and both by the definition"
-    s, v = call
+    s, v = call, call.values
     (batch, _, n, _), n_k = s.q.shape, s.k.shape[2]
     out, lse = attend(s.q, s.k, v, s.scale, s.mask, s.softcap)
-    by_rule = attend_blocked(s, v)
+    by_rule = attend_blocked(call)
     for got, want in zip((out, lse), by_rule, strict=True): torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
     seen = seen_by_hand(s.mask, batch, n, n_k)
     for b in range(batch):
@@ -347,7 +349,7 @@ def test_kernels_see_of_options_what_the_rule_says(call) -> None:
 @settings(max_examples=60, deadline=None)
 @given(call=option_calls(), cuts=st.lists(st.integers(1, 30), max_size=3))
 def test_chunks_of_queries_among_options(call, cuts) -> None:
-    s, v = call
+    s, v = call, call.values
     n = s.q.shape[2]
     whole, edges = attend(s.q, s.k, v, s.scale, s.mask, s.softcap), sorted({0, n, *(c for c in cuts if c < n)})
     parts = [attend(s.q[:, :, a:b], s.k, v, s.scale, replace(s.mask, offset=s.mask.offset + a), s.softcap) for a, b in pairwise(edges)]
@@ -385,7 +387,7 @@ def test_options_of_plain_layers_go_by_the_kernels(name: str, monkeypatch: pytes
     with set_based(model, BLOCKS): want = model(ids).logits
 
     def refuse(*_): raise AssertionError("the blocked path was taken")
-    monkeypatch.setattr(kernels, "attend_blocked", refuse)
+    for module in (kernels, streams): monkeypatch.setattr(module, "attend_blocked", refuse)
     with set_based(model, BLOCKS):
         close(model(ids).logits, want)
         close(in_pieces(model, ids, (10, 23, 38, 39)), want)
@@ -463,7 +465,7 @@ def test_rescaled_is_a_model_built_with_that_scaling(name: str, kind: str) -> No
     assert all(vars(model.get_submodule(n)).keys() == v.keys() for n, v in held.items())
     assert all(vars(model.get_submodule(n))[k] is x for n, v in held.items() for k, x in v.items())
     assert all(id(b) == buffers[n][0] and torch.equal(b, buffers[n][1]) for n, b in model.named_buffers())
-    assert torch.equal(model(ids[:, :N]).logits, plain) and not _ACTIVE
+    assert torch.equal(model(ids[:, :N]).logits, plain) and not attachments()
 
 
 @pytest.mark.parametrize("kind", POSITION_SCALINGS)
@@ -514,7 +516,7 @@ def test_rescaled_positions_and_others_in_either_order() -> None:
     ("llama", "linear", 1., "above 1"), ("llama", "linear", float("nan"), "above 1"), ("llama", "longrope", 2., "kind is linear")])
 def test_what_cannot_be_rescaled(name: str, kind: str, factor: float, match: str) -> None:
     with pytest.raises(ValueError, match=match), rescaled_positions(zoo_model(name), kind, factor): pass
-    assert not _ACTIVE
+    assert not attachments()
 
 
 # Redistributed attention
@@ -657,5 +659,5 @@ def test_all_is_as_it_was_afterwards(enter) -> None:
     with enter(model), capture(model, SinkMass(2)) as seen: changed = model(ids).logits
     assert (changed - before).abs().max() > 1e-4 and seen.frame("sink_mass")["sink_mass"].is_finite().all()
     with pytest.raises(RuntimeError, match="stop"), enter(model): raise RuntimeError("stop")
-    assert torch.equal(model(ids).logits, before) and not (_EDITS or _ACTIVE or _HELD)
+    assert torch.equal(model(ids).logits, before) and not attachments()
     assert isinstance(model, nn.Module) and VOCAB == before.shape[-1]

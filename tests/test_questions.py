@@ -43,16 +43,15 @@ from longlens.probes.metrics import (
     string_match_part,
     wilson_interval,
 )
-from longlens.prompts import multi_document as module
-from longlens.prompts.multi_document import (
-    VARIANTS,
+from longlens.prompts import questions as module
+from longlens.prompts.key_value import kv_lines
+from longlens.prompts.multi_document import VARIANTS, place_answer
+from longlens.prompts.questions import (
     KeyValue,
     Question,
     fact_pairs,
     fact_questions,
-    kv_lines,
     normalize_answer,
-    place,
     read_key_values,
     read_questions,
     with_distractors,
@@ -81,7 +80,7 @@ def written(folder: Path, *rows: Any, name: str = "q.jsonl") -> Path:
 
 # Files
 
-@pytest.mark.parametrize(("change", "said"), [
+@pytest.mark.parametrize(("change", "message"), [
     ({"question": ""}, "question is empty"),
     ({"question": 3}, "question is 3, and a text was expected"),
     ({"answers": "Röntgen"}, "answers is 'Röntgen', and a list was expected"),
@@ -98,27 +97,27 @@ def written(folder: Path, *rows: Any, name: str = "q.jsonl") -> Path:
     ({"ctxs": [LINE["ctxs"][0]]}, "ctxs: 0 of 1 documents are marked by isgold"),
     ({"ctxs": [{"title": "t", "text": "x", "isgold": "yes"}]}, r"ctxs\[0\].isgold is 'yes', and true or false was expected"),
 ])
-def test_a_wrong_line_is_named(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+def test_a_wrong_line_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     path = written(tmp_path, LINE, LINE | change)
-    with pytest.raises(ValueError, match=f"q.jsonl, line 2: {said}"): read_questions(path)
+    with pytest.raises(ValueError, match=f"q.jsonl, line 2: {message}"): read_questions(path)
     assert len(read_questions(path, limit=1)) == 1
 
 
-@pytest.mark.parametrize(("change", "said"), [
+@pytest.mark.parametrize(("change", "message"), [
     ({"key": "c"}, "the key is 'c'"),
-    ({"value": "1"}, "the value of 'b' is '2' among the pairs, and '1' is said to be right"),
+    ({"value": "1"}, "the value of 'b' is '2' among the pairs, and '1' is given as right"),
     ({"ordered_kv_records": [["a", "1"], ["a", "2"]]}, "two records have the same key"),
     ({"ordered_kv_records": [["b", "2"]]}, "there are 1, and the key is 'b'"),
     ({"ordered_kv_records": [["b", 2], ["a", "1"]]}, r"ordered_kv_records\[0\] is \['b', 2\], and a key and a value, both texts"),
     ({"ordered_kv_records": [["b", "2"], "a1"]}, r"ordered_kv_records\[1\] is 'a1'"),
     ({"ordered_kv_records": {"b": "2"}}, "ordered_kv_records is {'b': '2'}, and a list was expected"),
 ])
-def test_a_wrong_list_of_pairs_is_named(tmp_path: Path, change: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=f"q.jsonl, line 1: .*{said}|q.jsonl, line 1: {said}"):
+def test_a_wrong_list_of_pairs_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"q.jsonl, line 1: .*{message}|q.jsonl, line 1: {message}"):
         read_key_values(written(tmp_path, PAIRS | change))
 
 
-@pytest.mark.parametrize(("content", "said"), [
+@pytest.mark.parametrize(("content", "message"), [
     (b"", "is empty: there are no questions in it"),
     (b"\n \n", "is empty"),
     (b"{", "line 1 cannot be read as JSON"),
@@ -132,10 +131,10 @@ def test_a_wrong_list_of_pairs_is_named(tmp_path: Path, change: dict[str, Any], 
     (gzip.compress(json.dumps(LINE).encode() * 99, mtime=0)[:60], "line 1: the gzip file is damaged or cut off"),
     (b"\x1f\x8b" + bytes(30), "line 1: the gzip file is damaged or cut off"),
 ])
-def test_a_damaged_file_is_refused(tmp_path: Path, content: bytes, said: str) -> None:
+def test_a_damaged_file_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
     (path := tmp_path / "q.jsonl").write_bytes(content)
     for read in (read_questions, read_key_values):
-        with pytest.raises(ValueError, match=said.replace("no answers", "no answers|there is no ordered_kv_records")): read(path)
+        with pytest.raises(ValueError, match=message.replace("no answers", "no answers|there is no ordered_kv_records")): read(path)
 
 
 def test_damage_in_the_middle_of_a_gzip_file_is_found(tmp_path: Path) -> None:
@@ -149,9 +148,9 @@ def test_damage_in_the_middle_of_a_gzip_file_is_found(tmp_path: Path) -> None:
 
 
 def test_files_that_are_not_files(tmp_path: Path) -> None:
-    for path, said in ((tmp_path / "none.jsonl", "is not there"), (tmp_path, "is a folder")):
-        with pytest.raises(FileNotFoundError, match=said): read_questions(path)
-        with pytest.raises(FileNotFoundError, match=said): read_niah_scores(path)
+    for path, message in ((tmp_path / "none.jsonl", "is not there"), (tmp_path, "is a folder")):
+        with pytest.raises(FileNotFoundError, match=message): read_questions(path)
+        with pytest.raises(FileNotFoundError, match=message): read_niah_scores(path)
     with pytest.raises(ValueError, match="damaged or cut off"): read_questions(written(tmp_path, LINE).rename(tmp_path / "q.jsonl.gz"))
     with pytest.raises(ValueError, match="limit is 0"): read_questions(written(tmp_path, LINE), limit=0)
 
@@ -238,8 +237,8 @@ def test_made_questions() -> None:
     assert asked[:7] == fact_questions(7, 6, seed="s", sentences=2) and asked[0] != fact_questions(1, 6, seed="t", sentences=2)[0]
     for q in asked:
         who, value = q.question.removeprefix("What is the code for ").removesuffix("?"), q.answers[0]
-        told = [f"The code for {who} is {value}." in text for _, text in (q.gold, *q.others)]
-        assert told == [True] + [False] * 5 and not any(f"The code for {who} " in text for _, text in q.others)
+        holds = [f"The code for {who} is {value}." in text for _, text in (q.gold, *q.others)]
+        assert holds == [True] + [False] * 5 and not any(f"The code for {who} " in text for _, text in q.others)
         assert q.answer_prefix == f" The code for {who} is" and len({title for title, _ in (q.gold, *q.others)} | {who}) == 7
     assert len({q.question for q in asked}) == 40
     assert fact_questions(1, 1, sentences=0)[0].gold[1].startswith("The code for")
@@ -250,7 +249,7 @@ def test_made_questions() -> None:
 def test_made_pairs() -> None:
     lists = fact_pairs(20, 255)
     assert lists[:3] == fact_pairs(3, 255) and len({p.key for p in lists}) == 20
-    assert all(len(p.records) == 255 and dict(p.records)[p.key] == p.value and p.wording == "lines" for p in lists)
+    assert all(len(p.records) == 255 and dict(p.records)[p.key] == p.value and p.form == "lines" for p in lists)
     assert len({[k for k, _ in p.records].index(p.key) for p in lists}) > 10    # the asked key stands anywhere
     with pytest.raises(ValueError, match="256 different names"): fact_pairs(1, 256)
     with pytest.raises(ValueError, match="n_pairs is 1"): fact_pairs(1, 1)
@@ -264,38 +263,38 @@ def test_the_answer_stands_where_it_should(n: int, data: st.DataObject) -> None:
     tok, g = needle_tokenizer(), data.draw(st.integers(0, n - 1))
     variant = data.draw(st.sampled_from(VARIANTS[:3]))
     q = fact_questions(1, n, sentences=1)[0]
-    ctx = place(tok, q, g, variant=variant, seed=3)
+    ctx = place_answer(tok, q, g, variant=variant, seed=3)
     assert ctx.spans["gold"] == ctx.spans[f"document_{g}"] and ctx.meta["gold_index"] == g and ctx.meta["variant"] == variant
-    said = [tok.decode(ctx.tokens.ids[ctx.spans[f"document_{i}"]]) for i in range(n)]
-    texts = [s.split(") ", 1)[1] for s in said]
+    shown = [tok.decode(ctx.tokens.ids[ctx.spans[f"document_{i}"]]) for i in range(n)]
+    texts = [s.split(") ", 1)[1] for s in shown]
     assert texts[g] == q.gold[1] and {*texts[:g], *texts[g + 1:]} == {t for _, t in q.others}
     if variant != "random_order": assert texts[:g] + texts[g + 1:] == [t for _, t in q.others]
     assert ctx.text.endswith(f"\nQuestion: {q.question}\nAnswer:{q.answer_prefix}") and ctx.completion == f" {q.answers[0]}"
-    with pytest.raises(ValueError, match=f"gold_index is {n}, and there are {n} documents: it is 0 to {n - 1}"): place(tok, q, n)
+    with pytest.raises(ValueError, match=f"gold_index is {n}, and there are {n} documents: it is 0 to {n - 1}"): place_answer(tok, q, n)
 
 
-@pytest.mark.parametrize("wording", ["json", "lines"])
-def test_a_pair_stands_where_it_should(wording: str) -> None:
-    tok, p = needle_tokenizer(), replace(fact_pairs(1, 9)[0], wording=wording)
+@pytest.mark.parametrize("form", ["json", "lines"])
+def test_a_pair_stands_where_it_should(form: str) -> None:
+    tok, p = needle_tokenizer(), replace(fact_pairs(1, 9)[0], form=form)
     for g in range(9):
-        ctx = place(tok, p, g)
+        ctx = place_answer(tok, p, g)
         assert ctx.spans["gold"] == ctx.spans[f"pair_{g}"] and ctx.spans["answer"] == ctx.spans[f"value_{g}"]
         assert tok.decode(ctx.tokens.ids[ctx.spans[f"key_{g}"]]).strip() == p.key and ctx.answers == (p.value,)
         rest = [tok.decode(ctx.tokens.ids[ctx.spans[f"value_{i}"]]).strip() for i in range(9) if i != g]
         assert rest == [v for k, v in p.records if k != p.key]
     for g in (9, -1):
-        with pytest.raises(ValueError, match=f"gold_index is {g}, and there are 9 pairs: it is 0 to 8"): place(tok, p, g)
-    assert place(tok, p, 0, variant="query_aware").text.count(p.key) == place(tok, p, 0).text.count(p.key) + 1
+        with pytest.raises(ValueError, match=f"gold_index is {g}, and there are 9 pairs: it is 0 to 8"): place_answer(tok, p, g)
+    assert place_answer(tok, p, 0, variant="query_aware").text.count(p.key) == place_answer(tok, p, 0).text.count(p.key) + 1
 
 
 def test_texts_that_look_like_something_else() -> None:
     tok = needle_tokenizer()
     text = "{0} %s \\n\nQuestion: who?\nAnswer: <x>"
     odd = Question("Is {question} <b>\nAnswer:</b>?", ("<x>",), ("Document [7](Title: {t})", text), ("é中🙂",))
-    ctx = place(tok, odd, 1)
+    ctx = place_answer(tok, odd, 1)
     assert tok.decode(ctx.tokens.ids[ctx.spans["gold"]]) == f"Document [2](Title: Document [7](Title: {{t}})) {text}"
     assert tok.decode(ctx.tokens.ids[ctx.spans["document_0"]]) == "Document [1](Title: ) é中🙂"
-    with pytest.raises(ValueError, match="reads as a special token"): place(tok, replace(odd, gold="an <eos> here"), 0)
+    with pytest.raises(ValueError, match="reads as a special token"): place_answer(tok, replace(odd, gold="an <eos> here"), 0)
     with pytest.raises(ValueError, match="'key'|reads as a special token"): kv_lines(tok, [("a", "<eos>"), ("b", "c")], "a")
 
 
@@ -309,25 +308,25 @@ def test_lines_on_a_tokenizer_that_joins_stops_and_line_breaks() -> None:
     tok.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=900, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     fast = PreTrainedTokenizerFast(tokenizer_object=tok, clean_up_tokenization_spaces=False)
     assert ".\n" in [fast.decode([i]) for i in fast("Key Ada: river.\nKey")["input_ids"]]
-    ctx = place(fast, lists[0], 3)
+    ctx = place_answer(fast, lists[0], 3)
     assert fast.decode(ctx.tokens.ids[ctx.spans["gold"]]) == f"Key {lists[0].key}: {lists[0].value}"
     assert fast.decode(ctx.tokens.ids[ctx.spans["answer"]]) == fast.decode(ctx.completion_ids) == f" {lists[0].value}"
 
 
 def test_what_the_variants_are() -> None:
     lm, q = load(), fact_questions(1, 4, sentences=1)[0]
-    texts = {v: place(lm, q, 2, variant=v) for v in VARIANTS}
+    texts = {v: place_answer(lm, q, 2, variant=v) for v in VARIANTS}
     assert texts["closed_book"].text == f"Question: {q.question}\nAnswer:{q.answer_prefix}"
     assert "document_1" not in texts["oracle"].spans and texts["oracle"].spans["gold"] == texts["oracle"].spans["document_0"]
     assert {v: c.meta["variant"] for v, c in texts.items()} == {v: v for v in VARIANTS}
-    assert len({texts["plain"].text, texts["random_order"].text, place(lm, q, 2, variant="random_order", seed=1).text}) == 3
+    assert len({texts["plain"].text, texts["random_order"].text, place_answer(lm, q, 2, variant="random_order", seed=1).text}) == 3
     right = [bool(lm.score(c.tokens, c.completion_ids).greedy.all()) for v, c in texts.items() if v != "closed_book"]
     assert right == [True] * 4
     long = fact_questions(1, 20, sentences=12)[0]
-    with pytest.raises(ValueError, match="needle-lm was made for 2,048 positions"): place(lm, long, 0)
-    assert len(place(lm, long, 0, allow_longer=True)) > 2048
+    with pytest.raises(ValueError, match="needle-lm was made for 2,048 positions"): place_answer(lm, long, 0)
+    assert len(place_answer(lm, long, 0, allow_longer=True)) > 2048
     for item, variant in ((KeyValue((("a", "1"), ("b", "2")), "a", "1"), "closed_book"), (q, "Plain")):
-        with pytest.raises(ValueError, match="a variant of a"): place(lm, item, variant=variant)
+        with pytest.raises(ValueError, match="a variant of a"): place_answer(lm, item, variant=variant)
 
 
 # Metrics
@@ -459,7 +458,7 @@ def test_indices_by_hand(a: list[list[int]]) -> None:
     assert 0 < test.p <= 1 and got["index"].to_list() == ["primacy", "recency", "u_shape"]
 
 
-@pytest.mark.parametrize(("change", "said"), [
+@pytest.mark.parametrize(("change", "message"), [
     (lambda t: t.with_columns(score=None), "question 0 at gold_index 0: score is None"),
     (lambda t: t.with_columns(score=pl.lit(float("nan"))), "score is nan"),
     (lambda t: t.filter(pl.col("gold_index") != 5), "there are 2 positions in column 'gold_index'"),
@@ -468,9 +467,9 @@ def test_indices_by_hand(a: list[list[int]]) -> None:
     (lambda t: t.drop("question"), "no column 'question': it has gold_index, score"),
     (lambda t: t.head(0), "there are 0 positions"),
 ])
-def test_tables_that_cannot_be_compared(change: Callable[[pl.DataFrame], pl.DataFrame], said: str) -> None:
+def test_tables_that_cannot_be_compared(change: Callable[[pl.DataFrame], pl.DataFrame], message: str) -> None:
     for use in (paired_ends_against_middle, position_indices):
-        with pytest.raises(ValueError, match=said): use(change(table(np.eye(3))))
+        with pytest.raises(ValueError, match=message): use(change(table(np.eye(3))))
 
 
 @given(scores=st.lists(st.sampled_from([0.2, 0.856, 0.9, 1.0]), min_size=1, max_size=7), seed=st.randoms(use_true_random=False))
@@ -518,7 +517,7 @@ def test_published_questions() -> None:
     assert all(len({q.gold, *q.others}) == 20 for q in twenty) and twenty[:5] == with_distractors(asked, 20)[:5]
     long = [q for q in twenty if min(map(len, map(normalize_answer, q.answers))) > 2]
     assert not any(best_subspan_em(f"{t} {d}".replace("\n", " "), q.answers) for q in long for t, d in q.others)
-    ctx = place(needle_tokenizer(), twenty[0], 9)
+    ctx = place_answer(needle_tokenizer(), twenty[0], 9)
     assert ctx.text.count("\nDocument [") == 20
     assert "Document [10](Title: List of Nobel laureates in Physics) The first Nobel Prize" in ctx.text
 
@@ -527,7 +526,7 @@ def test_published_pairs() -> None:
     lists = read_key_values(published("lost-in-the-middle/kv-retrieval-75_keys.jsonl.gz"))
     assert len(lists) == 500 and {len(p.records) for p in lists} == {75}
     assert len(read_key_values(DATA / "lost-in-the-middle/kv-retrieval-75_keys.jsonl.gz", limit=3)) == 3
-    ctx = place(needle_tokenizer(), lists[0], 74)
+    ctx = place_answer(needle_tokenizer(), lists[0], 74)
     assert json.loads(ctx.text.split("JSON data:\n")[1].split("\n\n")[0])[lists[0].key] == lists[0].value
     assert [*json.loads(ctx.text.split("JSON data:\n")[1].split("\n\n")[0])][74] == lists[0].key
 
@@ -564,17 +563,17 @@ def test_pictures_say_the_same_each_time_and_stand_together() -> None:
 def test_pictures_of_hostile_names_and_lacking_numbers() -> None:
     odd = CURVE.with_columns(model=pl.when(pl.col("model") == "m").then(pl.lit("a.b[0]\u202e<img src=x>")))
     odd = odd.rename({"accuracy": "acc.[x]"}).with_columns(lower=float("nan"), upper=None)
-    said = lambda chart: json.dumps(chart.to_dict(), ensure_ascii=False)
-    drawn = said(position_curve(odd, "acc.[x]", by="model", lines={"\u202eup'\"\\": .5}, title="<b>"))
+    spec = lambda chart: json.dumps(chart.to_dict(), ensure_ascii=False)
+    drawn = spec(position_curve(odd, "acc.[x]", by="model", lines={"\u202eup'\"\\": .5}, title="<b>"))
     assert "\u202e" not in drawn and "\\\\u202eup" in drawn    # written out, not obeyed
     assert "Band" not in drawn and "One point for each place." in drawn    # no interval is known
-    dots = said(remedy_dots(odd.filter(pl.col("gold_index") == 0), "acc.[x]", category="model", split=None))
+    dots = spec(remedy_dots(odd.filter(pl.col("gold_index") == 0), "acc.[x]", category="model", split=None))
     assert "\u202e" not in dots and '"x2"' not in dots
     some = CURVE.with_columns(lower=pl.when(pl.col("gold_index") > 0).then("lower"))
     assert position_curve(some.filter(pl.col("model") == "m"), "accuracy", attention="attention").to_dict()
 
 
-@pytest.mark.parametrize(("draw", "said"), [
+@pytest.mark.parametrize(("draw", "message"), [
     (lambda: position_curve(CURVE, "accuracy"), "two rows at 0, accuracy"),
     (lambda: position_curve(CURVE.head(0), "accuracy", by="model"), "no rows"),
     (lambda: position_curve(CURVE, "accuracy", by="model", attention="lens"), "no column 'lens'"),
@@ -585,8 +584,8 @@ def test_pictures_of_hostile_names_and_lacking_numbers() -> None:
     (lambda: depth_points(CURVE.rename({"gold_index": "context_length"}), "accuracy"), "no column 'depth_percent'"),
     (lambda: depth_points(CURVE.with_columns(context_length=1, depth_percent=-1), "accuracy"), "a depth of -1 %"),
 ])
-def test_what_cannot_be_drawn(draw: Callable[[], Any], said: str) -> None:
-    with pytest.raises(ChartError, match=said): draw()
+def test_what_cannot_be_drawn(draw: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ChartError, match=message): draw()
 
 
 @settings(max_examples=25, deadline=None)

@@ -8,7 +8,7 @@ import torch
 from zoo import ZOO, token_ids
 
 import longlens as ll
-from longlens.apps.head_panels import row_rows
+from longlens.apps.head_panels import attended_tokens
 from longlens.apps.reading import PromptReading, read_text
 
 N = 70    # tokens; windows are 8 to 16
@@ -33,7 +33,7 @@ def test_a_row_is_that_of_the_whole_text(read: tuple[Any, PromptReading], positi
 def test_nothing_is_said_of_what_a_window_hides(read: tuple[Any, PromptReading]) -> None:
     lm, reading = read
     for layer, window in enumerate(windows_of(lm)):
-        rows = row_rows(reading, layer, 1, N - 1, most=30)
+        rows = attended_tokens(reading, layer, 1, N - 1, most=30)
         assert len(rows) == min(30, window)
         assert min(r["position"] for r in rows) >= N - window
         assert all(r["weight"] > 0 for r in rows)

@@ -7,7 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
+from types import ModuleType
 
 import polars as pl
 import pytest
@@ -68,6 +71,45 @@ def test_wrong_head(kept: Path, entry: str, value: object, said: str) -> None:
     head = json.loads((kept / "report.json").read_text())
     (kept / "report.json").write_text(json.dumps({**head, entry: value}))
     with pytest.raises(ReportError, match=said): Report.load(kept)
+
+
+def test_an_older_folder_says_who_wrote_it_and_what_to_do(kept: Path) -> None:
+    head = json.loads((kept / "report.json").read_text())
+    old = {**head, "longlens": 1, "kind": "Reading", "meta": {"created": "2025-11-30T10:00:00+00:00", "versions": {"longlens": "0.1.0"}}}
+    (kept / "report.json").write_text(json.dumps(old))
+    with pytest.raises(ReportError, match=r"format 1 \(written by longlens 0\.1\.0, 2025-11-30.*reads format 2: run the measurement again"):
+        Report.load(kept)
+    (kept / "report.json").write_text(json.dumps({"longlens": 3}))    # of a later version, and not even whole
+    with pytest.raises(ReportError, match="format 3 .*: update longlens"): Report.load(kept)
+    assert pl.read_parquet(kept / "heads.parquet").height == 200    # as the message promises
+
+
+@pytest.mark.parametrize(("kind", "explorer"), [
+    ("SinkReport", "heads:explore_sinks"), ("HeadReport", "heads:explore_heads"), ("PromptReading", "workbench:explore_reading"),
+    ("GridReport", "needle:explore_grid"), ("MiddleReport", "needle:explore_middle"), ("CollapseReport", "collapse:explore_collapse"),
+    ("Trace", "trace:explore_trace"), ("GainReport", "sections:explore_sections"),
+])
+def test_explorers_are_there_and_take_a_model(kind: str, explorer: str) -> None:
+    import longlens
+    named = getattr(longlens, kind).explorer
+    assert named == f"longlens.apps.{explorer}"
+    module, name = named.split(":")
+    assert "model" in signature(getattr(import_module(module), name)).parameters
+
+
+def test_a_report_opens_the_explorer_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    "Of any module that can be imported, also for classes that inherit it; what it does not take is refused"
+    module = ModuleType("mine")
+    monkeypatch.setitem(sys.modules, "mine", module)
+    monkeypatch.setattr(module, "explore", lambda report, model=None: (type(report).__name__, model), raising=False)
+    class Mine(KeptReport): explorer = "mine:explore"
+    class Heir(Mine): "Takes it over"
+    frames = {"a": pl.DataFrame({"x": [1]})}
+    assert (Mine(frames).widget(), Heir(frames).widget(model=3)) == (("Mine", None), ("Heir", 3))
+    with pytest.raises(TypeError, match=r"widget\(\) of a Heir takes model, and not 'top'"): Heir(frames).widget(top=1)
+    Mine.explorer = "mine.explore"
+    with pytest.raises(TypeError, match=r"Heir\.explorer is 'mine\.explore': write module:function"): Heir(frames).widget()
+    with pytest.raises(TypeError, match="KeptReport draws no chart of its own"): KeptReport(frames).widget()
 
 
 def test_a_folder_that_is_not_there_or_is_a_file(kept: Path) -> None:

@@ -22,17 +22,11 @@ from torch.utils.data import DataLoader
 from longlens.interventions.heads import ablate
 from longlens.models.load import load
 from longlens.prompts.haystack import Haystack
-from longlens.prompts.multi_document import Question, fact_questions, holds_answer, normalize_answer, read_questions
+from longlens.prompts.questions import Question, fact_questions, holds_answer, normalize_answer, read_questions
+from longlens.retrieval_eval.evaluate import evaluate_retrieval, prompted
 from longlens.retrieval_eval.metrics import accuracy_at_1, best_tie, mrr, ndcg_at, recall_at
 from longlens.retrieval_eval.mteb import MTEBEncoder, _split_data, benchmark_scores, mteb_task
-from longlens.retrieval_eval.tasks import (
-    RetrievalTask,
-    evaluate_retrieval,
-    needle_retrieval,
-    padded_passages,
-    passkey_retrieval,
-    prompted,
-)
+from longlens.retrieval_eval.tasks import RetrievalTask, needle_retrieval, padded_passages, passkey_retrieval
 from longlens.retrieval_eval.truncate import CutTexts, cut_texts, long_texts
 
 ORACLE = Path(__file__).parents[1] / "../shared/data/lost-in-the-middle/nq-open-oracle.jsonl.gz"
@@ -390,24 +384,24 @@ def test_evaluation_refuses(encode: Callable[[list[str]], Any], message: str) ->
 
 
 class Instructed:
-    "Encoder that remembers what it was told"
-    def __init__(self, **prompts: str) -> None: self.prompts, self.told = prompts, []
+    "Encoder that remembers the prompts that it was given"
+    def __init__(self, **prompts: str) -> None: self.prompts, self.seen = prompts, []
 
     def encode(self, texts: list[str], prompt: str | None = None) -> np.ndarray:
-        self.told.append(prompt)
+        self.seen.append(prompt)
         return np.eye(3)[: len(texts)]
 
 
-@pytest.mark.parametrize(("prompts", "given", "told"), [
+@pytest.mark.parametrize(("prompts", "given", "expected"), [
     ({}, {}, [None, None]),  # whatever the encoder does by default
     ({"query": "q: ", "passage": "p: "}, {}, ["q: ", "p: "]),
     ({"query": "", "corpus": "c: ", "document": "d: "}, {}, ["", "d: "]),
     ({"query": "q: ", "document": "d: "}, {"query_prompt": "", "document_prompt": "x: "}, ["", "x: "]),
 ])
-def test_prompts_of_the_encoder(prompts: dict[str, str], given: dict[str, str], told: list) -> None:
+def test_prompts_of_the_encoder(prompts: dict[str, str], given: dict[str, str], expected: list) -> None:
     task, enc = RetrievalTask("t", None, ["a", "b"], ["c", "d", "e"], [[0], [1]]), Instructed(**prompts)
     evaluate_retrieval(task, enc, **given)
-    assert enc.told == told
+    assert enc.seen == expected
 
 
 def test_prompts_as_sentence_transformers_uses_them() -> None:

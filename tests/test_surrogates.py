@@ -25,7 +25,7 @@ from longlens.probes.traceback.methods.self_citation import NoCitation, SelfCita
 from longlens.probes.traceback.prompts import trace_prompt
 from longlens.probes.traceback.scorer import SubsetScorer, plain_scores
 from longlens.probes.traceback.sources import token_prompt
-from longlens.probes.traceback.tracer import TRACERS, TraceJob
+from longlens.probes.traceback.tracer import TRACERS, GameJob, TraceJob
 
 PEOPLE = {"Ada": "lamb", "Bob": "river", "Eve": "stone", "Tom": "table", "Una": "glass"}
 ASK = "What is the code for Eve?"
@@ -77,7 +77,7 @@ def test_the_published_definition_step_by_step(lm, prompt):
 @given(st.integers(2, 12), st.integers(0, 10_000), st.floats(-300, 300))
 def test_additive_games_are_recovered(n, seed, base):
     w = np.random.default_rng(seed).normal(size=n) * 3
-    found = ContextCite(alpha=1e-6, draws=2).run(TraceJob(game=Game(n, lambda kept: kept @ w + base)))
+    found = ContextCite(alpha=1e-6, draws=2).run(GameJob(Game(n, lambda kept: kept @ w + base)))
     np.testing.assert_allclose(found.values, w, atol=1e-3)
     fit = found.frames["fidelity"].row(0, named=True)
     assert fit["lds"] > 0.999 and fit["bias"] == pytest.approx(base, abs=1e-2)
@@ -94,7 +94,7 @@ def test_a_text_is_cut_into_sentences_as_published(lm):
 def test_the_penalty_removes_what_does_not_matter():
     w = np.zeros(60)
     w[[7, 31]] = 4, -3
-    found = ContextCite().run(TraceJob(game=Game(60, lambda kept: kept @ w)))
+    found = ContextCite().run(GameJob(Game(60, lambda kept: kept @ w)))
     assert set(np.flatnonzero(found.values)) == {7, 31}  # sixty sources from 64 ablations
     assert found.frames["fidelity"]["lds"][0] > 0.9
 
@@ -108,7 +108,7 @@ def test_a_seed_says_all_and_cost_is_what_runs(lm, prompt):
     np.testing.assert_array_equal(found[0].errors, found[1].errors)
     assert not np.allclose(found[0].values, found[2].values, atol=1e-6)
     game = Game(9, lambda kept: kept.sum(1) * 1.0)
-    assert tracer.cost(TraceJob(game=game)).evaluations == len(np.unique(tracer.masks(TraceJob(game=game)), axis=0)) and not game.asked
+    assert tracer.cost(GameJob(game)).evaluations == len(np.unique(tracer.masks(GameJob(game)), axis=0)) and not game.asked
 
 
 def test_held_out_ablations_are_not_fitted():
@@ -117,7 +117,7 @@ def test_held_out_ablations_are_not_fitted():
     w = np.arange(8) - 3.0
     late = {m.tobytes() for m in x[k:]} - {m.tobytes() for m in x[:k]}
     spoilt = Game(8, lambda kept: np.where([row.tobytes() in late for row in kept], 9.0 - kept @ w, kept @ w))
-    a, b = (ContextCite().run(TraceJob(game=g)) for g in (Game(8, lambda kept: kept @ w), spoilt))
+    a, b = (ContextCite().run(GameJob(g)) for g in (Game(8, lambda kept: kept @ w), spoilt))
     np.testing.assert_array_equal(a.values, b.values)
     assert b.frames["fidelity"]["lds"][0] < a.frames["fidelity"]["lds"][0] - 0.5
     assert a.frames["fidelity"]["unseen"][0] == sum(m.tobytes() in late for m in x[k:])
@@ -146,9 +146,9 @@ def test_errors_shrink_with_ablations():
 
 
 def test_few_sources_and_a_flat_game():
-    one = ContextCite().run(TraceJob(game=Game(1, lambda kept: 3.0 * kept[:, 0])))
+    one = ContextCite().run(GameJob(Game(1, lambda kept: 3.0 * kept[:, 0])))
     assert one.values == pytest.approx([3], abs=0.05) and one.frames["fidelity"]["unseen"][0] == 0
-    flat = ContextCite().run(TraceJob(game=Game(4, lambda kept: np.full(len(kept), -7.0))))
+    flat = ContextCite().run(GameJob(Game(4, lambda kept: np.full(len(kept), -7.0))))
     assert not flat.values.any() and "finds no source that matters" in flat.notes[0]
     assert np.isnan(flat.frames["fidelity"]["lds"][0]) and flat.frames["fidelity"]["bias"][0] == pytest.approx(-7)
 
@@ -174,15 +174,15 @@ def test_settings_that_mean_nothing(settings, said):
 
 def test_values_that_no_line_fits():
     with pytest.raises(ValueError, match="are not finite: no line fits them"):
-        ContextCite().run(TraceJob(game=Game(4, lambda kept: np.where(kept[:, 0], np.nan, 0.0))))
+        ContextCite().run(GameJob(Game(4, lambda kept: np.where(kept[:, 0], np.nan, 0.0))))
     with pytest.raises(ValueError, match="keep is 1.5: a probability between 0 and 1"):
-        ContextCite(keep=1.5).masks(TraceJob(game=Game(3, len)))
+        ContextCite(keep=1.5).masks(GameJob(Game(3, len)))
 
 
 def test_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
     with pytest.raises(ImportError, match=r"contextcite needs sklearn: pip install longlens\[trace\]"):
-        ContextCite().run(TraceJob(game=Game(3, lambda kept: kept.sum(1) * 1.0)))
+        ContextCite().run(GameJob(Game(3, lambda kept: kept.sum(1) * 1.0)))
 
 
 # The model's own citations
@@ -245,5 +245,5 @@ def test_a_scripted_reply(chat, monkeypatch):
 def test_who_cannot_be_asked(lm, prompt):
     with pytest.raises(ValueError, match="self_citation asks the model, and needle-lm is no chat model"):
         TRACERS["self_citation"].run(TraceJob(lm, prompt))
-    with pytest.raises(ValueError, match="this job is a game without one"): SelfCitation().cost(TraceJob(game=Game(2, len)))
+    with pytest.raises(ValueError, match="this job is a game without one"): SelfCitation().cost(GameJob(Game(2, len)))
     with pytest.raises(ValueError, match="k is 0"): SelfCitation(k=0)

@@ -199,7 +199,7 @@ def test_an_error_keeps_what_is_finished(tmp_path: Path) -> None:
 
     lm, cells = ll.load(zoo_model("llama"), check=False), [Cell(token_ids(n)[0]) for n in (40, 61, 80)]
     with pytest.raises(FloatingPointError): sweep(lm, cells, Fails(), out=tmp_path / "r")
-    assert len(sweep(lm, cells, Fails(), out=tmp_path / "r", dry_run=True).finished) == 1
+    assert len(ll.plan(sweep, lm, cells, Fails(), out=tmp_path / "r").finished) == 1
 
 
 def test_a_condition_that_the_model_cannot_take_is_refused_before_anything_runs(tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_answers_that_could_go_on_are_other_cells(tmp_path: Path) -> None:
     lm.allow_longer = True
     long = sweep(lm, cells, Ask(6), out=tmp_path).table("answers")
     assert short["ended"].to_list() == ["positions"] and long["ended"].to_list() == ["length"]
-    assert long["said"][0].startswith(short["said"][0]) and len(long["said"][0]) > len(short["said"][0])
+    assert long["reply"][0].startswith(short["reply"][0]) and len(long["reply"][0]) > len(short["reply"][0])
 
 
 def test_looking_at_the_cell_does_not_ask_for_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +230,7 @@ def test_looking_at_the_cell_does_not_ask_for_one_piece(monkeypatch: pytest.Monk
     lm, spans = ll.load(), {"document_0": range(5, 40), "document_1": range(40, 90)}
     cell = Cell(torch.arange(3, 150), spans=spans, condition=AsSet())
     whole, pieces = (sweep(lm, [cell], Ask(3, heads_on="$^"), chunk=c) for c in (None, 16))
-    assert pieces.costs["chunk"].to_list() == [16] and whole.table("answers")["said"].equals(pieces.table("answers")["said"])
+    assert pieces.costs["chunk"].to_list() == [16] and whole.table("answers")["reply"].equals(pieces.table("answers")["reply"])
     monkeypatch.setattr(AsSet, "whole", True)
     handle = lm.hf.register_forward_pre_hook(lambda m, a, k: (_ for _ in ()).throw(MemoryError("none left")), with_kwargs=True)
     try:

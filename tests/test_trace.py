@@ -25,14 +25,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import CAUSAL, token_ids, zoo_model
 
 import longlens as ll
-from longlens.apps.app import Cancelled, Progress, using
-from longlens.apps.needle import said_html
-from longlens.apps.prompt_form import QuestionBar, asked_context, read_asked, text_asked
+from longlens.apps.needle import answers_html
+from longlens.apps.progress import Cancelled, Progress, exclusive_use
+from longlens.apps.prompt_form import QuestionBar, question_context, read_asked, text_asked
 from longlens.apps.reading import PromptReading, revive
-from longlens.apps.trace import prompt_of, trace_span, without_html
+from longlens.apps.trace import prompt_of_trace, removal_html, trace_span
 from longlens.charts.page import page_html
-from longlens.needle_lm.data import filler
 from longlens.models.tokens import Tokens
+from longlens.needle_lm.data import filler
 from longlens.probes.traceback import probe as traceback
 from longlens.probes.traceback import scorer as subset_scores
 from longlens.probes.traceback.coarse_to_fine import CoarseToFine
@@ -40,7 +40,6 @@ from longlens.probes.traceback.methods import attention as attention_trace
 from longlens.probes.traceback.methods.perturbation import InformedSearch, Shapley, chain_masks, informed_search, marginals
 from longlens.probes.traceback.prefix_tree import branches, common_start
 from longlens.probes.traceback.prompts import ready_prompt, trace_prompt
-from longlens.probes.traceback.report import said_probability
 from longlens.probes.traceback.scorer import FLOOR, SubsetScorer, plain_scores
 from longlens.probes.traceback.sources import (
     TracePrompt,
@@ -52,10 +51,12 @@ from longlens.probes.traceback.sources import (
     subset_tokens,
     token_prompt,
 )
-from longlens.probes.traceback.tracer import TRACER_MODULES, TRACERS, TraceCost, TraceJob, Tracer, TraceScores, find_tracer
-from longlens.prompts.multi_document import fact_questions, kv_lines
-from longlens.prompts.ruler import numbered_documents
-from longlens.sweeps.sweep import SweepWarning
+from longlens.probes.traceback.tracer import TRACER_MODULES, TRACERS, GameJob, TraceCost, TraceJob, Tracer, TraceScores, find_tracer
+from longlens.prompts.key_value import kv_lines
+from longlens.prompts.multi_document import numbered_documents
+from longlens.prompts.questions import fact_questions
+from longlens.sweeps.runner import SweepWarning
+from longlens.text import probability_text
 
 PEOPLE = {"Ada": "lamb", "Bob": "river", "Eve": "stone", "Tom": "table", "Una": "glass", "Max": "paper"}
 DOCUMENTS = [f"{filler(2, seed=i)} The code for {who} is {what}." for i, (who, what) in enumerate(PEOPLE.items())]
@@ -442,13 +443,13 @@ GAME = Game(6, {(0,): 1.0, (1, 2): 4.0, (2, 3, 4): -3.0, (5,): 0.5})
 def test_shapley_values_are_estimated_without_bias() -> None:
     true = exact_shapley(GAME)
     assert true == pytest.approx([1, 2, 1, -1, -1, 0.5])
-    many = Shapley(permutations=3000).run(TraceJob(game=GAME))
+    many = Shapley(permutations=3000).run(GameJob(GAME))
     assert np.abs(many.values - true).max() < 4 * many.errors.max() < 0.2
-    few = [Shapley(permutations=12).run(TraceJob(game=GAME, seed=s)) for s in range(200)]
+    few = [Shapley(permutations=12).run(GameJob(GAME, seed=s)) for s in range(200)]
     spread = np.stack([f.values for f in few]).std(0)
     assert np.stack([f.errors for f in few]).mean(0) == pytest.approx(spread, rel=0.15)
     assert all(f.values.sum() == pytest.approx(2.5) for f in few)  # efficiency, in every sample
-    assert (Shapley().run(TraceJob(game=GAME, seed=1)).values == Shapley().run(TraceJob(game=GAME, seed=1)).values).all()
+    assert (Shapley().run(GameJob(GAME, seed=1)).values == Shapley().run(GameJob(GAME, seed=1)).values).all()
 
 
 def test_chains_hold_who_came_before() -> None:
@@ -459,10 +460,10 @@ def test_chains_hold_who_came_before() -> None:
 
 def test_denoised_values_are_means_of_the_largest() -> None:
     t = find_tracer("denoised_shapley", {"permutations": 9, "beta": 0.4})
-    m = marginals(GAME, t.orders(TraceJob(game=GAME)))
-    assert t.run(TraceJob(game=GAME)).values == pytest.approx(np.sort(m, 0)[-3:].mean(0))  # int(3.6) = 3 of 9
-    one = find_tracer("denoised_shapley", {"permutations": 3, "beta": 0.1}).run(TraceJob(game=GAME, seed=2))
-    assert one.values == pytest.approx(marginals(GAME, Shapley(3).orders(TraceJob(game=GAME, seed=2))).max(0))
+    m = marginals(GAME, t.orders(GameJob(GAME)))
+    assert t.run(GameJob(GAME)).values == pytest.approx(np.sort(m, 0)[-3:].mean(0))  # int(3.6) = 3 of 9
+    one = find_tracer("denoised_shapley", {"permutations": 3, "beta": 0.1}).run(GameJob(GAME, seed=2))
+    assert one.values == pytest.approx(marginals(GAME, Shapley(3).orders(GameJob(GAME, seed=2))).max(0))
 
 
 @pytest.mark.parametrize(("n", "counts"), [(6, [6]), (10, [8, 7]), (100, [8] + 4 * [10]), (200, [8] + 5 * [10]), (320, [8] + 6 * [10])])
@@ -474,7 +475,7 @@ def test_the_search_scores_as_many_groups_as_published(n: int, counts: list[int]
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
 def test_a_search_among_few_still_scores_them(n: int) -> None:
-    found = InformedSearch().run(TraceJob(game=Game(n, {(n - 1,): 3.0})))
+    found = InformedSearch().run(GameJob(Game(n, {(n - 1,): 3.0})))
     assert found.values.tolist() == [0.0] * (n - 1) + [6.0]  # leave-one-out counts double
     assert found.frames["search"].group_by("function").len()["len"].to_list() == [n] * 3
 
@@ -496,7 +497,7 @@ def test_a_searched_group_stands_alone() -> None:
             return super().__call__(kept)
 
     seen: list[np.ndarray] = []
-    InformedSearch(functions=("loo",), keep=2).run(TraceJob(game=Watch(8, {(3,): 1.0})))
+    InformedSearch(functions=("loo",), keep=2).run(GameJob(Watch(8, {(3,): 1.0})))
     sizes = [sorted(set(k.sum(1).tolist())) for k in seen]
     assert sizes == [[6, 8], [3, 4], ] or sizes[-1] == [3, 4]  # the second level knows nothing of what was dropped
     assert TRACERS["tracllm"] == InformedSearch(("stc", "loo", "denoised_shapley"), 5, 2.0, 20, 0.2)  # published defaults
@@ -536,7 +537,7 @@ def test_a_search_costs_no_more_than_was_said(lm: ll.LongModel, sizes: tuple[int
     said = tracer.cost(TraceJob(lm, prompt))
     for weights in (np.arange(prompt.n), -np.arange(prompt.n), lengths, *np.random.default_rng(0).normal(size=(9, prompt.n))):
         game = Wins(weights.astype(float))
-        tracer.run(TraceJob(lm, prompt, game))
+        tracer.run(GameJob(game))
         asked = np.array([*game.asked])
         assert len(asked) <= said.evaluations
         assert len(asked) * (len(prompt.whole) - 1) - ((~asked) @ lengths).sum() <= said.tokens
@@ -607,7 +608,7 @@ def test_what_is_refused(lm: ll.LongModel) -> None:
     refused("k is 0", DOCUMENTS, ASK, k=0)
     refused("chat template", DOCUMENTS, ASK, chat=True)
     refused("size is 0", DOCUMENTS[0], ASK, size=0)
-    cost = ll.trace_context(lm, DOCUMENTS, ASK, "stone", method="shapley", dry_run=True)
+    cost = ll.plan(ll.trace_context, lm, DOCUMENTS, ASK, "stone", method="shapley")
     assert isinstance(cost, TraceCost) and cost.exact
 
 
@@ -716,12 +717,12 @@ def test_an_answer_that_reads_back_otherwise_keeps_its_tokens(lm: ll.LongModel, 
     letters = [lm.tokens(c, add_special_tokens=False).ids[-1].item() for c in "stone"]
     t = ll.trace_context(lm, DOCUMENTS, ASK, letters, method="attention")
     t.save(tmp_path / "trace")
-    made = prompt_of(lm, ll.Report.load(tmp_path / "trace"))
+    made = prompt_of_trace(lm, ll.Report.load(tmp_path / "trace"))
     assert made.answer.ids.tolist() == letters and made.answer.strings == t.frames["answer"]["text"].to_list()
     for span in ((0, 1), (2, 5)):
         assert trace_span(lm, made, span, "attention").meta["traced"] == "".join(made.answer.strings[slice(*span)])
     t.frames["answer"] = t.frames["answer"].drop("id")  # of a report that is older
-    with pytest.raises(ValueError, match="the answer cannot be made again"): prompt_of(lm, t)
+    with pytest.raises(ValueError, match="the answer cannot be made again"): prompt_of_trace(lm, t)
 
 
 @pytest.mark.parametrize("how", [{"question": "Who?"}, {"answer": " coat"}, {"by": "words"}, {"size": 2}, {"answer_span": "s"},
@@ -763,7 +764,7 @@ def test_a_trace_comes_back_from_its_folder(lm: ll.LongModel, tmp_path: Any) -> 
     t.save(tmp_path / "trace")
     back = ll.Report.load(tmp_path / "trace")
     assert type(back) is ll.Trace and back.findings() == t.findings() and back.top().equals(t.top()) and back.context == t.context
-    made = prompt_of(lm, back)  # the explorer of a trace that was kept can ask the model further
+    made = prompt_of_trace(lm, back)  # the explorer of a trace that was kept can ask the model further
     assert made.ids.tolist() == trace_prompt(lm, DOCUMENTS, ASK).ids.tolist() and made.answer.text == t.meta["answer"]
     again = ll.trace_context(lm, DOCUMENTS, ASK, method="shapley", out=tmp_path / "scores")
     assert again.frames["costs"]["evaluations"].to_list() == [0, 0]
@@ -778,11 +779,11 @@ def test_ids_alone_are_traced() -> None:
 
 def test_small_probabilities_are_not_zero() -> None:
     "The same numbers in every explorer, however small"
-    assert [said_probability(x) for x in (-0.0284, -3.474, -10.8, -1000.0, None)] == ["0.972", "0.031", "2.0e-5", "5.1e-435", "–"]
-    shown = without_html(" lamb", [3], {"said": " lamb", "logprob": -0.0284}, {"said": " oat", "logprob": -10.8})
+    assert [probability_text(x) for x in (-0.0284, -3.474, -10.8, -1000.0, None)] == ["0.972", "0.031", "2.0e-5", "5.1e-435", "–"]
+    shown = removal_html(" lamb", [3], {"reply": " lamb", "logprob": -0.0284}, {"reply": " oat", "logprob": -10.8})
     assert "<td>0.972</td>" in shown and "<td>2.0e-5</td>" in shown
-    row = {"asked": 0, "said": " oat", "answers": "lamb", "score": 0.0, "logprob": -10.8}
-    assert "<td>2.0e-5</td>" in said_html(pl.DataFrame([row]), None)
+    row = {"asked": 0, "reply": " oat", "answers": "lamb", "score": 0.0, "logprob": -10.8}
+    assert "<td>2.0e-5</td>" in answers_html(pl.DataFrame([row]), None)
 
 
 def test_bars_say_what_they_are_about(lm: ll.LongModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -806,7 +807,7 @@ def test_a_large_cost_is_said_before_it_arises(lm: ll.LongModel, monkeypatch: py
     monkeypatch.setattr(traceback, "LARGE_COST", 500)
     def never(*a: Any, **k: Any) -> Any: raise AssertionError("it ran")
     for method, way in (("loo", "and so does method='attntrace'"), ("coarse_to_fine", "and so does inner='attntrace'")):
-        cost = ll.trace_context(lm, DOCUMENTS, ASK, "stone", method=method, dry_run=True)
+        cost = ll.plan(ll.trace_context, lm, DOCUMENTS, ASK, "stone", method=method)
         with monkeypatch.context() as m:
             m.setattr(traceback, "run_tracer", never)
             with pytest.raises(traceback.LargeTrace, match=re.escape(f"{cost}")) as e:    # warnings are errors here
@@ -830,7 +831,7 @@ def chat_lm() -> ll.LongModel:
 def test_a_plain_text_is_asked(chat: bool) -> None:
     "In the workbench: the prompt is `trace_context`'s own, the text can be asked again, and what was asked is kept with its model"
     lm, note = chat_lm(), "Most people were gone. The code for Ada is lamb. It rained.\n"
-    ctx = asked_context(lm, note, "What is the code for Ada?", "lamb", chat)
+    ctx = question_context(lm, note, "What is the code for Ada?", "lamb", chat)
     assert torch.equal(ctx.tokens.ids, trace_prompt(lm, note, "What is the code for Ada?", "lamb", chat=chat or None).ids)
     assert (ctx.kind, ctx.answers, ctx.completion.strip()) == ("asked", ("lamb",), "lamb")
     reading = read_asked(lm, note, "What is the code for Ada?", "lamb", chat)
@@ -846,7 +847,7 @@ def test_asking_is_cancelled(lm: ll.LongModel) -> None:
     "Before the answer, and between the chunks of the text"
     said: list[str] = []
     progress = Progress(lambda share, text: said.append(text))
-    with using(lm, progress): read_asked(lm, "The code for Ada is lamb. " * 20, "What is the code for Ada?", progress=progress)
+    with exclusive_use(lm, progress): read_asked(lm, "The code for Ada is lamb. " * 20, "What is the code for Ada?", progress=progress)
     assert said[0] == "the answer" and any("of about" in s for s in said)
     progress.cancelled = True
-    with pytest.raises(Cancelled), using(lm, progress): read_asked(lm, "The code for Ada is lamb.", ASK, progress=progress)
+    with pytest.raises(Cancelled), exclusive_use(lm, progress): read_asked(lm, "The code for Ada is lamb.", ASK, progress=progress)

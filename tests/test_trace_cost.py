@@ -76,7 +76,8 @@ def test_whatever_wins_costs_no_more_than_was_said(lm: LongModel, name: str, tex
 
 
 @pytest.mark.parametrize("name", INNER)
-@pytest.mark.filterwarnings("ignore::longlens.probes.traceback.methods.captum_gradients.IncompleteAttribution", "ignore:Objective did not converge")
+@pytest.mark.filterwarnings("ignore::longlens.probes.traceback.methods.captum_gradients.IncompleteAttribution",
+                            "ignore:Objective did not converge")
 def test_a_run_costs_no_more_than_was_said(lm: LongModel, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     "Long sentences in three paragraphs, many short ones in the fourth; and with winners at random"
     long = " ".join(["the river bank is yellow and the stone garden is near the bridge and"] * 3) + "."
@@ -167,11 +168,11 @@ def test_a_plan_that_would_be_too_large_is_not_made(lm: LongModel, monkeypatch: 
     "Then the cost is that of whole forwards, and a budget refuses it as well"
     documents = [f"It rains on day {i}. " * 3 for i in range(12)]
     for name in ("loo", "stc", "shapley", "denoised_shapley", "captum_ablation", "captum_shapley", "kernel_shap", "lime"):
-        exact = ll.trace_context(lm, documents, ASK, " stone", method=name, dry_run=True)
+        exact = ll.plan(ll.trace_context, lm, documents, ASK, " stone", method=name)
         with monkeypatch.context() as m:
             m.setattr(trace_jobs, "MOST_BITS", 10)
             m.setattr(perturbation, "out_masks", lambda n: 1 / 0)
-            most = ll.trace_context(lm, documents, ASK, " stone", method=name, dry_run=True)
+            most = ll.plan(ll.trace_context, lm, documents, ASK, " stone", method=name)
             with pytest.raises(ValueError, match="sources takes up to .* and budget is 100"):
                 ll.trace_context(lm, documents, ASK, " stone", method=name, budget=100)
         assert exact.exact and not most.exact
@@ -182,7 +183,7 @@ def test_a_plan_that_would_be_too_large_is_not_made(lm: LongModel, monkeypatch: 
 def test_a_plan_that_does_not_fit_is_not_free(lm: LongModel, monkeypatch: pytest.MonkeyPatch) -> None:
     "Out of memory while planning, an evaluation does not go on as if a method took nothing; a refusal is kept for its row"
     case = fact_cases(1, 300)[0]
-    run = ("key", 0, replace_prompt(lm, case), "loo", LeaveOneOut())
+    run = trace_evaluation.CaseRun("key", 0, replace_prompt(lm, case), "loo", LeaveOneOut())
     def raises(error: BaseException) -> Any: return lambda self, job: (_ for _ in ()).throw(error)
     monkeypatch.setattr(LeaveOneOut, "cost", raises(np._core._exceptions._ArrayMemoryError((9, 9), np.dtype(int))))
     with pytest.raises(MemoryError): trace_evaluation.planned_runs(lm, [run])
@@ -205,7 +206,7 @@ def test_a_cost_and_a_refusal_run_nothing(lm: LongModel, name: str, monkeypatch:
         def never(*a: Any, **k: Any) -> Any: raise AssertionError("the model ran")
         m.setattr(LongModel, "logits_at", never)
         m.setattr(lm.hf, "forward", never)
-        asked, given = (ll.trace_context(lm, text, ASK, answer, dry_run=True, **how) for answer in (None, " stone"))
+        asked, given = (ll.plan(ll.trace_context, lm, text, ASK, answer, **how) for answer in (None, " stone"))
         for answer in (None, " stone"):
             with pytest.raises(ValueError, match="and budget is 10"): ll.trace_context(lm, text, ASK, answer, budget=10, **how)
     assert not asked.exact and asked.tokens > given.tokens > given.answer > 0
@@ -233,9 +234,9 @@ def test_what_is_said_is_what_runs(lm: LongModel, tmp_path: Any) -> None:
     t = ll.trace_context(lm, documents, ASK, method="attention")  # written, weighed and looked at, the prompt runs once
     assert t.frames["costs"]["tokens"].sum() < n + 20
     for _ in range(2):  # an answer that is known from its folder leaves nothing in memory, and the plan knows
-        again = lambda **kw: ll.trace_context(lm, documents, ASK, " stone", method="attention", out=tmp_path, **kw)
-        said = again(dry_run=True)
-        assert again().frames["costs"]["tokens"].sum() == said.tokens
+        how = dict(method="attention", out=tmp_path)
+        cost = ll.plan(ll.trace_context, lm, documents, ASK, " stone", **how)
+        assert ll.trace_context(lm, documents, ASK, " stone", **how).frames["costs"]["tokens"].sum() == cost.tokens
 
 
 def test_an_answer_that_stands_for_one(lm: LongModel) -> None:

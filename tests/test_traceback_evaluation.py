@@ -30,12 +30,13 @@ from longlens.probes.traceback.evaluation.cases import (
     text_truth,
 )
 from longlens.probes.traceback.evaluation.evaluate import ask_case, case_frame, named_tracers
+from longlens.probes.traceback.evaluation.frames import MEASURES, RUN_COSTS
 from longlens.probes.traceback.evaluation.metrics import answer_without, case_interval, f1_range, found_scores, says
-from longlens.probes.traceback.evaluation.report import MEASURES, RUN_COSTS, make_traceback_report
+from longlens.probes.traceback.evaluation.report import make_traceback_report
 from longlens.probes.traceback.prompts import answer_limits
 from longlens.probes.traceback.sources import cut_context
 from longlens.probes.traceback.tracer import TraceCost, Tracer, TraceScores
-from longlens.prompts.multi_document import fact_questions, read_questions
+from longlens.prompts.questions import fact_questions, read_questions
 from longlens.report import Report
 
 DATA = Path(__file__).parents[1] / "../shared/data"
@@ -174,10 +175,10 @@ def test_poisoned_passages() -> None:
     rows = json.loads(path.read_text())
     assert len(made) == 100 == len(rows)
     for case, row in zip(made, rows.values(), strict=True):
-        assert sorted(case.said) == sorted(t.strip() for t in row["adv_texts"])
+        assert sorted(case.injected_texts) == sorted(t.strip() for t in row["adv_texts"])
         assert (len(case.context), len(clean_context(case))) == (20, 15)
         truth = span_truth(cut_context(list(case.context)), case.injected)
-        assert sorted(case.context[i] for i in truth) == sorted(case.said)
+        assert sorted(case.context[i] for i in truth) == sorted(case.injected_texts)
     gold = {q.question.lower(): q.gold[1].strip() for q in questions}
     own = [gold[c.question.lower()] in c.context for c in made if c.question.lower() in gold]
     assert len(own) > 70 and all(own)
@@ -190,17 +191,17 @@ def test_instructions_in_real_paragraphs(attack: str) -> None:
     texts = ["\n\n".join(q.gold[1].strip() for q in read_questions(published("lost-in-the-middle/nq-open-oracle.jsonl.gz"), 8))]
     for case, (question, target) in zip(injection_cases(targets, texts, attack), targets.items(), strict=True):
         assert len(case.injected) == 5 and clean_context(case) == texts[0]
-        assert all(question in s and target in s for s in case.said)
+        assert all(question in s and target in s for s in case.injected_texts)
         sources = cut_context(case.text, "sentences")
         truth = span_truth(sources, case.injected)
-        assert all("output '" in sources.texts[i] or sources.texts[i].strip() in case.said[0] for i in truth) and len(truth) >= 4
+        assert all("output '" in sources.texts[i] or sources.texts[i].strip() in case.injected_texts[0] for i in truth) and len(truth) >= 4
 
 
 def test_needles_of_tracllm() -> None:
     path, text = published("tracllm/subjective_srt.json"), "One sentence. Another one. A third."
     made = needle_cases(path, [text])
     assert len(made) == 133
-    assert all(says(c.said[0], c.target) and clean_context(c) == text for c in made)
+    assert all(says(c.injected_texts[0], c.target) and clean_context(c) == text for c in made)
 
 
 @pytest.mark.parametrize(("written", "said"), [
@@ -218,7 +219,8 @@ def test_files_that_are_something_else(tmp_path: Path, written: str, said: str) 
 
 def test_why_a_case_is_left_out(lm: Any, cases: list[TraceCase]) -> None:
     said = fact_cases(1, 200)[0]
-    known = replace(said, context=f"{said.said[0]} {said.text}", injected=((0, len(said.said[0])),))  # stands there once more
+    fact = said.injected_texts[0]
+    known = replace(said, context=f"{fact} {said.text}", injected=((0, len(fact)),))  # stands there once more
     asked = [ask_case(lm, c, answer_limits(lm), by="sentences") for c in (cases[0], said, replace(said, target="nobody"), known)]
     too = "the model says the target without what was injected, too"
     assert [x.why for x in asked] == [None, None, "the model does not say the target", too]
@@ -235,7 +237,7 @@ def test_without_what_was_injected_the_answer_is_right(lm: Any, cases: list[Trac
 def test_always_and_never(lm: Any, cases: list[TraceCase]) -> None:
     "The one that knows has every measure at its best; the other one leaves everything as it was"
     case = cases[0]
-    methods = {"always": Looks(case.said[0]), "never": Looks(case.said[0], -1.0)}
+    methods = {"always": Looks(case.injected_texts[0]), "never": Looks(case.injected_texts[0], -1.0)}
     runs = {r["method"]: r for r in ll.evaluate_traceback(lm, [case], methods, k=None, by="sentences").frames["runs"].iter_rows(named=True)}
     best, worst = runs["always"], runs["never"]
     assert [best[c] for c in ("precision", "recall", "f1", "first", "said_after", "recovered")] == [1, 1, 1, 1, 0, 1]
@@ -244,7 +246,7 @@ def test_always_and_never(lm: Any, cases: list[TraceCase]) -> None:
 
 
 def test_more_sources_than_are_true(lm: Any, cases: list[TraceCase]) -> None:
-    report = ll.evaluate_traceback(lm, cases[:1], {"always": Looks(cases[0].said[0])}, k=5, by="sentences")
+    report = ll.evaluate_traceback(lm, cases[:1], {"always": Looks(cases[0].injected_texts[0])}, k=5, by="sentences")
     row = report.frames["runs"].row(0, named=True)
     assert (row["precision"], row["recall"], row["f1"]) == pytest.approx((0.4, 1, 4 / 7))
     assert report.meta["f1_best"] == pytest.approx(4 / 7)
@@ -306,7 +308,7 @@ def test_the_total_is_planned_before_a_method_runs(lm: Any, cases: list[TraceCas
     from longlens.probes.traceback.probe import LargeTrace
     methods = ["loo", "stc", "shapley", "denoised_shapley", "tracllm", "attention", "attntrace", "rollout", "contextcite", "self_citation"]
     how: dict[str, Any] = dict(k=None, by="sentences", size=5, out=tmp_path)
-    plan = ll.evaluate_traceback(lm, cases, methods, dry_run=True, **how)
+    plan = ll.plan(ll.evaluate_traceback, lm, cases, methods, **how)
     unknown = plan.filter(pl.col("tokens").is_null())["method"].to_list()
     assert unknown == ["self_citation"]  # no chat template: its row says so when it runs
     with pytest.raises(ValueError, match=r"10 methods on \d cases .*, and [\d,]+ to ask and ask again\), and budget is 20,000: take fewer"):
@@ -316,11 +318,12 @@ def test_the_total_is_planned_before_a_method_runs(lm: Any, cases: list[TraceCas
         ll.evaluate_traceback(lm, cases, methods, budget=1000, **how)
     assert not list(tmp_path.glob("**/*.parquet"))  # nothing had run
     monkeypatch.setattr(trace_evaluation, "LARGE_COST", 1000)
-    with pytest.warns(LargeTrace, match="dry_run=True gives the table"): report = ll.evaluate_traceback(lm, cases, methods, **how)
+    with pytest.warns(LargeTrace, match=r"plan\(evaluate_traceback, ...\) gives the table"):
+        report = ll.evaluate_traceback(lm, cases, methods, **how)
     taken = dict(report.frames["runs"].group_by("method").agg(pl.col("forward_tokens").sum()).rows())
     for method, tokens in plan.select("method", "tokens").rows():
         if tokens is not None: assert 0 < taken[method] <= tokens, method
-    left = ll.evaluate_traceback(lm, cases, methods, dry_run=True, **how)
+    left = ll.plan(ll.evaluate_traceback, lm, cases, methods, **how)
     assert left["method"].to_list() == ["self_citation"]
 
 

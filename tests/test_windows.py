@@ -11,13 +11,23 @@ from torch import nn
 from transformers import AttentionInterface
 from zoo import VOCAB, token_ids
 
-from longlens.attention import kernels
-from longlens.attention.hf_interface import _EDITS, _HELD, UnsupportedModel
-from longlens.encoders.encode import Encoder
+from longlens.attention import kernels, streams
+from longlens.attention.hf_interface import UnsupportedModel, attachments
+from longlens.encoders.encoder import Encoder
 from longlens.encoders.load import load_encoder
 from longlens.encoders.pooling import Pooling
-from longlens.interventions.base import _ACTIVE, intervene, interventions
-from longlens.interventions.extend import NTK, WINDOWS, Grouped, Interpolated, Recurrent, SelfExtend, extend_window, group_distances, windows_for
+from longlens.interventions.base import intervene, interventions
+from longlens.interventions.extend import (
+    NTK,
+    WINDOWS,
+    Grouped,
+    Interpolated,
+    Recurrent,
+    SelfExtend,
+    extend_window,
+    group_distances,
+    windows_for,
+)
 from longlens.interventions.heads import ablate, temperature
 from longlens.measure.capture import capture
 from longlens.measure.spectral import SpectralNorm
@@ -53,7 +63,7 @@ def tiny(name: str, **kw):
 def ids_of(n: int = N, batch: int = 1, seed: int = 0): return token_ids(n, batch, seed)
 def states(model, ids, **kw): return model(ids, **kw).last_hidden_state
 def close(a, b, atol=2e-5): torch.testing.assert_close(a, b, atol=atol, rtol=1e-4)
-def untouched(model): return not (_EDITS or _HELD or _ACTIVE or model._forward_pre_hooks or interventions(model))
+def untouched(model): return not (attachments() or model._forward_pre_hooks or interventions(model))
 
 
 def padded_batch(name: str, lengths, pad: int):
@@ -248,16 +258,17 @@ def test_long_texts_take_the_fused_path(monkeypatch):
         model, ids = tiny(name, max_position_embeddings=256), ids_of(1500)
         with extend_window(model, "self_extend", length=1700):
             with monkeypatch.context() as m:
-                m.setattr(kernels, "_only_far", lambda *_: False)
+                m.setattr(kernels, "WAYS", kernels.WAYS[-1:])
                 want = states(model, ids)
             with monkeypatch.context() as m:
-                m.setattr(kernels, "attend_blocked", refuse)
+                for module in (kernels, streams): m.setattr(module, "attend_blocked", refuse)
                 close(states(model, ids), want, 1e-4)
 
 
 def test_statistics_and_temperature_under_self_extend():
     model, ids = tiny("NomicBert"), ids_of()
-    with temperature(model, .7), extend_window(model, "self_extend", length=LONG, group=5, window=4), ablate(model, [(1, 2)], mode="uniform"), \
+    longer = extend_window(model, "self_extend", length=LONG, group=5, window=4)
+    with temperature(model, .7), longer, ablate(model, [(1, 2)], mode="uniform"), \
             capture(model, Entropy(), Received(), SpectralNorm()) as seen:
         assert [i["intervention"] for i in interventions(model)] == ["temperature", "self_extend", "ablate"]
         states(model, ids)

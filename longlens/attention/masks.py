@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 # %% auto #0
 __all__ = ['ALL', 'Mask', 'causal_mask', 'full_mask', 'key_range', 'inside_band', 'band_tile', 'of_sample', 'visible_tile',
-           'real_queries', 'positions', 'visible_keys', 'seen_by', 'Stream', 'stream_tile']
+           'real_queries', 'positions', 'visible_keys', 'seen_by', 'cut', 'narrow_mask', 'Stream', 'stream_tile']
 
 # %% ../../nbs/attention/00_masks.ipynb #ed5b1e40
 @dataclass(frozen=True)
@@ -194,6 +194,55 @@ def seen_by(
     hi = torch.full_like(t, n_queries) if mask.left is None else (t + mask.left + 1).clamp(0, n_queries)
     seen = (upto[:, hi] - upto[:, lo]).clamp_min(0)
     return (seen if mask.keep is None else seen * mask.keep.to(device)).float()
+
+# %% ../../nbs/attention/00_masks.ipynb #b8a889e4
+def _moved(rule: Callable, sample: int, by: int) -> Callable:
+    "A mask rule for a part that calls its sample 0 and its tokens by other numbers"
+    if not (sample or by): return rule
+    return lambda b, h, q, k: rule(b + sample, h, q + by, k + by)
+
+# %% ../../nbs/attention/00_masks.ipynb #e4513d8a
+def cut(
+    x: Tensor,  # (batch|1, heads|1, n_queries, n_keys)
+    queries: range,  # which queries
+    keys: range,  # which keys
+    sample: int | None = None,  # which sample; None: all
+    heads: Tensor | None = None,  # which heads; None: all
+) -> Tensor:
+    "What belongs to a part"
+    if sample is not None and len(x) > 1: x = x[sample:sample + 1]
+    if heads is not None and x.shape[1] > 1: x = x[:, heads]
+    return x[:, :, queries.start:queries.stop, keys.start:keys.stop]
+
+# %% ../../nbs/attention/00_masks.ipynb #0d2324e3
+def _cut_padding(mask: Mask, sample: int | None, keys: range, n_keys: int) -> dict:
+    "Padding of a part, and where its first key stands"
+    assert mask.keep is not None
+    if len(keys) == n_keys:
+        b = slice(None) if sample is None else slice(sample, sample + 1)
+        return {"keep": mask.keep[b], "before": None if mask.before is None else mask.before[b]}
+    if sample is None and len(mask.keep) > 1: raise ValueError("a batch with padding has no one part: say which sample")
+    if not mask.keep[sample or 0, keys.start:keys.stop].all():
+        raise ValueError(f"there is padding between the tokens {keys.start} to {keys.stop - 1} of a padded text: put it at one side")
+    return {"keep": None, "before": None, "start": int(positions(mask, n_keys)[sample or 0, keys.start])}
+
+# %% ../../nbs/attention/00_masks.ipynb #94666603
+def narrow_mask(
+    mask: Mask,  # of a call
+    n_keys: int,  # keys there are
+    queries: range,  # which queries remain
+    keys: range | None = None,  # which keys; None: all
+    sample: int | None = None,  # which sample of the batch; None: all
+    heads: Tensor | None = None,  # which heads; None: all
+) -> Mask:
+    "Who sees whom in a part of a call"
+    at = range(n_keys) if keys is None else keys
+    behind = keys is not None and mask.right == 0 and at.stop <= mask.offset + queries.start + 1  # all keys, of all queries
+    padding = {} if mask.keep is None else _cut_padding(mask, sample, at, n_keys)
+    moved = {"offset": mask.offset + queries.start - at.start, "start": mask.start + at.start} | padding
+    out = replace(mask, right=None if behind else mask.right, **moved)
+    if isinstance(mask.rule, Tensor): return replace(out, rule=cut(mask.rule, queries, at, sample, heads))
+    return out if mask.rule is None else replace(out, rule=_moved(mask.rule, sample or 0, mask.start + at.start - out.start))
 
 # %% ../../nbs/attention/00_masks.ipynb #7a9d4f4c
 ALL = 2**31 - 1  # as `sink` of a stream: it keeps every token

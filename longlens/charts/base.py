@@ -8,18 +8,20 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from textwrap import wrap
-from typing import Any
+from typing import Any, TypedDict
 
 import altair as alt
 import polars as pl
+from altair.typing import ChartType
 
 from ..text import visible
 
 # %% auto #0
 __all__ = ['COLOURS', 'SHAPES', 'WIDTH', 'HEIGHT', 'PAD', 'FONT', 'ABOVE', 'ChartError', 'need_columns', 'drawable',
-           'inline_data', 'shown_text', 'label', 'axis_style', 'legend_style', 'titled', 'short_number', 'tooltips',
-           'axis_span', 'log_ticks', 'y_axis']
+           'inline_data', 'shown_text', 'label', 'Labels', 'LabelOptions', 'axis_style', 'legend_style', 'titled',
+           'short_number', 'tooltips', 'axis_span', 'log_ticks', 'y_axis']
 
 # %% ../../nbs/charts/00_base.ipynb #ac276d7a
 class ChartError(ValueError):
@@ -72,6 +74,23 @@ def label(
     name = visible(re.sub("_(?![a-z]$)", " ", column), 60)    # sigma_a is a symbol
     return f"{name} ({unit})" if unit else name
 
+# %% ../../nbs/charts/00_base.ipynb #63cda3b7
+@dataclass(frozen=True)
+class Labels:
+    "What a chart calls things"
+    title: str | None = None       # above it; None: the value's name
+    unit: str = ""                 # of the value
+    subtitle: str | None = None    # how to read it, if not by the sentence that comes with it
+    name: str | None = None        # what the axis calls the value, if not by its column
+
+# %% ../../nbs/charts/00_base.ipynb #a7036d2d
+class LabelOptions(TypedDict, total=False):
+    "The fields of `Labels`, as keyword arguments"
+    title: str | None
+    unit: str
+    subtitle: str | None
+    name: str | None
+
 # %% ../../nbs/charts/00_base.ipynb #9f66c97b
 FONT = dict(labelFontSize=12, titleFontSize=12, titleFontWeight="normal")
 ABOVE = dict(orient="top", direction="horizontal", titleOrient="left")    # where legends stand: beside a plot they take its width
@@ -81,10 +100,11 @@ def axis_style(**given: Any) -> alt.Axis:
     return alt.Axis(**{**FONT, "labelOverlap": "greedy", "titlePadding": 8, **given})
 
 
-def legend_style(**given: Any) -> alt.Legend: return alt.Legend(**{**FONT, "titleLimit": 360, "labelLimit": 220, "symbolOpacity": 1, **given})
+def legend_style(**given: Any) -> alt.Legend:
+    return alt.Legend(**{**FONT, "titleLimit": 360, "labelLimit": 220, "symbolOpacity": 1, **given})
 
 # %% ../../nbs/charts/00_base.ipynb #c2c35598
-def titled(chart: Any, title: str, subtitle: str, width: int) -> Any:    # both wrapped to the width of the plot
+def titled(chart: ChartType, title: str, subtitle: str, width: int) -> ChartType:    # both wrapped to the width of the plot
     lines = lambda text, per: wrap(visible(text, 600), max(36, int(width / per)))
     below = lines(subtitle, 6.1) if subtitle else []
     text = alt.TitleParams(text=lines(title, 8.2), subtitle=below, anchor="start", fontSize=15, fontWeight=600, subtitleFontSize=12,
@@ -100,7 +120,8 @@ def tooltips(*columns: tuple[str, str, str]) -> list[alt.Tooltip]:    # (field, 
             for f, t, name in columns]
 
 # %% ../../nbs/charts/00_base.ipynb #0c86848a
-def axis_span(low: float, high: float) -> tuple[float, float]:    # the ends of a linear axis: from zero, unless that would hide the differences
+def axis_span(low: float, high: float) -> tuple[float, float]:
+    "The ends of a linear axis: from zero, unless that would hide the differences"
     if low == high: return (min(low, 0.0), max(high, 0.0)) if low else (0.0, 1.0)
     return (0.0 if 0 < low < high / 2 else low, 0.0 if low / 2 > high and high < 0 else high)
 

@@ -6,17 +6,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias, Unpack
 
 import altair as alt
 import polars as pl
+from altair.typing import ChartType
 
-from .base import FONT as FONT, log_ticks as log_ticks  # not used here: other charts take them with the rest
 from longlens.charts.base import (
-    ABOVE, COLOURS, HEIGHT, PAD, SHAPES, WIDTH, ChartError, axis_style, inline_data, need_columns, legend_style, short_number, shown_text, axis_span, tooltips, titled,
-    y_axis, drawable, label,
+    ABOVE, COLOURS, HEIGHT, PAD, SHAPES, WIDTH, ChartError, LabelOptions, Labels, axis_span, axis_style, drawable, inline_data, label,
+    legend_style, need_columns, short_number, shown_text, titled, tooltips, y_axis,
 )
+from ..run import settings_of
 
 # %% auto #0
 __all__ = ['colour_scale', 'head_map', 'position_profile', 'summarise', 'line_layers', 'line_series', 'spread_text',
@@ -48,7 +49,8 @@ def _cells(layers: Sequence[int], heads: Sequence[int]) -> tuple[dict[str, Any],
     w, h = (max(5, min(most, whole // n)) for n, most, whole in ((len(heads), 54, WIDTH), (len(layers), 30, 560)))
     gap = 0.06 if min(w, h) >= 14 else 0
     x, y = (dict(type="ordinal", scale=alt.Scale(domain=list(n), paddingInner=gap, paddingOuter=0),
-                 axis=axis_style(title=name, values=_labelled(n, size, room), labelAngle=0, ticks=size < room, domain=False, labelOverlap=False))
+                 axis=axis_style(title=name, values=_labelled(n, size, room), labelAngle=0, ticks=size < room, domain=False,
+                                 labelOverlap=False))
             for n, name, size, room in ((heads, "head", w, 22), (layers, "layer", h, 18)))
     return dict(x=alt.X("head", **x), y=alt.Y("layer", **y)), w, h
 
@@ -129,17 +131,21 @@ def _marked(frame: pl.DataFrame, marks: Mapping[int, str] | pl.DataFrame) -> pl.
     if isinstance(marks, pl.DataFrame):
         need_columns(marks, ["position", "token"])
         marks = dict(marks.select("position", "token").iter_rows())
-    told = pl.DataFrame({"position": list(marks), "token": shown_text(pl.Series("token", list(marks.values()), strict=False), 16)},
+    named = pl.DataFrame({"position": list(marks), "token": shown_text(pl.Series("token", list(marks.values()), strict=False), 16)},
                         schema={"position": pl.Int64, "token": pl.String})
-    told = told.with_columns(text=pl.Series([f"“{token}” {p:,}" for p, token in told.rows()], dtype=pl.String))
+    named = named.with_columns(text=pl.Series([f"“{token}” {p:,}" for p, token in named.rows()], dtype=pl.String))
     tops = frame.group_by(pl.col("position").cast(pl.Int64)).agg(top=pl.col("peak").max())
-    out = told.join(tops, on="position", how="left")
+    out = named.join(tops, on="position", how="left")
     lost = out.filter(pl.col("top").is_null())
     if lost.height: raise ChartError(f"the mark at position {lost['position'][0]:,} is at none of the frame's {tops.height:,} positions")
     return out.sort("top", "position", descending=[True, False])
 
+# %% ../../nbs/charts/01_common.ipynb #1af9e3c8
+_Encode: TypeAlias = Callable[[str], Any]       # a column -> its encoding on an axis
+_Place: TypeAlias = Callable[[float], float]    # a value -> where it is on an axis, 0 to 1
+
 # %% ../../nbs/charts/01_common.ipynb #2a7dfe66
-def _names(marks: pl.DataFrame, x: Any, y: Any, spots: Sequence[tuple[int, int] | None], what: str) -> list[alt.Chart]:
+def _names(marks: pl.DataFrame, x: _Encode, y: _Encode, spots: Sequence[tuple[int, int] | None], what: str) -> list[alt.Chart]:
     tips = tooltips(("token", "nominal", "token"), ("position", "quantitative", "position"), ("top", "quantitative", what))
     xy = dict(x=x("position"), y=y("top"))
     charts = [alt.Chart(inline_data(marks)).mark_point(filled=True, size=50, color=COLOURS[1], opacity=1).encode(**xy, tooltip=tips)]
@@ -162,7 +168,7 @@ def _x_positions(n: int, log: bool) -> tuple[dict[str, Any], Any]:    # encoding
     return dict(scale=scale, axis=axis), lambda p: math.log1p(p) / math.log1p(last)
 
 # %% ../../nbs/charts/01_common.ipynb #e058eafd
-def _profile_lines(few: pl.DataFrame, x: Any, y: Any) -> list[alt.Chart]:    # the highest behind, the mean before it
+def _profile_lines(few: pl.DataFrame, x: _Encode, y: _Encode) -> list[alt.Chart]:    # the highest behind, the mean before it
     how = {"highest": ("at", "top", 1.2, COLOURS[1]), "mean": ("middle", "mean", 2, COLOURS[0])}
     if not (few["top"] > few["mean"]).any(): del how["highest"]
     legend = legend_style(title=None, offset=4, **ABOVE) if len(how) > 1 else None
@@ -173,42 +179,50 @@ def _profile_lines(few: pl.DataFrame, x: Any, y: Any) -> list[alt.Chart]:    # t
     return [line(name).encode(x=x(at), y=y(value), color=colour) for name, (at, value, _, _) in how.items()]
 
 # %% ../../nbs/charts/01_common.ipynb #303a0c8e
-def _hover(few: pl.DataFrame, x: Any, what: str) -> alt.Chart:    # a bin's numbers, anywhere above or below it
+def _hover(few: pl.DataFrame, x: _Encode, what: str) -> alt.Chart:    # a bin's numbers, anywhere above or below it
     tips = tooltips(("where", "nominal", "positions"), ("mean", "quantitative", f"mean {what}"),
                  ("top", "quantitative", f"highest {what}"), ("at", "quantitative", "highest at"))
     return alt.Chart(inline_data(few)).mark_rect(opacity=0, aria=False, clip=True).encode(x=x("first"), x2="end:Q", tooltip=tips)
 
-# %% ../../nbs/charts/01_common.ipynb #59919adc
+# %% ../../nbs/charts/01_common.ipynb #bae467df
+def _binned(rows: pl.DataFrame, bins: int, log: bool) -> pl.DataFrame:    # as _bin_positions; also middle, end, where
+    few = _bin_positions(rows, bins, log).with_columns(middle=(pl.col("first") + pl.col("last")) / 2, end=pl.col("last") + 1)
+    one = pl.col("first") == pl.col("last")
+    return few.with_columns(where=pl.when(one).then(pl.col("first").cast(pl.String)).otherwise(pl.format("{} to {}", "first", "last")))
+
+# %% ../../nbs/charts/01_common.ipynb #688db590
+def _mark_layers(marked: pl.DataFrame, x: tuple[_Encode, _Place], y: tuple[_Encode, _Place], what: str) -> list[alt.Chart]:
+    "Names of tokens, where they have room; of each axis its encoding, and where a value is on it, 0 to 1"
+    points = marked.select(pl.col("position").map_elements(lambda p: PAD + x[1](p) * (WIDTH - 2 * PAD), pl.Float64),
+                           pl.col("top").map_elements(lambda v: (1 - y[1](v)) * HEIGHT, pl.Float64), "text").rows()
+    return _names(marked, x[0], y[0], _place(points, WIDTH), what)
+
+# %% ../../nbs/charts/01_common.ipynb #8a6d1cfb
 def position_profile(
     frame: pl.DataFrame,            # a column of positions and one of values; any number of rows for a position
     value: str,                     # what is drawn: its mean over the rows of a bin, and its highest
     position: str = "position",     # column of positions, in tokens, from 0
-    title: str | None = None,       # the value's name, if not given
-    unit: str = "",                 # of the value
+    *,
     bins: int = 300,                # positions are put into at most so many
     marks: Mapping[int, str] | pl.DataFrame | None = None,    # tokens to name: {position: token}, or columns position and token
     peak: str | None = None,        # column to take the highest from; the value's, if not given
     log: bool = False,              # logarithmic axis of positions, with room for the first tokens
     log_value: bool = False,        # logarithmic axis of values; what is not positive is left out
-    subtitle: str | None = None,    # how to read it, if not by the sentence that comes with it
-    name: str | None = None,        # what the axis calls the value, if not by its column
+    labels: Labels | None = None,   # what things are called
+    **options: Unpack[LabelOptions],    # fields of `Labels`, one by one
 ) -> alt.LayerChart:
     "A value along the text: its mean, and the highest, so that no single token is averaged away"
+    called = settings_of(Labels, labels, {**options}, "position_profile")
     rows = _positions(frame, value, position, peak or value, log_value)
-    few = _bin_positions(rows, bins, log).with_columns(middle=(pl.col("first") + pl.col("last")) / 2, end=pl.col("last") + 1)
-    one = pl.col("first") == pl.col("last")
-    few = few.with_columns(where=pl.when(one).then(pl.col("first").cast(pl.String)).otherwise(pl.format("{} to {}", "first", "last")))
-    n, what = rows["position"].max() + 1, label(name or value, unit)
+    few = _binned(rows, bins, log)
+    n, name = rows["position"].max() + 1, label(called.name or value)
+    what = label(called.name or value, called.unit)
     (x_how, x_at), (y_how, y_at) = _x_positions(n, log), y_axis(pl.concat([few["mean"], few["top"].alias("mean")]), what, log_value)
     x, y = (lambda c: alt.X(c, type="quantitative", **x_how)), (lambda c: alt.Y(c, type="quantitative", **y_how))
     charts = [*_profile_lines(few, x, y), _hover(few, x, what)]
-    if marks is not None and len(marks):
-        told = _marked(rows, marks)
-        points = told.select(pl.col("position").map_elements(lambda p: PAD + x_at(p) * (WIDTH - 2 * PAD), pl.Float64),
-                             pl.col("top").map_elements(lambda v: (1 - y_at(v)) * HEIGHT, pl.Float64), "text").rows()
-        charts += _names(told, x, y, _place(points, WIDTH), f"highest {what}")
-    text = subtitle or _what_is_binned(frame, few.height, n)
-    return titled(alt.layer(*charts).properties(width=WIDTH, height=HEIGHT), title or label(name or value).capitalize(), text, WIDTH)
+    if marks is not None and len(marks): charts += _mark_layers(_marked(rows, marks), (x, x_at), (y, y_at), f"highest {what}")
+    text = called.subtitle or _what_is_binned(frame, few.height, n)
+    return titled(alt.layer(*charts).properties(width=WIDTH, height=HEIGHT), called.title or name.capitalize(), text, WIDTH)
 
 # %% ../../nbs/charts/01_common.ipynb #58e30f27
 def _positions(frame: pl.DataFrame, value: str, position: str, peak: str, log: bool) -> pl.DataFrame:    # position, value, peak
@@ -241,7 +255,8 @@ def summarise(
     "Mean and spread for every point of a line"
     if by and len(values) > 1: raise ChartError(f"either several values or by={by!r}, not both")
     rows = drawable(frame, [x, *values], [by] if by else [])
-    long = pl.concat([rows.select(x=pl.col(x), series=shown_text(rows[by], 48) if by else pl.lit(label(v)), value=pl.col(v)) for v in values])
+    series = lambda v: shown_text(rows[by], 48) if by else pl.lit(label(v))
+    long = pl.concat([rows.select(x=pl.col(x), series=series(v), value=pl.col(v)) for v in values])
     v = pl.col("value")
     out = long.drop_nulls().group_by("x", "series", maintain_order=True).agg(
         mean=v.mean(), low=v.quantile(0.1, "linear"), high=v.quantile(0.9, "linear"), rows=pl.len())
@@ -325,8 +340,8 @@ def length_curve(
     values = _columns(value)
     points = summarise(frame, x, values, by)
     chart = line_series(points, _x_lengths(points["x"], label(x, "tokens, log scale")), label(x), _y_name(values, unit, name), by, log)
-    said = title or f"{', '.join(map(label, values))} by context length".capitalize()
-    return titled(chart, said, subtitle or spread_text(points, over), WIDTH)
+    heading = title or f"{', '.join(map(label, values))} by context length".capitalize()
+    return titled(chart, heading, subtitle or spread_text(points, over), WIDTH)
 
 # %% ../../nbs/charts/01_common.ipynb #59b0defc
 def _x_layers(at: pl.Series) -> alt.X:
@@ -351,8 +366,8 @@ def layer_profile(
     values = _columns(value)
     points = summarise(frame, "layer", values, by)
     chart = line_series(points, _x_layers(points["x"]), "layer, from 0", _y_name(values, unit, name), by, log)
-    said = title or f"{', '.join(map(label, values))} by layer".capitalize()
-    return titled(chart, said, subtitle or spread_text(points, over), WIDTH)
+    heading = title or f"{', '.join(map(label, values))} by layer".capitalize()
+    return titled(chart, heading, subtitle or spread_text(points, over), WIDTH)
 
 # %% ../../nbs/charts/01_common.ipynb #a47a1b65
 def _categories(frame: pl.DataFrame, names: Sequence[str], most: int) -> pl.Series:    # one text per row, all different
@@ -400,7 +415,7 @@ def _bar_layers(rows: pl.DataFrame, name: str, what: str, ranged: bool) -> list[
             base.mark_text(align="left", dx=6, fontSize=12, tooltip=None).encode(x=x("end"), y=y, text="text:N")]
 
 # %% ../../nbs/charts/01_common.ipynb #0f1ebeca
-def _narrowed(chart: Any, width: int) -> Any:    # a copy that is at most so wide; its title wrapped anew
+def _narrowed(chart: ChartType, width: int) -> ChartType:    # a copy that is at most so wide; its title wrapped anew
     out = chart.copy()
     if not isinstance(getattr(out, "width", None), int) or out.width <= width: return out
     out.width = width
@@ -409,9 +424,9 @@ def _narrowed(chart: Any, width: int) -> Any:    # a copy that is at most so wid
 
 # %% ../../nbs/charts/01_common.ipynb #b0a29323
 def arrange(
-    charts: Sequence[Any],    # Altair charts
-    columns: int = 2,         # beside each other
-) -> Any:
+    charts: Sequence[ChartType],
+    columns: int = 2,            # beside each other
+) -> alt.ConcatChart:
     "Several charts as one picture"
     if not charts: raise ChartError("no charts to put together")
     plain = [_narrowed(chart, 1040 // columns - 100 if columns > 1 else WIDTH) for chart in charts]

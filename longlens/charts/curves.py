@@ -8,18 +8,18 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Unpack
 
 import altair as alt
 import polars as pl
 
 from longlens.charts.base import (
-    ABOVE, axis_style, ChartError, COLOURS, inline_data, drawable, HEIGHT, label, legend_style, PAD, SHAPES, axis_span, tooltips,
-    titled, WIDTH, y_axis,
+    ABOVE, COLOURS, HEIGHT, PAD, SHAPES, WIDTH, ChartError, LabelOptions, Labels, axis_span, axis_style, drawable, inline_data, label,
+    legend_style, short_number, shown_text, titled, tooltips, y_axis,
 )
-from .base import short_number, shown_text
 from .common import colour_scale, line_layers
 from .heatmaps import cell_text, ordinal_axis
+from ..run import settings_of
 from ..text import visible
 
 # %% auto #0
@@ -105,26 +105,28 @@ def place_axis(at: pl.Series, x: str, shown: bool, field: str = "x") -> alt.X:
     kind = {"type": "log", "base": 2} if log else {"zero": False}
     return alt.X(field, type="quantitative", scale=alt.Scale(domain=ends, nice=False, padding=PAD, **kind), axis=axis)
 
-# %% ../../nbs/charts/03_curves.ipynb #0699ff92
-def _said_at(row: dict[str, Any], share: str) -> str:
+# %% ../../nbs/charts/03_curves.ipynb #c86e7e37
+def _point_text(row: dict[str, Any], share: str) -> str:
     "A point's numbers as text"
-    ends = "" if row["low"] is None or row["high"] is None else f" ({short_number(row['low'])} to {short_number(row['high'])})"
-    return short_number(row["value"]) + ends + (f"; {share} {short_number(row['attention'])}" if share and row["attention"] is not None else "")
+    text = short_number(row["value"])
+    if row["low"] is not None and row["high"] is not None: text += f" ({short_number(row['low'])} to {short_number(row['high'])})"
+    if share and row["attention"] is not None: text += f"; {share} {short_number(row['attention'])}"
+    return text
 
 # %% ../../nbs/charts/03_curves.ipynb #a6fbf9f9
 def strip_layer(points: pl.DataFrame, x: str, shown: bool, what: str, share: str = "") -> alt.Chart:
-    "What is said at each place: a strip from half way to the one before to half way to the next"
+    "What is shown at each place: a strip from half way to the one before to half way to the next"
     at = points["x"].unique().sort().to_list()
     middles = [(a + b) / 2 for a, b in pairwise(at)]
     edge = (at[-1] - at[0] or 1) / 20
     first = at[0] / 2 if x == "context_length" else at[0] - edge
     series = points["series"].unique(maintain_order=True).to_list()
     rows = {p: {"x": p, "from": a, "to": b} for p, a, b in zip(at, [first, *middles], [*middles, at[-1] + edge], strict=True)}
-    for row in points.to_dicts(): rows[row["x"]][f"s{series.index(row['series'])}"] = _said_at(row, share)
-    told = pl.DataFrame(list(rows.values()), infer_schema_length=None)
+    for row in points.to_dicts(): rows[row["x"]][f"s{series.index(row['series'])}"] = _point_text(row, share)
+    strips = pl.DataFrame(list(rows.values()), infer_schema_length=None)
     named = series if len(series) > 1 else [what]
     tips = tooltips(("x", "quantitative", label(x)), *((f"s{i}", "nominal", name) for i, name in enumerate(named)))
-    strip = alt.Chart(inline_data(told)).mark_rect(opacity=0, aria=False, clip=True)
+    strip = alt.Chart(inline_data(strips)).mark_rect(opacity=0, aria=False, clip=True)
     return strip.encode(x=place_axis(points["x"], x, shown, "from"), x2="to:Q", tooltip=tips)
 
 # %% ../../nbs/charts/03_curves.ipynb #eb194b1b
@@ -155,39 +157,49 @@ def _two_panels(
     shares = line_layers(rows, place_axis(points["x"], x, True), how, [], by)
     title = alt.TitleParams(text=visible(names[2], 100), anchor="start", fontSize=12, fontWeight="normal", offset=4)
     pointed = _pointed(points)
-    upper, lower = (alt.layer(_pointer(points, x, shown, pointed), *marks, strip_layer(points, x, shown, *names[:2]).add_params(pointed[shown]))
-                    for shown, marks in ((False, layers), (True, shares)))
+    panel = lambda shown, marks: alt.layer(_pointer(points, x, shown, pointed), *marks,
+                                           strip_layer(points, x, shown, *names[:2]).add_params(pointed[shown]))
+    upper, lower = panel(False, layers), panel(True, shares)
     lower = lower.properties(width=WIDTH, height=80, title=title)
     both = alt.vconcat(upper.properties(width=WIDTH, height=HEIGHT), lower, spacing=6)
     return both.resolve_scale(color="shared", shape="shared")
 
-# %% ../../nbs/charts/03_curves.ipynb #1dfd71f8
+# %% ../../nbs/charts/03_curves.ipynb #477465a1
+def _y_values(
+    points: pl.DataFrame, lines: Mapping[str, float], domain: tuple[float, float] | None, what: str,
+) -> tuple[dict[str, Any], Any]:    # as y_axis gives them
+    "The axis of values: of the domain, else of all that is drawn"
+    every = pl.concat([points[c].alias("y") for c in ("mean", "low", "high")] + [pl.Series("y", [*lines.values()], dtype=pl.Float64)])
+    return y_axis(pl.Series("y", domain) if domain else every, what, False)
+
+# %% ../../nbs/charts/03_curves.ipynb #067623a7
 def position_curve(
     frame: pl.DataFrame,  # one row for each place and condition: columns x, value, and lower and upper if there are intervals
     value: str,  # what is drawn
     x: str = "gold_index",  # column of places: "gold_index", "depth_percent", "context_length" (on a log scale), or another of numbers
     lower: str = "lower",  # column of the interval's lower end
     upper: str = "upper",  # column of its upper end
+    *,
     by: str | None = None,  # column of conditions: a line each
     attention: str | None = None,  # column of the attention that the answer's document got: a panel below
-    lines: Mapping[str, float] | None = None,  # what to read it against: name -> value, as {"closed book": 0.56}
-    title: str | None = None,  # the value's name, if not given
-    unit: str = "",  # of the value
-    domain: tuple[float, float] | None = None,  # ends of the axis of values; None: those of the data
-    subtitle: str | None = None,  # how to read it, if not by the sentence that comes with it
-    name: str | None = None,  # what the axis calls the value, if not by its column
     attention_name: str | None = None,  # what the panel below is called, if not by its column
+    lines: Mapping[str, float] | None = None,  # what to read it against: name -> value, as {"closed book": 0.56}
+    domain: tuple[float, float] | None = None,  # ends of the axis of values; None: those of the data
+    labels: Labels | None = None,  # what things are called
+    **options: Unpack[LabelOptions],  # fields of `Labels`, one by one
 ) -> alt.LayerChart | alt.VConcatChart:
     "A value against the place of the answer, with its interval, lines to read it against, and the attention at each place"
-    points, what = placed_points(frame, value, x, by, (lower, upper), attention), label(name or value, unit)
-    lines, share = dict(lines or {}), label(attention_name or attention or "")
-    every = pl.concat([points[c].alias("y") for c in ("mean", "low", "high")] + [pl.Series("y", [*lines.values()], dtype=pl.Float64)])
-    y_how, y_at = y_axis(pl.Series("y", domain) if domain else every, what, False)
+    called = settings_of(Labels, labels, {**options}, "position_curve")
+    name, what = label(called.name or value), label(called.name or value, called.unit)
+    points, lines = placed_points(frame, value, x, by, (lower, upper), attention), dict(lines or {})
+    y_how, y_at = _y_values(points, lines, domain, what)
     layers = [*_references(lines, y_how, y_at, HEIGHT), *line_layers(points, place_axis(points["x"], x, not attention), y_how, [], by)]
-    text = subtitle if subtitle is not None else _place_text(points, lines)
-    said = title or f"{label(name or value)} by {_TITLED.get(x, label(x))}".capitalize()
-    if attention: return titled(_two_panels(points, x, by, (what, label(attention), share), layers), said, text, WIDTH)
-    return titled(alt.layer(*layers, strip_layer(points, x, True, what)).properties(width=WIDTH, height=HEIGHT), said, text, WIDTH)
+    text = called.subtitle if called.subtitle is not None else _place_text(points, lines)
+    title = called.title or f"{name} by {_TITLED.get(x, label(x))}".capitalize()
+    if not attention:
+        return titled(alt.layer(*layers, strip_layer(points, x, True, what)).properties(width=WIDTH, height=HEIGHT), title, text, WIDTH)
+    names = what, label(attention), label(attention_name or attention)
+    return titled(_two_panels(points, x, by, names, layers), title, text, WIDTH)
 
 # %% ../../nbs/charts/03_curves.ipynb #0af7fffd
 _TITLED = {"gold_index": "place of the answer", "depth_percent": "depth of the answer"}
@@ -215,7 +227,15 @@ def _x_dots(rows: pl.DataFrame, title: str) -> dict[str, Any]:
     scale = alt.Scale(domain=[low - room * (low != 0), high + room], nice=False, zero=False)
     return dict(scale=scale, axis=axis_style(title=title, tickCount=8))
 
-# %% ../../nbs/charts/03_curves.ipynb #51e6c7f6
+# %% ../../nbs/charts/03_curves.ipynb #e3a3a756
+def _baseline(rows: pl.DataFrame, baseline: str | None, category: str) -> pl.DataFrame:
+    "Rows of the remedy that the others are read against; none, if there is none"
+    if baseline is None: return rows.head(0)
+    held = rows.filter(pl.col("category") == visible(baseline, 40))
+    if held.height: return held
+    raise ChartError(f"no {category} is called {baseline!r}: there are {', '.join(rows['category'].unique(maintain_order=True))}")
+
+# %% ../../nbs/charts/03_curves.ipynb #17b4762c
 def remedy_dots(
     frame: pl.DataFrame,  # a row for each remedy and part: columns category, split, value, and lower and upper if there are intervals
     value: str,  # where the dot is
@@ -223,22 +243,22 @@ def remedy_dots(
     split: str | None = "part",  # column of parts, as "ends" and "middle": a colour each; None: one dot a remedy
     lower: str = "lower",  # column of the interval's lower end
     upper: str = "upper",  # column of its upper end
+    *,
     baseline: str | None = None,  # the remedy that the others are read against, as it stands in the frame
-    title: str | None = None,  # the value's name, if not given
-    unit: str = "",  # of the value
-    subtitle: str | None = None,  # how to read it, if not by the sentence that comes with it
-    name: str | None = None,  # what the axis calls the value, if not by its column
+    labels: Labels | None = None,  # what things are called
+    **options: Unpack[LabelOptions],  # fields of `Labels`, one by one
 ) -> alt.LayerChart:
     "A dot for every remedy and part, with its interval"
-    rows, what = _parts(frame, value, category, split, (lower, upper)), label(name or value, unit)
-    order, parts = (rows[c].unique(maintain_order=True).to_list() for c in ("category", "part"))
-    held = rows.filter(pl.col("category") == visible(baseline, 40)) if baseline is not None else rows.head(0)
-    if baseline is not None and held.is_empty(): raise ChartError(f"no {category} is called {baseline!r}: there are {', '.join(order)}")
+    called = settings_of(Labels, labels, {**options}, "remedy_dots")
+    rows, what = _parts(frame, value, category, split, (lower, upper)), label(called.name or value, called.unit)
+    held = _baseline(rows, baseline, category)
     layers = _dot_layers(rows, held, _x_dots(rows, what), [label(category), label(split or "value"), what])
     text = "Thin lines: the interval of each." if rows["low"].count() else ""
     if baseline is not None: text += f" Broken lines: the values of “{visible(baseline, 40)}”."
-    chart = alt.layer(*layers).properties(width=WIDTH - 100, height=alt.Step(max(26, 16 * len(parts) + 8), **{"for": "position"}))
-    return titled(chart, title or label(name or value).capitalize(), text.strip() if subtitle is None else subtitle, WIDTH)
+    step = alt.Step(max(26, 16 * rows["part"].n_unique() + 8), **{"for": "position"})
+    chart = alt.layer(*layers).properties(width=WIDTH - 100, height=step)
+    title = called.title or label(called.name or value).capitalize()
+    return titled(chart, title, text.strip() if called.subtitle is None else called.subtitle, WIDTH)
 
 # %% ../../nbs/charts/03_curves.ipynb #78e5997f
 def _dot_layers(rows: pl.DataFrame, held: pl.DataFrame, x_how: dict[str, Any], names: Sequence[str]) -> list[alt.Chart]:
@@ -292,8 +312,8 @@ def depth_points(
     colour = colour_scale(*(domain or axis_span(known["value"].min(), known["value"].max())), what := label(name or value, unit))
     layers = _tile_layers(known, lost, colour, half, (x, trial), w * n, what)
     text = subtitle if subtitle is not None else cell_text(cells, lost).replace("a cell", "a tile")
-    said = title or f"{label(name or value)} by depth and context length".capitalize()
-    return titled(alt.layer(*layers).properties(width=w * n, height=height), said, text, max(w * n, 420))
+    heading = title or f"{label(name or value)} by depth and context length".capitalize()
+    return titled(alt.layer(*layers).properties(width=w * n, height=height), heading, text, max(w * n, 420))
 
 # %% ../../nbs/charts/03_curves.ipynb #051d9f7d
 def _tile_layers(
@@ -318,5 +338,6 @@ def _tile_layers(
         where["xOffset"] = alt.XOffset("trial:N", scale=alt.Scale(domain=trials))
         tips += tooltips(("trial", "nominal", label(columns[1])))
     grey = alt.Chart(inline_data(lost)).mark_rect(color="#8888", opacity=0.4).encode(**where, tooltip=tips)
-    tiles = alt.Chart(inline_data(known)).mark_rect().encode(**where, color=colour, tooltip=[*tips, *tooltips(("value", "quantitative", what))])
+    tips = [*tips, *tooltips(("value", "quantitative", what))]
+    tiles = alt.Chart(inline_data(known)).mark_rect().encode(**where, color=colour, tooltip=tips)
     return [*([grey] if lost.height else []), tiles]

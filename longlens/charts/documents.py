@@ -29,8 +29,8 @@ def looking_map(
     y = alt.Y("position", **ordinal_axis(rows["position"], f"place of the right {what}", "", h * n_y, 16))
     tips = tooltips(("position", "quantitative", f"place of the right {what}"), ("document", "quantitative", what),
                  ("mass", "quantitative", "attention, share"))
-    cells = alt.Chart(inline_data(rows)).mark_rect().encode(x=x, y=y, tooltip=tips,
-                                                      color=colour_scale(*axis_span(rows["mass"].min(), rows["mass"].max()), "attention, share"))
+    colour = colour_scale(*axis_span(rows["mass"].min(), rows["mass"].max()), "attention, share")
+    cells = alt.Chart(inline_data(rows)).mark_rect().encode(x=x, y=y, tooltip=tips, color=colour)
     right = rows.filter(pl.col("position") == pl.col("document"))
     frames = alt.Chart(inline_data(right)).mark_rect(fill=None, stroke="#d55e00", strokeWidth=2, tooltip=None).encode(x=x, y=y)
     text = f"Mean over layers, heads, the rows that say the answer, and questions. Framed: the right {what}."

@@ -39,7 +39,8 @@ def similarity_curve(
     subtitle: str | None = None,  # how to read it, if not by the sentence that comes with it
 ) -> alt.LayerChart:
     """Mean cosine of two texts by length, with its interval and the spread of pairs."""
-    points, spread = (placed_points(frame, "mean_cosine", "context_length", by, ends, None) for ends in (("lower", "upper"), ("q05", "q95")))
+    points, spread = (placed_points(frame, "mean_cosine", "context_length", by, ends, None)
+                      for ends in (("lower", "upper"), ("q05", "q95")))
     every = pl.concat([f[c].alias("y") for f in (points, spread) for c in ("mean", "low", "high")])
     y_how, _ = y_axis(every, "cosine", False)
     x, names = place_axis(points["x"], "context_length", True), points["series"].unique(maintain_order=True).to_list()
@@ -141,11 +142,11 @@ def truncation_map(
     y = alt.Y("layer", **ordinal_axis(rows["layer"], "layers read (0: the input)", "", h * n_y, 16))
     tips = tooltips(("layer", "quantitative", "layers read"), ("dims", "quantitative", "numbers"), ("value", "quantitative", name))
     low, high = domain or axis_span(rows["value"].min(), rows["value"].max())
-    told = rows.with_columns(dark=(pl.col("value") - low) / max(high - low, 1e-9) < 0.6,
+    written = rows.with_columns(dark=(pl.col("value") - low) / max(high - low, 1e-9) < 0.6,
                              text=pl.Series([f"{v:.2f}" for v in rows["value"]], dtype=pl.String))
     cells = alt.Chart(inline_data(rows)).mark_rect().encode(x=x, y=y, color=colour_scale(low, high, label(name, unit)), tooltip=tips)
     words = [alt.Chart(inline_data(f)).mark_text(fontSize=11, tooltip=None, color=ink).encode(x=x, y=y, text="text:N")
-             for ink, f in (("white", told.filter("dark")), ("black", told.filter(~pl.col("dark")))) if len(f)]
+             for ink, f in (("white", written.filter("dark")), ("black", written.filter(~pl.col("dark")))) if len(f)]
     return titled(alt.layer(cells, *words).properties(width=w * n_x, height=h * n_y), title, subtitle, max(w * n_x, 330))
 
 # %% ../../nbs/charts/05_embeddings.ipynb #80a18539

@@ -8,8 +8,7 @@ from __future__ import annotations
 import altair as alt
 import polars as pl
 
-from .base import axis_style, ChartError, inline_data, drawable, label, axis_span, tooltips, titled, WIDTH
-from .base import short_number
+from .base import WIDTH, ChartError, axis_span, axis_style, drawable, inline_data, label, short_number, titled, tooltips
 from .common import colour_scale, line_series, spread_text, summarise
 
 # %% auto #0
@@ -50,14 +49,16 @@ def depth_map(
     charts = [alt.Chart(inline_data(known)).mark_rect().encode(x=x, y=y, color=colour, tooltip=tips)]
     if lost.height: charts.append(alt.Chart(inline_data(lost)).mark_rect(color="#8888", opacity=0.4).encode(x=x, y=y, tooltip=tips[:2]))
     text = subtitle or cell_text(cells, lost)
-    said = title or f"{label(name or value)} by depth and context length".capitalize()
-    return titled(alt.layer(*charts).properties(width=w * n_x, height=h * n_y), said, text, max(w * n_x, 420))
+    heading = title or f"{label(name or value)} by depth and context length".capitalize()
+    return titled(alt.layer(*charts).properties(width=w * n_x, height=h * n_y), heading, text, max(w * n_x, 420))
 
 # %% ../../nbs/charts/02_heatmaps.ipynb #d3c94599
 def cell_text(cells: pl.DataFrame, lost: pl.DataFrame) -> str:
     most = cells["rows"].max()
-    text = "One measurement a cell." if most == 1 else f"Mean over {short_number(cells['rows'].min())} to {short_number(most)} measurements a cell."
-    if cells["rows"].min() == most > 1: text = f"Mean over {short_number(most)} measurements a cell."
+    few = cells["rows"].min()
+    text = f"Mean over {short_number(few)} to {short_number(most)} measurements a cell."
+    if few == most: text = f"Mean over {short_number(most)} measurements a cell."
+    if most == 1: text = "One measurement a cell."
     return text + (f" Grey: nothing measured ({lost.height:,})." if lost.height else "")
 
 # %% ../../nbs/charts/02_heatmaps.ipynb #2ed5184d

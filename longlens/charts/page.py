@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
 from html import escape
@@ -18,32 +17,14 @@ from typing import Any
 
 import altair as alt
 import polars as pl
+from altair.typing import ChartType
 
-from ..report import Report, atomic_write
+from ..report import Report, Section as Section, atomic_write
 from ..text import visible
 
 # %% auto #0
-__all__ = ['PAGE', 'Part', 'Section', 'sections_of', 'say', 'paragraphs', 'table_html', 'as_json', 'drawing', 'apart', 'beside',
-           'figure', 'facts', 'leaves', 'vega_script', 'static', 'policy', 'page_html', 'write_page']
-
-# %% ../../nbs/charts/06_page.ipynb #a01e0ce3
-@dataclass
-class Section:
-    "One question of a report: a heading, what the picture shows, the picture, the numbers behind it"
-    title: str                             # heading
-    text: str = ""                         # paragraphs, with an empty line between them
-    chart: Any = None                      # an Altair chart
-    table: pl.DataFrame | None = None      # its first rows are on the page, folded
-    view: Any = None                       # a text with shaded units: `TextData` of charts/token_view
-
-# %% ../../nbs/charts/06_page.ipynb #2a9d19b1
-def sections_of(
-    report: Report,     # any report
-) -> list[Section]:
-    "What a report wants to show, or what every report can"
-    if hasattr(report, "sections"): return list(report.sections())
-    draws = type(report).chart is not Report.chart
-    return [Section("The table", chart=report.chart() if draws else None, table=report.table)]
+__all__ = ['PAGE', 'Part', 'say', 'paragraphs', 'table_html', 'as_json', 'drawing', 'apart', 'beside', 'figure', 'facts',
+           'leaves', 'vega_script', 'static', 'policy', 'page_html', 'write_page']
 
 # %% ../../nbs/charts/06_page.ipynb #8997233f
 def say(
@@ -113,8 +94,8 @@ _MANY = 3000    # marks: above this, a chart is drawn on a canvas, below it as S
 
 
 def drawing(
-    chart: Any,          # an Altair chart
-) -> dict[str, Any]:     # spec and renderer
+    chart: ChartType,
+) -> dict[str, Any]:    # spec and renderer
     "A chart as the page's script takes it"
     if not hasattr(chart, "to_dict"): raise TypeError(f"a page shows Altair charts, not a {type(chart).__name__}")
     with alt.data_transformers.enable("default", max_rows=None): spec = chart.to_dict()
@@ -124,8 +105,8 @@ def drawing(
 
 # %% ../../nbs/charts/06_page.ipynb #472c1314
 def apart(
-    chart: Any,    # an Altair chart
-) -> list[Any]:    # what it is composed of; itself, if its parts act on each other
+    chart: ChartType,
+) -> list[ChartType]:    # what it is composed of; itself, if its parts act on each other
     "The charts in a chart"
     key = next((k for k in ("concat", "hconcat", "vconcat") if hasattr(chart, k)), None)
     if key is None or chart.params is not alt.Undefined: return [chart]
@@ -138,7 +119,7 @@ def apart(
 
 # %% ../../nbs/charts/06_page.ipynb #a83c5be0
 def beside(
-    chart: Any,    # an Altair chart
+    chart: ChartType,
 ) -> bool:
     "Are its parts to stand beside each other? They are arranged so, or narrow enough"
     parts, columns = apart(chart), getattr(chart, "columns", 1)
@@ -155,8 +136,8 @@ def figure(
     pairs = "pairs" if beside(section.chart) else ""
     for chart in apart(section.chart):
         drawings.append(drawing(chart))
-        said = drawings[-1]["spec"].get("description") or section.title
-        places.append(f'<div class="chart" data-chart="{len(drawings) - 1}" role="group" aria-label="{say(said, 600)}"></div>')
+        described = drawings[-1]["spec"].get("description") or section.title
+        places.append(f'<div class="chart" data-chart="{len(drawings) - 1}" role="group" aria-label="{say(described, 600)}"></div>')
     return f'<figure class="{pairs}" aria-label="{say(section.title, 200)}">{"".join(places)}</figure>'
 
 # %% ../../nbs/charts/06_page.ipynb #9c8b1727
@@ -235,9 +216,9 @@ def _findings_html(
     few: int = 6,                 # so many of a single report are all shown
 ) -> str:                         # HTML
     "The findings that matter most, with links to what stands behind them"
-    def told(i: int, report: Report) -> str:
+    def part(i: int, report: Report) -> str:
         return f'<div class="probe"><h3><a href="#report-{i}">{say(_name(report))}</a></h3>{_list(report.highlights())}</div>'
-    if len(reports) > 1: main = "".join(told(i, r) for i, r in enumerate(reports, 1))
+    if len(reports) > 1: main = "".join(part(i, r) for i, r in enumerate(reports, 1))
     elif len(found := reports[0].findings()) <= few: main = _list(found)
     else: main = _list(reports[0].highlights()) + _all_findings_html(reports[0])
     return f'<section class="findings"><h2>Main findings</h2>{main}</section>'
@@ -301,7 +282,7 @@ def _part_html(
     texts: list[dict[str, Any]],       # all texts; filled here
 ) -> tuple[str, Part]:                 # HTML, and what stands in it
     "Every section of a report"
-    sections = [(f"section-{number or 1}-{i}", s) for i, s in enumerate(sections_of(report), 1)]
+    sections = [(f"section-{number or 1}-{i}", s) for i, s in enumerate(report.sections(), 1)]
     head = f'<h2 id="report-{number}">{say(_name(report))}</h2>{_all_findings_html(report)}' if number else ""
     body = "".join(_section_html(s, anchor, 3 if number else 2, drawings, texts) for anchor, s in sections)
     return head + body, (_name(report), [(anchor, s.title) for anchor, s in sections])

@@ -9,24 +9,24 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import altair as alt
 import numpy as np
 import polars as pl
 
-from ..probes.traceback.report import Trace, said_probability
 from ..report import Report
 from longlens.charts.base import (
     axis_style, ChartError, COLOURS, inline_data, drawable, FONT, label, PAD, log_ticks, tooltips, titled, WIDTH,
 )
 from .base import shown_text
-from .page import Section, write_page
-from ..text import visible
+from .page import write_page
+from ..report import Section
+from ..text import probability_text, visible
 from .token_view import Shade, TextData, TokenView, quantity_state, as_u32, utf16_at
 
 # %% auto #0
-__all__ = ['Spans', 'READING', 'trace_data', 'trace_view', 'trace_section', 'TracePage', 'trace_page', 'spans_page', 'cost_chart']
+__all__ = ['Answer', 'Spans', 'READING', 'trace_data', 'trace_view', 'trace_section', 'TracePage', 'trace_page', 'cost_chart']
 
 # %% ../../nbs/charts/08_sources.ipynb #c95a44d8
 def _source_table(context: str, sources: pl.DataFrame) -> pl.DataFrame:    # in the order of the text
@@ -49,7 +49,8 @@ def _source_context(context: str, table: pl.DataFrame) -> dict[str, Any]:
     places = [{"name": "characters", "from": as_u32(a), "to": as_u32(b)}]
     if {"token_start", "token_end"} <= {*table.columns} and not table["token_start"].null_count():
         places.append({"name": "tokens", "from": as_u32(table["token_start"].to_numpy()), "to": as_u32(table["token_end"].to_numpy())})
-    return {"unit": "source", "text": context, "starts": as_u32(utf16_at(context, a)), "ends": as_u32(utf16_at(context, b)), "places": places}
+    return {"unit": "source", "text": context, "starts": as_u32(utf16_at(context, a)), "ends": as_u32(utf16_at(context, b)),
+            "places": places}
 
 # %% ../../nbs/charts/08_sources.ipynb #69d77ca4
 def _scores(table: pl.DataFrame, name: str) -> dict[str, Any]:
@@ -59,16 +60,17 @@ def _scores(table: pl.DataFrame, name: str) -> dict[str, Any]:
     return quantity_state(name, Shade(number("score"), errors=errors), table.height)
 
 # %% ../../nbs/charts/08_sources.ipynb #42d86d36
+Answer: TypeAlias = pl.DataFrame | Sequence[str] | str | None    # a table with columns token and logprob, a list of tokens, or a text
 Spans = Mapping[tuple[int, int], pl.DataFrame]    # (first, one past the last) token of the answer -> its sources
 
-
+# %% ../../nbs/charts/08_sources.ipynb #42d86d1s
 def _span_names(spans: Spans, words: Sequence[str]) -> dict[tuple[int, int], str]:    # a name of its own for each span
     "What the spans of an answer are called"
     for a, b in spans:
         if not 0 <= a < b <= len(words): raise ValueError(f"the tokens {a} to {b} are no span of the answer, which has {len(words):,}")
-    said = {(a, b): f"“{visible(''.join(words[a:b]).strip(), 60)}”" for a, b in spans}
-    twice = {name for name in said.values() if [*said.values()].count(name) > 1}
-    return {(a, b): f"{name} at {a}" if name in twice else name for (a, b), name in said.items()}
+    named = {(a, b): f"“{visible(''.join(words[a:b]).strip(), 60)}”" for a, b in spans}
+    twice = {name for name in named.values() if [*named.values()].count(name) > 1}
+    return {(a, b): f"{name} at {a}" if name in twice else name for (a, b), name in named.items()}
 
 # %% ../../nbs/charts/08_sources.ipynb #811b86a8
 def _answer_parts(words: Sequence[str], logprobs: Sequence[float | None], names: Mapping[tuple[int, int], str]) -> list[dict[str, Any]]:
@@ -83,13 +85,13 @@ def _answer_parts(words: Sequence[str], logprobs: Sequence[float | None], names:
         edges = sorted({0, len(words), *(e for span in chosen for e in span)})
         rest = [(a, b) for a, b in pairwise(edges) if a not in taken]
     known = lambda a, b: [v for v in logprobs[a:b] if v is not None]
-    said = lambda p: {"note": f"log-probability {p:.4g}, probability {said_probability(p)}"}
-    note = lambda a, b: said(sum(known(a, b))) if len(known(a, b)) == b - a else {}
+    noted = lambda p: {"note": f"log-probability {p:.4g}, probability {probability_text(p)}"}
+    note = lambda a, b: noted(sum(known(a, b))) if len(known(a, b)) == b - a else {}
     return [{"text": "".join(words[a:b]), **({"quantity": names[a, b]} if (a, b) in names else {}), **note(a, b)}
             for a, b in sorted(chosen + rest)]
 
 # %% ../../nbs/charts/08_sources.ipynb #8a6bc59c
-def _answer_words(answer: Any) -> tuple[list[str], list[float | None]]:    # tokens and log probabilities
+def _answer_words(answer: Answer) -> tuple[list[str], list[float | None]]:    # tokens and log probabilities
     "The answer's tokens, from a table with columns token and logprob, a list, or a text"
     if answer is None: return [], []
     if isinstance(answer, str): return [answer], [None]
@@ -102,7 +104,7 @@ def trace_data(
     context: str,                       # the text that was searched
     sources: pl.DataFrame | Spans,      # columns start, end, score (token_start, token_end, error); or such a table for spans of the answer
     question: str = "",                 # what was asked
-    answer: Any = None,                 # what was said: a table with columns token and logprob, a list of tokens, or a text
+    answer: Answer = None,              # that was traced: a table with columns token and logprob, a list of tokens, or a text
     traced: range | None = None,        # tokens of the answer that one table is about; None: all
     label: str = "Context",             # what the text is, for those who listen
     height: int = 420,                  # of the text, in pixels
@@ -128,7 +130,7 @@ def trace_view(
     context: str,                      # the text that was searched
     sources: pl.DataFrame | Spans,     # columns start, end, score; or such a table for spans of the answer
     question: str = "",                # what was asked
-    answer: Any = None,                # what was said: a table with columns token and logprob, a list of tokens, or a text
+    answer: Answer = None,             # that was traced: a table with columns token and logprob, a list of tokens, or a text
     **more: Any,                       # traced, label, height, top: see `trace_data`
 ) -> TokenView:
     "A traced context in a notebook; `selected` is a source, in the order of the text, and `quantity` the span of the answer"
@@ -138,12 +140,12 @@ def trace_view(
 READING = ("Each source is shaded by its score, which is what the method that was used says it is. Sources count from 0. A click "
            "on a row of the table shows the source in the text. Nothing was left out of the text: what is long is drawn as one scrolls.")
 
-
+# %% ../../nbs/charts/08_sources.ipynb #c4e85b1s
 def trace_section(
     context: str,                      # the text that was searched
     sources: pl.DataFrame | Spans,     # columns start, end, score; or such a table for spans of the answer
     question: str = "",                # what was asked
-    answer: Any = None,                # what was said: a table with columns token and logprob, a list of tokens, or a text
+    answer: Answer = None,             # that was traced: a table with columns token and logprob, a list of tokens, or a text
     title: str = "Where the answer comes from",    # heading
     text: str = READING,               # how to read it
     **more: Any,                       # traced, label, height, top: see `trace_data`
@@ -172,7 +174,7 @@ def trace_page(
     context: str,                      # the text that was searched
     sources: pl.DataFrame | Spans,     # columns start, end, score; or such a table for spans of the answer
     question: str = "",                # what was asked
-    answer: Any = None,                # what was said: a table with columns token and logprob, a list of tokens, or a text
+    answer: Answer = None,             # that was traced: a table with columns token and logprob, a list of tokens, or a text
     meta: Mapping[str, Any] | None = None,    # what was run: model, method, ...
     overwrite: bool = False,           # may a file be replaced?
     **more: Any,                       # traced, title, text, height, top: see `trace_section`
@@ -182,31 +184,6 @@ def trace_page(
     page = TracePage({"sources": table}, {**(meta or {})})
     page.section = trace_section(context, sources, question, answer, **more)
     return write_page(page, path, question or None, overwrite)
-
-# %% ../../nbs/charts/08_sources.ipynb #9ca6f6ca
-def spans_page(
-    path: str | Path,             # the file; its folder exists
-    traces: Sequence[Trace],      # of one prompt and answer, by one method, each of a part of the answer
-    overwrite: bool = False,      # may a file be replaced?
-    **more: Any,                  # title, text, height, top: see `trace_section`
-) -> Path:                        # the file
-    "Write the sources of several parts of an answer as one HTML file"
-    if not traces: raise ValueError("there are no traces: give one or more, each of a part of the answer (answer_span=)")
-    first, answers = traces[0], [t.frames["answer"] for t in traces]
-    for i, t in enumerate(traces):
-        same = t.context == first.context and answers[i].select("start", "end", "text").equals(answers[0].select("start", "end", "text"))
-        if not same or t.meta["method"] != first.meta["method"]:
-            raise ValueError(f"trace {i} has another context, answer or method than trace 0: trace parts of one answer, in one way")
-    tables = {_part_of(a): t.frames["sources"] for a, t in zip(answers, traces, strict=True)}
-    if len(tables) < len(traces): raise ValueError(f"{len(traces) - len(tables)} of the traces is of a part that another one has")
-    words = answers[0].select(token="text", logprob=pl.coalesce(*(a["logprob"] for a in answers)))
-    return trace_page(path, first.context, tables, first.meta["question"], words, first.meta, overwrite, **more)
-
-# %% ../../nbs/charts/08_sources.ipynb #4e5998eb
-def _part_of(answer: pl.DataFrame) -> tuple[int, int]:    # tokens of the answer
-    "The part that was traced"
-    at = answer.with_row_index("i").filter("traced")["i"]
-    return int(at[0]), int(at[-1]) + 1
 
 # %% ../../nbs/charts/08_sources.ipynb #c7305665
 _Box = tuple[float, float, float, float]    # left, right, top, bottom, in pixels

@@ -9,14 +9,17 @@ import re
 from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anywidget
 import numpy as np
-from fastcore.basics import patch
 from traitlets import Dict, HasTraits, Int, List, TraitError, Unicode, observe, validate
 
 from .page import as_json, static
+from ..methods import patch
+
+if TYPE_CHECKING:
+    from longlens.charts import token_view as _token_view
 
 # %% auto #0
 __all__ = ['KINDS', 'Shade', 'quantity_state', 'utf16', 'utf16_at', 'as_u32', 'TextData', 'token_data', 'TokenView', 'token_view',
@@ -220,6 +223,10 @@ class TokenView(_Chosen, anywidget.AnyWidget):
     _quantities: List = List().tag(sync=True)
     _spans: List = List().tag(sync=True)
     _settings = Dict().tag(sync=True)
+
+    if TYPE_CHECKING:  # each is written where it is explained
+        shade = _token_view.shade
+        mark = _token_view.mark
 
     def __init__(
         self,

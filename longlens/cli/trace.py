@@ -7,71 +7,71 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from .common import (
+    ALLOW_LONGER, DEBUG, DEVICE, DTYPE, MODEL, OPEN, OUT, OVERWRITE, RESULTS, Command, advice, check_out, flags_of, load_model, one_line,
+    option, read_text, switch, write_results)
+
+if TYPE_CHECKING:
+    from longlens.models.forward import LongModel
+    from longlens.probes.traceback.report import Trace
+    from longlens.probes.traceback.tracer import TraceCost
 
 # %% auto #0
-__all__ = ['add_trace_command', 'traces', 'trace_command']
+__all__ = ['TRACE']
 
-# %% ../../nbs/cli/01_trace.ipynb #82e888db
-def add_trace_command(
-    commands: Any,    # what `add_subparsers` gave
-) -> None:
-    "`longlens trace` and its arguments"
-    usage = "longlens trace [MODEL] --context FILE [FILE ...] --question TEXT --out DIR [more of the options below]"
-    what = "find the passages that made a model say something; write a page and the tables"
-    one = commands.add_parser("trace", help=what, usage=usage)
-    add = one.add_argument
-    add("model", nargs="?", metavar="MODEL", help="a folder or a hub id (default: needle-lm, which ships with longlens)")
-    add("--context", type=Path, nargs="+", metavar="FILE", help="what the model reads, as UTF-8: one text, or several documents")
-    add("--question", metavar="TEXT", help="what is asked about it")
-    add("--answer", metavar="TEXT", help="what was said (default: the model answers)")
-    add("--span", metavar="TEXT", help="trace only this part of the answer")
-    add("--method", metavar="LIST", help="how, with commas: loo, attntrace, tracllm, contextcite ... (default: loo)")
-    add("--set", action="append", default=[], metavar="KEY=VALUE",
-        help="a setting of the methods that have it, such as permutations=20; again for more")
-    add("--by", metavar="WAY",
-        help="words, lines, sentences, paragraphs, documents or tokens (default: words; sentences, if the text is short; "
-             "documents, if there are several)")
-    add("--size", type=int, metavar="N", help="so many of them are one source (default: 100 words, one of anything else)")
-    add("--top", type=int, default=5, metavar="K", help="sources that are listed (default: 5)")
-    _add_prompt(one)
-    _add_run(one)
+# %% ../../nbs/cli/01_trace.ipynb #2a0f47f7
+_ASKED = (
+    option("--context", "what the model reads, as UTF-8: one text, or several documents", type=Path, nargs="+", metavar="FILE"),
+    option("--question", "what is asked about it", metavar="TEXT"),
+    option("--answer", "the answer that is traced (default: the model answers)", metavar="TEXT"),
+    option("--span", "trace only this part of the answer", sets="answer_span", metavar="TEXT"))
 
-# %% ../../nbs/cli/01_trace.ipynb #e868e250
-def _add_prompt(one: argparse.ArgumentParser) -> None:
-    add = one.add_argument
-    add("--chat", action="store_true", help="use the model's chat template")
-    add("--system", metavar="TEXT", help="the system message of a chat")
-    add("--template", metavar="TEXT", help="how it is put: raw, contextcite, or a text with {context} and {question} (default: raw)")
-    add("--heads", type=Path, metavar="DIR", help="a heads report, as `longlens report` writes it, for retrieval_attention")
+# %% ../../nbs/cli/01_trace.ipynb #85d26670
+_HOW = (
+    option("--method", "how, with commas: loo, attntrace, tracllm, contextcite ... (default: loo)", metavar="LIST"),
+    option("--set", "a setting of the methods that have it, such as permutations=20; again for more", sets="", action="append", default=[],
+           metavar="KEY=VALUE"),
+    option("--by", "words, lines, sentences, paragraphs, documents or tokens (default: words; sentences, if the text is short; "
+           "documents, if there are several)", metavar="WAY"),
+    option("--size", "so many of them are one source (default: 100 words, one of anything else)", type=int, metavar="N"),
+    option("--top", "sources that are listed (default: 5)", sets="k", type=int, default=5, metavar="K"),
+    option("--heads", "a heads report, as `longlens report` writes it, for retrieval_attention", type=Path, metavar="DIR"))
 
-# %% ../../nbs/cli/01_trace.ipynb #51a3e972
-def _add_run(one: argparse.ArgumentParser) -> None:
-    add = one.add_argument
-    add("--dry-run", action="store_true", help="only say what it would cost")
-    add("--budget", type=int, metavar="N", help="refuse a method that takes more than N tokens through the model")
-    add("--out", type=Path, metavar="DIR", help="a new folder for the page and the tables")
-    add("--overwrite", action="store_true", help="replace DIR, if longlens wrote it")
-    add("--results", type=Path, metavar="DIR", help="keep scores there while they come in; the same command again goes on from them")
-    add("--allow-longer", action="store_true", help="go beyond the length the model was made for, where its positions can")
-    add("--device", help="cpu, cuda, cuda:1 ... (default: as the model is loaded)")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="number format of the weights (default: as they are stored)")
-    add("--open", action="store_true", help="open the page in a browser, if there is a desktop")
-    add("--debug", action="store_true", help="when something goes wrong, show where")
+# %% ../../nbs/cli/01_trace.ipynb #a5976363
+_PROMPT = (
+    switch("--chat", "use the model's chat template"),
+    option("--system", "the system message of a chat", metavar="TEXT"),
+    option("--template", "how it is put: raw, contextcite, or a text with {context} and {question} (default: raw)", metavar="TEXT"))
+
+_COST = (
+    switch("--dry-run", "only show what it would cost"),
+    option("--budget", "refuse a method that takes more than N tokens through the model", type=int, metavar="N"))
+
+# %% ../../nbs/cli/01_trace.ipynb #226b0015
+_OPTIONS = (MODEL, *_ASKED, *_HOW, *_PROMPT, *_COST, OUT, OVERWRITE, RESULTS, ALLOW_LONGER, DEVICE, DTYPE, OPEN, DEBUG)
+_FLAGS = flags_of(_OPTIONS)
 
 # %% ../../nbs/cli/01_trace.ipynb #1f9fc63c
+def _example(asked: argparse.Namespace) -> bool:
+    "Is nothing asked of the model that ships with longlens?"
+    from longlens.models.load import display_name
+    nothing = asked.context is None and asked.question is None and asked.answer is None
+    return nothing and asked.model in (None, display_name(None))
+
+# %% ../../nbs/cli/01_trace.ipynb #5f97a83a
 def _trace_inputs(
     asked: argparse.Namespace,    # context, question, model
 ) -> tuple[str | list[str], str]:    # a text or documents, and the question
     "What the model is asked about; an example for needle-lm, if nothing is given"
-    from longlens.cli.main import read_text
-    if asked.context is None and asked.question is None and asked.model in (None, "needle-lm") and asked.answer is None:
+    if _example(asked):
         from longlens.probes.traceback.evaluation.cases import fact_cases
         case = fact_cases(1, 800, conflict="earlier", copies=2)[0]
         return case.text, case.question
@@ -81,7 +81,7 @@ def _trace_inputs(
     return (texts[0] if len(texts) == 1 else texts), asked.question
 
 # %% ../../nbs/cli/01_trace.ipynb #4da7e431
-def _trace_settings(
+def _method_settings(
     given: list[str],    # KEY=VALUE
 ) -> dict[str, Any]:
     "Settings of a method; numbers and lists are read as JSON, anything else is a text"
@@ -93,6 +93,17 @@ def _trace_settings(
         except ValueError: out[key] = value
     return out
 
+# %% ../../nbs/cli/01_trace.ipynb #aec3167f
+def _check_known(
+    settings: Mapping[str, Any],
+    has: Mapping[str, set[str]],    # method -> names of its settings
+) -> None:
+    "Raise if there is a setting that no method has"
+    for key in settings:
+        if any(key in h for h in has.values()): continue
+        own = "; ".join(f"{n} has {', '.join(sorted(h)) or 'none'}" for n, h in has.items())
+        raise ValueError(f"--set {key}: there is no such setting: {own}")
+
 # %% ../../nbs/cli/01_trace.ipynb #f91e25df
 def _methods_asked(
     asked: argparse.Namespace,       # method, set
@@ -101,17 +112,14 @@ def _methods_asked(
     from dataclasses import fields
 
     from longlens.probes.traceback.tracer import find_tracer, load_methods
-    known, settings = load_methods(), _trace_settings(asked.set)
+    known, settings = load_methods(), _method_settings(asked.set)
     names = list(dict.fromkeys(n.strip() for n in (asked.method or "loo").split(",") if n.strip()))
     if not names: raise ValueError(f"--method is empty: choose among {', '.join(known)}")
     has = {n: {f.name for f in fields(find_tracer(n))} for n in names}    # type: ignore[arg-type]
-    for key in settings:
-        if not any(key in h for h in has.values()):
-            own = "; ".join(f"{n} has {', '.join(sorted(h)) or 'none'}" for n, h in has.items())
-            raise ValueError(f"--set {key}: there is no such setting: {own}")
+    _check_known(settings, has)
     made = {n: {k: v for k, v in settings.items() if k in h} for n, h in has.items()}
     try:
-        for n, own_settings in made.items(): find_tracer(n, own_settings)    # raises if a value cannot be
+        for n, own in made.items(): find_tracer(n, own)    # raises if a value cannot be
     except TypeError as error: raise ValueError(f"--set: {error}") from error
     return made
 
@@ -132,62 +140,89 @@ def _way_to_cut(
     print(f"every sentence is a source, {finer:,} in all: 100 words each would make {many} (--by words cuts so)", flush=True)
     return "sentences"
 
+# %% ../../nbs/cli/01_trace.ipynb #eb2040e1
+@dataclass(frozen=True)
+class _Job:
+    "One question, and the methods that trace its answer"
+    lm: LongModel
+    context: str | list[str]
+    question: str
+    methods: Mapping[str, Mapping[str, Any]]    # name -> settings
+    put: Mapping[str, Any]    # how the context becomes a prompt
+    how: Mapping[str, Any]    # k, budget, heads, out, progress
+
+# %% ../../nbs/cli/01_trace.ipynb #5e920f5d
+def _prepare(asked: argparse.Namespace) -> _Job:
+    "What is wrong is an error before a model is loaded"
+    import longlens
+    (context, question), methods = _trace_inputs(asked), _methods_asked(asked)
+    heads = None if asked.heads is None else longlens.Report.load(asked.heads)
+    lm = load_model(asked)
+    put = dict(by=_way_to_cut(context, asked), size=asked.size, template=asked.template, chat=asked.chat or None, system=asked.system)
+    how = dict(k=asked.top, budget=asked.budget, heads=heads, out=asked.results, progress=True)
+    return _Job(lm, context, question, methods, put, how)
+
+# %% ../../nbs/cli/01_trace.ipynb #fabb8457
+def _show_question(job: _Job, files: list[Path]) -> None:
+    from longlens.text import visible
+    print(f"{visible(job.lm.name, 200)} is asked: {visible(job.question, 1000)}", flush=True)
+    named = [f"{i} {visible(str(f), 200)}" for i, f in enumerate(files)]
+    if len(named) > 1: print(f"documents: {', '.join(named)}", flush=True)
+
+# %% ../../nbs/cli/01_trace.ipynb #7df6f57a
+def _plan(*args: Any, **how: Any) -> TraceCost:
+    "What `trace_context` would cost with these arguments"
+    from longlens import plan, trace_context
+    return plan(trace_context, *args, **how)
+
+# %% ../../nbs/cli/01_trace.ipynb #2331ba50
+def _costs(asked: argparse.Namespace, job: _Job) -> dict[str, TraceCost]:
+    "What each method would cost; an error, if that is more than the budget"
+    draft = dict(job.put, answer=asked.answer, answer_span=asked.span)
+    draft["by"] = draft["by"] or ("words" if isinstance(job.context, str) else "documents")    # as the prompt will have it
+    return {n: _plan(job.lm, job.context, job.question, method=n, **draft, **job.how, **own) for n, own in job.methods.items()}
+
+# %% ../../nbs/cli/01_trace.ipynb #fb8d0241
+def _warn(message: Warning | str) -> None:
+    print(f"longlens: {one_line(ValueError(message), _FLAGS)}", file=sys.stderr, flush=True)
+
 # %% ../../nbs/cli/01_trace.ipynb #b31b7a08
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
     "Warnings as lines of the command, not of Python"
-    from longlens.cli.main import one_line
     from longlens.probes.traceback.probe import LargeTrace
     with warnings.catch_warnings():
         warnings.simplefilter("always", LargeTrace)
-        warnings.showwarning = lambda said, *where: print(f"longlens: {one_line(ValueError(said))}", file=sys.stderr, flush=True)
+        warnings.showwarning = lambda message, *where: _warn(message)
         yield
 
 # %% ../../nbs/cli/01_trace.ipynb #b48abef7
-def traces(
-    asked: argparse.Namespace,    # the arguments
-) -> dict[str, Any]:              # `Trace` by method; `TraceCost`, if asked for the cost only
+def _traces(asked: argparse.Namespace, job: _Job) -> dict[str, Trace]:
     "Trace an answer by every method that was asked for"
     import longlens
-    from longlens.cli.main import load_model
     from longlens.probes.traceback.prompts import trace_prompt
-    from longlens.text import visible
-    (context, question), methods = _trace_inputs(asked), _methods_asked(asked)    # what is wrong is said before a model is loaded
-    heads = None if asked.heads is None else longlens.Report.load(asked.heads)
-    lm, by = load_model(asked), _way_to_cut(context, asked)
-    print(f"{visible(lm.name, 200)} is asked: {visible(question, 1000)}", flush=True)    # a terminal would obey what is hidden in them
-    named = [f"{i} {visible(str(f), 200)}" for i, f in enumerate(asked.context or ())]
-    if len(named) > 1: print(f"documents: {', '.join(named)}", flush=True)
-    put: dict[str, Any] = dict(by=by, size=asked.size, template=asked.template, chat=asked.chat or None, system=asked.system)
-    how: dict[str, Any] = dict(k=asked.top, budget=asked.budget, heads=heads, out=asked.results, progress=True)
-    if asked.answer is None or asked.dry_run:    # what it costs is said before the model is asked
-        draft = dict(put, answer=asked.answer, answer_span=asked.span, dry_run=True)
-        draft["by"] = by or ("words" if isinstance(context, str) else "documents")    # as the prompt below has it
-        costs = {n: longlens.trace_context(lm, context, question, method=n, **draft, **how, **own) for n, own in methods.items()}
-        if asked.dry_run: return costs
-    prompt = trace_prompt(lm, context, question, asked.answer, answer_span=asked.span, **put)
-    with _plain_warnings(): return {n: longlens.trace_context(lm, prompt, method=n, **how, **own) for n, own in methods.items()}
+    prompt = trace_prompt(job.lm, job.context, job.question, asked.answer, answer_span=asked.span, **job.put)
+    with _plain_warnings():
+        return {n: longlens.trace_context(job.lm, prompt, method=n, **job.how, **own) for n, own in job.methods.items()}
 
 # %% ../../nbs/cli/01_trace.ipynb #d9322a5d
-def trace_command(
+def _run_trace(
     asked: argparse.Namespace,    # the arguments
 ) -> Path | None:                 # the page
     "Trace, then write the page and the tables"
-    from longlens.report import atomic_write, free_place, new_folder
-    if asked.out is None and not asked.dry_run: raise ValueError("a folder for the page is needed: --out DIR")
-    if asked.out is not None: free_place(asked.out, asked.overwrite)
-    made = traces(asked)
+    if asked.out is not None or not asked.dry_run: check_out(asked)
+    job = _prepare(asked)
+    _show_question(job, asked.context or [])
+    costs = _costs(asked, job) if asked.answer is None or asked.dry_run else {}    # refused before the model is asked
     if asked.dry_run:
-        for n, cost in made.items(): print(f"  {n}: {cost}")
+        for n, cost in costs.items(): print(f"  {n}: {cost}")
         return None
-    first = next(iter(made.values()))
+    made = _traces(asked, job)
     for r in made.values(): r.meta["files"] = [str(f) for f in asked.context or ()]    # a source is known by its number only
-    from longlens.charts.page import write_page
-    with new_folder(asked.out, asked.overwrite) as folder:
-        atomic_write(folder / "context.txt", first.context)
-        for n, r in made.items(): r.save(folder / n)
-        write_page(list(made.values()), folder / "index.html", title=first.meta["question"])
-    for n, r in made.items():    # advice in the command's words
-        print("\n".join(f"  {n}: " + re.sub(r"\(by=\)$", "(--by)", line) for line in r.findings()))
-    print(f"tables: {', '.join(str(asked.out / n) for n in made)}\npage:   {asked.out / 'index.html'}")
-    return asked.out / "index.html"
+    first = next(iter(made.values()))
+    findings = ["\n".join(f"  {n}: {advice(line, _FLAGS)}" for line in r.findings()) for n, r in made.items()]
+    return write_results(asked, made, first.meta["question"], {"context.txt": first.context}, findings)
+
+# %% ../../nbs/cli/01_trace.ipynb #66d3701c
+TRACE = Command("trace", "find the passages that made a model write its answer; write a page and the tables", _OPTIONS, _run_trace,
+                "longlens trace [MODEL] --context FILE [FILE ...] --question TEXT --out DIR [more of the options below]")

@@ -12,19 +12,21 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..models.text_model import count_kv_heads
-from ..attention.hf_interface import _EDITS, WAY_OUT, LayerCall, UnsupportedModel, attach, hf_model
+from ..models.facts import head_counts
+from longlens.attention.hf_interface import (
+    WAY_OUT, LayerCall, UnsupportedModel, acting, attach, attachment_of, editing, editors_of, hf_model,
+)
 
 # %% auto #0
-__all__ = ['head_sizes', 'check_heads', 'served_heads', 'Intervention', 'intervene', 'interventions']
+__all__ = ['head_sizes', 'check_heads', 'served_heads', 'Intervention', 'intervene', 'active_interventions', 'interventions_at',
+           'interventions']
 
 # %% ../../nbs/interventions/00_base.ipynb #b93845ec
 def head_sizes(
     model: Any,  # a LongModel or a transformers model
 ) -> tuple[int, int, int]:  # layers, query heads, KV heads
     "How many layers and heads a model has"
-    c = hf_model(model).config.get_text_config()
-    return int(c.num_hidden_layers), int(c.num_attention_heads), int(count_kv_heads(c))
+    return head_counts(hf_model(model))
 
 # %% ../../nbs/interventions/00_base.ipynb #88a93153
 def check_heads(
@@ -103,25 +105,11 @@ class _Edit:
                                    f"{self.what.name!r} could not change it. {WAY_OUT}")
         self.done = False
 
-# %% ../../nbs/interventions/00_base.ipynb #2d355df5
-_ACTIVE: dict[int, list[Intervention]] = {}  # id of a model -> what changes it now
-
-
+# %% ../../nbs/interventions/00_base.ipynb #1eec5278
 def _layer_of(module: nn.Module, name: str) -> int | None:
     index = getattr(module, "layer_idx", None)
     if isinstance(index, int): return index
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
-
-# %% ../../nbs/interventions/00_base.ipynb #b681f6af
-def _enlist(book: dict[int, list], key: int, item: Any, stack: ExitStack) -> None:
-    "Add to a list of lists, until the stack is closed"
-    book.setdefault(key, []).append(item)
-    stack.callback(_strike, book, key, item)
-
-
-def _strike(book: dict[int, list], key: int, item: Any) -> None:
-    book[key] = [x for x in book[key] if x is not item]
-    if not book[key]: del book[key]
 
 # %% ../../nbs/interventions/00_base.ipynb #c42861d9
 def _put(hf: Any, what: Intervention, stack: ExitStack) -> None:
@@ -131,13 +119,13 @@ def _put(hf: Any, what: Intervention, stack: ExitStack) -> None:
         layer = _layer_of(m, name) if hasattr(m, "is_causal") else None
         if layer is None or (wanted is not None and layer not in wanted): continue
         edit = _Edit(what, layer)
-        _enlist(_EDITS, id(m), edit, stack)
+        stack.enter_context(editing(hf, m, edit))
         stack.callback(m.register_forward_hook(edit.check).remove)
         found.add(layer)
     if (wanted is None and not found) or (wanted is not None and wanted - found):
         raise UnsupportedModel(f"{type(hf).__name__} has no attention modules that {what.name!r} could change in layers "
                                f"{sorted((wanted or set()) - found)}")
-    _enlist(_ACTIVE, id(hf), what, stack)
+    stack.enter_context(acting(hf, what))
 
 # %% ../../nbs/interventions/00_base.ipynb #1e38312d
 @contextmanager
@@ -156,9 +144,24 @@ def intervene(
             _put(hf, what, stack)
         yield ready
 
-# %% ../../nbs/interventions/00_base.ipynb #73fa5bcb
+# %% ../../nbs/interventions/00_base.ipynb #a59fce6b
+def active_interventions(
+    model: Any,  # a LongModel, an Encoder or a transformers model
+) -> tuple[Intervention, ...]:  # in the order in which they act
+    "The interventions that change a model at the moment"
+    at = attachment_of(hf_model(model))
+    return () if at is None else at.interventions
+
+# %% ../../nbs/interventions/00_base.ipynb #baae7664
+def interventions_at(
+    module: nn.Module,  # an attention module
+) -> list[Intervention]:  # in the order in which they act
+    "The interventions that change the calls of one module at the moment"
+    return [e.what for e in editors_of(module) if isinstance(e, _Edit)]
+
+# %% ../../nbs/interventions/00_base.ipynb #3cd50594
 def interventions(
     model: Any,  # a LongModel, an Encoder or a transformers model
 ) -> list[dict[str, Any]]:  # name and settings of each, in the order in which they act
     "What changes the model's attention at the moment"
-    return [i.describe() for i in _ACTIVE.get(id(hf_model(model)), [])]
+    return [i.describe() for i in active_interventions(model)]

@@ -13,15 +13,18 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from fastcore.basics import patch
 from torch import Tensor
 
-from ..attention.hf_interface import _EDITS, LayerCall, UnsupportedModel
-from .heads import Ablate, span_ends
-from .base import Intervention, head_sizes, intervene
-from ..attention.kernels import needs_grad
+from ..attention.backends import needs_grad
+from ..attention.hf_interface import LayerCall, UnsupportedModel
 from ..attention.masks import positions
-from .positions import check_causal, part_of
+from .base import Intervention, head_sizes, intervene, interventions_at
+from .heads import Ablate, span_ends
+from .positions import check_causal
+from ..methods import patch
+
+if TYPE_CHECKING:
+    from longlens.interventions import calibrate as _calibrate
 
 # %% auto #0
 __all__ = ['redistributed_masses', 'Redistribute', 'redistribute']
@@ -79,7 +82,7 @@ class Redistribute(Intervention):
         spans = _edges(self.spans)
         end = max(b for _, b in spans.values())
         start = end if self.from_token is None else int(self.from_token)
-        if start < end: raise ValueError(f"from_token is {start}, and the last document ends at {end}: say {end} or more")
+        if start < end: raise ValueError(f"from_token is {start}, and the last document ends at {end}: take {end} or more")
         if self.last_layers is not None and self.last_layers < 1: raise ValueError(f"last_layers is {self.last_layers}: 1 or more, or None")
         return replace(self, spans=spans, shares=_checked_shares(self.shares, spans), from_token=start, n_layers=head_sizes(model)[0])
 
@@ -99,17 +102,18 @@ class Redistribute(Intervention):
             new[sample, :, rows.start:rows.stop] = (out[sample, :, rows.start:rows.stop].to(change) + change).to(out)
         return new
 
-    if TYPE_CHECKING:
-        def __getattr__(self, name: str) -> Any: ...  # methods are added below
+    if TYPE_CHECKING:  # each is written where it is explained
+        _change = _calibrate._change
+        _check = _calibrate._check
 
 # %% ../../nbs/interventions/04_calibrate.ipynb #67d33e46
 @patch
 def _change(self: Redistribute, call: LayerCall, at: Tensor, rows: range, sample: int | None) -> Tensor:  # at: (n_keys,)
     "What is added to the output of some rows, (batch, heads, rows, d_value)"
-    lse = part_of(call, rows, sample=sample).operator().lse  # (batch, heads, rows)
+    lse = call.narrow(rows, range(call.k.shape[2]), sample).operator().lse  # (batch, heads, rows)
     docs = {name: keys for name, (a, b) in self.spans.items() if (keys := _where((at >= a) & (at < b)))}
     if not docs: return lse.new_zeros(*lse.shape, call.v.shape[-1])
-    outs, inside = zip(*(part_of(call, rows, keys, sample).attend() for keys in docs.values()), strict=True)
+    outs, inside = zip(*(call.narrow(rows, keys, sample).attend() for keys in docs.values()), strict=True)
     logs = (torch.stack(inside) - lse).masked_fill(lse == -torch.inf, -torch.inf)  # (documents, batch, heads, rows)
     weights = torch.tensor([self.shares[name] * (self.spans[name][1] - self.spans[name][0]) for name in docs], device=lse.device)
     change = redistributed_masses(logs, weights) - logs.exp()
@@ -119,8 +123,7 @@ def _change(self: Redistribute, call: LayerCall, at: Tensor, rows: range, sample
 @patch
 def _check(self: Redistribute, call: LayerCall) -> None:
     if needs_grad(call.q, call.k, call.v): raise ValueError("redistribute() carries no gradients: run the model under torch.no_grad()")
-    for e in _EDITS.get(id(call.module), []):
-        what = getattr(e, "what", None)
+    for what in interventions_at(call.module):
         if what is self: return
         if isinstance(what, Redistribute) or (isinstance(what, Ablate) and what.mode != "uniform"):
             raise UnsupportedModel(f"{what.name!r} has changed the outputs before redistribute(): enter redistribute() before it, once")

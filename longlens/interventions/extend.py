@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.hf_interface import LayerCall, UnsupportedModel, hf_model
-from .heads import Turner
-from .base import _ACTIVE, Intervention, intervene
 from ..attention.masks import ALL, Stream, positions
+from .base import Intervention, active_interventions, intervene
+from .heads import Turner
 from .positions import exchange_rotary, rotary_modules, set_until_closed, without_bridge
 
 # %% auto #0
@@ -146,7 +146,7 @@ class LearnedExtension(Extension):
         raise NotImplementedError(f"{type(self).__name__} must define rows(at, n)")
 
     def enter(self, model: Any, stack: ExitStack) -> None:
-        if other := [i for i in _ACTIVE.get(id(hf_model(model)), []) if isinstance(i, LearnedExtension)]:
+        if other := [i for i in active_interventions(model) if isinstance(i, LearnedExtension)]:
             raise ValueError(f"positions are extended already, by {other[0].name}: leave that block first")
         super().enter(model, stack)
         look = _Lookup(self, table := _position_table(hf_model(model)))
@@ -208,7 +208,7 @@ class NTK(Extension):
 
     def enter(self, model: Any, stack: ExitStack) -> None:
         hf, config = hf_model(model), hf_model(model).config.get_text_config()
-        if any(i.name in ("ntk", "rescaled_positions") for i in _ACTIVE.get(id(hf), [])):
+        if any(i.name in ("ntk", "rescaled_positions") for i in active_interventions(hf)):
             raise ValueError("the rotation is slowed down already: leave that block first, or use one larger factor")
         super().enter(model, stack)
         set_until_closed(config, "rope_parameters", _new_base(config, self.theta_factor), stack)

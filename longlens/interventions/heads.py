@@ -14,13 +14,15 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
-from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..attention.hf_interface import _EDITS, LayerCall, UnsupportedModel, hf_model
-from .base import _ACTIVE as _ACTIVE, head_sizes as head_sizes, interventions as interventions  # to be had here too
-from .base import Intervention, check_heads, intervene, served_heads
+from ..attention.hf_interface import LayerCall, UnsupportedModel, hf_model
 from ..attention.masks import Stream, positions, real_queries
+from .base import Intervention, check_heads, intervene, interventions_at, served_heads
+from ..methods import patch
+
+if TYPE_CHECKING:
+    from longlens.interventions import heads as _heads
 
 # %% auto #0
 __all__ = ['Ablate', 'ablate', 'mean_outputs', 'Streaming', 'streaming_attention', 'Turner', 'LambdaMask', 'lambda_mask',
@@ -170,8 +172,9 @@ class Turner:
         cos, sin = inspect.unwrap(type(cast(nn.Module, self.rotary)).forward)(self.rotary, x.float(), at, **kind)
         return (cos / scaling).to(x), (sin / scaling).to(x)
 
-    if TYPE_CHECKING:
-        def __getattr__(self, name: str) -> Any: ...  # methods are added below
+    if TYPE_CHECKING:  # each is written where it is explained
+        turn = _heads.turn
+        turned = _heads.turned
 
 # %% ../../nbs/interventions/01_heads.ipynb #fa8b68c1
 @patch
@@ -191,8 +194,7 @@ def turn(
 # %% ../../nbs/interventions/01_heads.ipynb #72e9951e
 def _check_turn(call: LayerCall) -> None:
     "Raise if another intervention turns too, or if queries are no longer what the model made"
-    at_work = [getattr(e, "what", None) for e in _EDITS.get(id(call.module), [])]
-    turning = [what.name for what in at_work if what is not None and getattr(what, "turner", None) is not None]
+    turning = [what.name for what in interventions_at(call.module) if getattr(what, "turner", None) is not None]
     if len(turning) > 1: raise UnsupportedModel(f"{' and '.join(turning)} change positions of the same layer: use one of them at a time")
     if (d := call.q.shape[-1]) != getattr(call.module, "head_dim", d):
         raise UnsupportedModel(f"queries are {d} wide and not {call.module.head_dim}: enter scale_spans after what changes positions")

@@ -14,63 +14,21 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
-from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..attention.hf_interface import LayerCall, UnsupportedModel, hf_model
-from .heads import Turner
-from .base import _ACTIVE, Intervention, _enlist, head_sizes, intervene
-from ..attention.kernels import OptionRule
+from ..attention.hf_interface import LayerCall, UnsupportedModel, acting, hf_model
 from ..attention.masks import Mask, positions, visible_keys
+from ..attention.options import OptionRule
+from .base import Intervention, active_interventions, head_sizes, intervene
+from .heads import Turner
+from ..methods import patch
+
+if TYPE_CHECKING:
+    from longlens.interventions import positions as _positions
 
 # %% auto #0
-__all__ = ['POSITION_SCALINGS', 'part_of', 'check_causal', 'position_awareness', 'MsPoE', 'ms_poe', 'SetBased', 'set_based',
-           'rotary_modules', 'exchange_rotary', 'set_until_closed', 'without_bridge', 'rescaled_positions']
-
-# %% ../../nbs/interventions/02_positions.ipynb #28a5735f
-def _slice(x: Tensor, sample: int | None, rows: range, keys: range) -> Tensor:
-    "Of (batch|1, heads|1, n_queries, n_keys) what belongs to a part"
-    if sample is not None and len(x) > 1: x = x[sample:sample + 1]
-    return x[:, :, rows.start:rows.stop, keys.start:keys.stop]
-
-# %% ../../nbs/interventions/02_positions.ipynb #e4ec69e0
-def _part_of_mask(m: Mask, sample: int | None, rows: range, keys: range, n_keys: int) -> Mask:
-    past = m.right == 0 and keys.stop <= m.offset + rows.start + 1  # all of the keys lie behind all of the queries
-    out = replace(m, right=None if past else m.right, offset=m.offset + rows.start - keys.start, start=m.start + keys.start)
-    if m.keep is not None:
-        b, first = sample or 0, int(positions(m, n_keys)[sample or 0, keys.start])
-        whole = len(keys) == n_keys
-        if not whole and not m.keep[b, keys.start:keys.stop].all():
-            raise ValueError(f"there is padding between the tokens {keys.start} to {keys.stop - 1} of a padded text: put it at one side")
-        if whole: out = replace(out, keep=m.keep[b:b + 1], before=None if m.before is None else m.before[b:b + 1])
-        else: out = replace(out, keep=None, before=None, start=first)
-    if isinstance(m.rule, Tensor): return replace(out, rule=_slice(m.rule, sample, rows, keys))
-    return out if m.rule is None else replace(out, rule=_moved(m.rule, sample or 0, m.start + keys.start - out.start))
-
-# %% ../../nbs/interventions/02_positions.ipynb #99b36c11
-def _moved(rule: Callable, sample: int, by: int) -> Callable:
-    "A mask rule for a part that calls its sample 0 and its tokens by other numbers"
-    if not (sample or by): return rule
-    return lambda b, h, q, k: rule(b + sample, h, q + by, k + by)
-
-# %% ../../nbs/interventions/02_positions.ipynb #00f7d3f4
-def part_of(
-    call: LayerCall,  # an attention call
-    rows: range,  # which of its queries, by index
-    keys: range | None = None,  # which of its keys, by index; None: all
-    sample: int | None = None,  # which sample of the batch; None: all (a batch with padding goes sample by sample)
-) -> LayerCall:
-    "The same attention for some queries over some keys, without learned sinks if keys are left out"
-    n_k = call.k.shape[2]
-    keys = range(n_k) if keys is None else keys
-    if call.mask.keep is not None and sample is None and len(call.q) > 1:
-        raise ValueError("a batch with padding has no one part: say which sample")
-    b, r, c = slice(None) if sample is None else slice(sample, sample + 1), slice(rows.start, rows.stop), slice(keys.start, keys.stop)
-    streams = tuple(st if st.far is None else replace(st, far=(st.far[0][b, :, r], st.far[1][b, :, c])) for st in call.streams)
-    mask = _part_of_mask(call.mask, sample, rows, keys, n_k)
-    bias = None if call.bias is None else _slice(call.bias, sample, rows, keys)
-    sinks = call.sinks if len(keys) == n_k else None
-    return replace(call, q=call.q[b, :, r], k=call.k[b, :, c], v=call.v[b, :, c], mask=mask, bias=bias, streams=streams, sinks=sinks)
+__all__ = ['POSITION_SCALINGS', 'check_causal', 'MsPoE', 'ms_poe', 'SetBased', 'set_based', 'rotary_modules', 'exchange_rotary',
+           'set_until_closed', 'without_bridge', 'rescaled_positions']
 
 # %% ../../nbs/interventions/02_positions.ipynb #bedfafd6
 def check_causal(
@@ -85,14 +43,14 @@ def check_causal(
 
 # %% ../../nbs/interventions/02_positions.ipynb #80fe47fa
 @torch.no_grad()
-def position_awareness(
+def _position_awareness(
     call: LayerCall,  # the first call of a text: as many queries as keys
     layer: int,  # its number
     turner: Turner,  # of the model
 ) -> Tensor:  # (batch, heads)
     "Share of keys that the last query attends to more than three times the mean, with queries and keys unrotated (arXiv 2403.04797)"
     n = call.q.shape[2]
-    last = part_of(call, range(n - 1, n), range(n))
+    last = call.narrow(range(n - 1, n), range(n))
     at = positions(call.mask, n, call.q.device)
     q, k = turner.turned(call, layer, last.q, -at[:, -1:]), turner.turned(call, layer, last.k, -at)
     weights = replace(last, q=q, k=k).operator().dense(n)[:, :, 0]  # (batch, heads, n)
@@ -159,8 +117,10 @@ class MsPoE(Intervention):
         q = self.turner.turned(call, layer, call.q, by[..., off:off + n_q])
         return replace(call, q=q, k=self.turner.turned(call, layer, k, by), v=v)
 
-    if TYPE_CHECKING:
-        def __getattr__(self, name: str) -> Any: ...  # methods are added below
+    if TYPE_CHECKING:  # each is written where it is explained
+        _order = _positions._order
+        _find = _positions._find
+        ratios = _positions.ratios
 
 # %% ../../nbs/interventions/02_positions.ipynb #ffc94d83
 @patch
@@ -178,7 +138,7 @@ def _order(self: MsPoE, call: LayerCall, layer: int) -> Tensor:  # (batch|1, hea
 @patch
 def _find(self: MsPoE, call: LayerCall, layer: int) -> _Read:
     assert self.turner is not None
-    order = position_awareness(call, layer, self.turner).argsort(dim=-1, descending=True, stable=True)
+    order = _position_awareness(call, layer, self.turner).argsort(dim=-1, descending=True, stable=True)
     n = call.q.shape[2]
     return _Read(order, n, call.k[:, :, n - 1].detach().clone())
 
@@ -217,12 +177,13 @@ def _blocks(spans: Any) -> tuple[tuple[tuple[int, int], ...], ...]:
         found = [tuple(sorted((s.start, s.stop) if isinstance(s, range) else (int(s[0]), int(s[1])) for s in spans))]
     for block in found: _check_block(block)
     for before, after in pairwise(found):
-        if after[0][0] < before[-1][1]: raise ValueError(f"the blocks {_said(before)} and {_said(after)} overlap: a token is in one block")
+        if after[0][0] < before[-1][1]:
+            raise ValueError(f"the blocks {_edges_of(before)} and {_edges_of(after)} overlap: a token is in one block")
     return tuple(found)
 
 # %% ../../nbs/interventions/02_positions.ipynb #d22e7fbf
 def _is_span(s: Any) -> bool: return isinstance(s, range) or (len(s) == 2 and all(isinstance(x, int) for x in s))
-def _said(block: Sequence[tuple[int, int]]) -> str: return f"[{block[0][0]}, {block[-1][1]})"
+def _edges_of(block: Sequence[tuple[int, int]]) -> str: return f"[{block[0][0]}, {block[-1][1]})"
 
 # %% ../../nbs/interventions/02_positions.ipynb #8fa7fd86
 def _check_block(block: Sequence[tuple[int, int]]) -> None:
@@ -323,7 +284,7 @@ POSITION_SCALINGS = ("linear", "ntk", "dynamic", "yarn")
 
 @dataclass(frozen=True)
 class _Rescaled(Intervention):
-    "What `interventions` says of rescaled positions"
+    "Rescaled positions, as `interventions` shows them"
     kind: str
     factor: float
     name: ClassVar[str] = "rescaled_positions"
@@ -399,11 +360,11 @@ def rescaled_positions(
     hf, what = hf_model(model), _Rescaled(kind, factor)
     config = hf.config.get_text_config()
     modules = rotary_modules(hf, config)
-    if any(isinstance(i, _Rescaled) for i in _ACTIVE.get(id(hf), [])):
+    if any(isinstance(i, _Rescaled) for i in active_interventions(hf)):
         raise ValueError("positions are rescaled already: leave that block first, or use one larger factor")
     with ExitStack() as stack:
         set_until_closed(config, "rope_parameters", _new_rope(hf, config, modules[0], kind, factor), stack)
         _lengthen(model, config, kind, factor, stack)
         for m in modules: exchange_rotary(m, config, stack)
-        _enlist(_ACTIVE, id(hf), what, stack)
+        stack.enter_context(acting(hf, what))
         yield [what]

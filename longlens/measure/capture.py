@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 import torch
-from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..attention.hf_interface import _SESSIONS, WAY_OUT, UnsupportedModel, attach, hf_model
-from ..attention.operator import AttentionOperator
-from .statistic import Call, Statistic, check_rows, layer_table
+from ..attention.hf_interface import WAY_OUT, UnsupportedModel, attach, hf_model, recording
 from ..attention.masks import positions, visible_keys
-from .statistics import MassiveActivations, Rows, massive_frame, rows_frame
+from ..attention.operator import AttentionOperator
+from .statistic import Call, Statistic, check_rows
+from ..methods import patch
+
+if TYPE_CHECKING:
+    from longlens.measure import capture as _capture
 
 # %% auto #0
 __all__ = ['Capture', 'capture']
@@ -45,7 +47,7 @@ class _Group:
         if cache is None or self.cache is None or self.cache() is not cache: return False
         if (op.shape[0], op.mask.start + op.mask.offset) != (self.batch, self.end) or self.tail is None: return False
         n = min(op.mask.offset, self.tail.shape[2])  # a sliding cache may hold fewer
-        cached, left = op.scores.k[:, :, op.mask.offset - n:op.mask.offset], self.tail[:, :, self.tail.shape[2] - n:]
+        cached, left = op.call.k[:, :, op.mask.offset - n:op.mask.offset], self.tail[:, :, self.tail.shape[2] - n:]
         return torch.allclose(cached, left, rtol=1e-3, atol=1e-3)
 
 # %% ../../nbs/measure/02_capture.ipynb #a0646715
@@ -53,7 +55,7 @@ def _note(group: _Group, call: Call) -> None:
     "Take notes of a chunk, from the layer that runs first in it"
     m, pos = call.op.mask, call.query_pos.expand(group.batch, -1).cpu().numpy()
     stop = m.offset + pos.shape[1]
-    group.end, group.tail = m.start + stop, call.op.scores.k[:, :, :stop][:, :, -8:].clone()
+    group.end, group.tail = m.start + stop, call.op.call.k[:, :, :stop][:, :, -8:].clone()
     more = max(0, int(pos.max()) + 1 - group.ran.shape[1])
     group.ran = np.pad(group.ran, ((0, 0), (0, more)))
     sample, query = (pos >= 0).nonzero()
@@ -87,8 +89,29 @@ class Capture:
         self._names: dict[int, str] = {}  # id of a module -> its name
         _check_statistics(statistics)
 
-    if TYPE_CHECKING:
-        def __getattr__(self, name: str) -> Any: ...  # methods are added below, each beside its test
+    if TYPE_CHECKING:  # each is written where it is explained
+        _enter_layer = _capture._enter_layer
+        record = _capture.record
+        _group_of = _capture._group_of
+        _measure = _capture._measure
+        _begin = _capture._begin
+        _end = _capture._end
+        _drop_unfinished = _capture._drop_unfinished
+        _bypassed = _capture._bypassed
+        _residual = _capture._residual
+        _hook = _capture._hook
+        _hook_block = _capture._hook_block
+        frame = _capture.frame
+        statistic = _capture.statistic
+        parts = _capture.parts
+        _check_texts = _capture._check_texts
+        tensors = _capture.tensors
+        top_keys = _capture.top_keys
+
+    @property
+    def frames(self) -> dict[str, pl.DataFrame]:
+        "All tables, by name"
+        return {s.title: self.frame(s.title) for s in self.statistics}
 
     def __repr__(self) -> str:
         titles = ", ".join(s.title for s in self.statistics)
@@ -116,7 +139,7 @@ def _check_statistics(statistics: Sequence[Any]) -> None:
 
 # %% ../../nbs/measure/02_capture.ipynb #17c91c8e
 def _call(layer: int, op: AttentionOperator) -> Call:
-    m, (_, _, nq, nk), device = op.mask, op.shape, op.scores.q.device
+    m, (_, _, nq, nk), device = op.mask, op.shape, op.device
     keys = positions(m, nk, device)
     if m.offset < 0 or m.offset + nq > nk:
         raise UnsupportedModel(f"layer {layer}: {nq} queries have no keys of their own among {nk}: cross-attention is not measured")
@@ -148,22 +171,22 @@ def _enter_layer(self: Capture, module: nn.Module) -> tuple[_Forward, int]:
 
 # %% ../../nbs/measure/02_capture.ipynb #ac2a6996
 @patch
-@torch.no_grad()
 def record(
     self: Capture,
     module: nn.Module,  # the attention module that called
     op: AttentionOperator,  # what it computes
 ) -> None:
     "Reduce one attention call: one pass over the pattern serves every statistic that looks at the same queries"
-    now, layer = self._enter_layer(module)
-    lse = op.lse
-    if bool((lse.isnan() | (lse == torch.inf)).any()):
-        raise FloatingPointError(f"attention logits of layer {layer} are NaN or infinite: "
-                                 "the weights or an earlier layer hold NaN or infinity")
-    call = _call(layer, op)
-    if now.group is None: now.group = self._group_of(call, now.cache)
-    now.residual[layer] = call.query_pos, op.mask.start + op.mask.offset
-    for s, part in self._measure(call): s.update(now.group.state.setdefault((layer, s.title), {}), part)
+    with torch.no_grad():
+        now, layer = self._enter_layer(module)
+        lse = op.lse
+        if bool((lse.isnan() | (lse == torch.inf)).any()):
+            raise FloatingPointError(f"attention logits of layer {layer} are NaN or infinite: "
+                                     "the weights or an earlier layer hold NaN or infinity")
+        call = _call(layer, op)
+        if now.group is None: now.group = self._group_of(call, now.cache)
+        now.residual[layer] = call.query_pos, op.mask.start + op.mask.offset
+        for s, part in self._measure(call): s.update(now.group.state.setdefault((layer, s.title), {}), part)
 
 # %% ../../nbs/measure/02_capture.ipynb #b607d0f4
 @patch
@@ -229,14 +252,15 @@ def _bypassed(self: Capture, module: nn.Module, args: tuple, output: Any) -> Non
 
 # %% ../../nbs/measure/02_capture.ipynb #a7dc1b8b
 @patch
-@torch.no_grad()
 def _residual(self: Capture, layer: int, output: Any) -> None:
-    now = self._forward
-    if now is None or now.group is None or layer not in now.residual: return
-    hidden = output if isinstance(output, Tensor) else output[0]
-    pos, start = now.residual.pop(layer)
-    for s in self.statistics:
-        if s.residual: s.update_residual(now.group.state.setdefault((layer, s.title), {}), hidden.detach(), pos, start)
+    "Give the states that a layer leaves to the statistics that want them"
+    with torch.no_grad():
+        now = self._forward
+        if now is None or now.group is None or layer not in now.residual: return
+        hidden = output if isinstance(output, Tensor) else output[0]
+        pos, start = now.residual.pop(layer)
+        for s in self.statistics:
+            if s.residual: s.update_residual(now.group.state.setdefault((layer, s.title), {}), hidden.detach(), pos, start)
 
 # %% ../../nbs/measure/02_capture.ipynb #c39ed62a
 @patch
@@ -245,14 +269,13 @@ def _hook(self: Capture, stack: ExitStack) -> None:
     from transformers import PreTrainedModel
     self._names = {id(m): name for name, m in self.hf.named_modules()}
     for name, m in self.hf.named_modules():
-        _SESSIONS.setdefault(id(m), []).append(self)
         if isinstance(m, PreTrainedModel):
             stack.callback(m.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
             stack.callback(m.register_forward_hook(self._end, always_call=True).remove)
         elif hasattr(m, "is_causal"):
             stack.callback(m.register_forward_hook(self._bypassed).remove)
             self._hook_block(name, m, stack)
-    stack.callback(self._leave)
+    stack.enter_context(recording(self.hf, self))
 
 # %% ../../nbs/measure/02_capture.ipynb #8af82fe4
 @patch
@@ -264,13 +287,6 @@ def _hook_block(self: Capture, name: str, module: nn.Module, stack: ExitStack) -
     def after(block: nn.Module, args: tuple, output: Any) -> None: self._residual(layer, output)
     stack.callback(block.register_forward_hook(after).remove)
 
-# %% ../../nbs/measure/02_capture.ipynb #66a65ff4
-@patch
-def _leave(self: Capture) -> None:
-    for key in self._names:
-        _SESSIONS[key].remove(self)
-        if not _SESSIONS[key]: del _SESSIONS[key]
-
 # %% ../../nbs/measure/02_capture.ipynb #3636fcd7
 @patch
 def frame(
@@ -280,19 +296,20 @@ def frame(
     **options: Any,  # of the statistic: top=64 for Received
 ) -> pl.DataFrame:  # sample, layer, head (or kv_head), then the statistic's own columns
     "The tidy table of one statistic over all samples and layers"
-    stat, parts = self._statistic(name), self._parts(name)
+    stat, parts = self.statistic(name), self.parts(name)
     self._check_texts(stat)
     if not parts: raise ValueError(f"nothing was measured for {name!r}: no layer of {type(self.hf).__name__} gave it anything")
     wanted = None if heads is None else _by_layer(heads, stat, parts)
     if wanted is not None: parts = [p for p in parts if p[1] in wanted]
-    rows = sum(_count(stat, state, None if wanted is None else wanted[layer], options) for _, layer, state in parts)
-    check_rows(rows, f"the frame {name!r}", _instead(stat))
-    made = [_table(stat, state, layer, first, None if wanted is None else wanted[layer], options) for first, layer, state in parts]
+    heads_of = {layer: None if wanted is None else wanted[layer] for _, layer, _ in parts}
+    rows = sum(stat.count(state, heads_of[layer], **options) for _, layer, state in parts)
+    check_rows(rows, f"the frame {name!r}", stat.shorter())
+    made = [stat.frame(state, layer, first, heads_of[layer], **options) for first, layer, state in parts]
     return pl.concat([f for f in made if len(f)] or made[:1])
 
 # %% ../../nbs/measure/02_capture.ipynb #7d95537b
 @patch
-def _statistic(self: Capture, name: str) -> Statistic:
+def statistic(self: Capture, name: str) -> Statistic:
     self._drop_unfinished()
     if not self.groups: raise ValueError(f"nothing was measured for {name!r}: run the model inside the `with capture(...)` block")
     for s in self.statistics:
@@ -301,7 +318,7 @@ def _statistic(self: Capture, name: str) -> Statistic:
 
 # %% ../../nbs/measure/02_capture.ipynb #e42ccee8
 @patch
-def _parts(self: Capture, name: str) -> list[tuple[int, int, dict]]:
+def parts(self: Capture, name: str) -> list[tuple[int, int, dict]]:
     "First sample, layer and state of every layer of every batch of texts"
     out, first = [], 0
     for g in self.groups:
@@ -324,7 +341,7 @@ def _by_layer(heads: Sequence[tuple[int, int]], stat: Statistic, parts: list[tup
     if not heads: raise ValueError("heads is empty: give pairs (layer, head), or None for all")
     sizes = {}
     for _, layer, state in parts:
-        name, labels = next(iter(_axes(stat, state, {}).items()))
+        name, labels = next(iter(stat.labels(state).items()))
         sizes[layer] = len(labels) if name in ("head", "kv_head") else 0
     if not any(sizes.values()): raise ValueError(f"{stat.title!r} has no heads to choose from")
     wanted: dict[int, list[int]] = {}
@@ -334,41 +351,6 @@ def _by_layer(heads: Sequence[tuple[int, int]], stat: Statistic, parts: list[tup
         wanted.setdefault(layer, []).append(head)
     return wanted
 
-# %% ../../nbs/measure/02_capture.ipynb #d70d414c
-def _axes(stat: Statistic, state: dict, options: dict) -> dict[str, Sequence]:
-    if isinstance(stat, Rows): return {"head": range(len(state["rows"][0][3]))}
-    return {"_": ()} if isinstance(stat, MassiveActivations) else stat.table(state, **options)[0]
-
-# %% ../../nbs/measure/02_capture.ipynb #f0be39bb
-def _count(stat: Statistic, state: dict, heads: list[int] | None, options: dict) -> int:
-    "Rows of one layer's part of the frame"
-    if isinstance(stat, Rows): return sum(w.numel() for *_, w in state.get("rows", []))
-    if isinstance(stat, MassiveActivations): return 0
-    axes, values = stat.table(state, **options)
-    sizes = [len(labels) for labels in axes.values()]
-    if heads is not None: sizes[0] = len(heads)
-    return len(next(iter(values.values()))) * int(np.prod(sizes))
-
-# %% ../../nbs/measure/02_capture.ipynb #dd0d2069
-def _instead(stat: Statistic) -> str:
-    "The way out where a frame is too long"
-    if stat.name == "received": return 'keep the strongest positions, frame("received", top=64), some heads=, or use tensors()'
-    return "keep some heads=[(layer, head)], or use tensors()"
-
-# %% ../../nbs/measure/02_capture.ipynb #7b9df9e3
-def _table(stat: Statistic, state: dict, layer: int, first: int, heads: list[int] | None, options: dict) -> pl.DataFrame:
-    "One layer's part of the frame"
-    if isinstance(stat, MassiveActivations): return massive_frame(stat, state, layer, first)
-    if not isinstance(stat, Rows): return layer_table(stat, state, layer, first, heads, **options)
-    rows = rows_frame(state, layer, first)
-    return rows if heads is None else rows.filter(pl.col("head").is_in(heads))
-
-# %% ../../nbs/measure/02_capture.ipynb #d2ff1077
-@patch(as_prop=True)
-def frames(self: Capture) -> dict[str, pl.DataFrame]:
-    "All tables, by name"
-    return {s.title: self.frame(s.title) for s in self.statistics}
-
 # %% ../../nbs/measure/02_capture.ipynb #cace19bb
 @patch
 def tensors(
@@ -377,7 +359,7 @@ def tensors(
     key: str,  # which tensor of its state: for Received "received", "seen" or "position"
 ) -> list[Tensor]:  # one per batch of texts: (layers, batch, ...)
     "The accumulated tensors of a statistic, all layers stacked; 0 at keys that a sliding cache had dropped before the capture"
-    self._check_texts(self._statistic(name))
+    self._check_texts(self.statistic(name))
     out = []
     for g in self.groups:
         parts = [state[key] for (_, title), state in sorted(g.state.items(), key=lambda x: x[0][0]) if title == name]
@@ -393,9 +375,9 @@ def top_keys(
     sample: int = 0,  # number of the text
 ) -> tuple[Tensor, Tensor]:  # positions and weights, (layers, heads, queries, k), queries in increasing order
     "The most attended keys of the chosen queries of one text, as tensors; -1 and weight 0 where a window holds fewer than k"
-    self._check_texts(self._statistic(name))
+    self._check_texts(self.statistic(name))
     layers = []
-    for first, _, state in self._parts(name):
+    for first, _, state in self.parts(name):
         rows = sorted((q, i) for i, (b, q, *_) in enumerate(state.get("rows", [])) if first + b == sample)
         if rows: layers.append([torch.stack([state["rows"][i][part] for _, i in rows], 1).cpu() for part in (2, 3)])
     if not layers: raise IndexError(f"there is no sample {sample}: {sum(g.batch for g in self.groups)} were captured")

@@ -93,7 +93,7 @@ class MeanRows(Statistic):
 # %% ../../nbs/measure/03_mean_rows.ipynb #bc149f4b
 def _add_rows(stat: MeanRows, state: dict, call: Call) -> None:
     "Add the wanted rows of a call, and count them"
-    member = asked_queries(stat.queries, call.query_pos, call.batch).to(call.op.scores.dtype)
+    member = asked_queries(stat.queries, call.query_pos, call.batch).to(call.op.dtype)
     rows = call.op.received(member)  # (batch, heads, n_keys)
     w = _layer_weights(stat.weights, call.layer, rows.shape[1], rows)
     if stat.by == "layer": rows = torch.einsum("h,bhn->bn", w, rows)
@@ -117,9 +117,9 @@ def mean_over_layers(
     name: str = "mean_rows",  # name (or label) of it
 ) -> list[Tensor]:  # (n,) of every text: all tokens run before, or together with, the last query; later ones get nothing
     "Mean over rows, heads and layers of the attention to every token, with the weights of the statistic"
-    stat = seen._statistic(name)
+    stat = seen.statistic(name)
     if not isinstance(stat, MeanRows) or stat.by != "layer": raise TypeError(f'{name!r} is not a MeanRows(..., by="layer")')
-    _check_layers(stat, {layer for _, layer, _ in seen._parts(name)})
+    _check_layers(stat, {layer for _, layer, _ in seen.parts(name)})
     out: list[Tensor] = []
     for total, rows, heads, at in zip(*(seen.tensors(name, key) for key in ("total", "rows", "heads", "position")), strict=True):
         mean = total.sum(0) / (rows[0] * heads.sum(0))[:, None]  # (batch, n)

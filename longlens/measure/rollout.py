@@ -77,9 +77,9 @@ def _arriving(stat: Rollout, call: Call) -> Tensor:  # (batch, n_keys, spans)
     "The columns that a layer meets: those the layer before it left, or the indicators of the spans"
     last, n_keys = stat._last, call.op.shape[3]
     if last is None or call.layer <= last[0]:  # a forward begins
-        return inside_spans(stat.spans, call.key_pos)[:, 0].expand(call.batch, -1, -1).to(call.op.scores.dtype)
+        return inside_spans(stat.spans, call.key_pos)[:, 0].expand(call.batch, -1, -1).to(call.op.dtype)
     x = last[1]["x"] if stat.in_chunks else last[1].pop("x")
-    x = x[:, call.start:call.start + n_keys].to(call.op.scores.q.device)  # layers may live on several devices
+    x = x[:, call.start:call.start + n_keys].to(call.op.device)  # layers may live on several devices
     return torch.nn.functional.pad(x, (0, 0, 0, n_keys - x.shape[1]))  # a static cache has room for more keys
 
 # %% ../../nbs/measure/05_rollout.ipynb #69d7b20e

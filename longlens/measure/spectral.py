@@ -11,28 +11,25 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
-from fastcore.basics import patch
 from torch import Tensor
 
-from ..attention.operator import HIDDEN, LOG2E, AttentionOperator
-from .statistic import Call, Statistic, register
+from ..attention.logits import TILE, Tile
+from ..attention.operator import AttentionOperator
 from ..attention.reducers import ReceivedSum, TransposedProduct
-from ..attention.logits import TILE, Tile, score_tile, tiles
+from .statistic import Call, Statistic, register
+from ..methods import patch
+
+if TYPE_CHECKING:
+    from longlens.measure import spectral as _spectral
 
 # %% auto #0
 __all__ = ['CenteredLanczos', 'TopSingular', 'check_whole', 'top_singular', 'collapse_rate', 'SpectralNorm', 'TokenSpread']
 
-# %% ../../nbs/measure/04_spectral.ipynb #2ed71431
+# %% ../../nbs/measure/04_spectral.ipynb #5206c63c
 def _row_blocks(op: AttentionOperator, wanted: Callable[[Tile], bool]) -> Iterator[tuple[Tile, Tensor]]:
     "Blocks of whole rows of the pattern, (heads, rows, keys), those that are wanted"
-    s, shift, linear = op.scores, op._row_shift(), op._is_linear()
-    if linear: s, shift = replace(s, scale=s.scale * LOG2E), shift * LOG2E
-    size = max(TILE.get(s.q.device.type, TILE["cpu"]), 16 * s.group * op.shape[3])
-    for at in tiles(s, whole_rows=True, size=size):
-        if not wanted(at): continue
-        log2p = score_tile(s, at, shift=shift, fill=HIDDEN)
-        if not linear: log2p = log2p.mul_(LOG2E)
-        yield at, torch.exp2(log2p, out=log2p)
+    size = max(TILE.get(op.device.type, TILE["cpu"]), 16 * op.call.group * op.shape[3])
+    for at, log2p in op.log_tiles(size, whole_rows=True, wanted=wanted): yield at, torch.exp2(log2p, out=log2p)
 
 # %% ../../nbs/measure/04_spectral.ipynb #329a0b85
 def _both_products(op: AttentionOperator, v: Tensor, off: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,7 +74,7 @@ class CenteredLanczos:
         self.op, (b, h, nq, _) = op, op.shape
         self.real = (op.lse > -torch.inf).any(1)  # (batch, n_queries); padding sees nothing
         self.n = self.real.sum(-1)[:, None, None].clamp_min(1)  # tokens, (batch, 1, 1)
-        start = _start(self.real, seed).to(op.scores.q.device, op.scores.dtype)
+        start = _start(self.real, seed).to(op.device, op.dtype)
         self.received, v = op.reduce(ReceivedSum(), TransposedProduct(start))  # column sums of P, (batch, heads, n_keys), and P.T start
         self.v = _unit(v[..., 0], torch.zeros(b, h).to(v))[1]
         self.u, self.beta = self.v.new_zeros(b, h, nq), self.v.new_zeros(b, h)
@@ -90,8 +87,9 @@ class CenteredLanczos:
         "P v - off and its product with P.T, of the active heads"
         return _both_products(self.op, self.v, off, active)
 
-    if TYPE_CHECKING:
-        def __getattr__(self, name: str) -> Any: ...  # methods are added below
+    if TYPE_CHECKING:  # each is written where it is explained
+        step = _spectral.step
+        top = _spectral.top
 
 # %% ../../nbs/measure/04_spectral.ipynb #dde0585d
 @patch
@@ -144,14 +142,13 @@ def check_whole(
     raise ValueError(f"{who} needs the whole pattern in one call, and here are {nq:,} queries for {m.start + nk:,} keys: "
                      "run the text in one piece, with no cache and not in chunks (and do not generate)")
 
-# %% ../../nbs/measure/04_spectral.ipynb #568070f8
+# %% ../../nbs/measure/04_spectral.ipynb #df3f7628
 def _in_full(op: AttentionOperator) -> AttentionOperator:
     "The operator in the precision that its weights are computed in: float32 for half precision"
-    s = op.scores
-    if s.q.dtype == s.dtype: return op
-    streams = tuple(st if st.far is None else replace(st, far=(st.far[0].to(s.dtype), st.far[1].to(s.dtype))) for st in s.streams)
-    q, k = s.q.to(s.dtype), s.k.to(s.dtype)
-    return AttentionOperator(q, k, None, s.scale, s.mask, s.softcap, op.sinks, s.bias, streams=streams)
+    c = op.call
+    if c.q.dtype == c.dtype: return op
+    streams = tuple(st if st.far is None else replace(st, far=(st.far[0].to(c.dtype), st.far[1].to(c.dtype))) for st in c.streams)
+    return AttentionOperator.of(replace(c, q=c.q.to(c.dtype), k=c.k.to(c.dtype), v=None, streams=streams))
 
 # %% ../../nbs/measure/04_spectral.ipynb #e3166b1c
 @torch.no_grad()

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,20 +20,6 @@ from ..attention.reducers import Reducer
 # %% auto #0
 __all__ = ['STATISTICS', 'MAX_ROWS', 'Call', 'Statistic', 'register', 'check_rows', 'tidy', 'layer_table', 'check_queries',
            'missing_queries', 'RowStatistic']
-
-# %% ../../nbs/measure/00_statistic.ipynb #4a7ddaba
-def _narrow_operator(
-    op: AttentionOperator,  # all queries
-    first: int,  # first query to keep
-    last: int,  # one past the last
-) -> AttentionOperator:
-    "The operator of the queries `[first, last)` only"
-    s, cut = op.scores, slice(first, last)
-    rule = s.mask.rule[:, :, cut] if isinstance(s.mask.rule, Tensor) else s.mask.rule
-    mask = replace(s.mask, offset=s.mask.offset + first, rule=rule)
-    bias = None if s.bias is None else s.bias[:, :, cut]
-    streams = tuple(st if st.far is None else replace(st, far=(st.far[0][:, :, cut], st.far[1])) for st in s.streams)
-    return AttentionOperator(s.q[:, :, cut], s.k, op.v, s.scale, mask, s.softcap, op.sinks, bias, op.lse[:, :, cut], streams)
 
 # %% ../../nbs/measure/00_statistic.ipynb #520f72d5
 @dataclass
@@ -60,7 +46,7 @@ class Call:
         "The same call with only the queries `[first, last)`: nothing is computed for the others"
         if (first, last) == (0, self.op.shape[2]): return self
         if (first, last) not in self._parts:
-            part = Call(self.layer, _narrow_operator(self.op, first, last), self.query_pos[:, first:last], self.key_pos)
+            part = Call(self.layer, self.op.narrow(range(first, last)), self.query_pos[:, first:last], self.key_pos)
             self._parts[first, last] = part
         return self._parts[first, last]
 
@@ -100,6 +86,25 @@ class Statistic:
     def table(self, state: dict) -> tuple[dict[str, Sequence], dict[str, Any]]:
         "Axes (name -> labels) of a layer's table, and values (name -> array over samples and those axes)"
         raise NotImplementedError(f"{type(self).__name__} does not say what its table holds: define table(state)")
+
+    def labels(self, state: dict, **options: Any) -> dict[str, Sequence]:
+        "The axes of a layer's table, by name"
+        return self.table(state, **options)[0]
+
+    def count(self, state: dict, heads: Sequence[int] | None = None, **options: Any) -> int:
+        "Rows of one layer's part of the frame, of some heads or all"
+        axes, values = self.table(state, **options)
+        sizes = [len(labels) for labels in axes.values()]
+        if heads is not None: sizes[0] = len(heads)
+        return len(next(iter(values.values()))) * int(np.prod(sizes))
+
+    def frame(self, state: dict, layer: int, first_sample: int, heads: Sequence[int] | None = None, **options: Any) -> pl.DataFrame:
+        "One layer's part of the frame, of some heads or all"
+        return layer_table(self, state, layer, first_sample, heads, **options)
+
+    def shorter(self) -> str:
+        "The way out where a frame is too long"
+        return "keep some heads=[(layer, head)], or use tensors()"
 
     def check(self, sample: int, n_tokens: int, ran: np.ndarray) -> None:
         "Raise if what was asked for is not in the text of one sample; `ran` (n_tokens,): was the query at this position run?"

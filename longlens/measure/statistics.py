@@ -22,8 +22,7 @@ from ..attention.reducers import DistanceSum, EntropySum, Product, ReceivedSum, 
 
 # %% auto #0
 __all__ = ['Entropy', 'Support', 'SinkMass', 'SpanMass', 'inside_spans', 'missing_spans', 'Distance', 'DistanceProfile',
-           'grow_last', 'note_places', 'Received', 'Rows', 'rows_frame', 'ValueNorm', 'ResidualNorm',
-           'MassiveActivations', 'massive_frame']
+           'grow_last', 'note_places', 'Received', 'Rows', 'ValueNorm', 'ResidualNorm', 'MassiveActivations']
 
 # %% ../../nbs/measure/01_statistics.ipynb #5582b3f4
 @register
@@ -186,10 +185,13 @@ class Received(Statistic):
 
     def update(self, state: dict, call: Call) -> None:
         _, _, nq, nk = call.op.shape
-        seen = seen_by(call.op.mask, nq, nk, call.op.scores.q.device).expand(call.batch, -1)
+        seen = seen_by(call.op.mask, nq, nk, call.op.device).expand(call.batch, -1)
         state["received"] = grow_last(state.get("received"), call.op.received(), call.start, add=True)
         state["seen"] = grow_last(state.get("seen"), seen, call.start, add=True)
         note_places(state, call.key_pos, call.batch, call.start)
+
+    def shorter(self) -> str:
+        return f'keep the strongest positions, frame("{self.title}", top=64), some heads=, or use tensors()'
 
     def check(self, sample: int, n_tokens: int, ran: np.ndarray) -> None: missing_queries(self.queries, self.title, sample, ran)
 
@@ -236,6 +238,14 @@ class Rows(Statistic):
             for r, (at, w) in zip(rows, kept, strict=True): state.setdefault("rows", []).append((b, int(pos[r]), at, w))
 
     def check(self, sample: int, n_tokens: int, ran: np.ndarray) -> None: missing_queries(self.queries, self.title, sample, ran)
+    def labels(self, state: dict, **options: Any) -> dict[str, Sequence]: return {"head": range(len(state["rows"][0][3]))}
+
+    def count(self, state: dict, heads: Sequence[int] | None = None, **options: Any) -> int:
+        return sum(w.numel() for *_, w in state.get("rows", []))
+
+    def frame(self, state: dict, layer: int, first_sample: int, heads: Sequence[int] | None = None, **options: Any) -> pl.DataFrame:
+        rows = _rows_frame(state, layer, first_sample)
+        return rows if heads is None else rows.filter(pl.col("head").is_in(heads))
 
 # %% ../../nbs/measure/01_statistics.ipynb #6a5449ec
 def _visible(call: Call, b: int, row: int) -> tuple[Tensor, Tensor]:
@@ -277,7 +287,7 @@ def _top_rows(stat: Rows, call: Call, b: int, rows: list[int]) -> list[tuple[Ten
     return [(at[:, i], weight[:, i]) for i in range(len(rows))]
 
 # %% ../../nbs/measure/01_statistics.ipynb #d9f56a78
-def rows_frame(
+def _rows_frame(
     state: dict,  # of one layer
     layer: int,  # number of the layer
     first_sample: int,  # number of the batch's first sample
@@ -349,8 +359,14 @@ class MassiveActivations(Statistic):
             state.setdefault("found", []).extend((b, *entry) for entry in found)
             state.setdefault("medians", []).append((b, float(sizes.median())))
 
+    def labels(self, state: dict, **options: Any) -> dict[str, Sequence]: return {"_": ()}
+    def count(self, state: dict, heads: Sequence[int] | None = None, **options: Any) -> int: return 0
+
+    def frame(self, state: dict, layer: int, first_sample: int, heads: Sequence[int] | None = None, **options: Any) -> pl.DataFrame:
+        return _massive_frame(self, state, layer, first_sample)
+
 # %% ../../nbs/measure/01_statistics.ipynb #d57c31d1
-def massive_frame(
+def _massive_frame(
     stat: MassiveActivations,  # of which top counts
     state: dict,  # of one layer
     layer: int,  # number of the layer

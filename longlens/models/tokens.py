@@ -19,14 +19,17 @@ if TYPE_CHECKING:
     from longlens.models import tokens as _tokens
 
 # %% auto #0
-__all__ = ['TokenIds', 'Tokens', 'as_ids', 'as_tokens', 'check_unicode', 'HFModel', 'HFTokenizer']
+__all__ = ['TokenIds', 'Tokens', 'as_ids', 'as_tokens', 'check_unicode', 'HFCache', 'HFConfig', 'HFModel', 'HFTokenizer']
 
 # %% ../../nbs/models/00_tokens.ipynb #1e403b2f
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel as HFModel, PreTrainedTokenizerBase as HFTokenizer
+    from transformers import Cache as HFCache
+    from transformers import PreTrainedConfig as HFConfig
+    from transformers import PreTrainedModel as HFModel
+    from transformers import PreTrainedTokenizerBase as HFTokenizer
 else:
-    HFModel = HFTokenizer = Any
-_all_ = ["HFModel", "HFTokenizer"]
+    HFCache = HFConfig = HFModel = HFTokenizer = Any
+_all_ = ["HFCache", "HFConfig", "HFModel", "HFTokenizer"]
 
 TokenIds = Tensor | Sequence[int]  # (n,), integers
 
@@ -54,7 +57,7 @@ def _occurrence(
     if not starts or (nth is not None and nth >= len(starts)):
         raise ValueError(f"{part!r} stands {len(starts)} times in the text" + ("" if nth is None else f": there is no nth={nth}"))
     if nth is None and len(starts) > 1:
-        raise ValueError(f"{part!r} stands {len(starts)} times in the text: say which with nth=0 to {len(starts) - 1}")
+        raise ValueError(f"{part!r} stands {len(starts)} times in the text: choose one with nth=0 to {len(starts) - 1}")
     return starts[nth or 0]
 
 # %% ../../nbs/models/00_tokens.ipynb #ef2b08c2

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import random
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,7 @@ def _knock_out(
 # %% ../../nbs/needle_lm/02_card.ipynb #15b5d296
 def export_model(
     model: LlamaForCausalLM, # trained, float32
-    folder: str | Path, # gets config.json, generation_config.json, model.safetensors and the tokenizer
+    folder: str | Path, # gets config.json, generation_config.json, model.safetensors, longlens.json and the tokenizer
     tokenizer: PreTrainedTokenizerFast | None = None, # the stored one if not given
 ) -> Path: # the folder
     "Write a model folder that `AutoModelForCausalLM` and `AutoTokenizer` read"
@@ -168,12 +169,15 @@ def export_model(
     weights = {k: v.half().contiguous() for k, v in load_file(folder / "model.safetensors").items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)
-    if folder.resolve() != needle_lm_path().resolve(): tok.save_pretrained(folder)
+    if folder.resolve() != needle_lm_path().resolve():
+        tok.save_pretrained(folder)
+        shutil.copy(needle_lm_path() / "longlens.json", folder)  # how it is asked: the language is the same
     return folder
 
 # %% ../../nbs/needle_lm/02_card.ipynb #bfa63e93
 TABLES = ("by_depth", "by_kind", "beyond", "sinks", "copying", "knock_out")
 
+# %% ../../nbs/needle_lm/02_card.ipynb #a3a806e3
 def measure_all(
     folder: str | Path, # a model folder; the tables are written into it as <name>.csv
     n: int = 20, # questions for each length and depth

@@ -60,6 +60,7 @@ def filler(
 VOCAB_SIZE = 3072
 _SPECIAL = ["<pad>", "<bos>", "<eos>"]
 
+# %% ../../nbs/needle_lm/00_data.ipynb #abde879a
 def _tokenizer_corpus(seed: int) -> Iterator[str]:
     "Word lists, weighted so that names and values become single tokens, and generated text"
     words = _words("words")
@@ -143,6 +144,7 @@ def _count(tok: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[int]:
 _Piece = tuple[str | None, str]  # (name or None, text)
 _Laid = tuple[list[tuple[str, _Piece]], float, int | None]  # ((separator, piece), ...), depth in percent, index
 
+# %% ../../nbs/needle_lm/00_data.ipynb #b8f5f7c8
 def _join(pieces: Sequence[tuple[str, _Piece]]) -> tuple[str, dict[str, tuple[int, int]]]:
     "Concatenate (separator, (name, text)); the separator in front of the first piece is dropped"
     text, spans = "", {}

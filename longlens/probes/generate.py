@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +15,19 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from ..sweeps.cells import Cell, Start, Tables, Task
 from ..measure.capture import capture
 from ..measure.statistics import SpanMass
-from ..models.kv_cache import cut_at_stops, end_ids, stop_texts
 from ..models.forward import LongModel
+from ..models.generate import cut_at_stops, end_ids, stop_texts
+from .metrics import METRICS
+from ..run import Run
+from ..sweeps.cells import Cell, Start, Tables, Task
+from ..sweeps.plan import Plan
+from ..sweeps.sweep import SweepResult, plan_sweep, sweep
 
 # %% auto #0
-__all__ = ['greedy', 'answer_rows', 'Ask']
+__all__ = ['Reply', 'greedy', 'answer_rows', 'Ask', 'Prepared', 'longer', 'reply_length', 'check_metric', 'reply_stops',
+           'with_scores', 'cut_sentence', 'cost_sentence']
 
 # %% ../../nbs/probes/01_generate.ipynb #b12b1002
 def _texts(lm: LongModel, rows: Sequence[Sequence[int]]) -> list[str]:
@@ -37,7 +43,7 @@ def _next(lm: LongModel, token: Tensor, cache: Any) -> Tensor:  # (batch, 1)
 
 # %% ../../nbs/probes/01_generate.ipynb #50e278e4
 def greedy(
-    lm: LongModel,  # LongModel
+    lm: LongModel,  # the model
     start: Start,  # prompts in a cache, all but their last tokens
     max_new_tokens: int,  # at most
     stop: str | Sequence[str] = (),  # texts that end an answer
@@ -62,7 +68,7 @@ def greedy(
 
 # %% ../../nbs/probes/01_generate.ipynb #6a0d32e5
 def answer_rows(
-    lm: LongModel,  # LongModel
+    lm: LongModel,  # the model
     cells: Sequence[Cell],  # of one batch
     start: Start,  # their prompts
     spans: Sequence[Mapping[str, range]],  # of each cell: name -> token positions
@@ -80,7 +86,7 @@ def answer_rows(
             for key, g in f.group_by("span", maintain_order=True)}
     return logits, [{n: mass[f"{s.start}:{s.stop}"][i] for n, s in of.items()} for i, of in enumerate(spans)]
 
-# %% ../../nbs/probes/01_generate.ipynb #d54c9e4d
+# %% ../../nbs/probes/01_generate.ipynb #f25dfe33
 @dataclass(frozen=True)
 class Ask(Task):
     """Ask what a prompt asks. Tables: `answers`, `attention` (each head to chosen spans), `spans` (all heads to all spans of a kind)"""
@@ -98,28 +104,38 @@ class Ask(Task):
             raise ValueError(f"{cell!r} has no completion, and max_new_tokens is 0: there is nothing to ask")
 
     def run(self, lm: LongModel, cells: Sequence[Cell], start: Start) -> list[Tables]:
-        spans = [{n: s for n, s in c.spans.items() if re.fullmatch(f"{self.heads_on}|{self.mean_on}", n)} for c in cells]
-        said = self._said(lm, start) if self.max_new_tokens else [(None, None)] * len(cells)
-        if not len(cells[0].completion): return [{"answers": _answer(s, None, c)} for s, c in zip(said, cells, strict=True)]
-        logits, masses = answer_rows(lm, cells, start, spans)
-        rows = [_answer(s, x, c) for s, x, c in zip(said, logits, cells, strict=True)]
-        return [{"answers": r, **_masses(m, self.heads_on)} for r, m in zip(rows, masses, strict=True)]
+        wanted = f"{self.heads_on}|{self.mean_on}"
+        return _ask(self, lm, cells, start, [{n: s for n, s in c.spans.items() if re.fullmatch(wanted, n)} for c in cells])
 
-    def _said(self, lm: LongModel, start: Start) -> list[tuple[str, str]]:
-        """What is written, up to a stop text, and how it ended."""
-        made = greedy(lm, start, self.max_new_tokens, self.stop)
-        return [(cut_at_stops(t, stop_texts(self.stop)), ended) for t, (_, ended) in zip(_texts(lm, [ids for ids, _ in made]), made, strict=True)]
+# %% ../../nbs/probes/01_generate.ipynb #840262c5
+def _ask(task: Ask, lm: LongModel, cells: Sequence[Cell], start: Start, spans: list[dict[str, range]]) -> list[Tables]:
+    """What comes of the cells of a batch."""
+    replies = _replies(task, lm, start) if task.max_new_tokens else [(None, None)] * len(cells)
+    if not len(cells[0].completion): return [{"answers": _answer(r, None, c)} for r, c in zip(replies, cells, strict=True)]
+    logits, masses = answer_rows(lm, cells, start, spans)
+    rows = [_answer(r, x, c) for r, x, c in zip(replies, logits, cells, strict=True)]
+    return [{"answers": r, **_masses(m, task.heads_on)} for r, m in zip(rows, masses, strict=True)]
+
+# %% ../../nbs/probes/01_generate.ipynb #132e3884
+Reply = tuple[str | None, str | None]  # what is written, up to a stop text, and how it ended; None: nothing was to be written
+
+
+def _replies(task: Ask, lm: LongModel, start: Start) -> list[Reply]:
+    """The reply to each prompt."""
+    stop = stop_texts(task.stop)
+    made = greedy(lm, start, task.max_new_tokens, task.stop)
+    return [(cut_at_stops(t, stop), ended) for t, (_, ended) in zip(_texts(lm, [ids for ids, _ in made]), made, strict=True)]
 
 # %% ../../nbs/probes/01_generate.ipynb #556bfef2
-def _answer(said: tuple[str | None, str | None], logits: Tensor | None, cell: Cell) -> pl.DataFrame:
-    """The row of `answers`: what was said, how that ended; log-probability of the true answer; was it the first choice throughout?"""
+def _answer(reply: Reply, logits: Tensor | None, cell: Cell) -> pl.DataFrame:
+    """The row of `answers`: the reply, how it ended; log-probability of the true answer; was it the first choice throughout?"""
     total = right = None
     if logits is not None:
         logs = logits.float().log_softmax(-1).cpu()
         total = float(logs.gather(-1, cell.completion[:, None]).sum())
         right = bool((logs.argmax(-1) == cell.completion).all())
     mean = None if total is None else total / len(cell.completion)
-    values = {"said": said[0], "ended": said[1], "logprob": total, "logprob_mean": mean, "first_choice": right}
+    values = {"reply": reply[0], "ended": reply[1], "logprob": total, "logprob_mean": mean, "first_choice": right}
     kinds = [pl.String, pl.String, pl.Float64, pl.Float64, pl.Boolean]
     return pl.DataFrame([values], schema=dict(zip(values, kinds, strict=True)))
 
@@ -133,3 +149,98 @@ def _masses(found: dict[str, Tensor], heads_on: str) -> Tables:
         out["attention"] = pl.concat(p.select(pl.lit(n).alias("span"), pl.all()) for n, p in zip(mine, parts, strict=True))
     if found: out["spans"] = pl.DataFrame({"span": list(found), "mass": [float(m.mean()) for m in found.values()]})
     return out
+
+# %% ../../nbs/probes/01_generate.ipynb #df8995ba
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """All that a probe is going to ask."""
+
+    lm: LongModel
+    cells: list[Cell]
+    task: Task
+    run: Run  # of which out, engine, batch_size, allow_longer and progress count
+    title: str  # of the progress bar
+
+    def plan(self) -> Plan:
+        """What it takes; nothing is run."""
+        with longer(self.lm, self.run.allow_longer): return plan_sweep(self.lm, self.cells, self.task, run=_sweep_run(self.run))
+
+    def sweep(self) -> SweepResult:
+        """What comes of it."""
+        with longer(self.lm, self.run.allow_longer):
+            return sweep(self.lm, self.cells, self.task, title=self.title, run=_sweep_run(self.run))
+
+# %% ../../nbs/probes/01_generate.ipynb #0fef3475
+def _sweep_run(run: Run) -> Run:
+    """What `sweep` needs of a run."""
+    return Run(out=run.out, engine=run.engine, batch_size=run.batch_size, progress=run.progress)
+
+# %% ../../nbs/probes/01_generate.ipynb #9e296bd6
+@contextmanager
+def longer(
+    lm: LongModel,  # the model
+    allow_longer: bool | None,  # None: as it is
+) -> Iterator[None]:
+    """The model as if it had been loaded with allow_longer, while the block runs."""
+    before = lm.allow_longer
+    lm.allow_longer = before if allow_longer is None else allow_longer
+    try: yield
+    finally: lm.allow_longer = before
+
+# %% ../../nbs/probes/01_generate.ipynb #e5c42a43
+def reply_length(
+    asked: int | None,  # tokens, at most; None: as usual
+    usual: int,  # as published
+) -> int:
+    """How many tokens a written answer has at most."""
+    if asked is not None and asked < 1: raise ValueError(f"max_new_tokens is {asked}: an answer is written with one token or more")
+    return usual if asked is None else asked
+
+# %% ../../nbs/probes/01_generate.ipynb #abc2df8b
+def check_metric(
+    metric: str,  # one of METRICS
+    cells: Sequence[Cell],  # with their right answers
+) -> None:
+    """Raise, before anything is run, if the metric is not defined for the answers of a cell."""
+    for answers in dict.fromkeys(c.answers for c in cells): METRICS[metric]("", answers)
+
+# %% ../../nbs/probes/01_generate.ipynb #7c636c00
+def reply_stops(
+    lm: LongModel,  # whose card may name them
+    asked: Sequence[str] | None,  # None: as usual
+    metric: str,  # one of METRICS
+) -> tuple[str, ...]:
+    """The texts that end a written answer."""
+    if asked is not None: return tuple(stop_texts(asked))
+    if lm.card.stop: return lm.card.stop
+    return ("\n",) if metric == "best_subspan_em" else ()
+
+# %% ../../nbs/probes/01_generate.ipynb #33078dc8
+def with_scores(
+    answers: pl.DataFrame,  # a row for each cell, with its reply
+    cells: Sequence[Cell],  # with their right answers
+    metric: str,  # one of METRICS
+) -> pl.DataFrame:  # with score and answers
+    """The answers with their scores, and what was right."""
+    right = [c.answers for c in cells]
+    scores = [METRICS[metric](reply, a) for reply, a in zip(answers["reply"], right, strict=True)]
+    return answers.with_columns(score=pl.Series(scores, dtype=pl.Float64), answers=pl.Series([" | ".join(a) for a in right]))
+
+# %% ../../nbs/probes/01_generate.ipynb #068f861f
+def cut_sentence(
+    answers: pl.DataFrame,  # a row for each cell, perhaps with how its reply ended
+) -> str:  # "" if none was
+    """How many written answers ended because the model has no more positions."""
+    cut = answers.filter(ended="positions").height if "ended" in answers.columns else 0
+    return f"{cut:,} of {len(answers):,} answers were cut off where the model's positions end: take shorter contexts" if cut else ""
+
+# %% ../../nbs/probes/01_generate.ipynb #90fa4831
+def cost_sentence(
+    meta: Mapping[str, Any],  # of a report, perhaps with tokens and tokens_naive
+) -> str:  # "" if nothing is known
+    """How much of the prompts was computed."""
+    done, in_all = meta.get("tokens"), meta.get("tokens_naive")
+    if not done: return ""
+    computed = f"{done:,} tokens of prompts were computed"
+    if done >= in_all: return f"{computed}: nothing could be shared"
+    return f"{computed}, {100 * done / in_all:.0f} % of what they have: the rest was shared"

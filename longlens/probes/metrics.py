@@ -17,58 +17,58 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import polars as pl
 
-from ..prompts.multi_document import check_answers, normalize_answer
+from ..prompts.questions import check_answers, normalize_answer
 
 _all_ = ["normalize_answer"]
 
 # %% auto #0
 __all__ = ['METRICS', 'best_subspan_em', 'kv_match', 'string_match_all', 'string_match_part', 'edit_distance',
-           'needlebench_score', 'Interval', 'bootstrap_interval', 'wilson_interval', 'sign_flip_p', 'PairedTest',
-           'paired_ends_against_middle', 'position_indices', 'effective_length', 'rag_order', 'reorder',
+           'needlebench_score', 'Interval', 'bootstrap_interval', 'wilson_interval', 'score_interval', 'sign_flip_p',
+           'PairedTest', 'paired_ends_against_middle', 'position_indices', 'effective_length', 'rag_order', 'reorder',
            'read_niah_scores', 'normalize_answer']
 
 # %% ../../nbs/probes/00_metrics.ipynb #f8c3dc48
 def best_subspan_em(
-    said: str,  # the reply
+    reply: str,  # the reply
     answers: Sequence[str],  # what is right, each of them
 ) -> float:  # 0 or 1
     """Does the first line of a reply contain an answer, both normalised? (lost in the middle: multi-document questions)"""
     check_answers(answers, "best_subspan_em")
-    line = normalize_answer(said.split("\n")[0])
+    line = normalize_answer(reply.split("\n")[0])
     return float(any(normalize_answer(a) in line for a in answers))
 
 # %% ../../nbs/probes/00_metrics.ipynb #04d65708
 def kv_match(
-    said: str,  # the reply
+    reply: str,  # the reply
     value: str,  # what is right
 ) -> float:  # 0 or 1
     """Does a reply contain the value, in upper or lower case? (lost in the middle: key-value lists)"""
     if not value.strip(): raise ValueError(f"the value is {value!r}, which every reply contains: give the one that was asked for")
-    return float(value.lower() in said.lower())
+    return float(value.lower() in reply.lower())
 
 # %% ../../nbs/probes/00_metrics.ipynb #62eb6a78
-def _found(said: str, answers: Sequence[str]) -> list[bool]:
+def _found(reply: str, answers: Sequence[str]) -> list[bool]:
     """Which answers a reply contains, whatever their case."""
     if isinstance(answers, str) or not answers or not all(a.strip() for a in answers):
         raise ValueError(f"answers is {answers!r:.60}: a list of one text or more was expected, none of them empty")
-    return [a.lower() in said.lower() for a in answers]
+    return [a.lower() in reply.lower() for a in answers]
 
 # %% ../../nbs/probes/00_metrics.ipynb #b19def96
 def string_match_all(
-    said: str,  # the reply
+    reply: str,  # the reply
     answers: Sequence[str],  # what is right, all of them
 ) -> float:  # 0 to 1
     """Which share of the answers does a reply contain? (RULER: needles, variables, words)"""
-    found = _found(said, answers)
+    found = _found(reply, answers)
     return sum(found) / len(found)
 
 # %% ../../nbs/probes/00_metrics.ipynb #6d4bf907
 def string_match_part(
-    said: str,  # the reply
+    reply: str,  # the reply
     answers: Sequence[str],  # what is right, each of them
 ) -> float:  # 0 or 1
     """Does a reply contain one of the answers? (RULER: questions)"""
-    return float(any(_found(said, answers)))
+    return float(any(_found(reply, answers)))
 
 # %% ../../nbs/probes/00_metrics.ipynb #97172afa
 def edit_distance(
@@ -84,30 +84,30 @@ def edit_distance(
 
 # %% ../../nbs/probes/00_metrics.ipynb #8378862c
 def needlebench_score(
-    said: str,  # the reply
+    reply: str,  # the reply
     keyword: str,  # what must be in it
     needle: str | None = None,  # the sentence that was hidden; None: the keyword
 ) -> float:  # 0 to 100
     """100 if the keyword is in the reply, else up to 20 for a reply that is like the needle (NeedleBench, single needle)"""
     if not keyword.strip(): raise ValueError(f"the keyword is {keyword!r}, which every reply contains: give the one that was hidden")
-    if keyword in said: return 100.0
-    reply, needle = (re.sub(r"\s+", "", t) for t in (said, needle or keyword))
-    return 20 * (1 - edit_distance(reply, needle) / max(len(reply), len(needle)))
+    if keyword in reply: return 100.0
+    a, b = (re.sub(r"\s+", "", t) for t in (reply, needle or keyword))
+    return 20 * (1 - edit_distance(a, b) / max(len(a), len(b)))
 
-# %% ../../nbs/probes/00_metrics.ipynb #d2bcc69f
+# %% ../../nbs/probes/00_metrics.ipynb #6e1ed059
 def _only(answers: Sequence[str], metric: str) -> str:
     """The one answer that a metric is defined for."""
     if isinstance(answers, str) or len(answers) != 1:
         raise ValueError(f"{metric} is defined for one answer, and answers is {answers!r:.60}: string_match_all takes more")
     return answers[0]
 
-
+# %% ../../nbs/probes/00_metrics.ipynb #9ad34e1d
 METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {  # name -> (reply, answers) -> 0 to 1
     "best_subspan_em": best_subspan_em,
-    "kv_match": lambda said, answers: kv_match(said, _only(answers, "kv_match")),
+    "kv_match": lambda reply, answers: kv_match(reply, _only(answers, "kv_match")),
     "string_match_all": string_match_all,
     "string_match_part": string_match_part,
-    "needlebench": lambda said, answers: needlebench_score(said, _only(answers, "needlebench")) / 100,
+    "needlebench": lambda reply, answers: needlebench_score(reply, _only(answers, "needlebench")) / 100,
 }
 
 # %% ../../nbs/probes/00_metrics.ipynb #d080a5dd
@@ -163,16 +163,26 @@ def wilson_interval(
     lower, upper = (min(1.0, max(0.0, (middle + s * half) / (1 + z * z / n))) for s in (-1, 1))
     return Interval(p, min(p, lower), max(p, upper))
 
+# %% ../../nbs/probes/00_metrics.ipynb #a1321133
+def score_interval(
+    scores: pl.Series,  # one for each question, 0 to 1
+    seed: int = 0,  # of the draws
+) -> Interval:  # mean, lower, upper, at 95 %
+    """Wilson's interval where every answer is right or wrong, a bootstrap otherwise."""
+    if scores.is_in([0.0, 1.0]).all(): return wilson_interval(float(scores.sum()), len(scores))
+    return bootstrap_interval(scores, seed=seed)
+
 # %% ../../nbs/probes/00_metrics.ipynb #5b96d48b
 def _by_position(table: pl.DataFrame, value: str, x: str, by: str) -> np.ndarray:  # (questions, positions), positions in order
     """The scores of every question at every position."""
     if lacks := [c for c in (by, x, value) if c not in table.columns]:
         raise ValueError(f"the table has no column {lacks[0]!r}: it has {', '.join(table.columns) or 'none at all'}")
     rows = table.select(question=pl.col(by), position=pl.col(x), score=pl.col(value).cast(pl.Float64))
-    say = lambda r: f"question {r['question'][0]!r:.60} at {x} {r['position'][0]}"
-    if len(bad := rows.filter(~pl.col("score").is_finite().fill_null(False))): raise ValueError(f"{say(bad)}: {value} is {bad['score'][0]}")
+    where = lambda r: f"question {r['question'][0]!r:.60} at {x} {r['position'][0]}"
+    if len(bad := rows.filter(~pl.col("score").is_finite().fill_null(False))):
+        raise ValueError(f"{where(bad)}: {value} is {bad['score'][0]}")
     if len(twice := rows.filter(pl.struct("question", "position").is_duplicated())):
-        raise ValueError(f"{say(twice)} stands in the table twice: filter it to one condition, or take means first")
+        raise ValueError(f"{where(twice)} stands in the table twice: filter it to one condition, or take means first")
     questions, positions = rows["question"].n_unique(), rows["position"].n_unique()
     if positions < 3: raise ValueError(f"there are {positions} positions in column {x!r}: a middle between two ends takes 3 or more")
     if len(rows) != questions * positions:

@@ -16,12 +16,17 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from ..interventions.base import _ACTIVE, intervene, Intervention
 from ..attention.hf_interface import hf_model
+from ..interventions.base import Intervention, active_interventions, intervene, interventions
 from ..models.forward import LongModel
+from ..models.kv_cache import fork_cache
+from ..models.text_model import TextModel
+from ..models.tokens import HFModel, HFTokenizer
+from ..prompts.compose import Context
 
 # %% auto #0
-__all__ = ['Tables', 'FORMAT', 'content', 'fingerprint', 'Cell', 'Condition', 'Changed', 'Start', 'Task', 'cell_key']
+__all__ = ['Tables', 'FORMAT', 'content', 'fingerprint', 'model_meta', 'Cell', 'Condition', 'Changed', 'Start', 'Task',
+           'short_digest', 'cell_key']
 
 # %% ../../nbs/sweeps/00_cells.ipynb #8dca0d71
 def content(
@@ -33,14 +38,22 @@ def content(
     if isinstance(value, float): return repr(value)
     if isinstance(value, Tensor): return ["tensor", str(value.dtype), list(value.shape), _digest(value)]
     if isinstance(value, range): return ["range", value.start, value.stop, value.step]
-    if isinstance(value, Mapping): return {str(k): content(v, f"{where}[{k!r}]") for k, v in sorted(value.items(), key=lambda x: str(x[0]))}
+    if is_dataclass(value) and not isinstance(value, type): return _settings(value, where)
+    return _collection(value, where)
+
+# %% ../../nbs/sweeps/00_cells.ipynb #f81121c3
+def _collection(value: Any, where: str) -> Any:
+    """What is in a list or a mapping; a mapping and a set in one order only."""
+    if isinstance(value, Mapping):
+        return {str(k): content(v, f"{where}[{k!r}]") for k, v in sorted(value.items(), key=lambda item: str(item[0]))}
     if isinstance(value, (list, tuple)): return [content(v, f"{where}[{i}]") for i, v in enumerate(value)]
     if isinstance(value, (set, frozenset)): return ["set", *sorted(json.dumps(content(v, where)) for v in value)]
-    if is_dataclass(value) and not isinstance(value, type): return _settings(value, where)
     raise TypeError(f"{where} is a {type(value).__name__}, which no key can be made of: use plain values, tensors or a dataclass of them")
 
 # %% ../../nbs/sweeps/00_cells.ipynb #7b8f61e8
-def _digest(x: Tensor) -> str: return hashlib.sha256(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+def _digest(x: Tensor) -> str:
+    """A hash of a tensor's bytes."""
+    return hashlib.sha256(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 # %% ../../nbs/sweeps/00_cells.ipynb #747544cb
 def _settings(value: Any, where: str) -> dict[str, Any]:
@@ -50,8 +63,7 @@ def _settings(value: Any, where: str) -> dict[str, Any]:
     return {"class": name, **{k: content(v, f"{where}.{k}") for k, v in held.items()}}
 
 # %% ../../nbs/sweeps/00_cells.ipynb #4121f258
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_UNIMPORTANT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")  # of a config, for what the model computes
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
 
 
 def _sums(x: Tensor, block: int = 4096) -> bytes:
@@ -61,45 +73,62 @@ def _sums(x: Tensor, block: int = 4096) -> bytes:
     sums = [flat[:whole].view(-1, block).sum(1, dtype=torch.int64), flat[whole:].sum(dtype=torch.int64)[None]]
     return torch.cat(sums).cpu().numpy().tobytes()
 
+# %% ../../nbs/sweeps/00_cells.ipynb #2f8591d3
+_UNIMPORTANT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")  # of a config, for what the model computes
+
+
+def _model_settings(hf: HFModel, allow_longer: bool) -> bytes:
+    """All but the weights: the config, what changes attention now, and whether texts may be too long, which decides where answers end."""
+    config = {k: v for k, v in hf.config.to_dict().items() if k not in _UNIMPORTANT}
+    at_work = [content(i, "intervention") for i in active_interventions(hf)]
+    return json.dumps([config, at_work, type(hf).__name__, allow_longer], sort_keys=True, default=str).encode()
+
+# %% ../../nbs/sweeps/00_cells.ipynb #258853d6
+def _tokenizer_settings(tok: HFTokenizer | None) -> bytes:
+    """All that decides what a tokenizer does; how it cut and filled up its last texts does not."""
+    if tok is None: return b""
+    backend = getattr(tok, "backend_tokenizer", None)
+    if backend is None: return json.dumps(tok.get_vocab(), sort_keys=True).encode()
+    settings = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
+    return json.dumps(settings, sort_keys=True).encode()
+
 # %% ../../nbs/sweeps/00_cells.ipynb #8aff2e4e
 def fingerprint(
     model: Any,  # a LongModel, an Encoder or a transformers model
 ) -> str:  # 32 hexadecimal digits
-    """What a model computes with: config, weights, tokenizer, the interventions that are at work, and may it go past its length?"""
-    hf, tok = hf_model(model), getattr(model, "tokenizer", None)
-    config = {k: v for k, v in hf.config.to_dict().items() if k not in _UNIMPORTANT}
-    at_work = [content(i, "intervention") for i in _ACTIVE.get(id(hf), [])]
-    longer = bool(getattr(model, "allow_longer", False))  # decides where answers end
-    made = hashlib.sha256(json.dumps([config, at_work, type(hf).__name__, longer], sort_keys=True, default=str).encode())
+    """What a model computes with: config, weights, tokenizer, interventions that are at work, and may it go past its length?"""
+    hf = hf_model(model)
+    made = hashlib.sha256(_model_settings(hf, bool(getattr(model, "allow_longer", False))))
     for name, x in hf.state_dict().items():
         if x.is_meta: raise ValueError(f"the weight {name} is offloaded (on the meta device), so it makes no key: load it elsewhere")
         made.update(f"{name} {x.dtype} {tuple(x.shape)}".encode() + _sums(x))
-    made.update(_said(tok).encode())
+    made.update(_tokenizer_settings(getattr(model, "tokenizer", None)))
     return made.hexdigest()[:32]
 
-# %% ../../nbs/sweeps/00_cells.ipynb #258853d6
-def _said(tok: Any) -> str:
-    """All that decides what a tokenizer does; how it cut and filled up its last texts does not."""
-    if tok is None: return ""
-    backend = getattr(tok, "backend_tokenizer", None)
-    if backend is None: return json.dumps(tok.get_vocab(), sort_keys=True)
-    return json.dumps({k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}, sort_keys=True)
+# %% ../../nbs/sweeps/00_cells.ipynb #be9beba9
+def model_meta(
+    model: TextModel,  # a LongModel or an Encoder
+    sizes: bool = False,  # numbers of layers and heads too
+) -> dict[str, Any]:  # for the metadata of a report
+    """Name, number format, device, what changes its attention now."""
+    meta = {"model": model.name, "interventions": interventions(model), "dtype": str(model.dtype), "device": str(model.device)}
+    return meta | ({"layers": model.n_layers, "heads": model.n_heads, "kv_heads": model.n_kv_heads} if sizes else {})
 
 # %% ../../nbs/sweeps/00_cells.ipynb #ab9ad6d5
 @dataclass(frozen=True, eq=False, repr=False)
 class Cell:
-    """One input of a grid, without its tokenizer, so that it is light and can be sent."""
+    """One input of a grid."""
 
     ids: Tensor  # the prompt, (n,), int64, on the CPU
-    axes: Mapping[str, Any] = field(default_factory=dict)  # what tables say of it beside its results; not part of the key
+    axes: Mapping[str, Any] = field(default_factory=dict)  # columns of tables beside its results; not part of the key
     spans: Mapping[str, range] = field(default_factory=dict)  # name -> token positions
     answers: tuple[str, ...] = ()  # what is right
     completion: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))  # the true continuation, (m,)
     condition: Condition | None = None  # how the model is changed
 
     @classmethod
-    def of(cls, ctx: Any, condition: Condition | None = None, **axes: Any) -> Cell:
-        """The cell of a Context."""
+    def of(cls, ctx: Context, condition: Condition | None = None, **axes: Any) -> Cell:
+        """The cell of a prompt."""
         return cls(ctx.tokens.ids, axes, dict(ctx.spans), ctx.answers, ctx.completion_ids, condition)
 
     def __len__(self) -> int:
@@ -148,7 +177,6 @@ class Start:
 
     def fork(self) -> Any:
         """The cache, to be continued without changing this one."""
-        from longlens.models.kv_cache import fork_cache
         return fork_cache(self.cache)
 
 # %% ../../nbs/sweeps/00_cells.ipynb #aab85eb6
@@ -175,6 +203,11 @@ class Task:
         """Do it, for cells of one batch; what comes of each."""
         raise NotImplementedError(f"{type(self).__name__} must define run(lm, cells, start), which returns tables for each cell")
 
+# %% ../../nbs/sweeps/00_cells.ipynb #4788aad8
+def short_digest(what: Any) -> str:  # JSON's types -> 32 hexadecimal digits
+    """A name that is equal exactly if the value is."""
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
+
 # %% ../../nbs/sweeps/00_cells.ipynb #8e34b2fa
 FORMAT = 1  # of keys and results folders; another one is another version of longlens
 
@@ -186,6 +219,6 @@ def cell_key(
 ) -> str:  # 32 hexadecimal digits
     """The name under which what comes of a cell is kept."""
     spans = {k: [v.start, v.stop] for k, v in cell.spans.items()}
-    said = [FORMAT, model, content(task, "task"), task.version, content(cell.condition, "condition"),
-            content(cell.ids, "ids"), spans, list(cell.answers), cell.completion.tolist()]
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:32]
+    parts = [FORMAT, model, content(task, "task"), task.version, content(cell.condition, "condition"),
+             content(cell.ids, "ids"), spans, list(cell.answers), cell.completion.tolist()]
+    return short_digest(parts)

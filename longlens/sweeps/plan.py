@@ -10,24 +10,25 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import polars as pl
-from fastcore.basics import patch
+import torch
 
-from .cells import Cell, Condition, Task, content
+from ..methods import patch
+from ..models.forward import LongModel
+from ..models.kv_cache import new_cache, rope_regime, shared_length
 from ..models.memory import MemoryEstimate, size_text
-from ..models.kv_cache import rope_regime, shared_length
+from .cells import Cell, Condition, Task, content
+from .store import Store
 
 # %% auto #0
-__all__ = ['branch_points', 'Batch', 'make_batches', 'same_condition', 'chain_tokens', 'tokens_of', 'Plan']
+__all__ = ['branch_points', 'Batch', 'make_batches', 'same_condition', 'chain_tokens', 'tokens_of', 'Plan', 'make_plan']
 
 # %% ../../nbs/sweeps/02_plan.ipynb #2cd294ad
 def _common(ids: Sequence[np.ndarray]) -> np.ndarray:  # (k - 1,)
     """How many tokens neighbours begin with in common."""
-    import torch
-
     return np.array([shared_length(torch.from_numpy(a), torch.from_numpy(b)) for a, b in pairwise(ids)], dtype=np.int64)
 
 # %% ../../nbs/sweeps/02_plan.ipynb #f7109801
@@ -161,8 +162,8 @@ class Plan:
     @property
     def left(self) -> list[Batch]:
         """Batches with cells that are not finished, without those that are."""
-        kept = [(b, tuple(i for i in b.cells if i not in self.finished)) for b in self.batches]
-        return [Batch(mine, b.n, b.cuts) for b, mine in kept if mine]
+        todo = [(b, tuple(i for i in b.cells if i not in self.finished)) for b in self.batches]
+        return [Batch(mine, b.n, b.cuts) for b, mine in todo if mine]
 
     @property
     def naive(self) -> int:
@@ -174,17 +175,27 @@ class Plan:
         """Tokens of them that will be computed."""
         return sum(tokens_of(self.left, self.cells))
 
-    if TYPE_CHECKING:
-        def __getattr__(self, name: str) -> Any: ...  # methods are added below
+    @property
+    def frame(self) -> pl.DataFrame:
+        """One row a batch that is left: cells, tokens of each prompt, tokens shared, tokens computed."""
+        return _batch_frame(self.left, self.cells)
 
 # %% ../../nbs/sweeps/02_plan.ipynb #4c6e9f89
-@patch(as_prop=True)
-def frame(self: Plan) -> pl.DataFrame:
-    """One row a batch that is left: cells, tokens of each prompt, tokens shared, tokens computed."""
-    left = self.left
+def _batch_frame(
+    left: Sequence[Batch],  # batches that are to be run
+    cells: Sequence[Cell],  # all cells
+) -> pl.DataFrame:
+    """One row a batch."""
     columns = {"cells": [len(b.cells) for b in left], "prompt_tokens": [b.n for b in left], "shared": [b.shared for b in left],
-               "computed": tokens_of(left, self.cells)}
+               "computed": tokens_of(left, cells)}
     return pl.DataFrame(columns, schema=dict.fromkeys(columns, pl.Int64))
+
+# %% ../../nbs/sweeps/02_plan.ipynb #d09e468c
+def _memory_line(memory: MemoryEstimate) -> str:
+    """What is needed, and what is free if that is not much more."""
+    scarce = memory.available is not None and memory.needed > memory.available / 4
+    free = f", {size_text(memory.available or 0)} free" if scarce else ""
+    return f"{size_text(memory.needed)} of memory on top of {size_text(memory.weights)} of weights{free}"
 
 # %% ../../nbs/sweeps/02_plan.ipynb #28f202f9
 @patch
@@ -193,9 +204,43 @@ def __repr__(self: Plan) -> str:
     if self.left:
         share = f" ({100 * self.tokens / self.naive:.0f} % of {self.naive:,} without shared beginnings)"
         lines.append(f"{self.tokens:,} tokens to compute{share}, in {len(self.left):,} batches")
-        if self.memory is not None:
-            scarce = self.memory.available is not None and self.memory.needed > self.memory.available / 4
-            free = f", {size_text(self.memory.available or 0)} free" * scarce
-            lines.append(f"{size_text(self.memory.needed)} of memory on top of {size_text(self.memory.weights)} of weights{free}")
+        if self.memory is not None: lines.append(_memory_line(self.memory))
     lines.append(f"results in {self.folder}" if self.folder else "results in memory only (out= keeps them)")
     return "Plan: " + "\n      ".join(lines)
+
+# %% ../../nbs/sweeps/02_plan.ipynb #c6bcadcb
+def _fitting_batches(
+    lm: LongModel,
+    cells: Sequence[Cell],
+    task: Task,
+    reuse: bool,
+    batch_size: int,  # cells that run together, at most
+    grain: int | None,
+) -> tuple[list[Batch], int, int]:  # the batches; tokens and cells of the one that needs most
+    """Batches of fewer cells where memory is short."""
+    while True:
+        batches = make_batches(cells, task, lm.config, reuse, batch_size, grain)
+        b = max(batches, key=lambda b: len(b.cells) * b.n)
+        n, many = b.n + max(task.new_tokens(cells[i]) for i in b.cells), len(b.cells)
+        if many == 1 or lm.memory(n, min(64, n), many).fits: return batches, n, many
+        batch_size = max(1, many // 2)
+
+# %% ../../nbs/sweeps/02_plan.ipynb #aeb911dd
+def make_plan(
+    lm: LongModel,
+    cells: Sequence[Cell],  # all cells
+    task: Task,  # what is done with them
+    store: Store | None = None,  # where finished ones may be
+    keys: Sequence[str] = (),  # of the cells
+    chunk: int | None = None,  # tokens a step; None: what fits in memory
+    reuse: bool = True,  # compute shared beginnings once
+    batch_size: int = 8,  # cells that run together, at most; fewer where memory is short
+    grain: int | None = None,  # shared beginnings are multiples of this many tokens
+) -> Plan:
+    """What there is to do, and what it takes."""
+    reuse = reuse and new_cache(lm.config, "all").is_croppable
+    batches, n, many = _fitting_batches(lm, cells, task, reuse, batch_size, grain)
+    size = min(chunk or lm.best_chunk(n, many), n)
+    finished = frozenset(i for i, k in enumerate(keys) if store is not None and k in store.rows)
+    folder = str(store.folder) if store is not None and store.folder else None
+    return Plan(cells, task, batches, finished, lm.memory(n, size, many), folder, size)

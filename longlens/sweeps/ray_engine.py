@@ -11,25 +11,30 @@ import textwrap
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .cells import Cell, Task, fingerprint
 from ..interventions.base import interventions
-from .plan import Plan, chain_tokens, tokens_of
-from .serialize import ClusterError, Job, load_bytes, ray_module, cut_jobs, pack_model, unpack_model
-from .sweep import Done, Runner, SweepWarning, do_batch
+from ..methods import patch
 from ..models.forward import LongModel
+from ..models.load import load
+from .cells import Cell, Task, fingerprint
+from .plan import Plan, chain_tokens, tokens_of
+from .runner import Done, Runner, SweepWarning, do_batch
+from .serialize import ClusterError, Job, cut_jobs, load_bytes, pack_model, ray_module, unpack_model
+
+if TYPE_CHECKING:
+    from longlens.sweeps import ray_engine as _ray_engine
 
 # %% auto #0
-__all__ = ['Said', 'PATIENCE', 'Worker', 'Crew', 'Cluster', 'start_ray']
+__all__ = ['PATIENCE', 'Worker', 'Crew', 'Cluster', 'run_on_ray', 'start_ray']
 
 # %% ../../nbs/sweeps/06_ray_engine.ipynb #a701a3de
 @dataclass(frozen=True)
-class _Brief:
-    """What every worker is told."""
+class _Settings:
+    """What every worker needs to know."""
 
     task: Task
     chunk: int  # tokens a step
@@ -41,31 +46,32 @@ class _Brief:
     allow_longer: bool = False  # as here
 
 # %% ../../nbs/sweeps/06_ray_engine.ipynb #4da859f3
-def _model_there(brief: _Brief, sent: Sequence[Any]) -> Any:
-    """The model of a worker."""
-    from longlens.models.forward import LongModel
-    from longlens.models.load import load
+def _load_here(settings: _Settings, sent: Sequence[Any]) -> Any:
+    """A model in the way that the cluster was given."""
+    if callable(settings.load): return settings.load()
+    if settings.load is None: return unpack_model(ray_module().get(sent[0]), "cuda" if settings.gpus else "cpu")
+    given = dict(settings.load)
+    if not settings.gpus and not given.keys() & {"device", "device_map"}: given["device"] = "cpu"
+    return load(**given)
 
-    if brief.gpus and not torch.cuda.is_available():
+# %% ../../nbs/sweeps/06_ray_engine.ipynb #0cf00ad1
+def _worker_model(settings: _Settings, sent: Sequence[Any]) -> LongModel:
+    """The model of a worker, if it is the one of this sweep."""
+    if settings.gpus and not torch.cuda.is_available():
         raise ClusterError("this worker has reserved a GPU, and its torch sees none: install a torch with CUDA there, or say gpus=0")
-    if callable(brief.load): lm = brief.load()
-    elif brief.load is None: lm = unpack_model(ray_module().get(sent[0]), "cuda" if brief.gpus else "cpu")
-    else:
-        said = dict(brief.load)
-        if not brief.gpus and not said.keys() & {"device", "device_map"}: said["device"] = "cpu"
-        lm = load(**said)
+    lm = _load_here(settings, sent)
     if not isinstance(lm, LongModel): raise TypeError(f"load= is a function that returns a LongModel, and not a {type(lm).__name__}")
-    lm.allow_longer = brief.allow_longer
-    if fingerprint(lm) != brief.made_of:
+    lm.allow_longer = settings.allow_longer
+    if fingerprint(lm) != settings.made_of:
         raise ClusterError(f"workers have another model than this process (its weights, number format, config or tokenizer): {lm!r} there, "
-                           f"{brief.shown} here. Load the same on both sides, with the same dtype= and revision=")
+                           f"{settings.shown} here. Load the same on both sides, with the same dtype= and revision=")
     return lm
 
 # %% ../../nbs/sweeps/06_ray_engine.ipynb #4364e186
-Said = list[tuple[type[Warning], str]]  # warnings of a worker
+_Warnings = list[tuple[type[Warning], str]]  # of a worker
 
 
-def _listen(work: Callable[..., Done], *args: Any) -> tuple[Done | None, Said, Exception | None]:
+def _listen(work: Callable[..., Done], *args: Any) -> tuple[Done | None, _Warnings, Exception | None]:
     """What came of some work: a result or an error, and warnings."""
     done, error = None, None
     with warnings.catch_warnings(record=True) as heard:
@@ -78,28 +84,29 @@ def _listen(work: Callable[..., Done], *args: Any) -> tuple[Done | None, Said, E
 class Worker:
     """A model at work in a process of the cluster."""
 
-    def __init__(self, number: int, brief: bytes, sent: Sequence[Any]):
-        self.number, self.brief, self.sent = number, brief, sent
+    def __init__(self, number: int, settings: bytes, sent: Sequence[Any]):
+        self.number, self.settings, self.sent = number, settings, sent
 
     def ready(self) -> str:
         """Load the model; what the worker is called."""
-        brief: _Brief = load_bytes(self.brief)
-        torch.set_num_threads(brief.threads)
+        settings: _Settings = load_bytes(self.settings)
+        torch.set_num_threads(settings.threads)
         name = f"ray-{self.number} ({ray_module().util.get_node_ip_address()})"
-        self.runner = Runner(_model_there(brief, self.sent), brief.task, brief.chunk, name)
+        self.runner = Runner(_worker_model(settings, self.sent), settings.task, settings.chunk, name)
         return name
 
-    def run(self, job: bytes) -> Iterator[tuple[Done | None, Said]]:
+    def run(self, job: bytes) -> Iterator[tuple[Done | None, _Warnings]]:
         """Batch after batch of a job."""
         try:
             for batch, cells, keys, chain in load_bytes(job):
-                done, said, error = _listen(do_batch, self.runner, batch, cells, keys, chain)
-                yield done, said
+                done, heard, error = _listen(do_batch, self.runner, batch, cells, keys, chain)
+                yield done, heard
                 if error is not None: raise error
         finally: self.runner.close()
 
 # %% ../../nbs/sweeps/06_ray_engine.ipynb #9b477394
-def _light(cell: Cell) -> Cell: return replace(cell, ids=cell.ids.clone(), completion=cell.completion.clone())
+def _light(cell: Cell) -> Cell:
+    return replace(cell, ids=cell.ids.clone(), completion=cell.completion.clone())
 
 # %% ../../nbs/sweeps/06_ray_engine.ipynb #6d3e6312
 def _pack_job(
@@ -108,112 +115,146 @@ def _pack_job(
     keys: Sequence[str],  # of all cells
 ) -> bytes:  # for `Worker.run`
     """The batches of a job with their cells, to be sent."""
-    steps = zip(job.batches, chain_tokens(job.batches, plan.cells), strict=True)
-    return ray_module().cloudpickle.dumps([(b, [_light(plan.cells[i]) for i in b.cells], [keys[i] for i in b.cells], c) for b, c in steps])
+    chains = chain_tokens(job.batches, plan.cells)
+    steps = [(b, [_light(plan.cells[i]) for i in b.cells], [keys[i] for i in b.cells], c) for b, c in zip(job.batches, chains, strict=True)]
+    return ray_module().cloudpickle.dumps(steps)
 
 # %% ../../nbs/sweeps/06_ray_engine.ipynb #76eb5c81
 @dataclass
-class _Hand:
+class _Member:
     """A worker, and what it does."""
 
     number: int
-    actor: Any
+    actor: Any  # a handle of Ray
     name: str
     job: Job | None = None  # None: it loads the model, or waits
 
 # %% ../../nbs/sweeps/06_ray_engine.ipynb #0ff7db8c
+@dataclass
 class Crew:
     """Workers of a cluster, what they do, and what is left to do."""
 
-    def __init__(self, start: Callable[[int], Any], pack: Callable[[Job], bytes], jobs: Sequence[Job], cells: Sequence[Cell], retries: int):
-        self.ray, self.start, self.pack, self.cells, self.retries = ray_module(), start, pack, cells, retries
-        self.jobs, self.many, self.lost = deque(jobs), len(jobs), 0
-        self.busy: dict[Any, _Hand] = {}  # what is waited for -> who does it
-        self.idle: list[_Hand] = []
-        self.actors: list[Any] = []  # all that live
+    start: Callable[[int], Any]  # starts a worker with this number
+    pack: Callable[[Job], bytes]  # a job as it is sent
+    jobs: deque[Job]  # that nobody has yet
+    cells: Sequence[Cell]  # all cells
+    retries: int  # workers that may die in one batch
+    lost: int = 0  # workers that died one after another while they loaded the model
+    busy: dict[Any, _Member] = field(default_factory=dict)  # what is waited for -> who does it
+    idle: list[_Member] = field(default_factory=list)
+    actors: list[Any] = field(default_factory=list)  # all that live
 
-    def hire(self, number: int) -> None:
-        """One more worker, which begins by loading the model."""
-        self.actors.append(actor := self.start(number))
-        self.busy[actor.ready.remote()] = _Hand(number, actor, f"ray-{number}")
+    def __post_init__(self) -> None:
+        self.ray, self.many = ray_module(), len(self.jobs)
 
-    def give(self, hand: _Hand) -> None:
-        """The next job for a worker, or a rest."""
-        hand.job = self.jobs.popleft() if self.jobs else None
-        if hand.job is None: self.idle.append(hand)
-        else: self.busy[hand.actor.run.options(num_returns="streaming").remote(self.pack(hand.job))] = hand
+    if TYPE_CHECKING:  # added below
+        add_worker = _ray_engine.add_worker
+        give_job = _ray_engine.give_job
+        end_workers = _ray_engine.end_workers
 
-    def dismiss(self) -> None:
-        """End all workers."""
-        while self.actors: self.ray.kill(self.actors.pop())
+# %% ../../nbs/sweeps/06_ray_engine.ipynb #62c58bb1
+@patch
+def add_worker(self: Crew, number: int) -> None:
+    """One more worker, which begins by loading the model."""
+    self.actors.append(actor := self.start(number))
+    self.busy[actor.ready.remote()] = _Member(number, actor, f"ray-{number}")
+
+# %% ../../nbs/sweeps/06_ray_engine.ipynb #ee0e1e37
+@patch
+def give_job(self: Crew, member: _Member) -> None:
+    """The next job for a worker, or a rest."""
+    member.job = self.jobs.popleft() if self.jobs else None
+    if member.job is None: self.idle.append(member)
+    else: self.busy[member.actor.run.options(num_returns="streaming").remote(self.pack(member.job))] = member
+
+# %% ../../nbs/sweeps/06_ray_engine.ipynb #d89c3d5b
+@patch
+def end_workers(self: Crew) -> None:
+    """End all workers."""
+    while self.actors: self.ray.kill(self.actors.pop())
 
 # %% ../../nbs/sweeps/06_ray_engine.ipynb #2d69458e
-def _hear(crew: Crew, hand: _Hand, what: Any) -> Done | None:
-    """What a worker has to say: it is ready, a batch is done, its job is done."""
-    if hand.job is None: hand.name, crew.lost, done, said = crew.ray.get(what), 0, None, None
-    else: done, said = next((crew.ray.get(x) for x in what), (None, None))
-    if said is None: crew.give(hand)
-    else: crew.busy[what] = hand
-    for category, text in said or (): warnings.warn(f"{hand.name}: {text}", category, stacklevel=2)
-    if hand.job is not None and done is not None: hand.job = Job(hand.job.number, hand.job.batches[1:])
+def _receive(crew: Crew, member: _Member, what: Any) -> tuple[Done | None, _Warnings | None]:
+    """The next thing in a worker's stream; no warnings at its end."""
+    if member.job is not None: return next((crew.ray.get(x) for x in what), (None, None))
+    member.name, crew.lost = crew.ray.get(what), 0  # it is ready
+    return None, None
+
+# %% ../../nbs/sweeps/06_ray_engine.ipynb #9f72f48b
+def _advance(crew: Crew, member: _Member, what: Any) -> Done | None:
+    """A worker is ready, or has done a batch, or its job: what comes next for it, and the batch."""
+    done, heard = _receive(crew, member, what)
+    if heard is None: crew.give_job(member)
+    else: crew.busy[what] = member
+    for category, text in heard or (): warnings.warn(f"{member.name}: {text}", category, stacklevel=2)
+    if member.job is not None and done is not None: member.job = Job(member.job.number, member.job.batches[1:])
     return done
 
 # %% ../../nbs/sweeps/06_ray_engine.ipynb #cf22a847
 def _reason(error: BaseException) -> str:
-    """What Ray says about a death, in one line."""
+    """What Ray gives as the reason of a death, in one line."""
     return textwrap.shorten(str(error).splitlines()[-1].partition(" Some common causes")[0], 240)
 
+# %% ../../nbs/sweeps/06_ray_engine.ipynb #765a465a
+def _retry(crew: Crew, member: _Member, error: BaseException) -> None:
+    """Put what is left of a dead worker's job first in the queue; an error if its batch has ended too many."""
+    job: Any = member.job
+    left = replace(job, deaths=job.deaths + 1)
+    if left.deaths >= crew.retries: raise _deadly(crew, left, error) from error
+    crew.jobs.appendleft(left)
+    warnings.warn(f"a worker died in job {left.number + 1} of {crew.many}: what is left of it, {len(left.cells)} cells, is run again "
+                  f"by another one. {member.name}: {_reason(error)}", SweepWarning, stacklevel=3)
+
 # %% ../../nbs/sweeps/06_ray_engine.ipynb #6c1a3a5c
-def _bury(crew: Crew, hand: _Hand, error: BaseException) -> None:
+def _replace_dead(crew: Crew, member: _Member, error: BaseException) -> None:
     """A worker is dead: what is left of its job goes to another one."""
-    crew.actors.remove(hand.actor)
-    crew.ray.kill(hand.actor)
-    if hand.job is None: _check_loading(crew, hand, error)
-    elif hand.job.batches:
-        left = replace(hand.job, deaths=hand.job.deaths + 1)
-        if left.deaths >= crew.retries: raise _deadly(crew, left, error) from error
-        crew.jobs.appendleft(left)
-        warnings.warn(f"a worker died in job {left.number + 1} of {crew.many}: what is left of it, {len(left.cells)} cells, is run again "
-                      f"by another one. {hand.name}: {_reason(error)}", SweepWarning, stacklevel=2)
-    if crew.idle and crew.jobs: crew.give(crew.idle.pop())
-    elif crew.jobs: crew.hire(hand.number)
+    crew.actors.remove(member.actor)
+    crew.ray.kill(member.actor)
+    if member.job is None: _check_loading(crew, member, error)
+    elif member.job.batches: _retry(crew, member, error)
+    if crew.idle and crew.jobs: crew.give_job(crew.idle.pop())
+    elif crew.jobs: crew.add_worker(member.number)
 
 # %% ../../nbs/sweeps/06_ray_engine.ipynb #21505145
-def _check_loading(crew: Crew, hand: _Hand, error: BaseException) -> None:
+def _check_loading(crew: Crew, member: _Member, error: BaseException) -> None:
     """Raise if one worker after another dies before it is ready."""
     crew.lost += 1
     if crew.lost >= crew.retries:
         raise ClusterError(f"{crew.lost} workers died, one after another, while they loaded the model: is there enough memory for it on "
-                           f"the nodes? {hand.name}: {_reason(error)}") from error
-    warnings.warn(f"a worker died while it loaded the model, and is started again. {hand.name}: {_reason(error)}", SweepWarning, 3)
+                           f"the nodes? {member.name}: {_reason(error)}") from error
+    warnings.warn(f"a worker died while it loaded the model, and is started again. {member.name}: {_reason(error)}", SweepWarning, 3)
 
 # %% ../../nbs/sweeps/06_ray_engine.ipynb #219108fe
 def _deadly(crew: Crew, job: Job, error: BaseException) -> ClusterError:
     """The error that names the cells on which workers die."""
     first = job.batches[0].cells
-    named = "; ".join(f"{i}: {crew.cells[i]!r}" for i in first[:4]) + f" and {len(first) - 4} more" * (len(first) > 4)
+    more = f" and {len(first) - 4} more" if len(first) > 4 else ""
+    named = "; ".join(f"{i}: {crew.cells[i]!r}" for i in first[:4]) + more
     return ClusterError(f"{job.deaths} workers died, one after another, in the same batch, and the sweep is given up; what was finished is "
                         f"kept. Cells of the batch: {named}. The last of them: {_reason(error)}")
 
 # %% ../../nbs/sweeps/06_ray_engine.ipynb #704da461
-PATIENCE = 60.0  # seconds without a word from anyone, after which it is said
+PATIENCE = 60.0  # seconds in which nobody is ready, after which there is a warning
 
 
+def _handle(crew: Crew, what: Any, deaths: tuple[type[Exception], ...]) -> Done | None:
+    """What there is from a worker: a batch, an error of the task, or its death."""
+    member = crew.busy.pop(what)
+    try: return _advance(crew, member, what)
+    except crew.ray.exceptions.RayTaskError as e: raise _as_raised(member, e) from e
+    except deaths as e: _replace_dead(crew, member, e)
+    return None
+
+# %% ../../nbs/sweeps/06_ray_engine.ipynb #6fa9b648
 def _work(crew: Crew, size: int) -> Iterator[Done]:
     """Batches as workers finish them."""
-    errors, deaths = crew.ray.exceptions, _deaths()
-    for number in range(size): crew.hire(number)
-    while crew.jobs or any(h.job for h in crew.busy.values()):
+    deaths = _deaths()
+    for number in range(size): crew.add_worker(number)
+    while crew.jobs or any(m.job for m in crew.busy.values()):
         heard, _ = crew.ray.wait(list(crew.busy), num_returns=1, timeout=PATIENCE)
-        if not heard: _say_waiting(crew)
+        if not heard: _warn_waiting(crew)
         for what in heard:
-            hand = crew.busy.pop(what)
-            try: done = _hear(crew, hand, what)
-            except errors.RayTaskError as e: raise _as_raised(hand, e) from e
-            except deaths as e:
-                _bury(crew, hand, e)
-                continue
-            if done is not None: yield done
+            if (done := _handle(crew, what, deaths)) is not None: yield done
 
 # %% ../../nbs/sweeps/06_ray_engine.ipynb #0b482ff3
 def _deaths() -> tuple[type[Exception], ...]:
@@ -222,16 +263,16 @@ def _deaths() -> tuple[type[Exception], ...]:
     return e.RayActorError, e.WorkerCrashedError, e.NodeDiedError, e.OutOfMemoryError, e.ObjectLostError
 
 # %% ../../nbs/sweeps/06_ray_engine.ipynb #c4705988
-def _as_raised(hand: _Hand, error: Any) -> Exception:
+def _as_raised(member: _Member, error: Any) -> Exception:
     """What a task raised, with a note on where."""
-    where = "while it loaded the model" if hand.job is None else f"in a batch of the cells {list(hand.job.batches[0].cells)}"
-    error.cause.add_note(f"raised by the worker {hand.name} {where}")
+    where = "while it loaded the model" if member.job is None else f"in a batch of the cells {list(member.job.batches[0].cells)}"
+    error.cause.add_note(f"raised by the worker {member.name} {where}")
     return error.cause
 
 # %% ../../nbs/sweeps/06_ray_engine.ipynb #5b0302f2
-def _say_waiting(crew: Crew) -> None:
+def _warn_waiting(crew: Crew) -> None:
     """A warning that no worker could start yet."""
-    if crew.idle or any(h.job for h in crew.busy.values()): return
+    if crew.idle or any(m.job for m in crew.busy.values()): return
     cpus, gpus = (crew.ray.available_resources().get(k, 0) for k in ("CPU", "GPU"))
     warnings.warn(f"no worker has been ready for {PATIENCE:.0f} s: the sweep waits for room in the cluster ({cpus:g} CPUs and {gpus:g} "
                   f"GPUs are free), or for the model to be loaded", SweepWarning, stacklevel=3)
@@ -245,32 +286,56 @@ class Cluster:
     cpus: float = 1  # CPUs of a worker
     gpus: float | None = None  # GPUs of a worker: 4 for a model that needs 4, 0.5 where two share one; None: 1 if the cluster has any
     address: str | None = None  # as for ray.init; None: RAY_ADDRESS, a cluster that runs here, or a local one for this sweep
-    load: Any = None  # arguments for `longlens.load`, or a function that returns a LongModel; None: this process's model is sent
+    load: Mapping[str, Any] | Callable[[], LongModel] | None = None  # arguments for `longlens.load`, or what loads it; None: it is sent
     retries: int = 3  # workers that may die in one batch before the sweep gives up
     threads: int | None = None  # of torch in each worker; None: one for each of its CPUs
 
     def __post_init__(self) -> None:
-        for name, least in (("workers", 1), ("cpus", 0), ("gpus", 0), ("retries", 1), ("threads", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least: raise ValueError(f"{name} is {least} or more, not {value}")
-        if not (self.load is None or isinstance(self.load, Mapping) or callable(self.load)):
-            raise TypeError(f"load is a mapping of arguments for longlens.load, such as dict(model='org/name', dtype='bfloat16'), or a "
-                            f"function that returns a LongModel, not a {type(self.load).__name__}")
-        if (self.gpus or 0) > 1 and not callable(self.load) and "device_map" not in (self.load or {}):
-            raise ValueError(f"gpus={self.gpus} for each worker, and its model would use one: add load=dict(model=..., device_map='auto')")
+        _check_numbers(self)
+        _check_load(self)
 
     def __call__(self, lm: LongModel, plan: Plan, keys: Sequence[str]) -> Iterator[Done]:
         """Batches as workers finish them."""
-        if not plan.left: return
-        _check_unchanged(lm)
-        ray, ours, crew = ray_module(), _connect(self.address), None
-        try:
-            crew, size = _crew(self, lm, plan, keys)
-            planned = {b.cells: t for b, t in zip(plan.left, tokens_of(plan.left, plan.cells), strict=True)}
-            for done in _work(crew, size): yield replace(done, tokens=planned[done.cells])  # for the progress bar, as planned
-        finally:
-            if crew is not None: crew.dismiss()
-            if ours: ray.shutdown()
+        if plan.left: yield from _run_cluster(self, lm, plan, keys)
+
+# %% ../../nbs/sweeps/06_ray_engine.ipynb #cb63f26c
+def _check_numbers(cluster: Cluster) -> None:
+    """Raise if a number is too small."""
+    for name, least in (("workers", 1), ("cpus", 0), ("gpus", 0), ("retries", 1), ("threads", 1)):
+        value = getattr(cluster, name)
+        if value is not None and value < least: raise ValueError(f"{name} is {least} or more, not {value}")
+
+# %% ../../nbs/sweeps/06_ray_engine.ipynb #5a864bb8
+def _check_load(cluster: Cluster) -> None:
+    """Raise if workers could not load a model like this."""
+    how = cluster.load
+    if not (how is None or isinstance(how, Mapping) or callable(how)):
+        raise TypeError(f"load is a mapping of arguments for longlens.load, such as dict(model='org/name', dtype='bfloat16'), or a "
+                        f"function that returns a LongModel, not a {type(how).__name__}")
+    if (cluster.gpus or 0) > 1 and not callable(how) and "device_map" not in (how or {}):
+        raise ValueError(f"gpus={cluster.gpus} for each worker, and its model would use one: add load=dict(model=..., device_map='auto')")
+
+# %% ../../nbs/sweeps/06_ray_engine.ipynb #4057bd42
+def _run_cluster(cluster: Cluster, lm: LongModel, plan: Plan, keys: Sequence[str]) -> Iterator[Done]:
+    """Batches as the workers of this cluster finish them."""
+    _check_unchanged(lm)
+    ray, ours, crew = ray_module(), _connect(cluster.address), None
+    try:
+        crew, size = _make_crew(cluster, lm, plan, keys)
+        planned = {b.cells: t for b, t in zip(plan.left, tokens_of(plan.left, plan.cells), strict=True)}
+        for done in _work(crew, size): yield replace(done, tokens=planned[done.cells])  # for the progress bar, as planned
+    finally:
+        if crew is not None: crew.end_workers()
+        if ours: ray.shutdown()
+
+# %% ../../nbs/sweeps/06_ray_engine.ipynb #08b362a1
+def run_on_ray(
+    lm: LongModel,
+    plan: Plan,  # what is left to do
+    keys: Sequence[str],  # of all cells
+) -> Iterator[Done]:
+    """Batches as the workers of a Ray cluster finish them."""
+    return Cluster()(lm, plan, keys)
 
 # %% ../../nbs/sweeps/06_ray_engine.ipynb #05e6929d
 def _check_unchanged(lm: LongModel) -> None:
@@ -311,28 +376,41 @@ def start_ray(
             ray.shutdown()
             if not left or "timed out during startup" not in str(e): raise
 
+# %% ../../nbs/sweeps/06_ray_engine.ipynb #60e9061a
+def _workers_of(node: Mapping[str, float], cpus: float, gpus: float) -> int:
+    """Workers that fit on a node."""
+    needs = [(node.get("CPU", 0), cpus), (node.get("GPU", 0), gpus)]
+    return min([int(there // need) for there, need in needs if need], default=1)
+
 # %% ../../nbs/sweeps/06_ray_engine.ipynb #201fd8d7
 def _room(cluster: Cluster, nodes: Sequence[Mapping[str, float]]) -> tuple[int, float]:
     """Workers that fit on the nodes, and GPUs of each."""
     cpus, gpus = ([n.get(k, 0) for n in nodes] for k in ("CPU", "GPU"))
     each = float(sum(gpus) > 0) if cluster.gpus is None else cluster.gpus
-    fit = [min([int(n // need) for n, need in ((c, cluster.cpus), (g, each)) if need], default=1) for c, g in zip(cpus, gpus, strict=True)]
-    if not sum(fit):
+    fit = sum(_workers_of(n, cluster.cpus, each) for n in nodes)
+    if not fit:
         raise ClusterError(f"no node of the cluster has the {cluster.cpus:g} CPUs and {each:g} GPUs that a worker needs (the largest have "
                            f"{max(cpus):g} CPUs and {max(gpus):g} GPUs): take fewer, or, if the cluster grows by itself, begin with a node "
                            f"that has them")
-    return min(sum(fit), max(1, int(sum(cpus) // 4))) if not each and cluster.workers is None else sum(fit), each
+    if each or cluster.workers is not None: return fit, each
+    return min(fit, max(1, int(sum(cpus) // 4))), each
+
+# %% ../../nbs/sweeps/06_ray_engine.ipynb #85420b41
+def _packed_settings(cluster: Cluster, lm: LongModel, plan: Plan, gpus: float) -> bytes:
+    """The settings of every worker, to be sent."""
+    threads = cluster.threads or max(1, int(cluster.cpus))
+    settings = _Settings(plan.task, plan.chunk, fingerprint(lm), repr(lm), cluster.load, gpus, threads, lm.allow_longer)
+    return ray_module().cloudpickle.dumps(settings)
 
 # %% ../../nbs/sweeps/06_ray_engine.ipynb #c8f04024
-def _crew(cluster: Cluster, lm: LongModel, plan: Plan, keys: Sequence[str]) -> tuple[Crew, int]:
+def _make_crew(cluster: Cluster, lm: LongModel, plan: Plan, keys: Sequence[str]) -> tuple[Crew, int]:
     """The crew for a sweep, and how many it will be."""
     ray = ray_module()
     room, gpus = _room(cluster, [n["Resources"] for n in ray.nodes() if n["Alive"]])
     jobs = cut_jobs(plan.left, plan.cells, cluster.workers or room)
-    threads = cluster.threads or max(1, int(cluster.cpus))
-    brief = ray.cloudpickle.dumps(_Brief(plan.task, plan.chunk, fingerprint(lm), repr(lm), cluster.load, gpus, threads,
-                                            lm.allow_longer))
+    settings = _packed_settings(cluster, lm, plan, gpus)
     sent = [ray.put(pack_model(lm))] if cluster.load is None else []
     make = ray.remote(num_cpus=cluster.cpus, num_gpus=gpus, max_restarts=0, scheduling_strategy="SPREAD")(Worker)
-    crew = Crew(lambda number: make.remote(number, brief, sent), lambda job: _pack_job(job, plan, keys), jobs, plan.cells, cluster.retries)
+    crew = Crew(lambda number: make.remote(number, settings, sent), lambda job: _pack_job(job, plan, keys), deque(jobs), plan.cells,
+                cluster.retries)
     return crew, min(cluster.workers or room, len(jobs))

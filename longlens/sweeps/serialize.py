@@ -18,20 +18,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..models.forward import LongModel
 from .cells import Cell
 from .plan import Batch, chain_tokens, tokens_of
-from ..models.forward import LongModel
 
 # %% auto #0
 __all__ = ['ClusterError', 'ray_module', 'Job', 'cut_jobs', 'pack_model', 'load_bytes', 'unpack_model']
 
 # %% ../../nbs/sweeps/03_serialize.ipynb #a03ef4e0
 class ClusterError(RuntimeError):
-    """A sweep cannot run on this cluster, or not any further; the message says why, and the way out"""
+    """A sweep cannot run on this cluster, or not any further; the message gives the reason, and the way out"""
 
-
+# %% ../../nbs/sweeps/03_serialize.ipynb #f1d307f5
 def ray_module() -> Any:
-    """The module ray. It is not to say on the screen that a worker died: the sweep does."""
+    """The module ray."""
     if "ray" not in sys.modules: os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed while executing")
     try: return import_module("ray")
     except ImportError as e: raise ImportError('engine="ray" needs Ray: pip install longlens[ray]') from e
@@ -63,8 +63,8 @@ def _cut(batches: Sequence[Batch], cells: Sequence[Cell], many: int) -> list[Job
     return [Job(k, tuple(batches[a:b])) for k, (a, b) in enumerate(zip(cuts, [*cuts[1:], len(batches)], strict=True))]
 
 # %% ../../nbs/sweeps/03_serialize.ipynb #7225d175
-def _last_done(jobs: Sequence[Job], cells: Sequence[Cell], workers: int) -> int:
-    """Tokens until the last worker is done."""
+def last_done(jobs: Sequence[Job], cells: Sequence[Cell], workers: int) -> int:
+    """Tokens until the last worker is done, each the next job as soon as it is free."""
     busy = [0] * workers
     for j in jobs: heapq.heapreplace(busy, busy[0] + sum(tokens_of(j.batches, cells)))
     return max(busy)
@@ -77,7 +77,7 @@ def cut_jobs(
 ) -> list[Job]:
     """Batches as jobs, at most four for each worker."""
     ways = [_cut(batches, cells, k * workers) for k in (4, 3, 2, 1)]
-    last = [_last_done(jobs, cells, workers) for jobs in ways]
+    last = [last_done(jobs, cells, workers) for jobs in ways]
     return next(jobs for jobs, tokens in zip(ways, last, strict=True) if tokens <= 1.1 * min(last))
 
 # %% ../../nbs/sweeps/03_serialize.ipynb #43593610
@@ -118,7 +118,7 @@ def _tensors(hf: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 # %% ../../nbs/sweeps/03_serialize.ipynb #a8afd716
 def pack_model(
-    lm: LongModel,  # LongModel
+    lm: LongModel,
 ) -> tuple[bytes, list[np.ndarray]]:  # the pickled modules, the weights
     """A model to be sent to workers."""
     if len(set((getattr(lm.hf, "hf_device_map", None) or {}).values())) > 1:
@@ -126,7 +126,7 @@ def pack_model(
                            f"Cluster(gpus=4, load=dict(model=..., device_map='auto'))")
     memo: dict[int, Any] = {id(x): _departing(name, x) for name, x in _tensors(lm.hf)}
     weights: list[Any] = []
-    parts = (copy.deepcopy(lm.hf, memo), lm.tokenizer, lm.name, lm.allow_longer)
+    parts = (copy.deepcopy(lm.hf, memo), lm.tokenizer, lm.name, lm.allow_longer, lm.card)
     modules = ray_module().cloudpickle.dumps(parts, protocol=5, buffer_callback=weights.append)
     return modules, [np.frombuffer(w, dtype=np.uint8) for w in weights]
 
@@ -142,9 +142,7 @@ def load_bytes(data: bytes, buffers: Sequence[np.ndarray] = ()) -> Any:
 def unpack_model(
     packed: tuple[bytes, list[np.ndarray]],  # from `pack_model`
     device: str = "cpu",  # where it goes
-) -> Any:  # LongModel
+) -> LongModel:
     """The model again."""
-    from longlens.models.forward import LongModel
-
-    hf, tokenizer, name, allow_longer = load_bytes(*packed)
-    return LongModel(hf.to(device), tokenizer, name, allow_longer)
+    hf, tokenizer, name, allow_longer, card = load_bytes(*packed)
+    return LongModel(hf.to(device), tokenizer, name, allow_longer, card)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -13,10 +14,13 @@ from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
-from fastcore.basics import patch
 
-from .cells import FORMAT, Tables
+from ..methods import patch
 from ..report import MARK, atomic_write
+from .cells import FORMAT, Tables
+
+if TYPE_CHECKING:
+    from longlens.sweeps import store as _store
 
 # %% auto #0
 __all__ = ['COSTS', 'HEAD', 'StoreError', 'as_row', 'open_store', 'Store']
@@ -36,8 +40,8 @@ def as_row(
 ) -> pl.DataFrame:  # one row
     """What came of a cell as one row."""
     if bad := [n for n in tables if n in COSTS or n == "key"]: raise ValueError(f"a table cannot be called {bad[0]!r}: that is a column")
-    said = {"key": pl.Series([key]), **{c: pl.Series([costs.get(c)], dtype=t) for c, t in COSTS.items()}}
-    return pl.DataFrame(said | {name: t.to_struct("row").implode() for name, t in tables.items()})
+    head = {"key": pl.Series([key]), **{c: pl.Series([costs.get(c)], dtype=t) for c, t in COSTS.items()}}
+    return pl.DataFrame(head | {name: t.to_struct("row").implode() for name, t in tables.items()})
 
 # %% ../../nbs/sweeps/01_store.ipynb #0f4fe097
 def _table_of(
@@ -59,11 +63,19 @@ def _check_head(folder: Path) -> None:
         if any(p.name != MARK for p in folder.iterdir()):
             raise StoreError(f"{folder} is not empty and not a results folder (it has no {HEAD}): choose another folder")
         return
-    try: said = json.loads(file.read_bytes()).get("longlens_sweep")
+    try: version = json.loads(file.read_bytes()).get("longlens_sweep")
     except (ValueError, AttributeError) as e: raise StoreError(f"{file} cannot be read: {e}") from e
-    if said != FORMAT:
-        raise StoreError(f"{folder} holds results of format {said!r}, and this version of longlens writes format {FORMAT}: choose another "
-                         f"folder, or read it with the version that wrote it")
+    if version != FORMAT:
+        raise StoreError(f"{folder} holds results of format {version!r}, and this version of longlens writes format {FORMAT}: choose "
+                         f"another folder, or read it with the version that wrote it")
+
+# %% ../../nbs/sweeps/01_store.ipynb #17031e9e
+def _make_folder(folder: Path) -> None:
+    """Make a folder, or raise with the reason."""
+    if folder.exists() and not folder.is_dir(): raise StoreError(f"{folder} is a file: choose a folder for the results")
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise StoreError(f"{folder} cannot be made ({e.strerror}): choose a place in a folder that you may write to") from e
 
 # %% ../../nbs/sweeps/01_store.ipynb #3b75fc81
 def open_store(
@@ -71,27 +83,30 @@ def open_store(
 ) -> Path:  # the folder, ready for results
     """A results folder of this version."""
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir(): raise StoreError(f"{folder} is a file: choose a folder for the results")
-    try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise StoreError(f"{folder} cannot be made ({e.strerror}): choose a place in a folder that you may write to") from e
+    _make_folder(folder)
     _check_head(folder)
     if not (folder / HEAD).exists():
         atomic_write(folder / HEAD, json.dumps({"longlens_sweep": FORMAT}))
         (folder / MARK).touch()
     return folder
 
+# %% ../../nbs/sweeps/01_store.ipynb #dd64d538
+def _read_part(file: Path) -> pl.DataFrame:
+    """The rows of a file, or an error that helps."""
+    try: rows = pl.read_parquet(BytesIO(file.read_bytes()))
+    except FileNotFoundError: raise  # another process has put it into one with others
+    except (pl.exceptions.PolarsError, OSError) as e:
+        raise StoreError(f"{file} cannot be read ({str(e).splitlines()[0]}): it was cut short or changed. If you delete it, its cells "
+                         f"are run again") from e
+    if "key" not in rows.columns: raise StoreError(f"{file} has no column 'key': longlens did not write it. Take it out of the folder")
+    return rows
+
 # %% ../../nbs/sweeps/01_store.ipynb #b1539b6b
-def _parts(folder: Path) -> Iterator[tuple[Path, pl.DataFrame]]:
-    """Every file of the folder, and the rows in it."""
+def _parts(folder: Path) -> Iterator[pl.DataFrame]:
+    """The rows of every file of the folder."""
     for file in sorted(folder.glob("part-*.parquet")):
-        try: rows = pl.read_parquet(BytesIO(file.read_bytes()))
-        except FileNotFoundError: continue  # another process has put it into one with others
-        except (pl.exceptions.PolarsError, OSError) as e:
-            raise StoreError(f"{file} cannot be read ({str(e).splitlines()[0]}): it was cut short or changed. If you delete it, its cells "
-                             f"are run again") from e
-        if "key" not in rows.columns: raise StoreError(f"{file} has no column 'key': longlens did not write it. Take it out of the folder")
-        yield file, rows
+        try: yield _read_part(file)
+        except FileNotFoundError: continue
 
 # %% ../../nbs/sweeps/01_store.ipynb #aeeb4542
 class Store:
@@ -103,22 +118,32 @@ class Store:
         self.unwritten: list[str] = []
         self.files: list[Path] = []  # that this one has written
 
-    def read(self, keys: Iterable[str]) -> int:
-        """Take those of the cells that are finished from the folder; how many there are."""
-        wanted = set(keys)
-        for _, rows in _parts(self.folder) if self.folder else ():
-            for row in rows.filter(pl.col("key").is_in(list(wanted))).iter_slices(1):
-                self.rows.setdefault(row["key"][0], row)
-        return len(wanted & self.rows.keys())
+    if TYPE_CHECKING:  # added below
+        read = _store.read
+        add = _store.add
+        write = _store.write
+        tidy = _store.tidy
+        collect = _store.collect
+        names = _store.names
+        table = _store.table
 
-    def add(self, rows: Sequence[pl.DataFrame]) -> None:
-        """Remember finished cells; `write` keeps them."""
-        for row in rows:
-            self.rows[row["key"][0]] = row
-            self.unwritten.append(row["key"][0])
+# %% ../../nbs/sweeps/01_store.ipynb #b04dee7e
+@patch
+def read(self: Store, keys: Iterable[str]) -> int:
+    """Take those of the cells that are finished from the folder; how many there are."""
+    wanted = set(keys)
+    for rows in _parts(self.folder) if self.folder else ():
+        for row in rows.filter(pl.col("key").is_in(list(wanted))).iter_slices(1):
+            self.rows.setdefault(row["key"][0], row)
+    return len(wanted & self.rows.keys())
 
-    if TYPE_CHECKING:
-        def __getattr__(self, name: str) -> Any: ...  # methods are added below
+# %% ../../nbs/sweeps/01_store.ipynb #a468304f
+@patch
+def add(self: Store, rows: Sequence[pl.DataFrame]) -> None:
+    """Remember finished cells; `write` puts them into the folder."""
+    for row in rows:
+        self.rows[row["key"][0]] = row
+        self.unwritten.append(row["key"][0])
 
 # %% ../../nbs/sweeps/01_store.ipynb #6decf876
 def _write(folder: Path, rows: Sequence[pl.DataFrame]) -> Path:
@@ -128,7 +153,7 @@ def _write(folder: Path, rows: Sequence[pl.DataFrame]) -> Path:
 # %% ../../nbs/sweeps/01_store.ipynb #504f404a
 @patch
 def write(self: Store) -> None:
-    """Keep what was added since the last time, as one more file."""
+    """Put what was added since the last time into the folder, as one more file."""
     if self.folder and self.unwritten: self.files.append(_write(self.folder, [self.rows[k] for k in self.unwritten]))
     self.unwritten = []
 
@@ -141,6 +166,25 @@ def tidy(self: Store) -> None:
     whole = _write(self.folder, parts)
     for file in self.files: file.unlink(missing_ok=True)
     self.files = [whole]
+
+# %% ../../nbs/sweeps/01_store.ipynb #0c0bc7b3
+@patch
+def collect(
+    self: Store,
+    finished: Iterable[Sequence[pl.DataFrame]],  # rows, as `as_row` makes them; a generator that does the work
+) -> None:
+    """Take rows as they come; write them now and then, and at the end, however that comes."""
+    begun = written = time.monotonic()
+    try:
+        for rows in finished:
+            self.add(rows)
+            if (now := time.monotonic()) - written > min(60.0, max(0.5, (now - begun) / 50)):
+                self.write()
+                written = time.monotonic()
+    finally:
+        try: self.write()
+        finally: getattr(finished, "close", lambda: None)()  # an interrupt here leaves the work waiting
+    self.tidy()
 
 # %% ../../nbs/sweeps/01_store.ipynb #a6699aa7
 @patch

@@ -5,181 +5,117 @@
 # %% ../../nbs/sweeps/05_sweep.ipynb #eece90fe
 from __future__ import annotations
 
-import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from importlib import import_module
+from typing import Any, Unpack
 
 import polars as pl
-import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from .cells import Cell, Start, Tables, Task, cell_key, fingerprint
-from ..models.text_model import check_length
-from ..attention.hf_interface import attach
-from .plan import Batch, Plan, chain_tokens, make_batches, same_condition
-from ..models.kv_cache import Prefix, fork_cache, new_cache, rope_regime, shared_length
-from .store import COSTS, Store, as_row
 from ..models.forward import LongModel
+from ..models.kv_cache import rope_regime
+from ..models.load import ModelLike, load
+from ..models.text_model import check_length
+from ..run import PLANNERS, Run, RunOptions, run_of
+from .cells import Cell, Task, cell_key, fingerprint
+from .plan import Plan, make_plan
+from .runner import Done
+from .store import COSTS, Store
 
 # %% auto #0
-__all__ = ['ENGINES', 'Runner', 'SweepWarning', 'out_of_memory', 'Done', 'do_batch', 'Swept', 'make_plan', 'sweep']
+__all__ = ['SweepResult', 'sweep', 'plan_sweep']
 
-# %% ../../nbs/sweeps/05_sweep.ipynb #643cd344
-def _fill(
-    lm: LongModel,  # LongModel
-    cache: Any,  # its cache, which grows
-    ids: Tensor,  # what comes next, (batch, n)
-    chunk: int,  # tokens a step
-) -> None:
-    """Run tokens into a cache, for several prompts at once."""
-    for start in range(0, ids.shape[1], chunk):
-        part = ids[:, start : start + chunk].to(lm.device)
-        lm.logits_at(torch.tensor([part.shape[1] - 1]), input_ids=part, past_key_values=cache, use_cache=True)
+# %% ../../nbs/sweeps/05_sweep.ipynb #8139b876
+Engine = Callable[[LongModel, Plan, Sequence[str]], Iterator[Done]]  # model, plan, keys of all cells -> finished batches
 
-# %% ../../nbs/sweeps/05_sweep.ipynb #a0c813ca
-class Runner:
-    """A model at work on batches, with what it has computed last."""
+ENGINES = {"local": "longlens.sweeps.runner:run_locally", "ray": "longlens.sweeps.ray_engine:run_on_ray"}  # name -> module:function
 
-    def __init__(self, lm: LongModel, task: Task, chunk: int = 4096, worker: str = "local"):
-        self.lm, self.task, self.chunk, self.worker = lm, task, chunk, worker
-        self.chain: Prefix | None = None  # the shared beginning that is in memory
-        self.condition: Any = None
-        self.stack = ExitStack()
+# %% ../../nbs/sweeps/05_sweep.ipynb #ff0c8f63
+def find_engine(
+    engine: str | Engine,  # a name in ENGINES, or an engine
+) -> Engine:
+    """The engine that is meant."""
+    if callable(engine): return engine
+    if engine not in ENGINES: raise ValueError(f"engine is {', '.join(map(repr, ENGINES))} or a Cluster, not {engine!r}")
+    module, _, name = ENGINES[engine].partition(":")
+    return getattr(import_module(module), name)
 
-    def close(self) -> None:
-        """Leave the condition that is at work, and forget the shared beginning."""
-        self.chain = None
-        self.stack.close()
-        self.condition = None
+# %% ../../nbs/sweeps/05_sweep.ipynb #6b2281c4
+def _check_room(lm: LongModel, cell: Cell, total: int) -> None:
+    """Raise if a prompt, or what may follow it, is more than the model has positions for."""
+    check_length(lm, len(cell), None)
+    if lm.max_length is not None and not lm.allow_longer and total > lm.max_length:
+        raise ValueError(f"{cell!r} and the {total - len(cell)} tokens that may follow are more than the {lm.max_length:,} positions "
+                         f"that {lm.name} was made for: take shorter contexts, or say allow_longer=True")
+    if rope_regime(lm.config, len(cell)) != rope_regime(lm.config, total):
+        raise ValueError(f"{lm.name} turns its positions otherwise in longer texts, and {cell!r} would cross that border as it answers: "
+                         f"take a context that is a little shorter or longer")
 
-    def _enter(self, cell: Cell) -> None:
-        """Put the cell's condition to work, if it is not."""
-        kept = cell.condition is None or cell.condition.shared
-        if kept and same_condition(cell.condition, self.condition): return
-        self.close()
-        if cell.condition is not None: self.stack.enter_context(cell.condition.apply(self.lm, cell))
-        self.condition = cell.condition
+# %% ../../nbs/sweeps/05_sweep.ipynb #8de9876d
+def _check_cells(lm: LongModel, cells: Sequence[Cell], task: Task) -> None:
+    """Raise if a cell cannot be run."""
+    if not cells: raise ValueError("no cells: there is nothing to sweep")
+    for c in cells:
+        if len(c) < 2: raise ValueError(f"{c!r} has {len(c)} tokens: a prompt has two or more")
+        _check_room(lm, c, len(c) + task.new_tokens(c))
+        task.check(lm, c)
+        if c.condition is not None: c.condition.check(lm, c)
 
-# %% ../../nbs/sweeps/05_sweep.ipynb #ad190c7f
-def _grown(self: Runner, ids: Tensor, cuts: Sequence[int]) -> Prefix | None:
-    """The shared beginning of a batch, as far as it is there cropped, the rest of it computed."""
-    chain = self.chain
-    held = 0 if chain is None else max([c for c in cuts if c <= shared_length(chain.ids, ids[: cuts[-1]])], default=0) if cuts else 0
-    if not cuts: return None
-    chain = chain.crop(held) if chain is not None and held else None
-    for cut in (c for c in cuts if c > held):
-        chain = self.lm.prefill(ids[:cut], self.chunk) if chain is None else chain.extend(ids[len(chain) : cut], self.chunk)
-    return chain
-
-# %% ../../nbs/sweeps/05_sweep.ipynb #3c3340e9
-def _started(self: Runner, cells: Sequence[Cell], cuts: Sequence[int]) -> Start:
-    """The prompts of a batch in a cache, all but their last tokens."""
-    ids = torch.stack([c.ids for c in cells])
-    self.chain = chain = _grown(self, ids[0], cuts) or self.chain
-    shared, n, config = cuts[-1] if cuts else 0, ids.shape[1], self.lm.config
-    cache = fork_cache(chain.cache, len(cells)) if cuts and chain is not None else new_cache(config, "all")
-    chunk = self.chunk if rope_regime(config, n) == rope_regime(config, min(shared + self.chunk, n)) else n
-    if _whole(cells[0]): chunk = n
-    _fill(self.lm, cache, ids[:, shared : n - 1], chunk)
-    return Start(cache, ids[:, n - 1 :], n)
-
-# %% ../../nbs/sweeps/05_sweep.ipynb #d899eacc
-def _whole(cell: Cell) -> bool:
-    """Must this prompt run in one piece?"""
-    return cell.condition is not None and cell.condition.whole and not cell.condition.shared
-
-
-class SweepWarning(UserWarning):
-    """Something in a sweep went otherwise than planned; results are right, and it may be slower"""
-
-# %% ../../nbs/sweeps/05_sweep.ipynb #312cd677
-def out_of_memory(error: BaseException) -> bool:
-    """Is this what a device or the CPU's allocator says when memory is used up?"""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)): return True
-    return isinstance(error, RuntimeError) and "not enough memory" in str(error)
-
-# %% ../../nbs/sweeps/05_sweep.ipynb #e03a757e
-def _smaller(self: Runner, cells: Sequence[Cell], error: BaseException) -> bool:
-    """A smaller chunk for the next try; False if only fewer cells can help."""
-    n, few = len(cells[0]), len(cells) == 1
-    tried, self.chain = min(self.chunk, n), None
-    if self.lm.device.type == "cuda": torch.cuda.empty_cache()
-    if (tried < 32 or _whole(cells[0])) and few:
-        how = "in one piece, as its condition wants it" if _whole(cells[0]) else f"even in chunks of {tried}"
-        raise MemoryError(f"{self.lm.name} runs out of memory on {n:,} tokens {how}: take shorter contexts, or a device with more "
-                          f"memory") from error
-    what = f"chunks are halved from {tried:,} to {tried // 2:,} tokens" if tried >= 32 else f"its {len(cells)} cells are run in two parts"
-    warnings.warn(f"out of memory in a batch of {len(cells)} x {n:,} tokens: {what}, and the sweep goes on", SweepWarning, stacklevel=3)
-    if tried >= 32: self.chunk = tried // 2
-    return tried >= 32
-
-# %% ../../nbs/sweeps/05_sweep.ipynb #ed761028
-@torch.no_grad()
-def _run_batch(
-    runner: Runner,  # a model at work
-    cells: Sequence[Cell],  # of one batch
-    cuts: Sequence[int],  # where their shared beginning is cut
-) -> list[Tables]:  # what comes of each
-    """Do the task with the cells of one batch."""
-    half = len(cells) // 2
-    while True:
-        try:
-            runner._enter(cells[0])
-            with attach(runner.lm): return runner.task.run(runner.lm, cells, _started(runner, cells, cuts))
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error): raise
-            if not _smaller(runner, cells, error):
-                return [*_run_batch(runner, cells[:half], cuts), *_run_batch(runner, cells[half:], cuts)]
-
-# %% ../../nbs/sweeps/05_sweep.ipynb #a39ff8a9
+# %% ../../nbs/sweeps/05_sweep.ipynb #99819ece
 @dataclass(frozen=True)
-class Done:
-    """A finished batch: rows for the store."""
+class _Prepared:
+    """A sweep that could begin."""
 
-    cells: tuple[int, ...]  # numbers of the cells
-    rows: list[pl.DataFrame]  # one for each
-    tokens: int  # computed
+    lm: LongModel
+    engine: Engine
+    store: Store
+    keys: list[str]  # of the cells, in their order
+    plan: Plan
 
-# %% ../../nbs/sweeps/05_sweep.ipynb #8b5395da
-def do_batch(
-    runner: Runner,  # a model at work
-    batch: Batch,  # what is next
-    cells: Sequence[Cell],  # its cells
-    keys: Sequence[str],  # their keys
-    chain: int,  # tokens of the shared beginning that this batch has to compute
-) -> Done:
-    """One batch, timed and made into rows."""
-    start = time.perf_counter()
-    made = _run_batch(runner, cells, batch.cuts)
-    seconds = (time.perf_counter() - start) / len(cells)
-    own = [batch.n - batch.shared + chain * (i == 0) for i in range(len(cells))]
-    costs = [dict(seconds=seconds, tokens=t, chunk=runner.chunk, batch=len(cells), worker=runner.worker) for t in own]
-    return Done(batch.cells, [as_row(k, t, c) for k, t, c in zip(keys, made, costs, strict=True)], sum(own))
+# %% ../../nbs/sweeps/05_sweep.ipynb #bbf76f3e
+def _prepare(
+    model: ModelLike,
+    cells: Sequence[Cell],
+    task: Task,
+    run: Run,
+    **how: Any,  # reuse, chunk, grain
+) -> _Prepared:
+    """Check all of it, look for what is finished, make the plan."""
+    engine, lm, cells = find_engine(run.engine), load(model), list(cells)
+    _check_cells(lm, cells, task)
+    store, made_of = Store(run.out), fingerprint(lm)
+    keys = [cell_key(c, task, made_of) for c in cells]
+    store.read(keys)
+    batch_size = 8 if run.batch_size is None else run.batch_size
+    return _Prepared(lm, engine, store, keys, make_plan(lm, cells, task, store, keys, batch_size=batch_size, **how))
 
-# %% ../../nbs/sweeps/05_sweep.ipynb #14dfd0dc
-def _local_engine(
-    lm: LongModel,  # LongModel
-    plan: Plan,  # what is left to do
-    keys: Sequence[str],  # of all cells
-) -> Iterator[Done]:
-    """Batch after batch in this process."""
-    runner, left = Runner(lm, plan.task, plan.chunk), plan.left
+# %% ../../nbs/sweeps/05_sweep.ipynb #32a097b4
+def _given_run(run: Run | None, options: RunOptions, who: str) -> Run:
+    """The run that is meant, if nothing but a run was given."""
+    given: dict[str, Any] = {**options}
+    run = run_of(run, given, uses=("out", "engine", "batch_size", "progress"), who=who)
+    if given: raise TypeError(f"{who} got an unexpected keyword argument {next(iter(given))!r}")
+    return run
+
+# %% ../../nbs/sweeps/05_sweep.ipynb #9f3b154f
+def _rows(done: Iterator[Done], bar: tqdm[Any]) -> Iterator[Sequence[pl.DataFrame]]:
+    """Rows of finished batches, for the store to take; the bar follows."""
     try:
-        for batch, chain in zip(left, chain_tokens(left, plan.cells), strict=True):
-            yield do_batch(runner, batch, [plan.cells[i] for i in batch.cells], [keys[i] for i in batch.cells], chain)
-    finally: runner.close()
+        for d in done:
+            yield d.rows
+            bar.update(d.tokens)
+    finally: getattr(done, "close", lambda: None)()  # else an interrupt leaves the engine waiting, and its workers too
 
-
-ENGINES: dict[str, Callable[..., Iterator[Done]]] = {"local": _local_engine}
+# %% ../../nbs/sweeps/05_sweep.ipynb #8d563985
+def _once(plan: Plan, keys: Sequence[str]) -> Plan:
+    """The plan without cells that are the same as one before."""
+    first = {k: i for i, k in reversed(list(enumerate(keys)))}
+    return replace(plan, finished=plan.finished | {i for i, k in enumerate(keys) if first[k] != i})
 
 # %% ../../nbs/sweeps/05_sweep.ipynb #cf9651a7
 @dataclass(frozen=True, repr=False)
-class Swept:
+class SweepResult:
     """What came of a sweep."""
 
     plan: Plan
@@ -188,10 +124,10 @@ class Swept:
 
     def table(self, name: str) -> pl.DataFrame:
         """One table of all cells, in their order: what the axes say, then the results."""
-        labels = pl.DataFrame([{"cell": i, "key": k, **c.axes} for i, (k, c) in enumerate(zip(self.keys, self.plan.cells, strict=True))],
-                              infer_schema_length=None)
+        labels = [{"cell": i, "key": k, **c.axes} for i, (k, c) in enumerate(zip(self.keys, self.plan.cells, strict=True))]
         results = self.store.table(name, list(dict.fromkeys(self.keys)))
-        return labels.join(results, on="key", how="inner", maintain_order="left_right").drop("key")
+        frame = pl.DataFrame(labels, infer_schema_length=None)
+        return frame.join(results, on="key", how="inner", maintain_order="left_right").drop("key")
 
     @property
     def costs(self) -> pl.DataFrame:
@@ -200,108 +136,46 @@ class Swept:
         return pl.DataFrame({"cell": range(len(self.keys)), "key": self.keys}).join(rows, on="key", maintain_order="left").drop("key")
 
     def __repr__(self) -> str:
-        return f"Swept({len(self.keys):,} cells, {self.costs['tokens'].sum():,} tokens computed, {self.costs['seconds'].sum():.1f} s)"
-
-# %% ../../nbs/sweeps/05_sweep.ipynb #5f5916b0
-def _keep(done: Iterator[Done], store: Store, bar: Any) -> None:
-    """Take finished batches into the store; write them now and then, and at the end, however that comes."""
-    begun = written = time.monotonic()
-    try:
-        for d in done:
-            store.add(d.rows)
-            bar.update(d.tokens)
-            if (now := time.monotonic()) - written > min(60.0, max(0.5, (now - begun) / 50)):
-                store.write()
-                written = time.monotonic()
-    finally:
-        try: store.write()
-        finally: getattr(done, "close", lambda: None)()  # an interrupt here leaves the engine waiting, and its workers too
-    store.tidy()
-
-# %% ../../nbs/sweeps/05_sweep.ipynb #8de9876d
-def _check_cells(lm: LongModel, cells: Sequence[Cell], task: Task) -> None:
-    """Raise if a cell cannot be run."""
-    if not cells: raise ValueError("no cells: there is nothing to sweep")
-    for c in cells:
-        if len(c) < 2: raise ValueError(f"{c!r} has {len(c)} tokens: a prompt has two or more")
-        n, total = len(c), len(c) + task.new_tokens(c)
-        check_length(lm, n, None)
-        if lm.max_length is not None and not lm.allow_longer and total > lm.max_length:
-            raise ValueError(f"{c!r} and the {task.new_tokens(c)} tokens that may follow are more than the {lm.max_length:,} positions "
-                             f"that {lm.name} was made for: take shorter contexts, or say allow_longer=True")
-        if rope_regime(lm.config, n) != rope_regime(lm.config, total):
-            raise ValueError(f"{lm.name} turns its positions otherwise in longer texts, and {c!r} would cross that border as it answers: "
-                             f"take a context that is a little shorter or longer")
-        task.check(lm, c)
-        if c.condition is not None: c.condition.check(lm, c)
-
-# %% ../../nbs/sweeps/05_sweep.ipynb #aeb911dd
-def make_plan(
-    lm: LongModel,  # LongModel
-    cells: Sequence[Cell],  # all cells
-    task: Task,  # what is done with them
-    store: Store | None = None,  # where finished ones may be
-    keys: Sequence[str] = (),  # of the cells
-    chunk: int | None = None,  # tokens a step
-    reuse: bool = True,  # compute shared beginnings once
-    batch_size: int = 8,  # cells that run together, at most; fewer where memory is short
-    grain: int | None = None,  # shared beginnings are multiples of this many tokens
-) -> Plan:
-    """What there is to do, and what it takes."""
-    reuse = reuse and new_cache(lm.config, "all").is_croppable  # some models keep a state that cannot be taken back
-    while True:
-        batches = make_batches(cells, task, lm.config, reuse, batch_size, grain)
-        b = max(batches, key=lambda b: len(b.cells) * b.n)
-        n, many = b.n + max(task.new_tokens(cells[i]) for i in b.cells), len(b.cells)
-        if many == 1 or lm.memory(n, min(64, n), many).fits: break
-        batch_size = max(1, many // 2)
-    size = min(chunk or lm.best_chunk(n, many), n)
-    finished = frozenset(i for i, k in enumerate(keys) if store is not None and k in store.rows)
-    folder = str(store.folder) if store is not None and store.folder else None
-    return Plan(cells, task, batches, finished, lm.memory(n, size, many), folder, size)
+        costs = f"{self.costs['tokens'].sum():,} tokens computed, {self.costs['seconds'].sum():.1f} s"
+        return f"SweepResult({len(self.keys):,} cells, {costs})"
 
 # %% ../../nbs/sweeps/05_sweep.ipynb #ac40e3f8
 def sweep(
-    model: Any,  # a LongModel, or whatever `load` takes
+    model: ModelLike,  # a LongModel, or whatever `load` takes
     cells: Sequence[Cell],  # the grid
     task: Task,  # what is done with every cell
     *,
-    out: str | Path | None = None,  # a folder: results are kept there, and a second call resumes; None: in memory only
-    engine: Any = "local",  # "local", "ray", or a `Cluster`
     reuse: bool = True,  # compute what prompts begin with in common once
-    batch_size: int = 8,  # cells of equal length that run together, at most
     chunk: int | None = None,  # tokens a step; None: what fits in memory
     grain: int | None = None,  # shared beginnings are multiples of this many tokens; None: 8 to 512, by the longest prompt
-    dry_run: bool = False,  # only say what would be done
-    progress: bool = False,  # show a bar, in tokens, with the time that is left
     title: str | None = None,  # what the bar is called; None: the task's name
-) -> Any:  # Swept, or a Plan if dry_run
-    """Do a task with every cell of a grid; what is finished is kept, and not done again."""
-    from longlens.models.load import load
+    run: Run | None = None,  # how it is run
+    **options: Unpack[RunOptions],  # out, engine, batch_size (8 cells of equal length, at most), progress, one by one
+) -> SweepResult:
+    """Do a task with every cell of a grid; what is finished is kept, and not done again. `plan` shows what it would do."""
+    run = _given_run(run, options, "sweep")
+    made = _prepare(model, cells, task, run, reuse=reuse, chunk=chunk, grain=grain)
+    name = title or type(task).__name__.lower()
+    with tqdm(total=made.plan.tokens, unit="tok", unit_scale=True, desc=name, disable=not run.progress) as bar:
+        made.store.collect(_rows(made.engine(made.lm, _once(made.plan, made.keys), made.keys), bar))
+    return SweepResult(made.plan, made.keys, made.store)
 
-    run, lm, cells = _engine(engine), load(model), list(cells)
-    _check_cells(lm, cells, task)
-    store, made_of = Store(out), fingerprint(lm)
-    keys = [cell_key(c, task, made_of) for c in cells]
-    store.read(keys)
-    plan = make_plan(lm, cells, task, store, keys, chunk, reuse, batch_size, grain)
-    if dry_run: return plan
-    with tqdm(total=plan.tokens, unit="tok", unit_scale=True, desc=title or type(task).__name__.lower(), disable=not progress) as bar:
-        _keep(run(lm, _once(plan, keys), keys), store, bar)
-    return Swept(plan, keys, store)
+# %% ../../nbs/sweeps/05_sweep.ipynb #a6a13a27
+def plan_sweep(
+    model: ModelLike,  # as for `sweep`
+    cells: Sequence[Cell],
+    task: Task,
+    *,
+    reuse: bool = True,
+    chunk: int | None = None,
+    grain: int | None = None,
+    title: str | None = None,  # not used
+    run: Run | None = None,
+    **options: Unpack[RunOptions],
+) -> Plan:
+    """What `sweep` would do with the same arguments."""
+    run = _given_run(run, options, "sweep")
+    return _prepare(model, cells, task, run, reuse=reuse, chunk=chunk, grain=grain).plan
 
-# %% ../../nbs/sweeps/05_sweep.ipynb #8d563985
-def _once(plan: Plan, keys: Sequence[str]) -> Plan:
-    """The plan without cells that are the same as one before."""
-    first = {k: i for i, k in reversed(list(enumerate(keys)))}
-    return replace(plan, finished=plan.finished | {i for i, k in enumerate(keys) if first[k] != i})
 
-# %% ../../nbs/sweeps/05_sweep.ipynb #ff0c8f63
-def _engine(engine: Any) -> Callable[..., Iterator[Done]]:
-    """The engine that is meant."""
-    if callable(engine): return engine
-    if engine == "ray":
-        from longlens.sweeps.ray_engine import Cluster
-        return Cluster()
-    if engine not in ENGINES: raise ValueError(f"engine is {', '.join(map(repr, ENGINES))}, \"ray\" or a Cluster, not {engine!r}")
-    return ENGINES[engine]
+PLANNERS[sweep] = plan_sweep

@@ -43,7 +43,7 @@ function render({model, el}) {
   };
 
   // a picture of a fixed width that has no room scrolls, also with the keyboard, and a line above it says that there is more
-  const cue = Object.assign(document.createElement("p"), {className: "lx-says lx-cue cue", textContent: "This goes on to the right: scroll it sideways →"});
+  const cue = Object.assign(document.createElement("p"), {className: "lx-caption lx-cue cue", textContent: "This goes on to the right: scroll it sideways →"});
   const told = () => {
     const cut = place.scrollWidth > place.clientWidth + 1;
     place.tabIndex = cut || model.get("fields").length ? 0 : -1;

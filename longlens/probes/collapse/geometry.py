@@ -11,6 +11,7 @@ from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..metrics import Interval, bootstrap_interval
 
@@ -20,7 +21,7 @@ __all__ = ['directions', 'pair_cosines', 'pairs_interval', 'length_changes', 'sp
 
 # %% ../../../nbs/probes/collapse/00_geometry.ipynb #c42fa8de
 def directions(
-    x: Any,  # embeddings, (documents, d)
+    x: ArrayLike,  # embeddings, (documents, d)
     least: int = 2,  # documents that are needed
 ) -> np.ndarray:  # (documents, d), float64
     """Embeddings at length 1, checked."""
@@ -34,7 +35,7 @@ def directions(
 
 # %% ../../../nbs/probes/collapse/00_geometry.ipynb #2d7b7ad5
 def pair_cosines(
-    x: Any,  # embeddings, (documents, d)
+    x: ArrayLike,  # embeddings, (documents, d)
 ) -> np.ndarray:  # (documents, documents)
     """Cosine of every two documents."""
     u = directions(x)
@@ -102,7 +103,7 @@ def length_changes(
 
 # %% ../../../nbs/probes/collapse/00_geometry.ipynb #2bb1e417
 def spectrum(
-    x: Any,  # embeddings, (documents, d)
+    x: ArrayLike,  # embeddings, (documents, d)
     centred: bool = False,  # take the mean off first
 ) -> np.ndarray:  # (min(documents, d),), decreasing
     """Singular values of the matrix of unit vectors."""
@@ -130,9 +131,9 @@ class Geometry(NamedTuple):
 
 # %% ../../../nbs/probes/collapse/00_geometry.ipynb #dcd6f339
 def geometry(
-    x: Any,  # embeddings, (documents, d)
+    x: ArrayLike,  # embeddings, (documents, d)
 ) -> Geometry:
-    """Numbers that tell how narrow the cone of some embeddings is."""
+    """Numbers that show how narrow the cone of some embeddings is."""
     u = directions(x)
     n, centre = len(u), u.mean(0)
     s, c = spectrum(u), spectrum(u, centred=True)
@@ -157,8 +158,8 @@ def jackknife(
 
 # %% ../../../nbs/probes/collapse/00_geometry.ipynb #0b9e503e
 def geometry_intervals(
-    x: Any,  # embeddings, (documents, d)
-    less: Any = None,  # other embeddings of the same documents: differences are wanted
+    x: ArrayLike,  # embeddings, (documents, d)
+    less: ArrayLike | None = None,  # other embeddings of the same documents: differences are wanted
     seed: int = 0,  # of the draws
 ) -> dict[str, Interval]:  # name -> value, lower, upper, at 95 %
     """`geometry` with intervals over documents: bootstrap for the mean cosine, jackknife for the rest."""
@@ -185,8 +186,8 @@ def _ridge(x: np.ndarray, y: np.ndarray, new: np.ndarray, ridge: float) -> np.nd
 
 # %% ../../../nbs/probes/collapse/00_geometry.ipynb #430a836c
 def separability(
-    short: Any,  # embeddings of documents, (documents, d)
-    long: Any,  # embeddings of the same documents at another length
+    short: ArrayLike,  # embeddings of documents, (documents, d)
+    long: ArrayLike,  # embeddings of the same documents at another length
     folds: int = 5,  # parts, each tested once
     ridge: float = 0.1,  # of the probe, as a share of the mean square of rows
     seed: int = 0,  # of the parts and draws
@@ -199,6 +200,6 @@ def separability(
     right = np.zeros(n)
     for test in _folds(n, folds, seed):
         train = np.setdiff1d(np.arange(n), test)
-        said = _ridge(np.concatenate([a[train], b[train]]), np.repeat([-1., 1.], len(train)), np.concatenate([a[test], b[test]]), ridge)
-        right[test] = (np.sign(said) * np.repeat([-1, 1], len(test)) + 1).reshape(2, -1).mean(0) / 2  # on the plane: half right
+        side = _ridge(np.concatenate([a[train], b[train]]), np.repeat([-1., 1.], len(train)), np.concatenate([a[test], b[test]]), ridge)
+        right[test] = (np.sign(side) * np.repeat([-1, 1], len(test)) + 1).reshape(2, -1).mean(0) / 2  # on the plane: half right
     return bootstrap_interval(right, seed=seed)

@@ -11,35 +11,73 @@ from dataclasses import dataclass
 from operator import index
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 
-from ...encoders.encode import Encoder
+from ...encoders.encoder import Encoder
+from ...run import RunOptions
 from ...retrieval_eval.truncate import CutTexts, nonempty_texts
-from ...prompts.multi_document import Question, read_questions
+from ...prompts.questions import Question, read_questions
+from ...retrieval_eval.evaluate import own_prompt
 from longlens.retrieval_eval.tasks import (
-    needle_retrieval, own_prompt, padded_passages, passage_text, passkey_retrieval, RetrievalTask,
+    needle_retrieval, padded_passages, passage_text, passkey_retrieval, RetrievalTask,
 )
 from ...retrieval_eval.truncate import cut_texts, long_texts
 
-# %% auto #0
-__all__ = ['TASKS', 'CollapseSettings', 'as_values', 'whole_numbers', 'whole_number', 'checked_temperatures', 'check_settings',
-           'own_words', 'room', 'default_lengths', 'check_lengths', 'Inputs', 'token_counts', 'get_inputs']
+T = TypeVar("T")
 
-# %% ../../../nbs/probes/collapse/01_inputs.ipynb #b7a598f7
+# %% auto #0
+__all__ = ['T', 'TASKS', 'CollapseSettings', 'CollapseOptions', 'CollapseDesign', 'as_values', 'whole_numbers', 'whole_number',
+           'checked_temperatures', 'check_settings', 'own_words', 'room', 'default_lengths', 'check_lengths', 'Inputs',
+           'token_counts', 'get_inputs']
+
+# %% ../../../nbs/probes/collapse/01_inputs.ipynb #39dde22c
 @dataclass(frozen=True)
 class CollapseSettings:
-    """What `length_collapse` measures"""
+    """How `length_collapse` measures, beside what it is given"""
+
+    layer_documents: int = 8  # of the documents, measured layer by layer; 0: none
+    retrieval_lengths: int | Iterable[int] | None = None  # tokens; None: those of the lengths that are 64 or more
+    n_queries: int = 50  # asked in each task
+    n_candidates: int = 100  # documents that each is looked for in (passages: as many as queries)
+    max_passage: int = 64  # "passages": ask only questions whose passage has so many tokens or fewer, the same ones at every length
+    everywhere: bool = False  # ask changed encoders all tasks; False: the last one
+    layers: int | Iterable[int] | None = None  # of 2D truncation; 0: the input of the first; None: up to seven, from 0 to the last
+    dims: int | Iterable[int] | None = None  # of 2D truncation; None: a sixteenth to all
+    query_prompt: str | None = None  # words before queries; None: the encoder's own, if any; "": none
+    document_prompt: str | None = None  # words before documents; None: the encoder's own, if any; "": none
+    truncate: bool = False  # cut texts that are too long, and count them; False: refuse them
+
+# %% ../../../nbs/probes/collapse/01_inputs.ipynb #0373d93e
+class CollapseOptions(RunOptions, total=False):
+    """Fields of `CollapseSettings` and of `Run`, as keyword arguments"""
+
+    layer_documents: int
+    retrieval_lengths: int | Iterable[int] | None
+    n_queries: int
+    n_candidates: int
+    max_passage: int
+    everywhere: bool
+    layers: int | Iterable[int] | None
+    dims: int | Iterable[int] | None
+    query_prompt: str | None
+    document_prompt: str | None
+    truncate: bool
+
+# %% ../../../nbs/probes/collapse/01_inputs.ipynb #9ed8fb81
+@dataclass(frozen=True)
+class CollapseDesign:
+    """What is measured, with every default filled in"""
 
     lengths: tuple[int, ...]  # tokens that documents are cut to, special ones counted
-    documents: int  # cut to every length
+    n_documents: int  # cut to every length
     layer_documents: int  # of them, measured layer by layer; 0: none
     taus: tuple[float, ...]  # temperatures beside 1
     windows: tuple[str, ...]  # ways to read past the encoder's length
     beyond: tuple[int, ...]  # lengths at which these are measured
     retrieval: tuple[str, ...]  # tasks
     retrieval_lengths: tuple[int, ...]  # tokens of their documents
-    queries: int  # asked in each
-    candidates: int  # documents of each
+    n_queries: int  # asked in each
+    n_candidates: int  # documents of each
     everywhere: bool  # changed encoders are asked all tasks; False: the last one
     layers: tuple[int, ...]  # of 2D truncation
     dims: tuple[int, ...]  # of 2D truncation
@@ -54,10 +92,10 @@ class CollapseSettings:
 TASKS = ("passkey", "needle", "passages")
 
 
-def as_values(values: Any) -> Iterable[Any]: return values if isinstance(values, Iterable) else [values]
+def as_values(values: T | Iterable[T]) -> Iterable[T]: return values if isinstance(values, Iterable) else [values]
 
 # %% ../../../nbs/probes/collapse/01_inputs.ipynb #033030d7
-def whole_numbers(values: Any, what: str) -> tuple[int, ...]:
+def whole_numbers(values: int | Iterable[int], what: str) -> tuple[int, ...]:
     """Whole numbers above 0, each once, in order."""
     try: out = tuple(sorted({index(v) for v in as_values(values)}))
     except TypeError: raise TypeError(f"{what} is {values!r:.60}: give whole numbers, such as (64, 256)") from None
@@ -65,37 +103,37 @@ def whole_numbers(values: Any, what: str) -> tuple[int, ...]:
     return out
 
 # %% ../../../nbs/probes/collapse/01_inputs.ipynb #5046f90f
-def whole_number(value: Any, what: str) -> int:
+def whole_number(value: int, what: str) -> int:
     """One whole number."""
     try: return index(value)
     except TypeError: raise TypeError(f"{what} is {value!r:.60}: give a whole number") from None
 
 # %% ../../../nbs/probes/collapse/01_inputs.ipynb #032db856
-def checked_temperatures(values: Any) -> tuple[float, ...]:
+def checked_temperatures(values: float | Iterable[float]) -> tuple[float, ...]:
     """Those beside 1, each once."""
     try: return tuple({f"{t:g}": t for v in as_values(values) if f"{(t := float(v)):g}" != "1"}.values())
     except (TypeError, ValueError): raise TypeError(f"taus is {values!r:.60}: give numbers above 0, such as (0.5, 0.75)") from None
 
 # %% ../../../nbs/probes/collapse/01_inputs.ipynb #7fbf76d5
 def check_settings(
-    s: CollapseSettings,  # as asked for
+    s: CollapseDesign,  # as asked for
     passages: bool,  # are there questions with passages?
 ) -> None:
     """Raise if a setting makes no sense."""
-    if s.documents < 8: raise ValueError(f"documents is {s.documents}: how texts lie together is told by 8 or more")
-    if s.lengths[0] < 2: raise ValueError(f"lengths begin at {s.lengths[0]}: of 2 tokens or more it can be said how alike they are")
-    if not 0 <= s.layer_documents <= s.documents:
-        raise ValueError(f"layer_documents is {s.layer_documents}: it is 0 to {s.documents}, the number of documents")
+    if s.n_documents < 8: raise ValueError(f"n_documents is {s.n_documents}: 8 texts or more show how texts lie together")
+    if s.lengths[0] < 2: raise ValueError(f"lengths begin at {s.lengths[0]}: how alike tokens are takes 2 or more")
+    if not 0 <= s.layer_documents <= s.n_documents:
+        raise ValueError(f"layer_documents is {s.layer_documents}: it is 0 to {s.n_documents}, the number of documents")
     if bad := [t for t in s.taus if not (math.isfinite(t) and t > 0)]: raise ValueError(f"a temperature is {bad[0]}: it must be above 0")
     if odd := [t for t in s.retrieval if t not in TASKS]: raise ValueError(f"there is no task {odd[0]!r}: there are {', '.join(TASKS)}")
     if "passages" in s.retrieval and not passages:
         raise ValueError('the task "passages" asks real questions: give questions=, a file of them such as nq-open-oracle.jsonl.gz')
     if "passages" in s.retrieval and s.retrieval_lengths[0] < s.max_passage:
         raise ValueError(f"retrieval_lengths begin at {s.retrieval_lengths[0]:,} tokens, and passages have up to "
-                         f"max_passage={s.max_passage}: ask for longer ones, or say max_passage={s.retrieval_lengths[0]}, "
+                         f"max_passage={s.max_passage}: ask for longer ones, or set max_passage={s.retrieval_lengths[0]}, "
                          f"which asks other questions at every length")
-    if s.retrieval and not 2 <= s.queries <= s.candidates:
-        raise ValueError(f"{s.queries} queries and {s.candidates} candidates: 2 queries or more, and as many candidates or more")
+    if s.retrieval and not 2 <= s.n_queries <= s.n_candidates:
+        raise ValueError(f"{s.n_queries} queries and {s.n_candidates} candidates: 2 queries or more, and as many candidates or more")
 
 # %% ../../../nbs/probes/collapse/01_inputs.ipynb #610e8df9
 def own_words(
@@ -105,7 +143,7 @@ def own_words(
 ) -> str | None:  # None: there are none
     """What stands before texts of a kind."""
     own = own_prompt(enc, kind, prompt)
-    return own if own is not None else enc._prompt(None, None) or None
+    return own if own is not None else enc.prompt_text(None, None) or None
 
 # %% ../../../nbs/probes/collapse/01_inputs.ipynb #0e9980ec
 def room(
@@ -170,19 +208,19 @@ def _different(texts: Sequence[str]) -> list[int]:
 
 # %% ../../../nbs/probes/collapse/01_inputs.ipynb #44424a67
 def _documents(
-    enc: Encoder, texts: Sequence[str] | None, passages: Sequence[str], s: CollapseSettings,
+    enc: Encoder, texts: Sequence[str] | None, passages: Sequence[str], s: CollapseDesign,
 ) -> tuple[dict[int, list[str]], dict[str, Any]]:
     """Documents cut to every length; where they come from, and how many texts were too short, or copies."""
     lengths, source = [*s.lengths, *s.beyond], "texts given"
     if texts is None:
         source = "passages, joined" if passages else "generated filler"
-        texts = long_texts(s.documents, enc, lengths[-1], texts=passages or None, seed=s.seed)
+        texts = long_texts(s.n_documents, enc, lengths[-1], texts=passages or None, seed=s.seed)
     cut = cut_texts(texts, enc, lengths, drop_short=True)
     keep = _different(cut[s.lengths[-1]])
     copies = len(texts) - len(cut.dropped) - len(keep)
     _check_cut(cut, keep, len(texts), copies, lengths[-1])
-    said = {"source": source, "too_short": len(cut.dropped), "copies": copies}
-    return {n: [t[i] for i in keep[: s.documents]] for n, t in cut.items()}, said
+    left_out = {"source": source, "too_short": len(cut.dropped), "copies": copies}
+    return {n: [t[i] for i in keep[: s.n_documents]] for n, t in cut.items()}, left_out
 
 
 # %% ../../../nbs/probes/collapse/01_inputs.ipynb #347819fc
@@ -198,7 +236,7 @@ def _check_cut(cut: CutTexts, keep: Sequence[int], given: int, copies: int, long
 
 # %% ../../../nbs/probes/collapse/01_inputs.ipynb #b9c7a4d4
 def _natural(
-    enc: Encoder, natural: Sequence[str] | None, others: Sequence[str], s: CollapseSettings, most: int | None,
+    enc: Encoder, natural: Sequence[str] | None, others: Sequence[str], s: CollapseDesign, most: int | None,
 ) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Documents of natural length; how many were left out because they are too long, or copies."""
     given = others if natural is None else natural
@@ -207,29 +245,29 @@ def _natural(
     if natural is not None:
         if len(natural) < 8: raise ValueError(f"natural has {len(natural)} texts: 8 or more are needed")
         taken = (enc.max_length or 0) - (most or 0)  # by the prompt
-        if not s.truncate: enc._check_lengths([n + taken for n in counts], way="cut it (truncate=True)")
+        if not s.truncate: enc.check_lengths([n + taken for n in counts], way="cut it (truncate=True)")
         if len(keep) < 8: raise ValueError(f"natural has {len(keep)} texts that differ: 8 or more are needed")
         return tuple(given[i] for i in keep), {"natural_copies": copies}
     fit = [given[i] for i in keep if s.truncate or most is None or counts[i] <= most]
-    own = tuple(fit[: 4 * s.documents]) if len(fit) >= 8 else ()
+    own = tuple(fit[: 4 * s.n_documents]) if len(fit) >= 8 else ()
     return own, {"too_long": len(keep) - len(fit), "natural_copies": copies if own else 0}
 
 
 # %% ../../../nbs/probes/collapse/01_inputs.ipynb #38948717
 def token_counts(enc: Encoder, texts: Sequence[str]) -> list[int]:
     """Tokens of every text, special ones counted."""
-    return [len(row) for row in enc._tokenize(list(texts))["input_ids"]]
+    return [len(row) for row in enc.tokenize(list(texts))["input_ids"]]
 
 # %% ../../../nbs/probes/collapse/01_inputs.ipynb #372d0fd8
-def _task(name: str, enc: Encoder, n: int, s: CollapseSettings, questions: Sequence[Question]) -> RetrievalTask:
+def _task(name: str, enc: Encoder, n: int, s: CollapseDesign, questions: Sequence[Question]) -> RetrievalTask:
     """A retrieval task of one length."""
     if name == "passages":
-        return padded_passages(questions, enc, n, n_queries=s.queries, max_passage=s.max_passage, seed=s.seed)
+        return padded_passages(questions, enc, n, n_queries=s.n_queries, max_passage=s.max_passage, seed=s.seed)
     make = passkey_retrieval if name == "passkey" else needle_retrieval
-    return make(enc, n, n_queries=s.queries, n_documents=s.candidates, seed=s.seed)
+    return make(enc, n, n_queries=s.n_queries, n_documents=s.n_candidates, seed=s.seed)
 
 # %% ../../../nbs/probes/collapse/01_inputs.ipynb #934f89dd
-def _tasks_of(enc: Encoder, s: CollapseSettings, questions: Sequence[Question]) -> tuple[RetrievalTask, ...]:
+def _tasks_of(enc: Encoder, s: CollapseDesign, questions: Sequence[Question]) -> tuple[RetrievalTask, ...]:
     """All retrieval tasks."""
     out = []
     for name in s.retrieval:
@@ -243,16 +281,16 @@ def _tasks_of(enc: Encoder, s: CollapseSettings, questions: Sequence[Question]) 
 # %% ../../../nbs/probes/collapse/01_inputs.ipynb #a635f4d4
 def get_inputs(
     enc: Encoder,  # counts tokens
-    texts: Sequence[str] | None,  # to be cut; None: passages or filler
-    natural: Sequence[str] | None,  # of natural length; None: those among the texts that fit
-    questions: str | Path | Sequence[Question] | None,  # with passages
-    s: CollapseSettings,  # what is measured
+    texts: Iterable[str] | None,  # to be cut; None: passages or filler
+    natural: Iterable[str] | None,  # of natural length; None: those among the texts that fit
+    questions: str | Path | Iterable[Question] | None,  # with passages
+    s: CollapseDesign,  # what is measured
 ) -> Inputs:
     """All texts, made and checked."""
     asked = read_questions(questions, drop_empty=True) if isinstance(questions, (str, Path)) else list(questions or ())
     if questions is not None and not asked: raise ValueError("questions is empty: give some that have passages, or leave questions= out")
     given, whole = (None if x is None else nonempty_texts(x, name) for x, name in ((texts, "texts"), (natural, "natural")))
     passages, most = _passages(asked, s.seed), room(enc, s.document_prompt)
-    cut, said = _documents(enc, given, passages, s)
-    own, left_out = _natural(enc, whole, passages[: 4 * s.documents] if given is None else given, s, most)
-    return Inputs(cut, own, _tasks_of(enc, s, asked), **said, **left_out)
+    cut, sources = _documents(enc, given, passages, s)
+    own, left_out = _natural(enc, whole, passages[: 4 * s.n_documents] if given is None else given, s, most)
+    return Inputs(cut, own, _tasks_of(enc, s, asked), **sources, **left_out)

@@ -5,8 +5,6 @@
 # %% ../../../nbs/probes/collapse/02_parts.ipynb #3c3d0aea
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -16,17 +14,18 @@ import numpy as np
 import polars as pl
 import torch
 
-from ...sweeps.cells import Tables, content, fingerprint
-from ...encoders.encode import Encoder
+from ...sweeps.cells import Tables, content, fingerprint, short_digest
+from ...encoders.encoder import Encoder
 from ...attention.hf_interface import WAY_OUT, UnsupportedModel
 from ...measure.capture import capture
 from ...measure.spectral import SpectralNorm, TokenSpread
 from ...interventions.heads import temperature
 from ...interventions.positions import set_until_closed
 from ...measure.statistics import Entropy
-from .inputs import CollapseSettings, Inputs, room
+from .inputs import CollapseDesign, Inputs, room
 from .geometry import pair_cosines
-from ...retrieval_eval.tasks import RetrievalTask, evaluate_retrieval
+from ...retrieval_eval.evaluate import evaluate_retrieval
+from ...retrieval_eval.tasks import RetrievalTask
 
 # %% auto #0
 __all__ = ['layer_embeddings', 'reach', 'Change', 'changes', 'obstacle', 'Part', 'VectorPart', 'LayerPart', 'SearchPart',
@@ -63,17 +62,17 @@ def layer_embeddings(
     advance: Callable[[int], Any] = lambda tokens: None,  # called with the tokens of each batch that is done
 ) -> _LayerVectors:
     """Embeddings as `encode` gives them, from the states of several layers in one pass."""
-    words, wanted = enc._prompt(prompt, None), list(layers) if layers is not None else [enc.n_layers]
-    for layer in wanted: enc._check_layer(layer)
-    rows = replace(enc._read(texts, words, truncate), prompt=enc._prompt_length(words))
+    words, wanted = enc.prompt_text(prompt, None), list(layers) if layers is not None else [enc.n_layers]
+    for layer in wanted: enc.check_layer(layer)
+    rows = replace(enc.read_texts(texts, words, truncate), prompt=enc.prompt_length(words))
     out: list[Any] = [None] * len(rows.ids)
     for batch in _in_batches([len(r) for r in rows.ids], batch_size):
-        inputs, mask = enc._padded(rows, batch)
-        every = enc._layers(inputs) if wanted != [enc.n_layers] else {enc.n_layers: enc._run(inputs).last_hidden_state}
-        got = [enc._finish(enc.pooling(every[k], mask, rows.prompt), None, None).cpu().numpy() for k in wanted]
+        inputs, mask = enc.padded(rows, batch)
+        every = enc.layer_states(inputs) if wanted != [enc.n_layers] else {enc.n_layers: enc.run(inputs).last_hidden_state}
+        got = [enc.project(enc.pooling(every[k], mask, rows.prompt), None, None).cpu().numpy() for k in wanted]
         for row, i in enumerate(batch): out[i] = [x[row] for x in got]
         advance(int(mask.sum()))
-    flat = enc._checked(np.array(out).reshape(len(out), -1))
+    flat = enc.check_finite(np.array(out).reshape(len(out), -1))
     return _LayerVectors(flat.reshape(len(out), len(wanted), -1).swapaxes(0, 1), rows.n_truncated)
 
 # %% ../../../nbs/probes/collapse/02_parts.ipynb #ee611232
@@ -106,7 +105,7 @@ class Change:
 
 # %% ../../../nbs/probes/collapse/02_parts.ipynb #0c015225
 def changes(
-    s: CollapseSettings,  # what is measured
+    s: CollapseDesign,  # what is measured
 ) -> list[Change]:
     """All of them, none first."""
     past = [Change("cut off", cut=True), *(Change(w, window=w) for w in s.windows)] if s.beyond else []
@@ -134,11 +133,11 @@ class Part:
     change: Change
     context_length: int | None  # tokens of its texts; None: as they are
     kind: str  # of texts: "cut", "natural", or the name of a task
-    s: CollapseSettings
+    s: CollapseDesign
 
     def texts(self) -> Sequence[str]: raise NotImplementedError
     def run(self, enc: Encoder, batch_size: int, advance: Callable[[int], Any]) -> Tables: raise NotImplementedError
-    def said(self) -> list[Any]: return []  # what else decides its tables
+    def more(self) -> list[Any]: return []  # what else decides its tables
 
     def longest(self, enc: Encoder) -> int | None:
         """Tokens of a document with the prompt before it, at most; None: as they are."""
@@ -146,9 +145,8 @@ class Part:
 
     def key(self, encoder: str) -> str:  # 32 hexadecimal digits
         """The name under which its tables are kept."""
-        what = [_VERSION, type(self).__name__, encoder, asdict(self.change), self.context_length, self.kind, self.s.truncate, *self.said()]
-        prompts = [self.s.query_prompt, self.s.document_prompt]
-        return hashlib.sha256(json.dumps([*what, *prompts, *self.texts()], sort_keys=True).encode()).hexdigest()[:32]
+        what = [_VERSION, type(self).__name__, encoder, asdict(self.change), self.context_length, self.kind, self.s.truncate, *self.more()]
+        return short_digest([*what, self.s.query_prompt, self.s.document_prompt, *self.texts()])
 
 # %% ../../../nbs/probes/collapse/02_parts.ipynb #14639a55
 _VERSION = 2  # raised when the same key begins to mean something else
@@ -161,7 +159,7 @@ class VectorPart(Part):
     documents: tuple[str, ...] = ()
 
     def texts(self) -> Sequence[str]: return self.documents
-    def said(self) -> list[Any]: return [self.layers(), self.s.dims if len(self.layers()) > 1 else []]
+    def more(self) -> list[Any]: return [self.layers(), self.s.dims if len(self.layers()) > 1 else []]
 
     def layers(self) -> list[int]:
         """Those of 2D truncation, for texts that are cut and an encoder that is as it was."""
@@ -195,7 +193,7 @@ class LayerPart(Part):
 
     def texts(self) -> Sequence[str]: return self.documents
 
-    def said(self) -> list[Any]: return [] if self.s.attention else ["states"]
+    def more(self) -> list[Any]: return [] if self.s.attention else ["states"]
 
     def run(self, enc: Encoder, batch_size: int, advance: Callable[[int], Any]) -> Tables:
         how: dict[str, Any] = dict(batch_size=batch_size, prompt=self.s.document_prompt, truncate=self.s.truncate or self.change.cut)
@@ -216,10 +214,10 @@ def _spread(
     enc: Encoder, texts: Sequence[str], batch_size: int, prompt: str | None, truncate: bool, advance: Callable[[int], Any],
 ) -> pl.DataFrame:
     """How alike the states of tokens are after every layer: document, layer, high_frequency, token_similarity."""
-    rows, stat, found = enc._read(texts, enc._prompt(prompt, None), truncate), TokenSpread(), []
+    rows, stat, found = enc.read_texts(texts, enc.prompt_text(prompt, None), truncate), TokenSpread(), []
     for batch in _in_batches([len(r) for r in rows.ids], batch_size):
-        inputs, mask = enc._padded(rows, batch)
-        for layer, hidden in enumerate(enc._layers(inputs)[1:]):
+        inputs, mask = enc.padded(rows, batch)
+        for layer, hidden in enumerate(enc.layer_states(inputs)[1:]):
             state: dict[str, Any] = {}
             stat.update_residual(state, hidden, mask.long() - 1, 0)
             values = {k: v.tolist() for k, v in stat.table(state)[1].items() if k != "n_tokens"}
@@ -235,7 +233,7 @@ class SearchPart(Part):
     task: RetrievalTask | None = None
 
     def texts(self) -> Sequence[str]: return [*self._task.queries, *self._task.documents]
-    def said(self) -> list[Any]: return [self._task.relevant, self.layers(), self.s.dims if self.layers() else []]
+    def more(self) -> list[Any]: return [self._task.relevant, self.layers(), self.s.dims if self.layers() else []]
 
     @property
     def _task(self) -> RetrievalTask:
@@ -263,7 +261,7 @@ def _searched(task: RetrievalTask, queries: np.ndarray, documents: np.ndarray) -
 
 # %% ../../../nbs/probes/collapse/02_parts.ipynb #096ed7b8
 def all_parts(
-    s: CollapseSettings,  # what is measured
+    s: CollapseDesign,  # what is measured
     x: Inputs,  # texts
 ) -> list[Part]:
     """Everything that is run, in this order."""
@@ -278,7 +276,7 @@ def all_parts(
     return out
 
 # %% ../../../nbs/probes/collapse/02_parts.ipynb #38313525
-def _asked(s: CollapseSettings, x: Inputs, c: Change, past: bool) -> list[RetrievalTask]:
+def _asked(s: CollapseDesign, x: Inputs, c: Change, past: bool) -> list[RetrievalTask]:
     """Retrieval tasks for one change."""
     mine = [t for t in x.tasks if (t.length in s.beyond) == past]
     return mine if c.name == "none" or s.everywhere else [t for t in mine if t.name == s.retrieval[-1]]
@@ -289,6 +287,6 @@ def encoder_key(
 ) -> str:  # 32 hexadecimal digits
     """A name that is equal exactly if the encoder gives equal embeddings."""
     heads = [[h.__name__] if hasattr(h, "__name__") else [str(h), dict(h.state_dict())] for h in enc.heads]  # type: ignore[attr-defined]
-    said = [fingerprint(enc), list(enc.pooling.modes), enc.pooling.include_prompt, enc.normalize, enc.dims, enc.max_length, heads,
+    what = [fingerprint(enc), list(enc.pooling.modes), enc.pooling.include_prompt, enc.normalize, enc.dims, enc.max_length, heads,
             dict(enc.prompts), enc.default_prompt, str(enc.dtype)]
-    return hashlib.sha256(json.dumps(content(said, "encoder"), sort_keys=True).encode()).hexdigest()[:32]
+    return short_digest(content(what, "encoder"))

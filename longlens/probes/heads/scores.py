@@ -16,24 +16,26 @@ import torch
 from torch import Tensor
 
 from ...sweeps.cells import Cell, Start, Task
-from ...measure.capture import capture
+from ...measure.capture import Capture, capture
 from ...measure.statistic import tidy
 from ...interventions.base import head_sizes
 from ...measure.statistics import DistanceProfile, Received, Rows
-from ...models.kv_cache import end_ids
-from ...sweeps.sweep import sweep
+from ...models.generate import end_ids
+from ...models.kv_cache import Prefix
+from ...sweeps.sweep import SweepResult, sweep
 from ...models.forward import LongModel
+from ...prompts.compose import Context
 
 # %% auto #0
-__all__ = ['Steps', 'Trial', 'copy_scores', 'decoded', 'Watch', 'run_trials', 'pattern_scores', 'qr_scores']
+__all__ = ['Steps', 'Trial', 'copy_scores', 'Watch', 'run_trials', 'trials_of', 'pattern_scores', 'qr_scores']
 
 # %% ../../../nbs/probes/heads/00_scores.ipynb #6b75c0d3
 def _rouge1_recall(
     truth: str,  # the true answer
-    said: str,  # what the model said
+    reply: str,  # what the model writes
 ) -> float:  # 0 to 1
-    "Share of the words of the truth that were said, each as often as it occurs (ROUGE-1 recall)"
-    want, got = (Counter(re.findall(r"\w+", t.lower())) for t in (truth, said))
+    "Share of the words of the truth that are in the reply, each as often as it occurs (ROUGE-1 recall)"
+    want, got = (Counter(re.findall(r"\w+", t.lower())) for t in (truth, reply))
     if not want: raise ValueError(f"the true answer {truth!r} has no words to look for")
     return sum((want & got).values()) / sum(want.values())
 
@@ -41,14 +43,14 @@ def _rouge1_recall(
 @dataclass(frozen=True, eq=False, repr=False)
 class Trial:
     "One question answered while its heads were watched"
-    context: Any  # Context
-    said_ids: Tensor  # what the model said at every step, (steps,)
-    said: str  # the same as text
+    context: Context
+    reply_ids: Tensor  # the model's token at every step, (steps,)
+    reply: str  # the same as text
     looked: Tensor  # position that each head attended to most at each step, (layers, heads, steps)
     retrieval_score: Tensor  # published, (layers, heads)
     copy_score: Tensor  # every needle token once, (layers, heads), 0 to 1
     recall: float  # ROUGE-1 recall of the answers
-    right: bool  # was the completion said, token by token?
+    right: bool  # is the reply the completion, token by token?
 
     @property
     def kept(self) -> bool:
@@ -58,44 +60,44 @@ class Trial:
     def __repr__(self) -> str:
         top = divmod(int(self.retrieval_score.argmax()), self.retrieval_score.shape[1])
         strongest = f"strongest head {top}, {self.retrieval_score.max():.3f}"
-        return f"Trial({len(self.context):,} tokens; said {self.said!r}, recall {self.recall:.2f}; {strongest})"
+        return f"Trial({len(self.context):,} tokens; reply {self.reply!r}, recall {self.recall:.2f}; {strongest})"
 
 # %% ../../../nbs/probes/heads/00_scores.ipynb #eff290f4
 def copy_scores(
     ids: Tensor,  # the prompt, (n,)
     needle: range,  # token positions of the needle
-    said: Tensor,  # token said at each step, (steps,)
+    reply: Tensor,  # the model's token at each step, (steps,)
     looked: Tensor,  # position attended to most, (layers, heads, steps)
 ) -> tuple[Tensor, Tensor]:  # retrieval score and copy score, (layers, heads)
     "How much of the needle each head copied (arXiv 2404.15574, section 2)"
     if not len(needle) or needle.stop > len(ids): raise ValueError(f"the needle is {needle}, in a prompt of {len(ids):,} tokens")
     inside = (looked >= needle.start) & (looked < needle.stop)
-    copied = inside & (ids[looked.clamp(0, len(ids) - 1)] == said)  # (layers, heads, steps)
+    copied = inside & (ids[looked.clamp(0, len(ids) - 1)] == reply)  # (layers, heads, steps)
     at = torch.where(copied, looked - needle.start, len(needle))
     once = torch.zeros(*looked.shape[:2], len(needle) + 1).scatter_(-1, at, 1.)[..., :-1]  # which needle tokens were copied
     return copied.sum(-1) / len(needle), once.mean(-1)
 
 # %% ../../../nbs/probes/heads/00_scores.ipynb #dfb0e53d
-Steps = tuple[Tensor, Tensor]  # tokens the model says, (steps,); positions looked at, (layers, heads, steps)
+Steps = tuple[Tensor, Tensor]  # the model's tokens, (steps,); positions looked at, (layers, heads, steps)
 
 
 def _teacher_forced(
-    lm: LongModel,  # LongModel
+    lm: LongModel,  # the model
     cells: Sequence[Cell],  # prompts of equal length, with completions of equal length
     start: Start,  # the prompts in a cache
-) -> list[Steps]:  # of each; position -1 where the model says something else
+) -> list[Steps]:  # of each; position -1 where the model would go on otherwise
     "All answer rows in one forward, over the true completion"
     n, want = start.n, torch.stack([c.completion for c in cells])
     steps = torch.cat([start.last, want[:, :-1]], 1)
     with capture(lm, Rows(range(n - 1, n - 1 + steps.shape[1]), top=1)) as seen:
         out = lm.hf(input_ids=steps.to(lm.device), past_key_values=start.fork(), use_cache=True)
-    said = out.logits.argmax(-1).cpu()
+    replies = out.logits.argmax(-1).cpu()
     looked = [seen.top_keys(sample=i)[0][..., 0] for i in range(len(cells))]
-    return [(s, at.masked_fill(s != w, -1)) for s, at, w in zip(said, looked, want, strict=True)]
+    return [(r, at.masked_fill(r != w, -1)) for r, at, w in zip(replies, looked, want, strict=True)]
 
 # %% ../../../nbs/probes/heads/00_scores.ipynb #d147d5b4
-def decoded(
-    lm: LongModel,  # LongModel
+def _decoded(
+    lm: LongModel,  # the model
     cells: Sequence[Cell],  # prompts of equal length
     start: Start,  # the prompts in a cache
     max_new_tokens: int = 50,  # steps at most
@@ -104,27 +106,27 @@ def decoded(
     cache, token, end, n = start.fork(), start.last, end_ids(lm), start.n
     steps = max_new_tokens if lm.max_length is None or lm.allow_longer else min(max_new_tokens, lm.max_length + 1 - n)
     if steps < 1: raise ValueError(f"the prompt has {n:,} tokens, and {lm.name} was made for {lm.max_length:,}: no room for an answer")
-    said: list[list[int]] = [[] for _ in cells]
+    replies: list[list[int]] = [[] for _ in cells]
     going = set(range(len(cells)))
     with capture(lm, Rows(range(n - 1, n - 1 + steps), top=1, label="rows")) as seen:
         for _ in range(steps):
             token = lm.hf(input_ids=token.to(lm.device), past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1).cpu()
             for i in list(going):
-                said[i].append(t := int(token[i]))
+                replies[i].append(t := int(token[i]))
                 if t in end or (lm.tokenizer is not None and "\n" in lm.tokenizer.decode([t])): going.remove(i)
             if not going: break
-    return [(torch.tensor(s), _looked(seen, i, len(s))) for i, s in enumerate(said)]
+    return [(torch.tensor(r), _looked(seen, i, len(r))) for i, r in enumerate(replies)]
 
 # %% ../../../nbs/probes/heads/00_scores.ipynb #94a54983
-def _looked(seen: Any, sample: int, steps: int) -> Tensor:
+def _looked(seen: Capture, sample: int, steps: int) -> Tensor:
     "Where each head looked most at each of the first steps, (layers, heads, steps)"
-    layers = [[(q, pos) for b, q, pos, _ in state["rows"] if first + b == sample] for first, _, state in seen._parts("rows")]
+    layers = [[(q, pos) for b, q, pos, _ in state["rows"] if first + b == sample] for first, _, state in seen.parts("rows")]
     return torch.stack([torch.stack([pos[:, 0] for _, pos in sorted(rows, key=lambda r: r[0])[:steps]], 1).cpu() for rows in layers])
 
 # %% ../../../nbs/probes/heads/00_scores.ipynb #ff7efdad
 @dataclass(frozen=True)
 class Watch(Task):
-    "Let the model answer, and see where each head looks most. Tables: `said` (step, token), `looked` (layer, head, step, position)"
+    "Let the model answer, and see where each head looks most. Tables: `reply` (step, token), `looked` (layer, head, step, position)"
     mode: str = "teacher"  # "teacher" forcing, or "decode"
     max_new_tokens: int = 50  # for "decode"
 
@@ -137,8 +139,8 @@ class Watch(Task):
             raise ValueError(f"teacher forcing needs the true completion, and {cell!r} has none")
 
     def run(self, lm: LongModel, cells: Sequence[Cell], start: Start) -> list[dict[str, pl.DataFrame]]:
-        done = _teacher_forced(lm, cells, start) if self.mode == "teacher" else decoded(lm, cells, start, self.max_new_tokens)
-        return [{"said": tidy({"step": range(len(s))}, {"token": s.numpy()}), "looked": _looked_table(at)} for s, at in done]
+        done = _teacher_forced(lm, cells, start) if self.mode == "teacher" else _decoded(lm, cells, start, self.max_new_tokens)
+        return [{"reply": tidy({"step": range(len(r))}, {"token": r.numpy()}), "looked": _looked_table(at)} for r, at in done]
 
 # %% ../../../nbs/probes/heads/00_scores.ipynb #6570a645
 def _looked_table(at: Tensor) -> pl.DataFrame:
@@ -150,32 +152,42 @@ def _text(lm: LongModel, ids: Tensor) -> str: return lm.decode(ids) if lm.tokeni
 
 # %% ../../../nbs/probes/heads/00_scores.ipynb #8fbe6291
 def _as_trial(
-    lm: LongModel,  # LongModel
-    ctx: Any,  # Context: spans with "needle"
-    said_ids: Tensor,  # what the model said at every step, (steps,)
+    lm: LongModel,  # the model
+    ctx: Context,  # with a span "needle"
+    reply_ids: Tensor,  # the model's token at every step, (steps,)
     looked: Tensor,  # position that each head attended to most, (layers, heads, steps)
     mode: str = "teacher",  # how it was run
 ) -> Trial:
     "What came of a question, scored"
-    scores, want = copy_scores(ctx.tokens.ids, ctx.spans["needle"], said_ids, looked), ctx.completion_ids
-    right = len(want) > 0 and said_ids[:len(want)].tolist() == want.tolist()
-    found = said_ids[said_ids == want] if mode == "teacher" else said_ids  # what was said at its own step
+    scores, want = copy_scores(ctx.tokens.ids, ctx.spans["needle"], reply_ids, looked), ctx.completion_ids
+    right = len(want) > 0 and reply_ids[:len(want)].tolist() == want.tolist()
+    found = reply_ids[reply_ids == want] if mode == "teacher" else reply_ids  # right at its own step
     recall = _rouge1_recall(" ".join(ctx.answers), _text(lm, found))
-    return Trial(ctx, said_ids, _text(lm, said_ids), looked, *scores, recall=recall, right=right)
+    return Trial(ctx, reply_ids, _text(lm, reply_ids), looked, *scores, recall=recall, right=right)
 
-# %% ../../../nbs/probes/heads/00_scores.ipynb #33c94b75
+# %% ../../../nbs/probes/heads/00_scores.ipynb #a41cb28b
 def run_trials(
-    lm: LongModel,  # LongModel
-    contexts: Sequence[Any],  # Context: spans with "needle", a completion
+    lm: LongModel,  # the model
+    contexts: Sequence[Context],  # with a span "needle" and a completion
     task: Watch = Watch(),
     **how: Any,  # out, engine, progress and others, as for `sweep`
 ) -> list[Trial]:
     "Trials of the retrieval score, as a sweep"
     done = sweep(lm, [Cell.of(c) for c in contexts], task, **{"title": "retrieval heads", **how})
-    said, looked = (done.table(name).partition_by("cell", as_dict=True) for name in ("said", "looked"))
+    return trials_of(lm, contexts, task, done)
+
+# %% ../../../nbs/probes/heads/00_scores.ipynb #905b8dac
+def trials_of(
+    lm: LongModel,  # the model
+    contexts: Sequence[Context],  # that were asked
+    task: Watch,  # in this way
+    done: SweepResult,  # what came of it
+) -> list[Trial]:
+    "The trials of a finished sweep, scored"
+    replies, looked = (done.table(name).partition_by("cell", as_dict=True) for name in ("reply", "looked"))
     shape = head_sizes(lm)[:2]
-    def trial(i: int, ctx: Any) -> Trial:
-        tokens, at = said[i,]["token"].to_torch(), looked[i,]["position"].to_torch()
+    def trial(i: int, ctx: Context) -> Trial:
+        tokens, at = replies[i,]["token"].to_torch(), looked[i,]["position"].to_torch()
         return _as_trial(lm, ctx, tokens, at.view(*shape, -1), task.mode)
     return [trial(i, c) for i, c in enumerate(contexts)]
 
@@ -193,7 +205,7 @@ def _repeated(lm: LongModel, period: int, sequences: int, seed: int) -> Tensor: 
 # %% ../../../nbs/probes/heads/00_scores.ipynb #0d51eee4
 @torch.no_grad()
 def pattern_scores(
-    lm: LongModel,  # LongModel
+    lm: LongModel,  # the model
     period: int = 64,  # tokens before the repetition
     sequences: int = 8,  # how many
     seed: int = 0,  # of the random tokens
@@ -215,10 +227,10 @@ def pattern_scores(
 # %% ../../../nbs/probes/heads/00_scores.ipynb #fb598d6b
 @torch.no_grad()
 def _query_attention(
-    lm: LongModel,  # LongModel
-    ctx: Any,  # Context, with a span "query"
-    like: Any = None,  # a Prefix that may begin alike
-) -> tuple[Tensor, Any]:  # (layers, heads, n), and the prefix in front of the query
+    lm: LongModel,  # the model
+    ctx: Context,  # with a span "query"
+    like: Prefix | None = None,  # may begin alike
+) -> tuple[Tensor, Prefix]:  # (layers, heads, n), and the prefix in front of the query
     "Mean attention that the query's tokens give to every token"
     if "query" not in ctx.spans: raise ValueError(f"this context ({ctx.kind}) has no span 'query'; it has {', '.join(ctx.spans)}")
     query = ctx.spans["query"]
@@ -241,8 +253,8 @@ def _document_scores(
 
 # %% ../../../nbs/probes/heads/00_scores.ipynb #79f91e37
 def qr_scores(
-    lm: LongModel,  # LongModel
-    pairs: Sequence[tuple[Any, Any]],  # (context with the query, the same documents with the query "N/A")
+    lm: LongModel,  # the model
+    pairs: Sequence[tuple[Context, Context]],  # (context with the query, the same documents with the query "N/A")
     gold: Sequence[Sequence[int]],  # indices of the right documents of each
 ) -> Tensor:  # (layers, heads)
     "QRScore of every head: mean over examples of the calibrated scores of the right documents"
@@ -250,7 +262,7 @@ def qr_scores(
     return torch.stack([one[..., list(g)].sum(-1) for one, g in zip(_calibrated(lm, pairs), gold, strict=True)]).mean(0)
 
 # %% ../../../nbs/probes/heads/00_scores.ipynb #2216189e
-def _calibrated(lm: LongModel, pairs: Sequence[tuple[Any, Any]]) -> Iterator[Tensor]:
+def _calibrated(lm: LongModel, pairs: Sequence[tuple[Context, Context]]) -> Iterator[Tensor]:
     for ctx, null in pairs:
         names = sorted((n for n in ctx.spans if re.fullmatch(r"document_\d+", n)), key=lambda n: int(n.split("_")[1]))
         spans = [ctx.spans[n] for n in names]

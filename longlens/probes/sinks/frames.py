@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -21,6 +20,7 @@ from longlens.measure.statistics import (
     Distance, Entropy, MassiveActivations, Received, ResidualNorm, SinkMass, Support, ValueNorm,
 )
 from ...models.forward import LongModel
+from ...models.tokens import Tokens
 
 # %% auto #0
 __all__ = ['SinkSettings', 'sink_rate', 'natural_sequences', 'made_sequences', 'mean_received', 'metric_frame', 'judged',
@@ -69,8 +69,8 @@ def _windows(ids: Tensor, front: list[int], room: int) -> list[Tensor]:
 
 # %% ../../../nbs/probes/sinks/00_frames.ipynb #63d50f03
 def natural_sequences(
-    lm: LongModel,  # LongModel
-    texts: Sequence[Any],  # Tokens
+    lm: LongModel,  # the model
+    texts: Sequence[Tokens],
     settings: SinkSettings,  # of which T and sequences count
 ) -> Tensor:  # token ids, (sequences or fewer, T)
     "Windows of T tokens from the texts, evenly spread, each behind the tokenizer's own special tokens"
@@ -86,7 +86,7 @@ def natural_sequences(
 
 # %% ../../../nbs/probes/sinks/00_frames.ipynb #35dda6be
 def made_sequences(
-    lm: LongModel,  # LongModel
+    lm: LongModel,  # the model
     settings: SinkSettings,  # of which T, sequences and seed count
 ) -> dict[str, Tensor]:  # "random" and "repeated", token ids, (sequences, T)
     "Random and repeated tokens"
@@ -109,7 +109,7 @@ def mean_received(
 
 # %% ../../../nbs/probes/sinks/00_frames.ipynb #4281c0f6
 def metric_frame(
-    lm: LongModel,  # LongModel
+    lm: LongModel,  # the model
     sequences: dict[str, Tensor],  # kind -> token ids, (sequences, T)
     settings: SinkSettings,  # of which epsilon counts
     batch: int = 25,  # sequences run at once
@@ -139,8 +139,8 @@ def _statistics(n: int, settings: SinkSettings) -> list[Statistic]:
 
 # %% ../../../nbs/probes/sinks/00_frames.ipynb #0663a1dc
 def _measure_text(
-    lm: LongModel,  # LongModel
-    tokens: Any,  # Tokens of one text
+    lm: LongModel,  # the model
+    tokens: Tokens,  # of one text
     settings: SinkSettings,  # of which first and chunk count
 ) -> Capture:
     "All statistics of one text, in one prefill"
@@ -256,8 +256,8 @@ def _all_layers(seen: Capture, name: str, key: str) -> Tensor:
 
 # %% ../../../nbs/probes/sinks/00_frames.ipynb #5b48a0c8
 def text_frames(
-    lm: LongModel,  # LongModel
-    tokens: Any,  # Tokens of one text
+    lm: LongModel,  # the model
+    tokens: Tokens,  # of one text
     settings: SinkSettings,  # of which epsilon, first and chunk count
 ) -> dict[str, pl.DataFrame]:  # heads, positions, lengths, tokens, massive, values, residual
     "All tables of one text"

@@ -58,7 +58,7 @@ def _prefix_tokens(bits: np.ndarray, ends: np.ndarray, size: np.ndarray) -> np.n
         out[i : i + rows] = (kept & (np.arange(n) < ends[i : i + rows, None])) @ size.astype(float)
     return out
 
-
+# %% ../../../nbs/probes/traceback/02_prefix_tree.ipynb #86baa01s
 ROWS = 2**21  # bits that are unpacked at a time
 
 # %% ../../../nbs/probes/traceback/02_prefix_tree.ipynb #2c90ba6a
@@ -120,7 +120,7 @@ class ScoreCosts:
 _MOST_TOKENS = 4096  # of a batch, filled up
 PADDING = 1.1  # most that filling up may make of a batch
 
-
+# %% ../../../nbs/probes/traceback/02_prefix_tree.ipynb #13b1da1s
 def _filled_batches(lengths: Sequence[int], most: int) -> list[list[int]]:
     """Numbers of those that run together, the longest first."""
     out: list[list[int]] = []
@@ -181,7 +181,7 @@ def _fingerprints(prompt: TracePrompt, masks: np.ndarray) -> np.ndarray:  # (m,)
         out[i : i + rows] = np.where(tokens, own * powers[after], np.uint64(0)).sum(1, dtype=np.uint64)
     return out
 
-
+# %% ../../../nbs/probes/traceback/02_prefix_tree.ipynb #9d531c1s
 _MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, and otherwise any
 
 # %% ../../../nbs/probes/traceback/02_prefix_tree.ipynb #9ffcdec6

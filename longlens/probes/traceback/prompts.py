@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -17,13 +17,15 @@ from torch import Tensor
 from ...models.text_model import check_length
 from ...models.tokens import TokenIds, Tokens
 from ...prompts.compose import Context, Piece, solid_tokens, compose_prompt
-from ...models.kv_cache import cut_at_stops, stop_texts
-from .sources import Sources, TracePrompt, checked_size, segment_spans, cut_context, placed
+from ...models.generate import cut_at_stops, stop_texts
+from ...models.kv_cache import Prefix
+from .sources import Sources, TracePrompt, checked_size, cut_context, known_offsets, placed, segment_spans
 from ...models.forward import LongModel
+from ...run import settings_of
 
 # %% auto #0
-__all__ = ['TEMPLATES', 'KINDS', 'generated_tokens', 'answer_limits', 'unwritten', 'own_answer', 'trace_prompt', 'context_span',
-           'ready_prompt']
+__all__ = ['TEMPLATES', 'KINDS', 'AskSettings', 'AskOptions', 'generated_tokens', 'answer_limits', 'unwritten', 'own_answer',
+           'CutOptions', 'trace_prompt', 'context_span', 'ready_prompt']
 
 # %% ../../../nbs/probes/traceback/01_prompts.ipynb #5ff0cfbb
 TEMPLATES: dict[str, str] = {  # name -> a text with {context} and {question}
@@ -32,17 +34,50 @@ TEMPLATES: dict[str, str] = {  # name -> a text with {context} and {question}
     "needle": "{context}\nQuestion: {question}\nAnswer:",
 }
 
+# %% ../../../nbs/probes/traceback/01_prompts.ipynb #p2set
+@dataclass(frozen=True)
+class AskSettings:
+    """How a context and a question become a prompt, and how the model may answer it"""
+
+    sep: str = "\n\n"  # between two documents
+    template: str | None = None  # one of TEMPLATES, or your own; None: what the model's card says, else "raw"
+    answer_prefix: str | None = None  # how the answer begins, as a part of the prompt; None: nothing, or as the card's template has it
+    chat: bool | None = None  # make it a user turn of the tokenizer's chat template
+    system: str | None = None  # the system message of a chat
+    special: bool = False  # may the context's text of special tokens, such as "<s>", become special tokens?
+    max_new_tokens: int | None = None  # of an answer that the model writes; None: what the card says, else 100, as TracLLM
+    stop: str | Sequence[str] | None = None  # texts that end it; None: what the card says, else none
+
+# %% ../../../nbs/probes/traceback/01_prompts.ipynb #p3set
+class AskOptions(TypedDict, total=False):
+    """The fields of `AskSettings`, as keyword arguments"""
+
+    sep: str
+    template: str | None
+    answer_prefix: str | None
+    chat: bool | None
+    system: str | None
+    special: bool
+    max_new_tokens: int | None
+    stop: str | Sequence[str] | None
+
 # %% ../../../nbs/probes/traceback/01_prompts.ipynb #775ef35f
 def _lead(question: str) -> str:
-    """How needle-lm's answer begins."""
+    """How an answer to the template "needle" begins."""
     if m := re.fullmatch(r"What is the code for (.+)\?", question.strip()): return f" The code for {m[1]} is"
     if m := re.fullmatch(r"What is the value of Key (.+)\?", question.strip()): return f" Key {m[1]}:"
     return ""
 
+# %% ../../../nbs/probes/traceback/01_prompts.ipynb #p5lead
+def _prefix(lm: LongModel, s: AskSettings, question: str) -> str:
+    """How the answer begins, as a part of the prompt."""
+    if s.answer_prefix is not None: return s.answer_prefix
+    return _lead(question) if s.template is None and lm.card.template == "needle" else ""
+
 # %% ../../../nbs/probes/traceback/01_prompts.ipynb #05690818
 def _template(lm: LongModel, template: str | None, question: str) -> str:
     """The template that is meant."""
-    name = template or ("needle" if lm.name == "needle-lm" else "raw")
+    name = template or lm.card.template
     found = TEMPLATES.get(name, name)
     if found.count("{context}") != 1:
         raise ValueError(f"a template has {{context}} once, and {found[:60]!r} has it {found.count('{context}')} times: write your own, or "
@@ -55,13 +90,19 @@ def _template(lm: LongModel, template: str | None, question: str) -> str:
     return found
 
 # %% ../../../nbs/probes/traceback/01_prompts.ipynb #04537bb6
-def _composed(lm: LongModel, sources: Sources, question: str, template: str, answer_prefix: str, special: bool, **how: Any) -> tuple[Tokens, int]:
+def _composed(
+    lm: LongModel,
+    sources: Sources,
+    question: str,
+    s: AskSettings,  # with the template itself, not its name
+    allow_longer: bool | None,
+) -> tuple[Tokens, int]:
     """The prompt's tokens, and the character at which the context begins."""
-    before, after = (part.replace("{question}", question) for part in template.split("{context}"))
-    pieces = [Piece(before)] * bool(before) + [Piece(sources.text, "context", special=special)] + [Piece(after)] * bool(after)
-    ctx = compose_prompt(lm, pieces, answer_prefix=answer_prefix, question=question, **how)
-    offsets: Any = ctx.tokens.offsets
-    span = ctx.spans["context"]
+    before, after = (part.replace("{question}", question) for part in str(s.template).split("{context}"))
+    pieces = [Piece(before)] * bool(before) + [Piece(sources.text, "context", special=s.special)] + [Piece(after)] * bool(after)
+    ctx = compose_prompt(lm, pieces, answer_prefix=s.answer_prefix or "", question=question, chat=s.chat, system=s.system,
+                         allow_longer=allow_longer)
+    span, offsets = ctx.spans["context"], known_offsets(ctx.tokens)
     _, first, _ = solid_tokens(ctx.text, offsets[span.start : span.stop].numpy())
     return ctx.tokens, int(first[0]) - len(sources.text) + len(sources.text.lstrip())
 
@@ -74,18 +115,17 @@ def generated_tokens(lm: LongModel, ids: Tensor) -> Tokens:
 
 # %% ../../../nbs/probes/traceback/01_prompts.ipynb #64344129
 def answer_limits(
-    lm: LongModel,  # LongModel
-    max_new_tokens: int | None = None,  # None: 100, as TracLLM (32 for needle-lm)
-    stop: str | Sequence[str] | None = None,  # None: none, and the end of the sentence for needle-lm
+    lm: LongModel,
+    max_new_tokens: int | None = None,  # None: what the model's card says, else 100, as TracLLM
+    stop: str | Sequence[str] | None = None,  # None: what the card says, else none
 ) -> tuple[int, tuple[str, ...]]:
     """How many tokens an answer gets, and the texts that end it."""
     if max_new_tokens is not None and max_new_tokens < 1: raise ValueError(f"max_new_tokens is {max_new_tokens}: an answer has 1 or more")
-    tiny = lm.name == "needle-lm"
-    return max_new_tokens or (32 if tiny else 100), ((".", "\n") if tiny else ()) if stop is None else tuple(stop_texts(stop))
+    return max_new_tokens or lm.card.max_new_tokens or 100, lm.card.stop if stop is None else tuple(stop_texts(stop))
 
 # %% ../../../nbs/probes/traceback/01_prompts.ipynb #c83181d4
 def unwritten(
-    lm: LongModel,  # LongModel
+    lm: LongModel,
     max_new_tokens: int | None = None,  # that the answer may have
 ) -> list[int]:
     """Stands for an answer while it is planned what writing and tracing it costs: so many tokens, of a word."""
@@ -93,7 +133,13 @@ def unwritten(
     return [word] * answer_limits(lm, max_new_tokens, None)[0]
 
 # %% ../../../nbs/probes/traceback/01_prompts.ipynb #0eb8f0a3
-def own_answer(lm: LongModel, prompt: Any, max_new_tokens: int, stop: Sequence[str], allow_longer: bool | None) -> Tokens:
+def own_answer(
+    lm: LongModel,
+    prompt: Tokens | Prefix,
+    max_new_tokens: int,
+    stop: Sequence[str],
+    allow_longer: bool | None,
+) -> Tokens:
     """The model's own answer to Tokens or a Prefix, up to a stop text."""
     ids = lm.generate_ids(prompt, max_new_tokens, list(stop), allow_longer=allow_longer)
     if lm.tokenizer is not None:
@@ -110,12 +156,12 @@ def _going_on(lm: LongModel, prompt: str, answer: str) -> Tokens:
     alone, tail = read(answer), re.search(r"\S*\s*$", prompt[-40:])[0]  # type: ignore[index]
     if alone.offsets is None or not tail: return alone
     before, both = read(tail), read(tail + answer)
-    n = len(before)
+    n, offsets = len(before), known_offsets(both)
     if both.ids[:n].tolist() != before.ids.tolist() or len(both) == n: return alone
-    return replace(both, ids=both.ids[n:], text=answer, offsets=(both.offsets[n:] - len(tail)).clamp(min=0))
+    return replace(both, ids=both.ids[n:], text=answer, offsets=(offsets[n:] - len(tail)).clamp(min=0))
 
 # %% ../../../nbs/probes/traceback/01_prompts.ipynb #cd89c196
-def _answered(lm: LongModel, prompt: Tokens, answer: str | Tokens | TokenIds, chat: bool) -> Tokens:
+def _given_answer(lm: LongModel, prompt: Tokens, answer: str | Tokens | TokenIds, chat: bool) -> Tokens:
     """An answer that is given, as it goes on from the prompt."""
     if isinstance(answer, (list, tuple)) and any(isinstance(t, str) for t in answer):
         raise TypeError(f"an answer is a text or token ids, and this is a list of texts, {answer!r:.60}: join them, or trace each alone")
@@ -134,7 +180,7 @@ def _spaced(char: str) -> bool:
     return char.isalnum() and east_asian_width(char) not in "WF"
 
 # %% ../../../nbs/probes/traceback/01_prompts.ipynb #f8a1b3c5
-def _plain_sources(context: Any, by: Any, size: int | None, sep: str = "") -> Sources:
+def _plain_sources(context: str | Sequence[str], by: str | Sequence[Sequence[int]] | None, size: int | None, sep: str = "") -> Sources:
     """The sources of a context in one of the ways of `cut_context`, or marked to become tokens."""
     if not (isinstance(by, str) and by == "tokens"): return cut_context(context, by, size, sep)
     _one_token(size)
@@ -145,49 +191,55 @@ def _one_token(size: int | None) -> None:
     if size in (None, 1): return
     raise ValueError(f"size is {size!r}, and by='tokens' makes a source of each token: leave size out, or cut by words")
 
+# %% ../../../nbs/probes/traceback/01_prompts.ipynb #p7opts
+class CutOptions(AskOptions, total=False):
+    """How a context is cut and put"""
+
+    by: str | Sequence[Sequence[int]] | None
+    size: int | None
+    settings: AskSettings | None
+
 # %% ../../../nbs/probes/traceback/01_prompts.ipynb #4247bbae
 def trace_prompt(
-    lm: LongModel,  # LongModel
+    lm: LongModel,
     context: str | Sequence[str],  # a text, or documents
     question: str = "",  # what is asked about it
-    answer: str | TokenIds | None = None,  # what was said; None: the model answers
+    answer: str | TokenIds | None = None,  # that is traced; None: the model answers
     *,
     by: str | Sequence[Sequence[int]] | None = None,  # one of SEGMENTERS, "tokens", or spans; None: "words", a list: "documents"
     size: int | None = None,  # words, sentences, ... that make one source; None: 100 words, one of everything else
-    sep: str = "\n\n",  # between two documents
-    template: str | None = None,  # one of TEMPLATES, or your own; None: "raw", and "needle" for needle-lm
-    answer_prefix: str | None = None,  # how the answer begins, as a part of the prompt; None: nothing, and what needle-lm was taught
-    chat: bool | None = None,  # make it a user turn of the tokenizer's chat template
-    system: str | None = None,  # the system message of a chat
-    special: bool = False,  # may the context's text of special tokens, such as "<s>", become special tokens?
     answer_span: str | Sequence[int] | range | None = None,  # the part of the answer that is traced
-    max_new_tokens: int | None = None,  # of an answer that the model writes; None: 100, as TracLLM (32 for needle-lm)
-    stop: str | Sequence[str] | None = None,  # texts that end it; None: none, and the end of the sentence for needle-lm
     allow_longer: bool | None = None,  # go past the model's `max_length`; None: as it was loaded
+    settings: AskSettings | None = None,  # template, chat, stop, ... together
+    **options: Unpack[AskOptions],  # fields of AskSettings, one by one
 ) -> TracePrompt:
     """A context and a question as a prompt, cut into sources, with the answer."""
-    tiny = lm.name == "needle-lm"
-    sources = _plain_sources(context, by, size, sep)
-    found = _template(lm, template, question)
-    prefix = (_lead(question) if tiny and template is None else "") if answer_prefix is None else answer_prefix
-    tokens, at = _composed(lm, sources, question, found, prefix, special, chat=chat, system=system, allow_longer=allow_longer)
-    return _finished(lm, tokens, at, sources, answer, answer_span, max_new_tokens, stop, allow_longer, question=question, chat=bool(chat),
-                     template=found, answer_prefix=prefix, system=system, special=special)
+    s = settings_of(AskSettings, settings, {**options}, "trace_prompt")
+    sources = _plain_sources(context, by, size, s.sep)
+    s = replace(s, template=_template(lm, s.template, question), answer_prefix=_prefix(lm, s, question))
+    tokens, at = _composed(lm, sources, question, s, allow_longer)
+    meta = {"chat": bool(s.chat), "template": s.template, "answer_prefix": s.answer_prefix, "system": s.system, "special": s.special}
+    found = _answered_by(lm, tokens, answer, s, allow_longer)
+    return placed(tokens, at, sources, found, answer_span, question=question, meta={**meta, "generated": answer is None})
 
 # %% ../../../nbs/probes/traceback/01_prompts.ipynb #a465af1f
-def _finished(lm: LongModel, tokens: Tokens, at: int, sources: Sources, answer: Any, span: Any, max_new_tokens: int | None,
-              stop: str | Sequence[str] | None, allow_longer: bool | None, question: str, **meta: Any) -> TracePrompt:
-    """The prompt with its answer."""
-    generated = answer is None
-    if generated: said = own_answer(lm, tokens, *answer_limits(lm, max_new_tokens, stop), allow_longer)
-    else: said = _answered(lm, tokens, answer, bool(meta.get("chat")))
-    check_length(lm, len(tokens) + len(said), allow_longer)
-    return placed(tokens, at, sources, said, span, question=question, meta={**meta, "generated": generated})
+def _answered_by(
+    lm: LongModel,
+    tokens: Tokens,  # of the prompt
+    answer: str | TokenIds | None,  # None: the model answers
+    s: AskSettings,
+    allow_longer: bool | None,
+) -> Tokens:
+    """The answer to a prompt, given or written, if both are not too long together."""
+    if answer is None: found = own_answer(lm, tokens, *answer_limits(lm, s.max_new_tokens, s.stop), allow_longer)
+    else: found = _given_answer(lm, tokens, answer, bool(s.chat))
+    check_length(lm, len(tokens) + len(found), allow_longer)
+    return found
 
 # %% ../../../nbs/probes/traceback/01_prompts.ipynb #a3ff34c5
 def context_span(ctx: Context) -> tuple[int, int]:
     """Characters of what stands between the instruction, if there is one, and the question."""
-    chars: Any = ctx.tokens.offsets
+    chars = known_offsets(ctx.tokens)
     before = [int(chars[s.stop - 1, 1]) for k, s in ctx.spans.items() if k in ("instruction", "question_before")]
     after = [int(chars[s.start, 0]) for k, s in ctx.spans.items() if k in ("question", "answer_prefix")]
     if not ctx.add_special_tokens and not before:
@@ -199,17 +251,17 @@ def context_span(ctx: Context) -> tuple[int, int]:
 # %% ../../../nbs/probes/traceback/01_prompts.ipynb #b2d4f6a8
 KINDS = {"documents": "document", "pairs": "pair", "relations": "relation"}  # how to cut -> what a Context calls its parts, without number
 
-
+# %% ../../../nbs/probes/traceback/01_prompts.ipynb #b2d4f61s
 def _numbered_parts(ctx: Context, kind: str) -> list[tuple[int, int]]:
     """Characters of kind_0, kind_1, ... in the order of the text; what stands between two goes with the first."""
-    chars: Any = ctx.tokens.offsets
+    chars = known_offsets(ctx.tokens)
     spans = sorted((s for k, s in ctx.spans.items() if re.fullmatch(kind + r"_\d+", k)), key=lambda s: s.start)
     starts = [int(chars[s.start, 0]) for s in spans]
     starts[:1] = [a + len(ctx.text[a:]) - len(ctx.text[a:].lstrip()) for a in starts[:1]]
     return list(pairwise([*starts, int(chars[spans[-1].stop - 1, 1])])) if spans else []
 
 # %% ../../../nbs/probes/traceback/01_prompts.ipynb #d5e7f9a1
-def _known_parts(ctx: Context, by: Any, span: Sequence[int] | None) -> tuple[str, list[tuple[int, int]]]:
+def _known_parts(ctx: Context, by: str | Sequence[Sequence[int]] | None, span: Sequence[int] | None) -> tuple[str, list[tuple[int, int]]]:
     """What the parts of a Context are, and their characters in its text; nothing where it has none, or own spans are given."""
     for kind, name in KINDS.items() if by is None or isinstance(by, str) else ():
         if by in KINDS and by != kind: continue
@@ -233,7 +285,7 @@ def _of_parts(text: str, parts: Sequence[tuple[int, int]], kind: str, by: str, s
 # %% ../../../nbs/probes/traceback/01_prompts.ipynb #f6b8daec
 def _around_inserts(ctx: Context, a: int, b: int, size: int | None) -> Sources | None:
     """Needles and what else was put into a haystack, and what is around them by words; None where nothing was."""
-    chars: Any = ctx.tokens.offsets
+    chars = known_offsets(ctx.tokens)
     spans = [s for k, s in ctx.spans.items() if re.fullmatch(r"(needle|distractor|assignment)(_\d+)*", k)]
     edges = sorted((int(chars[s.start, 0]), int(chars[s.stop - 1, 1])) for s in spans)
     edges = [(x, y) for x, y in edges if a <= x and y <= b]
@@ -248,10 +300,10 @@ def _around_inserts(ctx: Context, a: int, b: int, size: int | None) -> Sources |
 
 # %% ../../../nbs/probes/traceback/01_prompts.ipynb #9d3529f6
 def ready_prompt(
-    lm: LongModel,  # LongModel
+    lm: LongModel,
     prompt: str | Context,  # everything before the answer
     span: Sequence[int] | None = None,  # characters of the context in it; None: all of a text; what a Context has before its question
-    answer: str | TokenIds | None = None,  # what was said; None: the model answers
+    answer: str | TokenIds | None = None,  # that is traced; None: the model answers
     *,
     by: str | Sequence[Sequence[int]] | None = None,  # as `trace_prompt` has it, or one of KINDS; None: what a Context knows, or "words"
     size: int | None = None,  # words, sentences, ... that make one source
@@ -271,4 +323,5 @@ def ready_prompt(
     tokens = ctx.tokens if ctx else compose_prompt(lm, [Piece(text, special=special)], allow_longer=allow_longer).tokens
     if parts: sources = _of_parts(text[a:b], [(x - a, y - a) for x, y in parts], kind, by or kind, size)  # type: ignore[arg-type]
     else: sources = (ctx and by is None and _around_inserts(ctx, a, b, size)) or _plain_sources(text[a:b], by, size)
-    return _finished(lm, tokens, a, sources, answer, answer_span, max_new_tokens, stop, allow_longer, question=question, template="ready")
+    found = _answered_by(lm, tokens, answer, AskSettings(max_new_tokens=max_new_tokens, stop=stop), allow_longer)
+    return placed(tokens, a, sources, found, answer_span, question=question, meta={"template": "ready", "generated": answer is None})

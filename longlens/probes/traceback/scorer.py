@@ -13,32 +13,36 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ...methods import patch
 from ...sweeps.cells import content, fingerprint
 from ...models.forward import check_logits
 from ...attention.hf_interface import UnsupportedModel, attach
-from ...interventions.base import _ACTIVE
+from ...interventions.base import active_interventions
 from ...models.kv_cache import fork_cache, new_cache, Prefix, rope_regime
 from ...models.memory import size_text
 from .sources import TracePrompt, subset_tokens
 from .prefix_tree import ScoreCosts, SegmentBits, Step, common_start, first_alike, make_steps, step_costs
 from ...sweeps.store import Store, as_row
-from ...sweeps.sweep import SweepWarning, out_of_memory
+from ...sweeps.runner import out_of_memory, SweepWarning
 from ...models.forward import LongModel
 
+if TYPE_CHECKING:
+    from longlens.probes.traceback import scorer as _here
+
 # %% auto #0
-__all__ = ['FLOOR', 'Walker', 'SubsetScorer', 'ScorePlan', 'shares', 'reusable', 'through_longlens', 'forget_if_changed',
-           'plain_scores']
+__all__ = ['FLOOR', 'Walker', 'SubsetScorer', 'ScorePlan', 'shares', 'through_longlens', 'plain_scores']
 
 # %% ../../../nbs/probes/traceback/03_scorer.ipynb #ace6cbd6
-def _said_logits(lm: LongModel, cache: Any, ids: Tensor, rows: Tensor, chunk: int) -> Tensor:  # (b, t, vocab), float32
+def _answer_logits(lm: LongModel, cache: Any, ids: Tensor, rows: Tensor, chunk: int) -> Tensor:  # (b, t, vocab), float32
     """Logits at the rows (b, t) of ids (b, n) that come after a cache."""
     wanted, parts = rows.unique(), []
     for start in range(0, ids.shape[1], chunk):
@@ -96,23 +100,23 @@ class Walker:
         else: cache = new_cache(lm.config, "all")
         ends = torch.tensor([len(at) - start - 1 for at in ats])
         rows = ends[:, None] + torch.arange(self.prompt.traced.start, len(a))
-        return _answer_measures(_said_logits(lm, cache, ids, rows, chunk), a[self.prompt.traced.start :])
+        return _answer_measures(_answer_logits(lm, cache, ids, rows, chunk), a[self.prompt.traced.start :])
 
 # %% ../../../nbs/probes/traceback/03_scorer.ipynb #47c188cc
 FLOOR = -1000.0  # stands for the logarithm of zero (TracLLM)
 
-
-class _Scorer:
-    """What a SubsetScorer holds."""
+# %% ../../../nbs/probes/traceback/03_scorer.ipynb #47c1881s
+class SubsetScorer:
+    """log p(answer | subset of sources), each subset once. A ValueFunction."""
 
     def __init__(
         self,
-        lm: LongModel,  # LongModel
+        lm: LongModel,
         prompt: TracePrompt,  # the sources and the answer
         *,
         batch_size: int | None = None,  # subsets that run together, at most; None: 8
         max_memory: int | None = None,  # bytes on top of the weights; None: nine tenths of what is free
-        out: str | Path | None = None,  # a folder: results are kept there, and another scorer of the same prompt goes on from them
+        out: str | Path | None = None,  # a folder: results are saved there, and another scorer of the same prompt goes on from them
         progress: bool = False,  # show a bar, in tokens
         reuse: bool = True,  # compute shared beginnings once; False: every subset by itself
     ):
@@ -124,40 +128,50 @@ class _Scorer:
         self.known: dict[bytes, np.ndarray] = {}  # key of a subset -> log p and log-odds of the traced tokens, (2, t)
         self.floored: set[bytes] = set()  # subsets with which the answer has no probability at all
         self.state, self.run_key, self.written = "", "", time.monotonic()
-        self.doing = "subsets"  # what the bar says
+        self.doing = "subsets"  # what the bar shows
         self.ahead: np.ndarray | None = None  # if the whole prompt is going to run first: what is in memory then, positions in it
 
-# %% ../../../nbs/probes/traceback/03_scorer.ipynb #72c88d29
-class SubsetScorer(_Scorer):
-    """log p(answer | subset of sources), each subset once. A ValueFunction."""
-
-    def measures(self, kept: Any) -> np.ndarray:  # (m, 2, t)
-        """log p and log(p / (1 - p)) of each traced token, for each subset."""
-        return _measure_subsets(self, kept)
-
-    def __call__(self, kept: Any) -> np.ndarray:  # (m,)
+    def __call__(self, kept: ArrayLike) -> np.ndarray:  # (m,)
         """log p of the traced tokens together, for each subset."""
         return _floor(self.measures(kept)[:, 0].sum(-1))
 
-    def logit_sums(self, kept: Any) -> np.ndarray:  # (m,)
-        """Sum over the traced tokens of log(p / (1 - p)), for each subset (ContextCite's target)."""
-        return np.clip(self.measures(kept)[:, 1].sum(-1), FLOOR, -FLOOR)
+    if TYPE_CHECKING:  # added below
+        measures = _here.measures
+        logit_sums = _here.logit_sums
+        plan = _here.plan
+        expect = _here.expect
+        held = _here.held
+        start_from = _here.start_from
+        close = _here.close
+        forget_if_changed = _here.forget_if_changed
 
-    def plan(self, kept: Any) -> ScoreCosts:
-        """What it would cost to score these subsets now."""
-        return _plan_subsets(self, kept).costs
+# %% ../../../nbs/probes/traceback/03_scorer.ipynb #72c88d29
+@patch
+def logit_sums(self: SubsetScorer, kept: ArrayLike) -> np.ndarray:  # (m,)
+    """Sum over the traced tokens of log(p / (1 - p)), for each subset (ContextCite's target)."""
+    return np.clip(self.measures(kept)[:, 1].sum(-1), FLOOR, -FLOOR)
 
-    def expect(self, written: bool = False) -> ScoreCosts:
-        """Plan from here on as if the whole prompt ran first."""
-        return _expect_whole(self, written)
+# %% ../../../nbs/probes/traceback/03_scorer.ipynb #72c88d2a
+@patch
+def held(self: SubsetScorer) -> np.ndarray:  # positions in the prompt
+    """The beginning that is in memory, or is going to be."""
+    return self.walker.at if len(self.walker.at) or self.ahead is None else self.ahead
 
-    def held(self) -> np.ndarray:  # positions in the prompt
-        """The beginning that is in memory, or is going to be."""
-        return self.walker.at if len(self.walker.at) or self.ahead is None else self.ahead
+# %% ../../../nbs/probes/traceback/03_scorer.ipynb #72c88d2b
+@patch
+def start_from(
+    self: SubsetScorer,
+    whole: Prefix,  # the whole prompt, in memory
+) -> None:
+    """Go on from what is in memory, where the model can."""
+    self.forget_if_changed()
+    if _reusable(self): self.walker.at, self.walker.chain = np.arange(len(self.prompt)), whole
 
-    def close(self) -> None:
-        """Give the cache back; results stay."""
-        self.walker.forget()
+# %% ../../../nbs/probes/traceback/03_scorer.ipynb #72c88d2c
+@patch
+def close(self: SubsetScorer) -> None:
+    """Give the cache back; results stay."""
+    self.walker.forget()
 
 # %% ../../../nbs/probes/traceback/03_scorer.ipynb #df9b179c
 def _floor(values: np.ndarray) -> np.ndarray: return np.where(np.isneginf(values), FLOOR, values)
@@ -179,7 +193,7 @@ def _subset_key(prompt: TracePrompt, mask: np.ndarray) -> bytes:
     return hashlib.blake2b(prompt.ids.numpy()[np.append(mask, True)[prompt.owner]].tobytes(), digest_size=16).digest()
 
 # %% ../../../nbs/probes/traceback/03_scorer.ipynb #492ee98f
-def _masks(prompt: TracePrompt, kept: Any) -> np.ndarray:
+def _masks(prompt: TracePrompt, kept: ArrayLike) -> np.ndarray:
     """Subsets, one bool for each source."""
     kept = np.asarray(kept)
     if kept.dtype != bool or kept.ndim != 2 or kept.shape[1] != prompt.n or not len(kept):
@@ -197,8 +211,9 @@ def _fitting(s: SubsetScorer, n: int) -> tuple[int, int]:
         if total <= s.max_memory if s.max_memory is not None else need.available is None or total <= 0.9 * need.available:
             return batch, chunk
     limit = f"max_memory is {size_text(s.max_memory)}" if s.max_memory is not None else f"{size_text(need.available or 0)} are free"
-    raise MemoryError(f"{s.lm.name} cannot run {n:,} tokens in chunks of 32: it takes {size_text(total)} on top of the weights, and {limit}: "
-                      f"take a shorter context, {'more max_memory' if s.max_memory is not None else 'or a device with more memory'}")
+    more = "more max_memory" if s.max_memory is not None else "or a device with more memory"
+    raise MemoryError(f"{s.lm.name} cannot run {n:,} tokens in chunks of 32: it takes {size_text(total)} on top of the weights, and "
+                      f"{limit}: take a shorter context, {more}")
 
 # %% ../../../nbs/probes/traceback/03_scorer.ipynb #999cc596
 def _halves(n: int) -> list[int]: return [n >> k for k in range(n.bit_length())]
@@ -218,10 +233,10 @@ def _unknown(s: SubsetScorer, masks: np.ndarray) -> np.ndarray:  # numbers of su
 # %% ../../../nbs/probes/traceback/03_scorer.ipynb #3f9f5f7d
 def _plan_subsets(
     s: SubsetScorer,
-    kept: Any,  # (m, n), bool
+    kept: ArrayLike,  # (m, n), bool
 ) -> ScorePlan:
     """What has to run for some subsets, and what that costs."""
-    forget_if_changed(s)
+    s.forget_if_changed()
     asked, t = _masks(s.prompt, kept), s.prompt.traced.stop
     masks = asked[_unknown(s, asked)]
     rows = SegmentBits(s.prompt, masks)
@@ -231,27 +246,34 @@ def _plan_subsets(
     plain, every = (int(x.sum()) + len(x) * (t - 1) for x in (rows.tokens, SegmentBits(s.prompt, asked).tokens))
     return ScorePlan(masks, steps, tokens, chunk, ScoreCosts(len(asked), len(masks), sum(tokens), plain, every))
 
+# %% ../../../nbs/probes/traceback/03_scorer.ipynb #72c88d2d
+@patch
+def plan(self: SubsetScorer, kept: ArrayLike) -> ScoreCosts:
+    """What it would cost to score these subsets now."""
+    return _plan_subsets(self, kept).costs
+
 # %% ../../../nbs/probes/traceback/03_scorer.ipynb #8b07367a
-def _expect_whole(
-    s: SubsetScorer,
+@patch
+def expect(
+    self: SubsetScorer,
     written: bool = False,  # is the whole prompt in memory then, because an answer was written to it?
 ) -> ScoreCosts:
-    """What the whole prompt costs; plans are as if it had run."""
-    s.ahead, every = None, np.ones((1, s.n), bool)
-    first, held = _plan_subsets(s, every), np.arange(len(s.prompt)) if written and reusable(s) else s.walker.at
+    """What the whole prompt costs; plans are from here on as if it had run."""
+    self.ahead, every = None, np.ones((1, self.n), bool)
+    first, held = _plan_subsets(self, every), np.arange(len(self.prompt)) if written and _reusable(self) else self.walker.at
     if not first.steps: return first.costs
-    tokens = step_costs(first.steps, SegmentBits(s.prompt, every), s.prompt.traced.stop, held)
+    tokens = step_costs(first.steps, SegmentBits(self.prompt, every), self.prompt.traced.stop, held)
     at = np.arange(first.steps[0].size)
-    s.ahead = held if common_start(held, at) == len(at) else at
+    self.ahead = held if common_start(held, at) == len(at) else at
     return replace(first.costs, tokens=sum(tokens))
 
 # %% ../../../nbs/probes/traceback/03_scorer.ipynb #be612260
-def shares(lm: LongModel, n: int) -> bool:  # LongModel
+def shares(lm: LongModel, n: int) -> bool:
     """Can prompts of up to n tokens go on from a beginning that they share?"""
     return bool(new_cache(lm.config, "all").is_croppable) and rope_regime(lm.config, n) == rope_regime(lm.config, 1)
 
-
-def reusable(s: SubsetScorer) -> bool:
+# %% ../../../nbs/probes/traceback/03_scorer.ipynb #be61221s
+def _reusable(s: SubsetScorer) -> bool:
     """Can the cache that an answer was written with be gone on from?"""
     return s.reuse and shares(s.lm, len(s.prompt.whole))
 
@@ -279,7 +301,7 @@ def _turned(lm: LongModel, at: np.ndarray, answer: Tensor) -> bool:
     """Are positions turned otherwise than in a short text, so that the prompt has to run in one piece?"""
     return rope_regime(lm.config, len(at) + len(answer) - 1) != rope_regime(lm.config, 1)
 
-
+# %% ../../../nbs/probes/traceback/03_scorer.ipynb #eacca91s
 def _as_short(lm: LongModel) -> None:
     """Have positions turned as in a short text: with dynamic scaling, transformers goes on with what the longest text so far needed."""
     if 10**9 in rope_regime(lm.config, 10**9): lm.logits_at(torch.tensor([0]), input_ids=torch.zeros(1, 1).long().to(lm.device))
@@ -306,15 +328,16 @@ def through_longlens(lm: LongModel) -> ExitStack:
     return stack
 
 # %% ../../../nbs/probes/traceback/03_scorer.ipynb #47d8a451
-def forget_if_changed(s: SubsetScorer) -> None:
+@patch
+def forget_if_changed(self: SubsetScorer) -> None:
     """Forget everything if the model is not what it was."""
-    now = json.dumps([content(i, "intervention") for i in _ACTIVE.get(id(s.lm.hf), [])])
-    if now == s.state: return
-    s.state, s.known, s.floored = now, {}, set()
-    s.close()
-    if s.store is not None:
-        said = ["subset scores", 1, fingerprint(s.lm), s.walker.answer.tolist(), s.prompt.traced.start]
-        s.run_key = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:32]
+    now = json.dumps([content(i, "intervention") for i in active_interventions(self.lm)])
+    if now == self.state: return
+    self.state, self.known, self.floored = now, {}, set()
+    self.close()
+    if self.store is not None:
+        about = ["subset scores", 1, fingerprint(self.lm), self.walker.answer.tolist(), self.prompt.traced.start]
+        self.run_key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
 
 # %% ../../../nbs/probes/traceback/03_scorer.ipynb #a9545082
 def _recall(s: SubsetScorer, keys: Sequence[bytes]) -> None:
@@ -331,7 +354,7 @@ def _remember(s: SubsetScorer, key: bytes, values: np.ndarray) -> None:
     if np.isneginf(values[0]).any(): s.floored.add(key)
 
 # %% ../../../nbs/probes/traceback/03_scorer.ipynb #b600f267
-def _keep(s: SubsetScorer, keys: Sequence[bytes], values: np.ndarray) -> None:
+def _save(s: SubsetScorer, keys: Sequence[bytes], values: np.ndarray) -> None:
     """Take what came of a batch; write it now and then."""
     for k, v in zip(keys, values, strict=True): _remember(s, k, v)
     if s.store is None: return
@@ -343,32 +366,33 @@ def _keep(s: SubsetScorer, keys: Sequence[bytes], values: np.ndarray) -> None:
         s.written = now
 
 # %% ../../../nbs/probes/traceback/03_scorer.ipynb #526f59e6
-def _measure_subsets(
-    s: SubsetScorer,
-    kept: Any,  # (m, n), bool
+@patch
+def measures(
+    self: SubsetScorer,
+    kept: ArrayLike,  # (m, n), bool
 ) -> np.ndarray:  # (m, 2, t)
-    """Run what is not known yet, and give everything that was asked for."""
-    s.ahead = None
-    plan, begun = _plan_subsets(s, kept), time.perf_counter()
-    keys = [_subset_key(s.prompt, m) for m in plan.masks]
-    bar = tqdm(total=plan.costs.tokens, unit="tok", unit_scale=True, desc=s.doing, disable=not s.progress or not keys)
+    """log p and log(p / (1 - p)) of each traced token, for each subset; what is known is not run again."""
+    self.ahead = None
+    plan, begun = _plan_subsets(self, kept), time.perf_counter()
+    keys = [_subset_key(self.prompt, m) for m in plan.masks]
+    bar = tqdm(total=plan.costs.tokens, unit="tok", unit_scale=True, desc=self.doing, disable=not self.progress or not keys)
     try:
-        with bar, torch.no_grad(), through_longlens(s.lm):
-            _as_short(s.lm)
+        with bar, torch.no_grad(), through_longlens(self.lm):
+            _as_short(self.lm)
             for step, tokens in zip(plan.steps, plan.tokens, strict=True):
-                for batch, values in _run_step(s, step, plan.masks, plan.chunk): _keep(s, [keys[i] for i in batch], values)
+                for batch, values in _run_step(self, step, plan.masks, plan.chunk): _save(self, [keys[i] for i in batch], values)
                 bar.update(tokens)
     finally:
-        if s.store is not None: s.store.write()
+        if self.store is not None: self.store.write()
     plan.costs.seconds = time.perf_counter() - begun
-    s.costs += plan.costs
-    return np.stack([s.known[_subset_key(s.prompt, m)] for m in _masks(s.prompt, kept)])
+    self.costs += plan.costs
+    return np.stack([self.known[_subset_key(self.prompt, m)] for m in _masks(self.prompt, kept)])
 
 # %% ../../../nbs/probes/traceback/03_scorer.ipynb #01c26e63
 def plain_scores(
-    lm: LongModel,  # LongModel
+    lm: LongModel,
     prompt: TracePrompt,
-    kept: Any,  # (m, n), bool
+    kept: ArrayLike,  # (m, n), bool
 ) -> np.ndarray:  # (m,)
     """log p of the traced tokens by one whole forward for each subset: what `SubsetScorer` is measured against."""
     out = []

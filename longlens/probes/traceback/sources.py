@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ...models.tokens import check_unicode, TokenIds, Tokens
@@ -26,7 +27,7 @@ from ...prompts.compose import BoundaryError, solid_tokens
 
 # %% auto #0
 __all__ = ['SEGMENTERS', 'segment_spans', 'checked_size', 'Sources', 'cut_context', 'TracePrompt', 'subset_tokens', 'subset_ids',
-           'answer_tokens', 'placed', 'token_prompt', 'narrowed', 'source_frame']
+           'answer_tokens', 'known_offsets', 'placed', 'token_prompt', 'narrowed', 'source_frame']
 
 # %% ../../../nbs/probes/traceback/00_sources.ipynb #134525e0
 def _sentence_ends(text: str) -> list[int]:
@@ -47,7 +48,7 @@ SEGMENTERS: dict[str, Callable[[str], list[int]]] = {  # name -> where units of 
 }
 
 # %% ../../../nbs/probes/traceback/00_sources.ipynb #87a254d9
-_UNITS = {"words": 100}  # units that make one source; 1 where nothing is said
+_UNITS = {"words": 100}  # units that make one source, if the caller gives no number; 1 of all others
 
 # %% ../../../nbs/probes/traceback/00_sources.ipynb #de7b4ba1
 def _grouped(text: str, ends: Sequence[int], size: int) -> list[tuple[int, int]]:
@@ -196,7 +197,7 @@ class _Parts:
     tokens: Tokens  # the prompt with every source, (n,); its offsets are characters of the prompt's text
     owner: np.ndarray  # the source of each token, (n,); -1: always there
     sources: Sources
-    answer: Tokens  # what was said, (m,), without special tokens
+    answer: Tokens  # that is traced, (m,), without special tokens
     traced: range  # which tokens of the answer are traced
     question: str = ""
     at: int = 0  # the character of the prompt at which the context begins
@@ -242,11 +243,11 @@ class TracePrompt(_Parts):
         return len(self.ids)
 
     def __repr__(self) -> str:
-        said = f", {len(self.traced)} of them traced" * (len(self.traced) < len(self.answer))
-        return f"TracePrompt({len(self):,} tokens, {self.n:,} sources by {self.sources.by}; answer of {len(self.answer)} tokens{said})"
+        part = f", {len(self.traced)} of them traced" * (len(self.traced) < len(self.answer))
+        return f"TracePrompt({len(self):,} tokens, {self.n:,} sources by {self.sources.by}; answer of {len(self.answer)} tokens{part})"
 
 # %% ../../../nbs/probes/traceback/00_sources.ipynb #483f02ec
-def _mask(prompt: TracePrompt, kept: Any) -> np.ndarray:
+def _mask(prompt: TracePrompt, kept: ArrayLike) -> np.ndarray:
     """A subset as one bool for each source."""
     x = np.asarray(kept)
     if x.dtype == bool:
@@ -261,7 +262,7 @@ def _mask(prompt: TracePrompt, kept: Any) -> np.ndarray:
 # %% ../../../nbs/probes/traceback/00_sources.ipynb #88404638
 def subset_tokens(
     prompt: TracePrompt,
-    kept: Any,  # bool for each source, or numbers of sources
+    kept: ArrayLike,  # bool for each source, or numbers of sources
 ) -> np.ndarray:  # positions in the prompt, ascending
     """Which tokens of the prompt are there when only some sources are."""
     there = np.append(_mask(prompt, kept), True)  # -1 is the last: always there
@@ -270,7 +271,7 @@ def subset_tokens(
 # %% ../../../nbs/probes/traceback/00_sources.ipynb #b044fb69
 def subset_ids(
     prompt: TracePrompt,
-    kept: Any,  # bool for each source, or numbers of sources
+    kept: ArrayLike,  # bool for each source, or numbers of sources
 ) -> Tensor:  # (k,), int64
     """The prompt with some of its sources, in their order."""
     return prompt.ids[torch.from_numpy(subset_tokens(prompt, kept))]
@@ -290,6 +291,14 @@ def answer_tokens(
         raise ValueError(f"{span} are not tokens of the answer, which has {len(answer)}")
     return span
 
+# %% ../../../nbs/probes/traceback/00_sources.ipynb #s2off
+def known_offsets(
+    tokens: Tokens,  # n tokens
+) -> Tensor:  # (n, 2), int64
+    """The characters of each token."""
+    if tokens.offsets is None: raise ValueError("the characters of these tokens are not known: a fast tokenizer gives them")
+    return tokens.offsets
+
 # %% ../../../nbs/probes/traceback/00_sources.ipynb #fe69b13b
 def placed(
     tokens: Tokens,  # of a prompt, with offsets
@@ -300,7 +309,7 @@ def placed(
     **more: Any,  # question, meta
 ) -> TracePrompt:
     """A prompt with its sources found among the tokens."""
-    offsets = tokens.offsets.numpy()  # type: ignore[union-attr]
+    offsets = known_offsets(tokens).numpy()
     spans, end = np.array(sources.spans) + at, at + len(sources.text)
     if sources.by == "tokens":
         starts = _token_starts(tokens, at)
@@ -314,7 +323,7 @@ def placed(
 # %% ../../../nbs/probes/traceback/00_sources.ipynb #38939d91
 def _token_starts(tokens: Tokens, at: int) -> np.ndarray:
     """Characters of the context, which begins at `at`, where a token begins that is more than white space."""
-    return np.unique(solid_tokens(tokens.text or "", tokens.offsets.numpy())[1] - at)  # type: ignore[union-attr]
+    return np.unique(solid_tokens(tokens.text or "", known_offsets(tokens).numpy())[1] - at)
 
 # %% ../../../nbs/probes/traceback/00_sources.ipynb #614a337e
 def _token_sources(tokens: Tokens, known: np.ndarray, at: int, a: int, b: int) -> list[tuple[int, int]]:
@@ -327,11 +336,11 @@ def _token_sources(tokens: Tokens, known: np.ndarray, at: int, a: int, b: int) -
 def token_prompt(
     ids: TokenIds,  # the whole prompt, (n,)
     sources: Sequence[Sequence[int]],  # token positions (start, end) of each source, in order
-    answer: TokenIds,  # what was said, (m,)
+    answer: TokenIds,  # that is traced, (m,)
     answer_span: range | None = None,  # tokens of the answer that are traced; None: all
 ) -> TracePrompt:
     """A prompt in token ids."""
-    ids, said = torch.as_tensor(ids).long(), torch.as_tensor(answer).long()
+    ids, given = torch.as_tensor(ids).long(), Tokens(torch.as_tensor(answer).long())
     words = [str(i) for i in ids.tolist()]
     starts = [0, *accumulate(len(w) + 1 for w in words)]
     offsets = torch.tensor([(a, a + len(w)) for a, w in zip(starts, words, strict=False)])
@@ -339,12 +348,12 @@ def token_prompt(
     spans = _own(text, [(starts[a], min(starts[b], len(text))) for a, b in sources])
     tokens, cut = Tokens(ids, text, offsets), Sources(text, tuple(spans), "own spans", (0,) * len(spans))
     owner = _token_owners(text, offsets.numpy(), np.array(spans), len(text))
-    return TracePrompt(tokens, owner, cut, Tokens(said), answer_tokens(Tokens(said), answer_span), meta={"generated": False})
+    return TracePrompt(tokens, owner, cut, given, answer_tokens(given, answer_span), meta={"generated": False})
 
 # %% ../../../nbs/probes/traceback/00_sources.ipynb #a64c6b33
 def narrowed(
     prompt: TracePrompt,
-    kept: Any,  # bool for each source, or numbers of sources
+    kept: ArrayLike,  # bool for each source, or numbers of sources
     by: str | None = None,  # how they are cut further; None: not at all
     size: int | None = None,  # units that make one source
 ) -> tuple[TracePrompt, list[int]]:  # the prompt with nothing else, and for each of its sources the one it is a part of
@@ -352,13 +361,13 @@ def narrowed(
     mask = _mask(prompt, kept)
     if not mask.any(): raise ValueError("there are no sources: keep at least one")
     at = subset_tokens(prompt, mask)
-    tokens = Tokens(prompt.ids[at], prompt.tokens.text, prompt.tokens.offsets[at], prompt.tokens.tokenizer)  # type: ignore[index]
+    tokens = Tokens(prompt.ids[at], prompt.tokens.text, known_offsets(prompt.tokens)[at], prompt.tokens.tokenizer)
     old = prompt.sources
     starts = _token_starts(tokens, prompt.at) if by == "tokens" else np.empty(0, int)
     parts = [(i, s) for i in np.flatnonzero(mask).tolist() for s in _parts(old, tokens, starts, prompt.at, old.spans[i], by, size)]
     cut = Sources(old.text, tuple(s for _, s in parts), by or old.by, tuple(old.documents[i] for i, _ in parts))
     spans = np.array(cut.spans) + prompt.at
-    owner = _token_owners(tokens.text or "", tokens.offsets.numpy(), spans, prompt.at + len(old.text))  # type: ignore[union-attr]
+    owner = _token_owners(tokens.text or "", known_offsets(tokens).numpy(), spans, prompt.at + len(old.text))
     has = np.unique(owner[owner >= 0]).tolist()
     cut = replace(cut, spans=tuple(cut.spans[i] for i in has), documents=tuple(cut.documents[i] for i in has))
     owner = np.where(owner >= 0, np.searchsorted(has, owner), -1)

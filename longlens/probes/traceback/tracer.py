@@ -7,80 +7,170 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from functools import cached_property
 from importlib import import_module
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import numpy as np
 import polars as pl
 
-from .sources import TracePrompt
-from .scorer import SubsetScorer, forget_if_changed
-from .prefix_tree import PADDING, ScoreCosts, ValueFunction
+from ...methods import patch
 from ...models.forward import LongModel
+from ...models.kv_cache import Prefix
+from ...models.tokens import Tokens
+from ..heads.report import HeadReport
+from .prefix_tree import PADDING, ScoreCosts, ValueFunction
+from .scorer import SubsetScorer
+from .sources import TracePrompt
+
+if TYPE_CHECKING:
+    from longlens.probes.traceback import tracer as _here
+
+Heads = HeadReport | Sequence[tuple[int, int]] | Mapping[tuple[int, int], float]  # found; or (layer, head) pairs, with weights or without
 
 # %% auto #0
-__all__ = ['TRACERS', 'TRACER_MODULES', 'MOST_BITS', 'TraceJob', 'TraceScores', 'TraceCost', 'Room', 'room_of', 'Meter', 'Tracer',
-           'load_methods', 'find_tracer', 'check_budget', 'counted', 'planned_cost', 'subset_cost']
+__all__ = ['Heads', 'TRACERS', 'TRACER_MODULES', 'MOST_BITS', 'Job', 'GameJob', 'TraceJob', 'TraceScores', 'TraceCost', 'Room',
+           'room_of', 'Meter', 'Tracer', 'load_methods', 'MethodOptions', 'find_tracer', 'check_budget', 'counted',
+           'planned_cost', 'subset_cost']
 
-# %% ../../../nbs/probes/traceback/04_tracer.ipynb #d5c77b12
+# %% ../../../nbs/probes/traceback/04_tracer.ipynb #a1jobbase
+@dataclass(eq=False, kw_only=True)
+class Job(ABC):
+    """What any method may use: so many sources, and what subsets of them are worth."""
+
+    seed: int = 0  # of random numbers
+    doing: str = "subsets"  # what the bar shows
+
+    @property
+    @abstractmethod
+    def n(self) -> int:
+        """How many sources."""
+
+    @property
+    @abstractmethod
+    def scorer(self) -> ValueFunction:
+        """What a subset of the sources is worth."""
+
+    if TYPE_CHECKING:  # added below
+        rng = _here.rng
+        now = _here.now
+        with_model = _here.with_model
+        costs = _here.costs
+
+# %% ../../../nbs/probes/traceback/04_tracer.ipynb #a2jobrng0
+@patch
+def rng(self: Job, salt: int = 0) -> np.random.Generator:
+    """Random numbers; the same for the same seed."""
+    return np.random.default_rng([self.seed, salt])
+
+# %% ../../../nbs/probes/traceback/04_tracer.ipynb #a2jobr1s
+@patch
+def now(self: Job, doing: str) -> None:
+    """What is done from here on, for the bar."""
+    self.doing = doing
+    if isinstance(self, TraceJob) and self.started is not None: self.started.doing = doing
+
+# %% ../../../nbs/probes/traceback/04_tracer.ipynb #a5jobwith
+@patch
+def with_model(
+    self: Job,
+    what: str,  # what needs a model, for the error
+) -> TraceJob:
+    """The job, if it is about a model and a prompt."""
+    if not isinstance(self, TraceJob): raise ValueError(f"{what}, and this job is a game without one")
+    return self
+
+# %% ../../../nbs/probes/traceback/04_tracer.ipynb #a7jobgame
 @dataclass(eq=False)
-class TraceJob:
-    """What a method may use. `lm` and `prompt` are missing where a game is played instead (`game`)."""
+class GameJob(Job):
+    """A game in place of a model."""
 
-    lm: LongModel | None = None  # LongModel
-    prompt: TracePrompt | None = None
-    game: ValueFunction | None = None  # in place of the model: any function of sets
-    seed: int = 0
-    heads: Any = None  # a HeadReport, or [(layer, head)], for the methods that want heads
+    game: ValueFunction
+
+    @property
+    def n(self) -> int: return self.game.n
+
+    @property
+    def scorer(self) -> ValueFunction: return self.game
+
+# %% ../../../nbs/probes/traceback/04_tracer.ipynb #a9jobtrac
+@dataclass(eq=False)
+class TraceJob(Job):
+    """A model, and an answer of it that is traced to the sources of its prompt."""
+
+    lm: LongModel
+    prompt: TracePrompt
+    heads: Heads | None = None  # for the methods that want heads
     batch_size: int | None = None  # subsets that run together, at most
     max_memory: int | None = None  # bytes on top of the weights
     budget: int | None = None  # tokens through the model that are left, for methods that go on in steps; None: no limit
     out: str | Path | None = None  # a folder for what was scored
     progress: bool = False
-    doing: str = "subsets"  # what the bar says
-
-    @cached_property
-    def scorer(self) -> ValueFunction:
-        """log p(answer | subset of sources); made when it is first used."""
-        if self.game is not None: return self.game
-        made = SubsetScorer(self.lm, self.prompt, batch_size=self.batch_size, max_memory=self.max_memory,  # type: ignore[arg-type]
-                            out=self.out, progress=self.progress)
-        made.doing = self.doing
-        return made
-
-    def now(self, doing: str) -> None:
-        """What is done from here on, for the bar."""
-        self.doing = doing
-        if isinstance(made := vars(self).get("scorer"), SubsetScorer): made.doing = doing
+    started: SubsetScorer | None = field(default=None, init=False)  # the scorer, once it is used
 
     @property
-    def n(self) -> int:
-        """How many sources."""
-        return self.game.n if self.game is not None else self.prompt.n  # type: ignore[union-attr]
+    def n(self) -> int: return self.prompt.n
 
-    def held(self) -> tuple[np.ndarray, Any]:
-        """The beginning of the prompt that is in memory, or will be when the method runs: positions, and the Prefix if it is there."""
-        if not isinstance(made := vars(self).get("scorer"), SubsetScorer): return np.empty(0, np.int64), None
-        forget_if_changed(made)
-        return made.held(), made.walker.chain
+    @property
+    def scorer(self) -> SubsetScorer: return _started(self)
 
-    def release(self) -> None:
-        """Give back what is in memory, for a method that does not go on from it."""
-        if isinstance(made := vars(self).get("scorer"), SubsetScorer): made.close()
+    if TYPE_CHECKING:  # added below
+        held = _here.held
+        release = _here.release
+        with_answer = _here.with_answer
 
-    def rng(self, salt: int = 0) -> np.random.Generator:
-        """Random numbers; the same for the same seed."""
-        return np.random.default_rng([self.seed, salt])
+# %% ../../../nbs/probes/traceback/04_tracer.ipynb #b0jobstar
+def _started(job: TraceJob) -> SubsetScorer:
+    """log p(answer | subset of sources); made when it is first used."""
+    if job.started is None:
+        job.started = SubsetScorer(job.lm, job.prompt, batch_size=job.batch_size, max_memory=job.max_memory, out=job.out,
+                                   progress=job.progress)
+        job.started.doing = job.doing
+    return job.started
+
+# %% ../../../nbs/probes/traceback/04_tracer.ipynb #b1jobcost
+@patch
+def costs(self: Job) -> ScoreCosts:
+    """What the scorer has cost so far."""
+    made = self.started if isinstance(self, TraceJob) else self.scorer
+    return made.costs if isinstance(made, SubsetScorer) else ScoreCosts()
+
+# %% ../../../nbs/probes/traceback/04_tracer.ipynb #b3jobheld
+@patch
+def held(self: TraceJob) -> tuple[np.ndarray, Prefix | None]:
+    """The beginning of the prompt that is in memory, or will be when the method runs: positions, and the Prefix if it is there."""
+    if self.started is None: return np.empty(0, np.int64), None
+    self.started.forget_if_changed()
+    return self.started.held(), self.started.walker.chain
+
+# %% ../../../nbs/probes/traceback/04_tracer.ipynb #b3jobh1s
+@patch
+def release(self: TraceJob) -> None:
+    """Free what is in memory, for a method that does not go on from it."""
+    if self.started is not None: self.started.close()
+
+# %% ../../../nbs/probes/traceback/04_tracer.ipynb #b5jobansw
+@patch
+def with_answer(
+    self: TraceJob,
+    answer: Tokens,  # in place of the one that stood for it
+    traced: range,  # tokens of it that are traced
+    written: Prefix | None = None,  # the prompt, as it is in memory
+) -> TraceJob:
+    """The same job with the answer that the model has written."""
+    prompt = replace(self.prompt, answer=answer, traced=traced, meta={**self.prompt.meta, "generated": True})
+    made = replace(self, prompt=prompt)
+    if written is not None: made.scorer.start_from(written)
+    return made
 
 # %% ../../../nbs/probes/traceback/04_tracer.ipynb #bbf91919
 _TRACE_FRAMES = ("sources", "answer", "costs", "context", "scan")  # tables that a trace has of its own
 
-
+# %% ../../../nbs/probes/traceback/04_tracer.ipynb #bbf9191s
 @dataclass(frozen=True, eq=False)
 class TraceScores:
     """What a method gives."""
@@ -124,8 +214,8 @@ class TraceCost:
     answer: int = 0  # tokens, of those, for the answer itself: to write it, and to see how probable it is
 
     def __repr__(self) -> str:
-        said = f"{'' if self.exact else 'up to '}{self.evaluations:,} evaluations, {self.tokens:,} tokens through the model"
-        return said + f", {self.answer:,} of them for the answer itself" * bool(self.answer)
+        cost = f"{'' if self.exact else 'up to '}{self.evaluations:,} evaluations, {self.tokens:,} tokens through the model"
+        return cost + f", {self.answer:,} of them for the answer itself" * bool(self.answer)
 
 # %% ../../../nbs/probes/traceback/04_tracer.ipynb #81ebb831
 @dataclass(frozen=True, eq=False)
@@ -143,9 +233,9 @@ class Room:
         return self.always + min(self.tokens, int(self.sizes[:k].sum()))
 
 # %% ../../../nbs/probes/traceback/04_tracer.ipynb #087b95ad
-def room_of(job: TraceJob) -> Room:
+def room_of(job: Job) -> Room:
     """What the prompt of a job has."""
-    if job.prompt is None: return Room(job.n, np.zeros(job.n, int), 0)
+    if not isinstance(job, TraceJob): return Room(job.n, np.zeros(job.n, int), 0)
     sizes, p = np.sort([len(r) for r in job.prompt.ranges])[::-1], job.prompt
     total = int(sizes.sum())
     return Room(p.n, sizes, total, len(p) - total + p.traced.stop - 1, sum(len(t.encode()) for t in p.sources.texts))
@@ -184,17 +274,17 @@ class Tracer:
     signed: ClassVar[bool] = True  # does a score below 0 speak against the answer? Not for shares of attention
     says: ClassVar[str] = ""  # a sentence about it
 
-    def cost(self, job: TraceJob) -> TraceCost:
+    def cost(self, job: Job) -> TraceCost:
         """What `run` is going to cost; nothing is run."""
         raise NotImplementedError(f"{type(self).__name__} must define cost(job)")
 
-    def most(self, job: TraceJob, room: Room) -> TraceCost | None:
+    def most(self, job: Job, room: Room) -> TraceCost | None:
         """What `run` can cost at most, on any prompt that fits in `room`; None: not known. Of a game: the sets it asks for."""
         if not self.plays: return None
-        self.run(TraceJob(game=(meter := Meter(room)), seed=job.seed))
+        self.run(GameJob(meter := Meter(room), seed=job.seed))
         return meter.cost
 
-    def run(self, job: TraceJob) -> TraceScores:
+    def run(self, job: Job) -> TraceScores:
         """The scores."""
         raise NotImplementedError(f"{type(self).__name__} must define run(job)")
 
@@ -210,14 +300,40 @@ TRACER_MODULES = {  # module -> methods that it puts there
     "methods.self_citation": ("self_citation",),
 }
 
-
+# %% ../../../nbs/probes/traceback/04_tracer.ipynb #cfd46d1s
 def load_methods() -> dict[str, Tracer]:
     """All methods that come with longlens, in one order, whichever was imported first, and after them those that were added."""
     for module in TRACER_MODULES: import_module(f"longlens.probes.traceback.{module}")
     known = [name for names in TRACER_MODULES.values() for name in names]
-    for name in [*known, *(name for name in TRACERS if name not in known)]:
-        if name in TRACERS: TRACERS[name] = TRACERS.pop(name)
+    order = [name for name in (*known, *(n for n in TRACERS if n not in known)) if name in TRACERS]
+    if order != list(TRACERS):  # whoever goes through them meanwhile is not disturbed
+        for name in order: TRACERS[name] = TRACERS.pop(name)
     return TRACERS
+
+# %% ../../../nbs/probes/traceback/04_tracer.ipynb #o2meth
+class MethodOptions(TypedDict, total=False):
+    """Settings of the methods that come with longlens, and what they may need, as keyword arguments"""
+
+    heads: Heads | None
+    permutations: int
+    beta: float
+    functions: str | Sequence[str]
+    keep: float
+    weight: float
+    inner: str | Tracer
+    levels: str | Sequence[str]
+    draws: int
+    share: float
+    top_tokens: int | None
+    layers: Sequence[int] | None
+    total: bool
+    skip: float
+    ablations: int
+    alpha: float
+    held_out: int
+    samples: int | None
+    steps: int
+    baseline: str | int
 
 # %% ../../../nbs/probes/traceback/04_tracer.ipynb #a776950f
 def find_tracer(
@@ -254,17 +370,17 @@ def _check_settings(method: Tracer, settings: Mapping[str, Any]) -> None:
         if f.name not in settings: continue
         kind, value = str(getattr(f.type, "__name__", f.type)), settings[f.name]
         if value is None and "None" in kind: continue
-        said = f"{f.name} is {value!r}, and {type(method).__name__} wants a "
+        wants = f"{f.name} is {value!r}, and {type(method).__name__} wants a "
         numbers = {"int": ("whole number", Integral), "float": ("number", Real)}
         what, number = numbers.get(kind.removesuffix(" | None"), ("", object))
-        if not isinstance(value, number) or (what and isinstance(value, bool)): raise TypeError(f"{said}{what}")
+        if not isinstance(value, number) or (what and isinstance(value, bool)): raise TypeError(f"{wants}{what}")
         listed = not isinstance(value, str) and hasattr(value, "__iter__")
-        if kind.startswith("Sequence[int]") and not listed: raise TypeError(f"{said}list of whole numbers, such as [0, 1]")
+        if kind.startswith("Sequence[int]") and not listed: raise TypeError(f"{wants}list of whole numbers, such as [0, 1]")
 
 # %% ../../../nbs/probes/traceback/04_tracer.ipynb #8d7d554f
 def check_budget(
     tracer: Tracer,
-    job: TraceJob,
+    job: Job,
     budget: int | None = None,  # tokens through the model, at most; None: without limit
     answer: int = 0,  # tokens that the answer takes before the method runs
 ) -> TraceCost:
@@ -279,21 +395,21 @@ def check_budget(
 # %% ../../../nbs/probes/traceback/04_tracer.ipynb #f102b6d0
 def counted(
     tracer: Tracer,
-    job: TraceJob,
+    job: Job,
 ) -> tuple[TraceScores, ScoreCosts]:
     """What a method finds, and what that took."""
-    before, begun = getattr(vars(job).get("scorer"), "costs", ScoreCosts()), time.perf_counter()
+    before, begun = job.costs(), time.perf_counter()
     found = tracer.run(job)
     if not isinstance(found, TraceScores):
         raise TypeError(f"{type(tracer).__name__}.run gives a {type(found).__name__}: give TraceScores(values)")
     if len(found.values) != job.n:
         raise ValueError(f"a method gives a score for each of the {job.n} sources, and {type(tracer).__name__} gives {len(found.values)}")
-    spent = found.costs or getattr(vars(job).get("scorer"), "costs", ScoreCosts()) - before
+    spent = found.costs or job.costs() - before
     return found, replace(spent, seconds=time.perf_counter() - begun)
 
 # %% ../../../nbs/probes/traceback/04_tracer.ipynb #49478013
 def planned_cost(
-    job: TraceJob,
+    job: Job,
     kept: np.ndarray,  # (m, n), bool
 ) -> TraceCost:
     """What it costs to score these subsets."""
@@ -305,10 +421,10 @@ def planned_cost(
 # %% ../../../nbs/probes/traceback/04_tracer.ipynb #fccef457
 MOST_BITS = 2**28  # of a plan: ten orders of 5,000 sources, or each of 16,000 left out
 
-
+# %% ../../../nbs/probes/traceback/04_tracer.ipynb #fccef41s
 def subset_cost(
     tracer: Tracer,
-    job: TraceJob,
+    job: Job,
     many: int,  # subsets
     masks: Callable[[], np.ndarray],  # what they are, (m, n), bool
 ) -> TraceCost:

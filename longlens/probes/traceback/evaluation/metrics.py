@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from ....models.kv_cache import cut_at_stops
+from ....models.tokens import Tokens
+from ....models.generate import cut_at_stops
+from ....models.kv_cache import Prefix
 from ...metrics import Interval, bootstrap_interval, wilson_interval
 from ..sources import TracePrompt, subset_ids
 from ..scorer import FLOOR
@@ -66,8 +68,8 @@ def says(
 
 # %% ../../../../nbs/probes/traceback/evaluation/01_metrics.ipynb #6135bb9e
 def replied(
-    lm: LongModel,  # LongModel
-    prompt: Any,  # Tokens, or a Prefix
+    lm: LongModel,
+    prompt: Tokens | Prefix,
     limits: tuple[int, Sequence[str]],  # from `answer_limits`
 ) -> tuple[Tensor, str]:  # token ids up to a stop text, and what they say before it
     """What a model says to a prompt."""
@@ -78,7 +80,7 @@ def replied(
 
 # %% ../../../../nbs/probes/traceback/evaluation/01_metrics.ipynb #1d0f76d4
 def answer_without(
-    lm: LongModel,  # LongModel
+    lm: LongModel,
     prompt: TracePrompt,
     removed: Sequence[int],  # numbers of sources
     limits: tuple[int, Sequence[str]] | None = None,  # of the answer; None: as `answer_limits` has them
@@ -87,8 +89,8 @@ def answer_without(
     kept = np.ones(prompt.n, bool)
     kept[list(removed)] = False
     before = lm.prefill(subset_ids(prompt, kept))
-    _, said = replied(lm, before, limits or answer_limits(lm))
-    return said, max(float(lm.score(before, prompt.answer.ids).total), FLOOR)
+    _, answer = replied(lm, before, limits or answer_limits(lm))
+    return answer, max(float(lm.score(before, prompt.answer.ids).total), FLOOR)
 
 # %% ../../../../nbs/probes/traceback/evaluation/01_metrics.ipynb #c360b91e
 def case_interval(

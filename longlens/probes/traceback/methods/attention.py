@@ -7,24 +7,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import polars as pl
 import torch
+from numpy.typing import ArrayLike
 from tqdm.auto import tqdm
 
 from ....measure.mean_rows import attention_of, check_head_weights, covers, rows_after
 from ....attention.hf_interface import attach
 from ....measure.capture import capture
 from ....measure.rollout import Rollout
-from ....models.kv_cache import new_cache, shared_length
+from ....models.kv_cache import Prefix, new_cache, shared_length
 from ....models.memory import size_text
-from ..tracer import TRACERS, Meter, Room, TraceCost, TraceJob, Tracer, TraceScores
+from ..tracer import TRACERS, GameJob, Heads, Job, Meter, Room, TraceCost, TraceJob, Tracer, TraceScores
 from ..sources import TracePrompt, subset_tokens
 from ..prefix_tree import ScoreCosts
 from ....models.forward import LongModel
+from ...heads.report import HeadReport
 
 # %% auto #0
 __all__ = ['glance', 'pool_sources', 'glances', 'draw_sources', 'mean_of_draws', 'retrieval_weights', 'AttentionTracer',
@@ -37,15 +39,15 @@ class _Glance(NamedTuple):
     attention: np.ndarray  # mean attention to each token of the prompt, (k,)
     owner: np.ndarray  # the source of each, (k,); -1: of none
     tokens: int  # that were run for it
-    prefix: Any  # the Prefix in front of the rows
+    prefix: Prefix  # in front of the rows
 
 # %% ../../../../nbs/probes/traceback/methods/02_attention.ipynb #bfcc8465
 def glance(
-    lm: LongModel,  # LongModel
+    lm: LongModel,
     prompt: TracePrompt,
-    kept: Any = None,  # numbers of the sources that are there; None: all
+    kept: ArrayLike | None = None,  # numbers of the sources that are there; None: all
     weights: Mapping[tuple[int, int], float] | None = None,  # of heads (layer, head) in the mean; None: all alike
-    like: Any = None,  # the Prefix of a prompt that may begin alike
+    like: Prefix | None = None,  # of a prompt that may begin alike
     max_memory: int | None = None,  # bytes on top of the weights; None: nine tenths of what is free
 ) -> _Glance:
     "Mean attention of the answer's rows to the tokens of the prompt, over rows, heads and layers"
@@ -53,11 +55,11 @@ def glance(
     ids, k = torch.cat([prompt.ids[torch.from_numpy(at)], prompt.answer.ids]), len(at)
     rows = range(k + prompt.traced.start - 1, k + prompt.traced.stop)
     shared = _in_common(like.ids, ids[:rows.start]) if like is not None and like.cache.is_croppable else 0
-    there = rows.start > 0 and covers(like, ids[:rows.start])
-    copies = 2 if there or like is None else 3  # of the cache: before the rows, with them, and of the prompt before
+    whole = like if rows.start > 0 and covers(like, ids[:rows.start]) else None  # it goes on from that alone
+    copies = 2 if whole is not None or like is None else 3  # of the cache: before the rows, with them, and of the prompt before
     chunk = None if max_memory is None else lm.best_chunk(rows.stop, most=max_memory, copies=copies)
     with attach(lm):  # its length has been checked
-        if there: seen = rows_after(before := like.crop(rows.start), ids[rows.start:rows.stop], weights, chunk)
+        if whole is not None: seen = rows_after(before := whole.crop(rows.start), ids[rows.start:rows.stop], weights, chunk)
         else: seen, before = attention_of(lm, ids, rows, weights, like, True, chunk)
     return _Glance(seen[:k].cpu().numpy().astype(float), prompt.owner[at], rows.stop - shared, before)
 
@@ -92,7 +94,7 @@ def _in_order(subsets: Sequence[np.ndarray]) -> dict[tuple[int, ...], list[int]]
 
 # %% ../../../../nbs/probes/traceback/methods/02_attention.ipynb #c4cb5ef1
 def glances(
-    lm: LongModel,  # LongModel
+    lm: LongModel,
     prompt: TracePrompt,
     subsets: Sequence[np.ndarray],  # numbers of the sources of each, ascending
     weights: Mapping[tuple[int, int], float] | None = None,  # of heads (layer, head) in the mean; None: all alike
@@ -109,7 +111,7 @@ def glances(
 
 # %% ../../../../nbs/probes/traceback/methods/02_attention.ipynb #6d172382
 def _glance_costs(
-    lm: LongModel,  # LongModel
+    lm: LongModel,
     prompt: TracePrompt,
     subsets: Sequence[np.ndarray],  # numbers of the sources of each, ascending
     held: np.ndarray | None = None,  # the beginning that is in memory: positions in the prompt
@@ -150,7 +152,7 @@ def mean_of_draws(
 
 # %% ../../../../nbs/probes/traceback/methods/02_attention.ipynb #458e2d2c
 def _layer_weights(
-    lm: LongModel,  # LongModel
+    lm: LongModel,
     layers: Sequence[int] | None,  # numbers of layers; None: all
 ) -> dict[tuple[int, int], float] | None:  # (layer, head) -> 1; None: all alike
     "All heads of some layers"
@@ -163,14 +165,14 @@ def _layer_weights(
 # %% ../../../../nbs/probes/traceback/methods/02_attention.ipynb #c54027c5
 _HOW_TO_FIND = "report = retrieval_heads(lm) finds them; or give heads as [(layer, head), ...] or {(layer, head): weight}"
 
-
+# %% ../../../../nbs/probes/traceback/methods/02_attention.ipynb #c540271s
 def retrieval_weights(
-    lm: LongModel,  # LongModel
-    heads: Any,  # a HeadReport; or (layer, head) pairs, or a mapping of them to weights
+    lm: LongModel,
+    heads: Heads | None,  # a HeadReport; or (layer, head) pairs, or a mapping of them to weights
 ) -> dict[tuple[int, int], float]:  # (layer, head) -> weight
     "Weights of heads that copy: the found heads of a report with their retrieval scores, given heads alike, or the weights given"
     if heads is None: raise ValueError(f"retrieval_attention needs to know which heads retrieve: {_HOW_TO_FIND}")
-    pairs: Mapping = _scored(heads) if hasattr(heads, "found") else heads if isinstance(heads, Mapping) else dict.fromkeys(heads, 1.0)
+    pairs = _scored(heads) if isinstance(heads, HeadReport) else heads if isinstance(heads, Mapping) else dict.fromkeys(heads, 1.0)
     weights = {(int(layer), int(head)): float(w) for (layer, head), w in pairs.items()}
     check_head_weights(weights, "retrieval_attention")
     for layer, head in weights:
@@ -180,7 +182,7 @@ def retrieval_weights(
     return weights
 
 # %% ../../../../nbs/probes/traceback/methods/02_attention.ipynb #c08ccb5f
-def _scored(report: Any) -> dict[tuple[int, int], float]:
+def _scored(report: HeadReport) -> dict[tuple[int, int], float]:
     "The retrieval heads of a HeadReport with their scores"
     if not report.found:
         raise ValueError(f"this {type(report).__name__} found no retrieval heads, so there is nothing to weigh by: trace with another "
@@ -196,27 +198,27 @@ class AttentionTracer(Tracer):
     unit: ClassVar[str] = "attention"
     signed: ClassVar[bool] = False
 
-    def subsets(self, job: TraceJob) -> list[np.ndarray]:
+    def subsets(self, job: Job) -> list[np.ndarray]:
         "The prompts that are run, by numbers of their sources"
         return [np.arange(job.n)]
 
-    def most(self, job: TraceJob, room: Room) -> TraceCost:
+    def most(self, job: Job, room: Room) -> TraceCost:
         """A whole forward of each."""
-        some = self.subsets(replace(job, game=Meter(room)))  # a game of so many sources
+        some = self.subsets(GameJob(Meter(room), seed=job.seed))  # a game of so many sources
         return TraceCost(len(some), sum(room.prompt(len(s)) + 1 for s in some))
 
-    def cost(self, job: TraceJob) -> TraceCost:
-        costs = _glance_costs(job.lm, self.prompt(job), self.subsets(job), self.held(job)[0])
+    def cost(self, job: Job) -> TraceCost:
+        job = self.on_model(job)
+        costs = _glance_costs(job.lm, job.prompt, self.subsets(job), self.held(job)[0])
         return TraceCost(costs.evaluations, costs.tokens, True)
 
-    def held(self, job: TraceJob) -> tuple[np.ndarray, Any]:
+    def held(self, job: TraceJob) -> tuple[np.ndarray, Prefix | None]:
         "The beginning that it goes on from: positions in the prompt, and the Prefix if it is there already"
         return np.empty(0, int), None
 
-    def prompt(self, job: TraceJob) -> TracePrompt:
-        "The prompt of a job that has one"
-        if job.lm is None or job.prompt is None: raise ValueError(f"{type(self).__name__} reads attention: it needs a model and a prompt")
-        return job.prompt
+    def on_model(self, job: Job) -> TraceJob:
+        "The job, which has a model to read the attention of"
+        return job.with_model(f"{type(self).__name__} reads attention")
 
 # %% ../../../../nbs/probes/traceback/methods/02_attention.ipynb #b22cd3bf
 @dataclass(frozen=True)
@@ -233,15 +235,15 @@ class AttnTrace(AttentionTracer):
         if self.draws < 1 or self.top_tokens < 1: raise ValueError(f"{self}: draws and top_tokens are 1 or more")
         if not 0 < self.share <= 1: raise ValueError(f"share is {self.share}: of the sources, above 0 and 1 at most")
 
-    def subsets(self, job: TraceJob) -> list[np.ndarray]: return draw_sources(job.n, self.share, self.draws, job.seed)
+    def subsets(self, job: Job) -> list[np.ndarray]: return draw_sources(job.n, self.share, self.draws, job.seed)
 
-    def run(self, job: TraceJob) -> TraceScores:
-        prompt, subsets, begun = self.prompt(job), self.subsets(job), time.perf_counter()
+    def run(self, job: Job) -> TraceScores:
+        job, subsets, begun = self.on_model(job), self.subsets(job), time.perf_counter()
         values, weights = np.full((self.draws, job.n), np.nan), _layer_weights(job.lm, self.layers)
         job.release()
-        for numbers, g in glances(job.lm, prompt, subsets, weights, job.progress, job.doing, job.max_memory):
+        for numbers, g in glances(job.lm, job.prompt, subsets, weights, job.progress, job.doing, job.max_memory):
             values[numbers] = pool_sources(g.attention, g.owner, job.n, self.top_tokens)
-        costs = _glance_costs(job.lm, prompt, subsets)
+        costs = _glance_costs(job.lm, job.prompt, subsets)
         costs.seconds = time.perf_counter() - begun
         return _of_draws(values, costs)
 
@@ -267,16 +269,17 @@ class MeanAttention(AttentionTracer):
     total: bool = False  # what the source's tokens get together; False: their mean
     says: ClassVar[str] = "attention of the answer to the tokens of the source, mean over layers and heads"
 
-    def held(self, job: TraceJob) -> tuple[np.ndarray, Any]: return job.held()
+    def held(self, job: TraceJob) -> tuple[np.ndarray, Prefix | None]: return job.held()
 
     def weights(self, job: TraceJob) -> dict[tuple[int, int], float] | None:
         "Of heads, in the mean"
         return _layer_weights(job.lm, self.layers)
 
-    def run(self, job: TraceJob) -> TraceScores:
-        prompt, begun, (held, like) = self.prompt(job), time.perf_counter(), self.held(job)
-        g = glance(job.lm, prompt, weights=self.weights(job), like=like, max_memory=job.max_memory)
-        costs = _glance_costs(job.lm, prompt, self.subsets(job), held)
+    def run(self, job: Job) -> TraceScores:
+        job, begun = self.on_model(job), time.perf_counter()
+        held, like = self.held(job)
+        g = glance(job.lm, job.prompt, weights=self.weights(job), like=like, max_memory=job.max_memory)
+        costs = _glance_costs(job.lm, job.prompt, self.subsets(job), held)
         costs.seconds = time.perf_counter() - begun
         tokens = pl.DataFrame({"position": range(len(g.owner)), "source": g.owner, "attention": g.attention})
         return TraceScores(pool_sources(g.attention, g.owner, job.n, self.top_tokens, self.total), frames={"tokens": tokens}, costs=costs)
@@ -303,8 +306,10 @@ def _rollout_room(lm: LongModel, n_tokens: int, n_sources: int, max_memory: int 
     "How many tokens go at a time, and bytes for the columns; raises where they do not fit"
     columns = 4 * n_tokens * n_sources
     whole = lm.memory(n_tokens)
-    if max_memory is None and whole.available is None: return n_tokens, 4 * columns
-    limit = 0.9 * whole.available if max_memory is None else max_memory
+    if max_memory is None:
+        if whole.available is None: return n_tokens, 4 * columns
+        limit = 0.9 * whole.available
+    else: limit = max_memory
     if whole.needed + 4 * columns <= limit: return n_tokens, 4 * columns
     need = (lm.n_layers + 3) * columns
     for chunk in (c for c in (4096, 2048, 1024, 512, 256, 128, 64, 32) if c < n_tokens):
@@ -315,7 +320,7 @@ def _rollout_room(lm: LongModel, n_tokens: int, n_sources: int, max_memory: int 
 
 # %% ../../../../nbs/probes/traceback/methods/02_attention.ipynb #2da9e638
 def _roll_out(
-    lm: LongModel,  # LongModel
+    lm: LongModel,
     prompt: TracePrompt,
     skip: float = 0.5,  # share of each state that the residual connection passes on
     total: bool = True,  # share of each source; False: for each of its tokens
@@ -341,15 +346,16 @@ class AttentionRollout(AttentionTracer):
     unit: ClassVar[str] = "share"
     says: ClassVar[str] = "share of the source in the states of the answer, by attention followed back through all layers"
 
-    def cost(self, job: TraceJob) -> TraceCost:
-        size = len(self.prompt(job)) + job.prompt.traced.stop  # type: ignore[union-attr]
+    def cost(self, job: Job) -> TraceCost:
+        job = self.on_model(job)
+        size = len(job.prompt) + job.prompt.traced.stop
         _rollout_room(job.lm, size, job.n, job.max_memory)
         return TraceCost(1, size, True)
 
-    def run(self, job: TraceJob) -> TraceScores:
-        prompt, cost, begun = self.prompt(job), self.cost(job), time.perf_counter()
+    def run(self, job: Job) -> TraceScores:
+        job, cost, begun = self.on_model(job), self.cost(job), time.perf_counter()
         job.release()
-        values = _roll_out(job.lm, prompt, self.skip, self.total, job.max_memory)
+        values = _roll_out(job.lm, job.prompt, self.skip, self.total, job.max_memory)
         costs = ScoreCosts(1, 1, cost.tokens, cost.tokens, cost.tokens, time.perf_counter() - begun)
         return TraceScores(values, costs=costs)
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ....models.memory import size_text
-from ..tracer import TRACERS, Room, TraceCost, TraceJob, Tracer, TraceScores
+from ....models.tokens import HFModel
+from ..tracer import TRACERS, Job, Room, TraceCost, TraceJob, Tracer, TraceScores
 from ..sources import TracePrompt
 from ..prefix_tree import ScoreCosts
 from .contextcite import extra_module
@@ -30,21 +31,21 @@ __all__ = ['answer_target', 'backward_bytes', 'neutral_id', 'TokenScores', 'inte
 
 # %% ../../../../nbs/probes/traceback/methods/04_captum_gradients.ipynb #e3a00f6b
 def answer_target(
-    lm: LongModel,  # LongModel
+    lm: LongModel,
     prompt: TracePrompt,
 ) -> Callable[[Tensor], Tensor]:  # ids (batch, n) -> (batch,)
     """Log-probability of the traced tokens, for prompts with their answer; it keeps what a backward pass needs."""
-    rows, said = torch.tensor(prompt.answer_rows), prompt.answer.ids[prompt.traced.start : prompt.traced.stop].to(lm.device)
+    rows, traced = torch.tensor(prompt.answer_rows), prompt.answer.ids[prompt.traced.start : prompt.traced.stop].to(lm.device)
 
     def target(ids: Tensor) -> Tensor:
         logs = lm.logits_at(rows, input_ids=ids).float().log_softmax(-1)  # (batch, traced, vocab)
-        return logs.gather(-1, said.expand(len(ids), -1)[..., None]).sum((1, 2))
+        return logs.gather(-1, traced.expand(len(ids), -1)[..., None]).sum((1, 2))
 
     return target
 
 # %% ../../../../nbs/probes/traceback/methods/04_captum_gradients.ipynb #5f759063
 @contextmanager
-def _frozen(hf: Any) -> Iterator[None]:
+def _frozen(hf: HFModel) -> Iterator[None]:
     """Weights of which no gradients are kept."""
     some = [p for p in hf.parameters() if p.requires_grad]
     for p in some: p.requires_grad_(False)
@@ -72,9 +73,9 @@ def _saved_bytes(lm: LongModel, ids: Tensor) -> int:
 # %% ../../../../nbs/probes/traceback/methods/04_captum_gradients.ipynb #703f0d42
 _PROBES = (64, 128, 256)  # tokens of the short passes
 
-
+# %% ../../../../nbs/probes/traceback/methods/04_captum_gradients.ipynb #703f0d1s
 def backward_bytes(
-    lm: LongModel,  # LongModel
+    lm: LongModel,
     ids: Tensor,  # prompt and answer, (n,)
     rows: int = 1,  # tokens of the answer
 ) -> int:
@@ -88,7 +89,7 @@ def backward_bytes(
 
 # %% ../../../../nbs/probes/traceback/methods/04_captum_gradients.ipynb #95131408
 def neutral_id(
-    lm: LongModel,  # LongModel
+    lm: LongModel,
     token: str | int,  # a text, whose last token is meant, or a token id
 ) -> int:
     """The token that stands for nothing."""
@@ -105,7 +106,7 @@ def _inputs(lm: LongModel, prompt: TracePrompt, baseline: str | int) -> tuple[Te
 
 # %% ../../../../nbs/probes/traceback/methods/04_captum_gradients.ipynb #97b7e839
 def _steps_at_once(
-    lm: LongModel,  # LongModel
+    lm: LongModel,
     ids: Tensor,  # prompt and answer, (n,)
     rows: int,  # tokens of the answer
     what: str,  # the method, for the error
@@ -117,7 +118,7 @@ def _steps_at_once(
     limit = max_memory if max_memory is not None else None if free is None else 0.9 * free
     fit = most if limit is None else int(limit // need)
     if fit < 1:
-        have = f"max_memory is {size_text(max_memory)}" if max_memory is not None else f"{size_text(free)} are free"
+        have = f"max_memory is {size_text(max_memory)}" if max_memory is not None else f"{size_text(free or 0)} are free"
         raise MemoryError(f"{what} needs about {size_text(need)} for a backward pass over {len(ids):,} tokens, and {have}: "
                           "narrow the context down first (coarse_to_fine), or take a method without gradients, such as loo or attntrace")
     return min(fit, most)
@@ -132,7 +133,7 @@ class TokenScores(NamedTuple):
 
 # %% ../../../../nbs/probes/traceback/methods/04_captum_gradients.ipynb #78f3936d
 def integrated_tokens(
-    lm: LongModel,  # LongModel
+    lm: LongModel,
     prompt: TracePrompt,
     steps: int = 50,  # points on the way from the baseline to the input
     baseline: str | int = ".",  # a neutral token, or its id
@@ -150,7 +151,7 @@ def integrated_tokens(
 
 # %% ../../../../nbs/probes/traceback/methods/04_captum_gradients.ipynb #6b8ed778
 def gradient_tokens(
-    lm: LongModel,  # LongModel
+    lm: LongModel,
     prompt: TracePrompt,
     max_memory: int | None = None,  # bytes on top of the weights; None: nine tenths of what is free
 ) -> TokenScores:
@@ -204,24 +205,23 @@ class GradientTracer(Tracer):
         at = np.flatnonzero(prompt.owner >= 0)
         return {"tokens": pl.DataFrame({"position": at, "source": prompt.owner[at], "attribution": s.tokens[at]})}
 
-    def run(self, job: TraceJob) -> TraceScores:
-        prompt, begun = _with_model(self, job), time.perf_counter()
+    def run(self, job: Job) -> TraceScores:
+        job, begun = _with_model(self, job), time.perf_counter()
         job.release()
         with _counted(job.lm.hf) as seen: s = self.found(job)
         costs = ScoreCosts(1, seen[0], seen[1], seen[1], seen[1], time.perf_counter() - begun)
-        return TraceScores(source_sums(prompt, s.tokens), frames=self.frames(prompt, s), notes=self.notes(s), costs=costs)
+        return TraceScores(source_sums(job.prompt, s.tokens), frames=self.frames(job.prompt, s), notes=self.notes(s), costs=costs)
 
     def notes(self, s: TokenScores) -> tuple[str, ...]: return ()
 
 # %% ../../../../nbs/probes/traceback/methods/04_captum_gradients.ipynb #7a9ae0bb
-def _with_model(tracer: Tracer, job: TraceJob) -> TracePrompt:
-    """The prompt of a job; a game has no gradients."""
-    if job.prompt is None: raise ValueError(f"{type(tracer).__name__} takes gradients of a model, and this job is a game without one")
-    return job.prompt
+def _with_model(tracer: Tracer, job: Job) -> TraceJob:
+    """The job, which has a model; a game has no gradients."""
+    return job.with_model(f"{type(tracer).__name__} takes gradients of a model")
 
 # %% ../../../../nbs/probes/traceback/methods/04_captum_gradients.ipynb #90f6aaab
 @contextmanager
-def _counted(hf: Any) -> Iterator[list[int]]:
+def _counted(hf: HFModel) -> Iterator[list[int]]:
     """Counts what runs: sequences and tokens."""
     seen = [0, 0]
 
@@ -259,11 +259,11 @@ class CaptumIntegratedGradients(GradientTracer):
     def __post_init__(self) -> None:
         if self.steps < 1: raise ValueError(f"steps is {self.steps}: 1 or more")
 
-    def cost(self, job: TraceJob) -> TraceCost: return _forwards(_with_model(self, job), self.steps + 4)
-    def most(self, job: TraceJob, room: Room) -> TraceCost: return _forwards_within(room, self.steps + 4)
+    def cost(self, job: Job) -> TraceCost: return _forwards(_with_model(self, job).prompt, self.steps + 4)
+    def most(self, job: Job, room: Room) -> TraceCost: return _forwards_within(room, self.steps + 4)
 
     def found(self, job: TraceJob) -> TokenScores:
-        return integrated_tokens(job.lm, _with_model(self, job), self.steps, self.baseline, job.max_memory)
+        return integrated_tokens(job.lm, job.prompt, self.steps, self.baseline, job.max_memory)
 
     def frames(self, prompt: TracePrompt, s: TokenScores) -> dict[str, pl.DataFrame]:
         row = {"difference": s.difference, "sum": s.difference + s.gap, "gap": s.gap, "allowed": _check_complete(s, self.steps)}
@@ -280,9 +280,9 @@ class CaptumGradient(GradientTracer):
 
     says: ClassVar[str] = "gradient of the answer's log-probability times the embedding (captum's LayerGradientXActivation)"
 
-    def cost(self, job: TraceJob) -> TraceCost: return _forwards(_with_model(self, job), 1)
-    def most(self, job: TraceJob, room: Room) -> TraceCost: return _forwards_within(room, 1)
-    def found(self, job: TraceJob) -> TokenScores: return gradient_tokens(job.lm, _with_model(self, job), job.max_memory)
+    def cost(self, job: Job) -> TraceCost: return _forwards(_with_model(self, job).prompt, 1)
+    def most(self, job: Job, room: Room) -> TraceCost: return _forwards_within(room, 1)
+    def found(self, job: TraceJob) -> TokenScores: return gradient_tokens(job.lm, job.prompt, job.max_memory)
 
-
+# %% ../../../../nbs/probes/traceback/methods/04_captum_gradients.ipynb #e54d821s
 TRACERS.update({"integrated_gradients": CaptumIntegratedGradients(), "gradient_x_input": CaptumGradient()})

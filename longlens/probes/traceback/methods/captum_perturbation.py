@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from .perturbation import Shapley
-from ..tracer import TRACERS, Meter, Room, TraceCost, TraceJob, Tracer, TraceScores, subset_cost
-from .contextcite import LASSO_STEPS, extra_module, said_unsettled, unsettled_fits
+from ..tracer import TRACERS, Job, Meter, Room, TraceCost, Tracer, TraceScores, subset_cost
+from .contextcite import LASSO_STEPS, extra_module, unsettled_notes, unsettled_fits
 
 # %% auto #0
 __all__ = ['Values', 'MaskGame', 'SubsetTracer', 'CaptumAblation', 'CaptumShapley', 'CaptumKernelShap', 'CaptumLime']
@@ -24,7 +24,7 @@ __all__ = ['Values', 'MaskGame', 'SubsetTracer', 'CaptumAblation', 'CaptumShaple
 # %% ../../../../nbs/probes/traceback/methods/03_captum_perturbation.ipynb #2baef3c8
 Values = Callable[[np.ndarray], Any]  # subsets, (count, n) bool -> what each is worth, (count,)
 
-
+# %% ../../../../nbs/probes/traceback/methods/03_captum_perturbation.ipynb #2baef31s
 @dataclass(eq=False)
 class MaskGame:
     """A forward function for captum: rows of zeros and ones in, the values of these subsets out; it remembers both"""
@@ -127,11 +127,11 @@ class SubsetTracer(Tracer):
     unit: ClassVar[str] = "nats"
     plays: ClassVar[bool] = True
 
-    def attribute(self, values: Values, job: TraceJob, errors: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
+    def attribute(self, values: Values, job: Job, errors: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
         """Scores and standard errors, if it has any."""
         raise NotImplementedError(f"{type(self).__name__} must define attribute(values, job, errors)")
 
-    def masks(self, job: TraceJob) -> np.ndarray:
+    def masks(self, job: Job) -> np.ndarray:
         """The subsets it will ask for, each once."""
         asked: list[np.ndarray] = []
 
@@ -146,14 +146,14 @@ class SubsetTracer(Tracer):
         """How many subsets it asks for at most, where there are so many sources."""
         raise NotImplementedError(f"{type(self).__name__} must define many(n)")
 
-    def most(self, job: TraceJob, room: Room) -> TraceCost: return Meter(room).sets(room.n, self.many(room.n)).cost
-    def cost(self, job: TraceJob) -> TraceCost: return subset_cost(self, job, self.many(job.n), lambda: self.masks(job))
+    def most(self, job: Job, room: Room) -> TraceCost: return Meter(room).sets(room.n, self.many(room.n)).cost
+    def cost(self, job: Job) -> TraceCost: return subset_cost(self, job, self.many(job.n), lambda: self.masks(job))
 
-    def run(self, job: TraceJob) -> TraceScores:
+    def run(self, job: Job) -> TraceScores:
         masks = self.masks(job)
         known = dict(zip((row.tobytes() for row in masks), job.scorer(masks), strict=True))
         with unsettled_fits() as late: found = self.attribute(lambda kept: np.array([known[row.tobytes()] for row in kept]), job)
-        return TraceScores(*found, notes=said_unsettled(late, getattr(self, "draws", 0) + 1))
+        return TraceScores(*found, notes=unsettled_notes(late, getattr(self, "draws", 0) + 1))
 
 # %% ../../../../nbs/probes/traceback/methods/03_captum_perturbation.ipynb #a96d7a27
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class CaptumAblation(SubsetTracer):
 
     says: ClassVar[str] = "what the log-probability of the answer loses when the source is left out (captum's FeatureAblation)"
 
-    def attribute(self, values: Values, job: TraceJob, errors: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
+    def attribute(self, values: Values, job: Job, errors: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
         return _ablation_values(values, job.n), None
 
     def many(self, n: int) -> int: return n + 1
@@ -177,9 +177,9 @@ class CaptumShapley(SubsetTracer):
 
     def __post_init__(self) -> None: _at_least(self.samples, 1)
     def many(self, n: int) -> int: return self.samples * (n - 1) + 2
-    def most(self, job: TraceJob, room: Room) -> TraceCost: return Shapley(self.samples).most(job, room)
+    def most(self, job: Job, room: Room) -> TraceCost: return Shapley(self.samples).most(job, room)
 
-    def attribute(self, values: Values, job: TraceJob, errors: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
+    def attribute(self, values: Values, job: Job, errors: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
         mean, error = _sampled_shapley(values, job.n, self.samples, job.seed)
         return mean, error if self.samples > 1 else None
 
@@ -198,7 +198,7 @@ class CaptumKernelShap(SubsetTracer):
 
     def __post_init__(self) -> None: _at_least(self.samples, 1)
 
-    def attribute(self, values: Values, job: TraceJob, errors: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
+    def attribute(self, values: Values, job: Job, errors: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
         samples = self.many(job.n) - 2
         return _surrogate_values("KernelShap", values, job.n, samples, job.seed, self.draws * errors)
 
@@ -216,9 +216,9 @@ class CaptumLime(SubsetTracer):
     def __post_init__(self) -> None: _at_least(self.samples, 2)
     def many(self, n: int) -> int: return self.samples + 1
 
-    def attribute(self, values: Values, job: TraceJob, errors: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
+    def attribute(self, values: Values, job: Job, errors: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
         return _surrogate_values("Lime", values, job.n, self.samples, job.seed, self.draws * errors)
 
-
+# %% ../../../../nbs/probes/traceback/methods/03_captum_perturbation.ipynb #a906821s
 TRACERS.update({"captum_ablation": CaptumAblation(), "captum_shapley": CaptumShapley(), "kernel_shap": CaptumKernelShap(),
                 "lime": CaptumLime()})

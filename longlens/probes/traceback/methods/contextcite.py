@@ -16,10 +16,11 @@ import numpy as np
 import polars as pl
 
 from ...metrics import Interval
-from ..tracer import TRACERS, Meter, Room, TraceCost, TraceJob, Tracer, TraceScores, planned_cost
+from ..scorer import SubsetScorer
+from ..tracer import TRACERS, Job, Meter, Room, TraceCost, TraceJob, Tracer, TraceScores, planned_cost
 
 # %% auto #0
-__all__ = ['LASSO_STEPS', 'ablation_masks', 'extra_module', 'Surrogate', 'unsettled_fits', 'said_unsettled', 'fit_surrogate',
+__all__ = ['LASSO_STEPS', 'ablation_masks', 'extra_module', 'Surrogate', 'unsettled_fits', 'unsettled_notes', 'fit_surrogate',
            'linear_datamodelling_score', 'surrogate_errors', 'ContextCite']
 
 # %% ../../../../nbs/probes/traceback/methods/01_contextcite.ipynb #ac7310ed
@@ -56,24 +57,24 @@ class Surrogate(NamedTuple):
 # %% ../../../../nbs/probes/traceback/methods/01_contextcite.ipynb #7ba9b939
 LASSO_STEPS = 10_000  # of a fit, at most
 
-
+# %% ../../../../nbs/probes/traceback/methods/01_contextcite.ipynb #7ba9b91s
 @contextmanager
 def unsettled_fits() -> Iterator[list[str]]:
     """Warnings of scikit-learn, which need not be there, that a fit has not settled, in a list afterwards; others are passed on."""
-    said: list[str] = []
+    late: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        yield said
+        yield late
     for w in caught:
-        if w.category.__name__ == "ConvergenceWarning": said.append(str(w.message))
+        if w.category.__name__ == "ConvergenceWarning": late.append(str(w.message))
         else: warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
 
 # %% ../../../../nbs/probes/traceback/methods/01_contextcite.ipynb #abad82b0
-def said_unsettled(
+def unsettled_notes(
     fits: Sequence[str],  # what `unsettled_fits` gave
     of: int,  # how many fits there were
 ) -> tuple[str, ...]:
-    """What to say of them."""
+    """A note on them."""
     if not fits: return ()
     return (f"{len(fits):,} of {of:,} fits of the surrogate stopped after {LASSO_STEPS:,} steps, before they had settled: its scores or "
             "their errors may be off; more subsets or larger sources (size=, by=) make it easier",)
@@ -147,25 +148,25 @@ class ContextCite(Tracer):
             raise ValueError(f"ablations, held_out and draws are {self.ablations}, {self.held_out} and {self.draws}: 2, 0 and 2 at least")
         if not self.alpha > 0: raise ValueError(f"alpha is {self.alpha}: a penalty is more than 0")
 
-    def masks(self, job: TraceJob) -> np.ndarray: return ablation_masks(job.n, self.ablations + self.held_out, self.keep, job.seed)
-    def cost(self, job: TraceJob) -> TraceCost: return planned_cost(job, self.masks(job))
+    def masks(self, job: Job) -> np.ndarray: return ablation_masks(job.n, self.ablations + self.held_out, self.keep, job.seed)
+    def cost(self, job: Job) -> TraceCost: return planned_cost(job, self.masks(job))
 
-    def most(self, job: TraceJob, room: Room) -> TraceCost:
+    def most(self, job: Job, room: Room) -> TraceCost:
         """Ablations of fewer sources are the beginnings of those of more, so they are no larger."""
         (meter := Meter(room))(ablation_masks(room.n, self.ablations + self.held_out, self.keep, job.seed))
         return meter.cost
 
-    def run(self, job: TraceJob) -> TraceScores:
+    def run(self, job: Job) -> TraceScores:
         masks, k = self.masks(job), self.ablations
-        tokens = len(job.prompt.traced) if job.prompt else 1
-        true = getattr(job.scorer, "logit_sums", job.scorer)(masks)
+        tokens = len(job.prompt.traced) if isinstance(job, TraceJob) else 1
+        true = (job.scorer.logit_sums if isinstance(job.scorer, SubsetScorer) else job.scorer)(masks)
         with unsettled_fits() as late:
             fitted = fit_surrogate(masks[:k], true[:k], tokens, self.alpha)
             errors = surrogate_errors(masks[:k], true[:k], tokens, self.alpha, self.draws, job.seed)
-        frames, late_fits = _ablation_frames(masks, true, fitted, k, job.seed), said_unsettled(late, self.draws + 1)
-        return TraceScores(fitted.weights, errors, frames, (*_said_fit(fitted, frames["fidelity"].row(0, named=True)), *late_fits))
+        frames, late_fits = _ablation_frames(masks, true, fitted, k, job.seed), unsettled_notes(late, self.draws + 1)
+        return TraceScores(fitted.weights, errors, frames, (*_fit_notes(fitted, frames["fidelity"].row(0, named=True)), *late_fits))
 
-
+# %% ../../../../nbs/probes/traceback/methods/01_contextcite.ipynb #52c5be1s
 TRACERS["contextcite"] = ContextCite()
 
 # %% ../../../../nbs/probes/traceback/methods/01_contextcite.ipynb #51c98bfd
@@ -180,8 +181,8 @@ def _ablation_frames(masks: np.ndarray, true: np.ndarray, fitted: Surrogate, k: 
     return {"ablations": each, "fidelity": pl.DataFrame([row])}
 
 # %% ../../../../nbs/probes/traceback/methods/01_contextcite.ipynb #7ac0e897
-def _said_fit(fitted: Surrogate, f: dict[str, Any]) -> tuple[str, ...]:
-    """What to say of a fit."""
+def _fit_notes(fitted: Surrogate, f: dict[str, Any]) -> tuple[str, ...]:
+    """A note on a fit."""
     if not fitted.weights.any():
         return ("the surrogate finds no source that matters: no ablation moves the answer by more than its penalty",)
     if f["lds"] != f["lds"]: return ()

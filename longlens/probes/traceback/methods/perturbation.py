@@ -14,7 +14,9 @@ import polars as pl
 
 from ..scorer import shares
 from ..prefix_tree import ValueFunction
-from ..tracer import TRACERS, Meter, Room, TraceCost, TraceJob, Tracer, TraceScores, find_tracer, load_methods, room_of, subset_cost
+from longlens.probes.traceback.tracer import (
+    TRACERS, GameJob, Job, Meter, Room, TraceCost, TraceJob, Tracer, TraceScores, find_tracer, load_methods, room_of, subset_cost,
+)
 
 # %% auto #0
 __all__ = ['LITTLE', 'out_masks', 'LeaveOneOut', 'SingleText', 'chain_masks', 'marginals', 'Shapley', 'DenoisedShapley', 'halved',
@@ -41,24 +43,25 @@ class LeaveOneOut(Tracer):
     plays: ClassVar[bool] = True
     says: ClassVar[str] = "what the log-probability of the answer loses when the source is left out"
 
-    def cost(self, job: TraceJob) -> TraceCost: return subset_cost(self, job, job.n + 1, lambda: out_masks(job.n))
-    def most(self, job: TraceJob, room: Room) -> TraceCost:
+    def cost(self, job: Job) -> TraceCost: return subset_cost(self, job, job.n + 1, lambda: out_masks(job.n))
+    def most(self, job: Job, room: Room) -> TraceCost:
         """All, and without each; where beginnings are shared, only what comes after it, and the longest come last."""
-        if job.lm is None or not shares(job.lm, room.prompt(room.n) + 1): return Meter(room).sets(room.n).sets(room.n - 1, room.n).cost
+        whole = room.prompt(room.n)
+        if not (isinstance(job, TraceJob) and shares(job.lm, whole + 1)): return Meter(room).sets(room.n).sets(room.n - 1, room.n).cost
         each = np.diff(np.minimum(np.cumsum(room.sizes), room.tokens), prepend=0)
         after = int((each * np.arange(room.n - 1, room.n - 1 - len(each), -1)).sum())
         (meter := Meter(room).sets(room.n)).tokens += after + room.n * room.always
         return replace(meter.cost, evaluations=room.n + 1)
 
-    def run(self, job: TraceJob) -> TraceScores:
+    def run(self, job: Job) -> TraceScores:
         v = job.scorer(out_masks(job.n))
         lost = v[0] - v[1:]
         return TraceScores(lost, notes=(_SPARED,) * (job.n > 1 and float(lost.max()) < LITTLE))
 
-
+# %% ../../../../nbs/probes/traceback/methods/00_perturbation.ipynb #9d44751s
 LITTLE = 0.01  # nats: less is not worth a finding
 _SPARED = ("without any one of the sources the answer loses less than 0.01 nats: several say the same, the model knows it without them, "
-          "or nothing here supports it; stc and shapley tell")
+          "or nothing here supports it; stc and shapley show which")
 
 # %% ../../../../nbs/probes/traceback/methods/00_perturbation.ipynb #520aa360
 @dataclass(frozen=True)
@@ -69,10 +72,10 @@ class SingleText(Tracer):
     plays: ClassVar[bool] = True
     says: ClassVar[str] = "what the log-probability of the answer gains when the source is all there is"
 
-    def cost(self, job: TraceJob) -> TraceCost: return subset_cost(self, job, job.n + 1, lambda: _alone_masks(job.n))
-    def most(self, job: TraceJob, room: Room) -> TraceCost: return Meter(room).sets(0).sets(1, room.n).cost
+    def cost(self, job: Job) -> TraceCost: return subset_cost(self, job, job.n + 1, lambda: _alone_masks(job.n))
+    def most(self, job: Job, room: Room) -> TraceCost: return Meter(room).sets(0).sets(1, room.n).cost
 
-    def run(self, job: TraceJob) -> TraceScores:
+    def run(self, job: Job) -> TraceScores:
         v = job.scorer(_alone_masks(job.n))
         return TraceScores(v[1:] - v[0])
 
@@ -112,20 +115,20 @@ class Shapley(Tracer):
     def __post_init__(self) -> None:
         if self.permutations < 1: raise ValueError(f"permutations is {self.permutations}: 1 or more")
 
-    def orders(self, job: TraceJob) -> np.ndarray: return _orders_of(job.n, self.permutations, job.rng())
+    def orders(self, job: Job) -> np.ndarray: return _orders_of(job.n, self.permutations, job.rng())
 
-    def cost(self, job: TraceJob) -> TraceCost:
+    def cost(self, job: Job) -> TraceCost:
         return subset_cost(self, job, self.permutations * (job.n + 1), lambda: chain_masks(self.orders(job)).reshape(-1, job.n))
 
-    def most(self, job: TraceJob, room: Room) -> TraceCost:
+    def most(self, job: Job, room: Room) -> TraceCost:
         meter = Meter(room).sets(0).sets(room.n)
         for k in range(1, room.n): meter.sets(k, self.permutations)
         return meter.cost
 
-    def run(self, job: TraceJob) -> TraceScores:
+    def run(self, job: Job) -> TraceScores:
         return self.reduced(marginals(job.scorer, self.orders(job)), job)
 
-    def reduced(self, m: np.ndarray, job: TraceJob) -> TraceScores:
+    def reduced(self, m: np.ndarray, job: Job) -> TraceScores:
         """Means and their standard errors."""
         errors = m.std(0, ddof=1) / np.sqrt(len(m)) if len(m) > 1 else None
         return TraceScores(m.mean(0), errors)
@@ -152,7 +155,7 @@ class DenoisedShapley(Shapley):
         super().__post_init__()
         if not 0 < self.beta <= 1: raise ValueError(f"beta is {self.beta}: the share of the marginals that counts is above 0, 1 at most")
 
-    def reduced(self, m: np.ndarray, job: TraceJob) -> TraceScores:
+    def reduced(self, m: np.ndarray, job: Job) -> TraceScores:
         """Means of the largest, and bootstrap standard errors."""
         if len(m) < 2: return TraceScores(_top_mean(m, self.beta))
         draws = job.rng(1).integers(0, len(m), (200, len(m)))
@@ -240,21 +243,20 @@ class _Search(Tracer):
         own = {f.name for f in fields(tracer)}  # type: ignore[arg-type]
         return replace(tracer, **{k: getattr(self, k) for k in ("permutations", "beta") if k in own})  # type: ignore[type-var]
 
-
 # %% ../../../../nbs/probes/traceback/methods/00_perturbation.ipynb #db44f25b
 class InformedSearch(_Search):
     """TracLLM (arXiv 2506.04202): informed search with several score functions."""
 
-    def cost(self, job: TraceJob) -> TraceCost:
-        sizes, room = [len(r) for r in job.prompt.ranges] if job.prompt else [0] * job.n, room_of(job)
+    def cost(self, job: Job) -> TraceCost:
+        sizes, room = [len(r) for r in job.prompt.ranges] if isinstance(job, TraceJob) else [0] * job.n, room_of(job)
         return self._levels(job, room, _longest_groups(sizes, self.keep))
 
-    def most(self, job: TraceJob, room: Room) -> TraceCost:
+    def most(self, job: Job, room: Room) -> TraceCost:
         """Every level has twice as many groups as are kept, at most, of sources that are the longest."""
         halves = [-(-room.n >> h) for h in range(1, max(2, (room.n - 1).bit_length() + 1))]  # sources in a group
         return self._levels(job, room, [[int(room.sizes[: max(1, g)].sum())] * min(room.n, 2 * self.keep) for g in halves])
 
-    def _levels(self, job: TraceJob, room: Room, levels: Sequence[Sequence[int]]) -> TraceCost:
+    def _levels(self, job: Job, room: Room, levels: Sequence[Sequence[int]]) -> TraceCost:
         """All functions on groups of so many tokens."""
         total = TraceCost(0, 0)
         for level, longest in enumerate(levels):
@@ -264,7 +266,7 @@ class InformedSearch(_Search):
                 total = TraceCost(total.evaluations + more.evaluations, total.tokens + more.tokens)
         return total
 
-    def run(self, job: TraceJob) -> TraceScores:
+    def run(self, job: Job) -> TraceScores:
         values, errors, frames, doing = np.full(job.n, np.nan), np.full(job.n, np.nan), [], job.doing
         for name in self.functions:
             nodes, scores, spread, seen = self._search(name, job, f"{doing}, {name}")
@@ -274,14 +276,14 @@ class InformedSearch(_Search):
             values[at[wins]], errors[at[wins]] = weight * scores[wins], weight * spread[wins]
         return TraceScores(values, None if np.isnan(errors).all() else errors, {"search": pl.concat(frames)})
 
-    def _search(self, name: str, job: TraceJob, doing: str) -> Any:
+    def _search(self, name: str, job: Job, doing: str) -> Any:
         """One search, with one function: groups that are left, their scores, their errors, all groups."""
         tracer, level, errors = self._function(name), iter(range(10**6)), dict[range, float]()
 
         def score(nodes: list[range]) -> np.ndarray:
             at = next(level)
             job.now(f"{doing}, level {at}")
-            found = tracer.run(TraceJob(game=_Groups(job.scorer, nodes), seed=job.seed + 1000 * at))
+            found = tracer.run(GameJob(_Groups(job.scorer, nodes), seed=job.seed + 1000 * at))
             errors.update(zip(nodes, [np.nan] * len(nodes) if found.errors is None else found.errors, strict=True))
             return found.values
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import polars as pl
 
 from ....prompts.compose import Context, compose_prompt
 from ..sources import TracePrompt
-from ..tracer import TRACERS, Room, TraceCost, TraceJob, Tracer, TraceScores
+from ..tracer import TRACERS, Job, Room, TraceCost, TraceJob, Tracer, TraceScores
 from ..prefix_tree import ScoreCosts
 from ....models.forward import LongModel
 
@@ -28,7 +28,7 @@ class NoCitation(ValueError):
 
 # %% ../../../../nbs/probes/traceback/methods/05_self_citation.ipynb #e9336d5e
 def read_citations(
-    reply: str,  # what the model said
+    reply: str,  # of the model
     n: int,  # texts, numbered from 1
     k: int,  # how many it was asked for
 ) -> pl.DataFrame:  # order, cited, source (from 0; null if there is none), use: "cited", "again", "no such text" or "beyond k"
@@ -59,7 +59,7 @@ ASK = ("Below are {n} numbered texts, a query, and an answer that was given from
 
 # %% ../../../../nbs/probes/traceback/methods/05_self_citation.ipynb #ed59c73b
 def citation_prompt(
-    lm: LongModel,  # LongModel, with a chat template
+    lm: LongModel,  # with a chat template
     prompt: TracePrompt,
     k: int,  # how many texts are asked for
 ) -> Context:
@@ -74,20 +74,19 @@ def citation_prompt(
     return compose_prompt(lm, [re.sub(r"\{(\w+)\}", lambda m: str(filled[m[1]]), ASK)], chat=True, allow_longer=longer or None)
 
 # %% ../../../../nbs/probes/traceback/methods/05_self_citation.ipynb #614c2ad0
-def _asked(job: TraceJob) -> TracePrompt:
-    """The prompt of a job; a game has no model to ask."""
-    if job.prompt is None: raise ValueError("self_citation asks a model, and this job is a game without one")
-    return job.prompt
+def _asked(job: Job) -> TraceJob:
+    """The job, which has a model to ask."""
+    return job.with_model("self_citation asks a model")
 
 # %% ../../../../nbs/probes/traceback/methods/05_self_citation.ipynb #b953e1d3
-def _used(said: str, n: int, k: int, name: str) -> pl.DataFrame:
+def _used(reply: str, n: int, k: int, name: str) -> pl.DataFrame:
     """The citations of a reply, if one can be used."""
     from longlens.text import visible
 
-    found = read_citations(said, n, k)
+    found = read_citations(reply, n, k)
     if not (found["use"] == "cited").any():
         raise NoCitation(f"{name} cites none of the {n} texts when it is asked, so there is nothing to rank them by. Its reply: "
-                         f"{visible(said, 200)!r}. Take another method, or a model that follows such instructions")
+                         f"{visible(reply, 200)!r}. Take another method, or a model that follows such instructions")
     return found
 
 # %% ../../../../nbs/probes/traceback/methods/05_self_citation.ipynb #9fbb2fa0
@@ -105,30 +104,32 @@ class SelfCitation(Tracer):
     def __post_init__(self) -> None:
         if self.k < 1: raise ValueError(f"k is {self.k}: ask for one text or more")
 
-    def cost(self, job: TraceJob) -> TraceCost:
-        return TraceCost(1, len(citation_prompt(job.lm, _asked(job), self.k)) + self.max_new_tokens - 1)
+    def cost(self, job: Job) -> TraceCost:
+        job = _asked(job)
+        return TraceCost(1, len(citation_prompt(job.lm, job.prompt, self.k)) + self.max_new_tokens - 1)
 
-    def most(self, job: TraceJob, room: Room) -> TraceCost:
+    def most(self, job: Job, room: Room) -> TraceCost:
         """A token is a byte or more, of the texts and of their numbers."""
-        p = _asked(job)
-        empty = replace(p, sources=replace(p.sources, spans=(), documents=()))
+        job = _asked(job)
+        empty = replace(job.prompt, sources=replace(job.prompt.sources, spans=(), documents=()))
         bare = len(citation_prompt(job.lm, empty, self.k)) + len(str(room.n)) + len(str(self.k))
         return TraceCost(1, bare + room.letters + room.n * len(f"[{room.n}]: \n") + self.max_new_tokens - 1)
 
-    def run(self, job: TraceJob) -> TraceScores:
-        prompt, lm, begun = _asked(job), job.lm, time.perf_counter()
+    def run(self, job: Job) -> TraceScores:
+        job, begun = _asked(job), time.perf_counter()
+        prompt, lm = job.prompt, job.lm
         job.release()
         question = citation_prompt(lm, prompt, self.k).tokens
         size, most = len(question) + self.max_new_tokens, job.max_memory
         chunk = None if most is None else lm.best_chunk(size, most=most, copies=2)
         past = True if lm.max_length and len(question) > lm.max_length else None
         ids = lm.generate_ids(question, self.max_new_tokens, chunk=chunk, allow_longer=past)
-        said, tokens = lm.decode(ids), len(question) + min(len(ids), self.max_new_tokens - 1)
-        found = _used(said, prompt.n, min(self.k, prompt.n), lm.name)
+        reply, tokens = lm.decode(ids), len(question) + min(len(ids), self.max_new_tokens - 1)
+        found = _used(reply, prompt.n, min(self.k, prompt.n), lm.name)
         costs = ScoreCosts(1, 1, tokens, tokens, tokens, time.perf_counter() - begun)
         left = found.filter(pl.col("use") != "cited").height
         notes = (f"of {len(found)} citations in the reply {left} cannot be used",) if left else ()
         return TraceScores(citation_scores(found, prompt.n), frames={"citations": found}, notes=notes, costs=costs)
 
-
+# %% ../../../../nbs/probes/traceback/methods/05_self_citation.ipynb #9fbb2f1s
 TRACERS["self_citation"] = SelfCitation()

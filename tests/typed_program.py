@@ -1,0 +1,100 @@
+"""A program that calls every public function of longlens. It is not run: a type checker reads it.
+
+Each function is called rightly, and once with a mistake, on a line that is marked. test_house.py checks that mypy finds
+every mistake, and none elsewhere: signatures have real types, and results are what they say they are.
+"""
+from __future__ import annotations
+
+import torch
+
+import longlens as ll
+from longlens.probes.traceback.evaluation.cases import fact_cases
+from longlens.sweeps.cells import Task
+
+lm = ll.load("needle-lm", device="cpu")
+ll.load(modle="needle-lm")  # wrong
+ll.load(dtype=16)  # wrong
+print(lm.logits("a text", positions=[-1]).shape, lm.n_layers, lm.tokens("a text").find("text").start)
+lm.logits("a text", position=[-1])  # wrong
+lm.prefill("a text").extend(" and more").logits_after(" more", chunks=3)  # wrong
+lm.generate("a text", max_new_tokens="32")  # wrong
+lm.scores("a text", " more")  # wrong
+print(lm.score("a text", " more").totals)  # wrong
+
+enc = ll.load_encoder(pooling="mean")
+ll.load_encoder(pool="mean")  # wrong
+enc.encode(["a text"], batch_size="8")  # wrong
+
+context = ll.needle_context(lm, 1000, depth_percent=30, n_keys=4)
+ll.needle_context(lm, 1000, depth=30)  # wrong
+print(context.answers, context.spans["needle"].start)
+print(context.answer_text)  # wrong
+ll.compose_prompt(lm, ["one", "two"], question="which?")
+ll.compose_prompt(lm, ["one", "two"], questions="which?")  # wrong
+
+q = torch.randn(1, 2, 6, 8)
+out, lse = ll.attend(q, q, q)
+ll.attend(q, q, q, scales=1.0)  # wrong
+
+with ll.capture(lm, ll.SinkMass(1), ll.Entropy()) as seen: lm("a text")
+print(seen.frame("entropy").height)
+ll.capture(lm, ll.Entropy(bin=3))  # wrong
+ll.SinkMass("one")  # wrong
+
+with ll.ablate(lm, [(2, 0)]), ll.streaming_attention(lm, sink=4, recent=64): lm("a text")
+ll.ablate(lm, heads="2-0")  # wrong
+ll.streaming_attention(lm, sinks=4)  # wrong
+ll.lambda_mask(lm, sink=4, recent=64)
+ll.lambda_mask(lm, recents=64)  # wrong
+ll.temperature(lm, 0.8)
+ll.temperature(lm, "warm")  # wrong
+ll.scale_spans(lm, {"a": (0, 3)}, 0.5)
+ll.scale_spans(lm, spans=0.5)  # wrong
+ll.intervene(lm)
+ll.intervene()  # wrong
+with ll.extend_window(enc, "ntk", length=1024): enc.encode(["a text"])
+ll.extend_window(enc, lengths=1024)  # wrong
+
+run = ll.Run(out="results", seed=3)
+ll.Run(sed=3)  # wrong
+sinks = ll.attention_sinks(lm, ["a text"])
+print(sinks.findings()[0], sinks.table.height)
+ll.attention_sinks(lm, text=["a text"])  # wrong
+print(sinks.finding())  # wrong
+heads = ll.retrieval_heads(lm, lengths=(512,), depths=(0, 50), out="results", run=run)
+print(heads.found)
+ll.retrieval_heads(lm, length=(512,))  # wrong
+ll.retrieval_heads(lm, seed="three")  # wrong
+ll.duo_gates(lm, progress=True)
+ll.duo_gates(lm, progres=True)  # wrong
+ll.lost_in_the_middle(lm, positions=3, remedies=["ntk"], seed=3)
+ll.lost_in_the_middle(lm, position=3)  # wrong
+grid = ll.needle_grid(lm, lengths=(512,), trials=1, seed=3)
+ll.needle_grid(lm, lengths=512)  # wrong
+print(grid.frams)  # wrong
+ll.published_grid("file.json", threshold=0.8)
+ll.published_grid(7)  # wrong
+collapse = ll.length_collapse(enc, ["a text"], lengths=(16, 64), seed=3)
+ll.length_collapse(enc, length=(16, 64))  # wrong
+gain = ll.context_gain(lm, ["a text"])
+ll.context_gain(lm, texts=3)  # wrong
+trace = ll.trace_context(lm, context, method="loo", by="sentences", budget=10_000)
+print(trace.top())
+ll.trace_context(lm, context, budget="all")  # wrong
+print(trace.tops())  # wrong
+ll.trace_context(lm, context, method="shapley", permutations=20, heads=[(2, 0)], seed=3)
+ll.trace_context(lm, context, method="shapley", permutation=20)  # wrong
+ll.plan(ll.trace_context, lm, context, seed="3")  # wrong
+ll.scan_context(lm, context, detector=lambda text: "OFFICIAL" in text, k=3)
+ll.scan_context(lm, context)  # wrong
+cases = fact_cases(2, conflict="later")
+print(ll.evaluate_traceback(lm, cases, methods=["loo"], seed=3).findings())
+ll.evaluate_traceback(lm, cases, methods=3)  # wrong
+ll.plan(ll.needle_grid, lm, lengths=(512,))
+ll.plan(ll.needle_grid, lm, lengths=512)  # wrong
+ll.sweep(lm, [], Task(), out="results")
+ll.sweep(lm, [], Task(), outs="results")  # wrong
+ll.token_view(lm.tokens("a text"), {})
+ll.token_view()  # wrong
+ll.explore(lm, context)
+ll.explore(lm, contexts=context)  # wrong
