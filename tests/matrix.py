@@ -203,9 +203,9 @@ def generate(hf: PreTrainedModel) -> float:
 def with_words(make: Callable[[], PreTrainedModel]) -> LongModel:
     "The model with needle-lm's tokenizer, and as large a vocabulary"
     small = ll.load()
-    before, zoo.VOCAB = zoo.VOCAB, small.vocab_size
+    before, (zoo.VOCAB, zoo.POSITIONS) = (zoo.VOCAB, zoo.POSITIONS), (small.vocab_size, 1024)
     try: return ll.load(make(), small.tokenizer)
-    finally: zoo.VOCAB = before
+    finally: zoo.VOCAB, zoo.POSITIONS = before
 
 
 def sinks(lm: LongModel) -> float:
