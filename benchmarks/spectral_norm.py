@@ -63,8 +63,8 @@ def statistic(way: str, tol: float, svd_heads: int, most: int) -> Any:
     "What is captured"
     import torch
 
+    from longlens.measure.base import Call, Statistic
     from longlens.measure.spectral import CenteredLanczos, SpectralNorm, _run
-    from longlens.measure.statistic import Call, Statistic
     if way == "longlens": return SpectralNorm(tol=tol)
 
     class FormedLanczos(CenteredLanczos):

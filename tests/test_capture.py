@@ -300,10 +300,10 @@ def test_a_frame_that_is_too_long_is_refused_with_a_way_out(monkeypatch: pytest.
     model, ids = ZOO["llama"](), token_ids(40, batch=2)
     with capture(model, st.Received(), st.Entropy()) as seen: model(ids)
     whole = seen.frame("received")
-    monkeypatch.setattr("longlens.measure.statistic.MAX_ROWS", 100)
+    monkeypatch.setattr("longlens.measure.base.MAX_ROWS", 100)
     def never(*_: object, **__: object) -> None: raise AssertionError("a table was made")
     with monkeypatch.context() as m:
-        m.setattr("longlens.measure.statistic.layer_table", never)
+        m.setattr("longlens.measure.base.layer_table", never)
         with pytest.raises(ValueError, match=r"the frame 'received' would have 640 rows, more than 100: .*top=64"): seen.frame("received")
     top = seen.frame("received", top=3)
     best = whole.sort("alpha", descending=True).group_by("sample", "layer", "head").head(3)

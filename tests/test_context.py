@@ -21,12 +21,12 @@ from zoo import zoo_model
 
 from longlens.models.forward import LongModel
 from longlens.models.load import load
+from longlens.prompts.benchmark_tasks import ancestral_chain, passkeys, retrieval_prompt, variable_tracking
 from longlens.prompts.compose import BoundaryError, Context, Piece, compose_prompt
 from longlens.prompts.haystack import Haystack
 from longlens.prompts.key_value import kv_json, threads
 from longlens.prompts.multi_document import numbered_documents
 from longlens.prompts.needle import NIAH_TASKS, haystack_context, needle_context
-from longlens.prompts.ruler import ancestral_chain, passkeys, retrieval_prompt, variable_tracking
 from longlens.prompts.wording import WORDINGS, Wording
 
 DATA = Path(__file__).parents[1] / "../shared/data"

@@ -13,8 +13,8 @@ import torch
 from zoo import CAUSAL, VOCAB, ZOO, token_ids, zoo_model
 
 from longlens.models.forward import LongModel
-from longlens.models.kv_cache import Prefix
 from longlens.models.load import load
+from longlens.models.prefix import Prefix
 
 N = 40  # several windows long
 

@@ -28,7 +28,7 @@ from longlens.interventions.heads import Turner, ablate, lambda_mask, scale_span
 from longlens.interventions.positions import POSITION_SCALINGS, MsPoE, SetBased, ms_poe, rescaled_positions, set_based
 from longlens.measure.capture import capture
 from longlens.measure.statistics import Received, Rows, SinkMass
-from longlens.models.kv_cache import new_cache
+from longlens.models.prefix import new_cache
 
 N = 40
 UNSCALED = [name for name in CAUSAL if name not in ("gpt2", "opt", "gpt_oss")]  # whose positions can be rescaled

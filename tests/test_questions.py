@@ -25,7 +25,7 @@ from longlens.charts.curves import depth_points, position_curve, remedy_dots
 from longlens.charts.heatmaps import depth_map
 from longlens.models.load import load
 from longlens.needle_lm.data import needle_tokenizer
-from longlens.probes.metrics import (
+from longlens.probes.answer_scores import (
     METRICS,
     best_subspan_em,
     bootstrap_interval,

@@ -11,7 +11,7 @@ from zoo import CAUSAL, zoo_model
 import longlens as ll
 from longlens.charts.page import write_page
 from longlens.needle_lm.data import make_example
-from longlens.probes.sinks.frames import judged
+from longlens.probes.sinks.metrics import judged
 
 
 def eager_alpha(lm: ll.LongModel, ids: torch.Tensor) -> torch.Tensor:
@@ -44,7 +44,7 @@ def test_the_sinks_of_needle_lm_are_those_of_eager_attention(lm: ll.LongModel, r
 
 
 def test_the_metric_is_the_papers(lm: ll.LongModel, report: ll.SinkReport) -> None:
-    from longlens.probes.sinks.frames import SinkSettings, natural_sequences
+    from longlens.probes.sinks.metrics import SinkSettings, natural_sequences
     settings = SinkSettings(sequences=5)
     ids = natural_sequences(lm, [lm.tokens(make_example(n_tokens=500, seed=11).prompt)], settings)
     assert (ids[:, 0] == lm.tokenizer.bos_token_id).all() and ids.shape == (5, 64)

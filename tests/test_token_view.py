@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from longlens.charts.page import as_json, policy, static, write_page
-from longlens.charts.sources import trace_data, trace_page
 from longlens.charts.token_view import Shade, TextData, text_html, token_data, utf16, utf16_at
+from longlens.charts.trace_view import trace_data, trace_page
 from longlens.report import Report, Section
 from longlens.text import visible
 

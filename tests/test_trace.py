@@ -27,7 +27,7 @@ from zoo import CAUSAL, token_ids, zoo_model
 import longlens as ll
 from longlens.apps.needle import answers_html
 from longlens.apps.progress import Cancelled, Progress, exclusive_use
-from longlens.apps.prompt_form import QuestionBar, question_context, read_asked, text_asked
+from longlens.apps.question_bar import QuestionBar, question_context, read_asked, text_asked
 from longlens.apps.reading import PromptReading, revive
 from longlens.apps.trace import prompt_of_trace, removal_html, trace_span
 from longlens.charts.page import page_html

@@ -17,7 +17,7 @@ from .linked_chart import html_box, with_classes
 from .progress import Busy, Cancelled, Progress, exclusive_use
 from ..charts.page import facts, say, static
 from ..encoders.encoder import Encoder
-from ..methods import patch
+from ..patch import patch
 from ..models.forward import LongModel
 from ..report import Report, check_name, load_report, new_folder, open_explorer as open_explorer, write_report
 

@@ -19,7 +19,7 @@ from .sections import SectionsExplorer
 from ..charts.base import COLOURS, axis_style, legend_style, tooltips
 from ..encoders.encoder import Encoder
 from ..encoders.load import EncoderLike, load_encoder
-from ..methods import patch
+from ..patch import patch
 from ..probes.collapse.report import CollapseReport
 
 if TYPE_CHECKING:

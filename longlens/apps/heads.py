@@ -19,7 +19,7 @@ from .reading import RULES, Rule
 from .sections import SectionsExplorer
 from ..charts.common import head_map
 from ..charts.page import say
-from ..methods import patch
+from ..patch import patch
 from ..models.forward import LongModel
 from ..probes.heads.report import HeadReport
 from ..probes.sinks.report import SinkReport

@@ -20,8 +20,8 @@ from .heads import Choice, HeadExplorer, strongest_head
 from .linked_chart import html_box, with_classes
 from .reading import RULES, ModelReply, PromptReading, model_reply
 from ..charts.page import say
-from ..measure.statistic import tidy
-from ..methods import patch
+from ..measure.base import tidy
+from ..patch import patch
 from ..text import probability_text, visible
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import traitlets
 from ipywidgets import HTML, HBox, VBox, Widget
 
 from ..charts.page import drawing, say, static
-from ..methods import patch
+from ..patch import patch
 
 if TYPE_CHECKING:
     from longlens.apps import linked_chart as _linked_chart

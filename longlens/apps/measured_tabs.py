@@ -16,7 +16,7 @@ from .app import Explorer, Pending
 from .collapse import CollapseExplorer
 from .needle import PlaceExplorer, grid_places, middle_places
 from .progress import Progress
-from .prompt_form import answer_room
+from .question_bar import answer_room
 from .reading import Live, PromptReading
 from .text_tab import TextExplorer
 from .trace import TraceExplorer, usable_methods

@@ -22,11 +22,11 @@ from .sections import SectionsExplorer
 from ..charts.base import COLOURS, axis_style, legend_style, tooltips
 from ..charts.heatmaps import depth_map
 from ..charts.page import say
-from ..methods import patch
+from ..patch import patch
 from ..models.forward import LongModel
 from ..probes.generate import Ask
 from ..probes.grid.report import GridReport
-from ..probes.metrics import METRICS
+from ..probes.answer_scores import METRICS
 from ..probes.middle.report import MiddleReport
 from ..sweeps.cells import Cell
 from ..sweeps.sweep import sweep

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from ..encoders.encoder import Encoder
-from ..methods import patch
+from ..patch import patch
 from ..models.forward import LongModel
 
 if TYPE_CHECKING:

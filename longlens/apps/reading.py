@@ -17,13 +17,13 @@ from ..attention.operator import log_windows
 from ..measure.capture import Capture, capture
 from ..interventions.base import head_sizes, interventions
 from ..interventions.heads import ablate
-from ..measure.statistic import tidy
+from ..measure.base import tidy
 from ..measure.statistics import Distance, DistanceProfile, Entropy, Received, Rows, SinkMass, Support
-from ..models.kv_cache import Prefix, new_cache, rope_regime
+from ..models.prefix import Prefix, new_cache, rope_regime
 from ..probes.heads.scores import copy_scores, pattern_scores
-from ..probes.sinks.frames import heads_frame, judged, mean_received
+from ..probes.sinks.metrics import heads_frame, judged, mean_received
 from ..report import Report, plain
-from ..methods import patch
+from ..patch import patch
 from ..models.forward import LongModel
 from ..models.load import ModelLike, load
 from ..models.tokens import TokenIds, Tokens

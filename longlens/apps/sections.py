@@ -15,7 +15,7 @@ from .linked_chart import VegaView, html_box, picture, with_classes
 from ..charts.page import apart, say, table_html
 from ..report import Section
 from ..encoders.encoder import Encoder
-from ..methods import patch
+from ..patch import patch
 from ..models.forward import LongModel
 from ..report import Report
 

@@ -16,7 +16,7 @@ from .heads import Choice
 from .linked_chart import picture
 from .reading import PromptReading
 from ..charts.token_view import Shade, token_view
-from ..methods import patch
+from ..patch import patch
 
 if TYPE_CHECKING:
     from longlens.apps import text_tab as _text_tab

@@ -24,8 +24,8 @@ from .linked_chart import html_box, picture, with_classes
 from .progress import Progress
 from .sections import SectionsExplorer
 from ..charts.page import say
-from ..charts.sources import trace_view
-from ..methods import patch
+from ..charts.trace_view import trace_view
+from ..patch import patch
 from ..models.forward import LongModel
 from ..models.tokens import Tokens
 from ..probes.traceback.probe import trace_context

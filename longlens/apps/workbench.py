@@ -13,12 +13,12 @@ from .app import App, Build, Explorer, read_parts
 from .heads import Choice, strongest_head
 from .heads_on_text import ReadingExplorer
 from .measured_tabs import collapse_tab, needle_tab, trace_tab
-from .prompt_form import QuestionBar, read_asked, text_asked
+from .question_bar import QuestionBar, read_asked, text_asked
 from .reading import PromptReading, read_text, revive
 from .text_tab import TextExplorer
 from ..encoders.encoder import Encoder
 from ..encoders.load import EncoderLike, load_encoder
-from ..methods import patch
+from ..patch import patch
 from ..models.forward import LongModel
 from ..models.load import ModelLike, load
 from ..models.tokens import TokenIds, Tokens

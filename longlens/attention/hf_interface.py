@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +20,17 @@ from .kernels import attend_call
 from .logits import AttentionCall
 from .masks import Mask
 from .operator import AttentionOperator
+from ..models.text_model import TextModel
+from ..models.tokens import HFModel
 
 NAME = "longlens"
 WAY_OUT = "For short inputs its patterns may be had through a TransformerBridge (lm.bridge.run_with_cache)"
 T = TypeVar("T")
 
 # %% auto #0
-__all__ = ['NAME', 'WAY_OUT', 'T', 'UnsupportedModel', 'longlens_mask', 'LayerCall', 'Recorder', 'Editor', 'Edit', 'Attachment',
-           'attachment_of', 'attachments', 'recording', 'editing', 'acting', 'editors_of', 'longlens_attention',
-           'install', 'hf_model', 'attach']
+__all__ = ['NAME', 'WAY_OUT', 'T', 'AttachableModel', 'UnsupportedModel', 'longlens_mask', 'LayerCall', 'Recorder', 'Editor',
+           'Edit', 'Attachment', 'attachment_of', 'attachments', 'recording', 'editing', 'acting', 'editors_of',
+           'longlens_attention', 'install', 'hf_model', 'attach']
 
 # %% ../../nbs/attention/08_hf_interface.ipynb #ef2d004d
 class UnsupportedModel(ValueError):
@@ -304,9 +306,12 @@ def install() -> None:
     AttentionInterface.register(NAME, longlens_attention)
     AttentionMaskInterface.register(NAME, longlens_mask)
 
+# %% ../../nbs/attention/08_hf_interface.ipynb #30ea169a
+AttachableModel: TypeAlias = TextModel | HFModel  # a LongModel, an Encoder, or a transformers.PreTrainedModel
+
 # %% ../../nbs/attention/08_hf_interface.ipynb #17e25e5e
 def hf_model(
-    model: Any,  # a LongModel, an Encoder, or a transformers model
+    model: AttachableModel,  # a LongModel, an Encoder, or a transformers model
 ) -> Any:  # transformers.PreTrainedModel
     "The plain transformers model behind whatever the user holds"
     hf = getattr(model, "hf", model)
@@ -342,7 +347,7 @@ def _configs(hf: Any) -> list[Any]:
 # %% ../../nbs/attention/08_hf_interface.ipynb #875f03df
 @contextmanager
 def attach(
-    model: Any,  # a LongModel, an Encoder, or a transformers model
+    model: AttachableModel,  # a LongModel, an Encoder, or a transformers model
 ) -> Iterator[Any]:  # the transformers model
     "While the block runs, the model's attention goes through longlens (in all threads); afterwards it is exactly as before"
     hf = hf_model(model)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .masks import Mask, Stream, band_tile, cut, inside_band, key_range, narrow_mask, of_sample, stream_tile, visible_tile
-from ..methods import patch
+from ..patch import patch
 
 if TYPE_CHECKING:
     from longlens.attention import logits as _logits

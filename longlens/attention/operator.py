@@ -19,7 +19,7 @@ from .masks import Mask, Stream, seen_by
 from longlens.attention.reducers import (
     DistanceSum, EntropySum, Product, ReceivedSum, Reducer, SquareSum, TransposedProduct, WindowMass,
 )
-from ..methods import patch
+from ..patch import patch
 
 if TYPE_CHECKING:
     from longlens.attention import operator as _operator

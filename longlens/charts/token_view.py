@@ -16,7 +16,7 @@ import numpy as np
 from traitlets import Dict, HasTraits, Int, List, TraitError, Unicode, observe, validate
 
 from .page import as_json, static
-from ..methods import patch
+from ..patch import patch
 
 if TYPE_CHECKING:
     from longlens.charts import token_view as _token_view

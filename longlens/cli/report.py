@@ -87,7 +87,7 @@ def _check_size(
     names: list[str],   # of probes
 ) -> None:
     "Raise if the text is too short for the sinks"
-    from longlens.probes.sinks.frames import SinkSettings
+    from longlens.probes.sinks.metrics import SinkSettings
     if "sinks" not in names or n >= SinkSettings.T: return
     others = ",".join(name for name in names if name != "sinks")
     way = f", or leave sinks out: --probes {others}" if others else ""

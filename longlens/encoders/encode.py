@@ -17,7 +17,7 @@ from torch import Tensor
 from .encoder import Encoder
 from .inputs import TokenRows
 from .pooling import unit_length
-from ..methods import patch
+from ..patch import patch
 from ..models.tokens import TokenIds, Tokens
 from ..run import settings_of
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 from torch import Tensor, nn
 
 from .pooling import DenseLayer, Pooling
-from ..methods import patch
+from ..patch import patch
 from ..models.text_model import TextModel
 from ..models.tokens import HFModel, HFTokenizer
 from ..run import settings_of

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from .encoder import Encoder
-from ..methods import patch
+from ..patch import patch
 from ..models.forward import pad_rows
-from ..models.facts import first_setting
+from ..models.architecture import first_setting
 from ..models.tokens import TokenIds, Tokens, as_ids
 
 # %% auto #0

@@ -19,7 +19,7 @@ from .encode import Encoded, EncodeSettings
 from .encoder import Encoder, EncoderSettings
 from ..models.text_model import TextModel
 from ..models.tokens import HFConfig, HFModel, HFTokenizer
-from longlens.models.files import (
+from longlens.models.model_folder import (
     CONFIG_FILES, check_device, check_dtype, check_folder, check_weights, model_folder, locate, quiet_loading, read_config, read_tokenizer,
 )
 from ..models.load import TokenizerLike, display_name

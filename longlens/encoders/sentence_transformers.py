@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..models.files import check_folder
+from ..models.model_folder import check_folder
 from .encoder import EncoderSettings
 from .pooling import POOLINGS, Pooling, as_modes, DenseLayer, unit_length
 

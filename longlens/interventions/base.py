@@ -12,10 +12,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..models.facts import head_counts
+from ..models.architecture import head_counts
 from longlens.attention.hf_interface import (
     WAY_OUT, LayerCall, UnsupportedModel, acting, attach, attachment_of, editing, editors_of, hf_model,
 )
+from ..attention.hf_interface import AttachableModel
 
 # %% auto #0
 __all__ = ['head_sizes', 'check_heads', 'served_heads', 'Intervention', 'intervene', 'active_interventions', 'interventions_at',
@@ -23,14 +24,14 @@ __all__ = ['head_sizes', 'check_heads', 'served_heads', 'Intervention', 'interve
 
 # %% ../../nbs/interventions/00_base.ipynb #b93845ec
 def head_sizes(
-    model: Any,  # a LongModel or a transformers model
+    model: AttachableModel,  # a LongModel or a transformers model
 ) -> tuple[int, int, int]:  # layers, query heads, KV heads
     "How many layers and heads a model has"
     return head_counts(hf_model(model))
 
 # %% ../../nbs/interventions/00_base.ipynb #88a93153
 def check_heads(
-    model: Any,  # a LongModel or a transformers model
+    model: AttachableModel,  # a LongModel or a transformers model
     heads: Sequence[tuple[int, int]],  # (layer, head)
     kind: str = "head",  # or "kv_head"
 ) -> tuple[tuple[int, int], ...]:  # the same, each once, in order
@@ -45,7 +46,7 @@ def check_heads(
 
 # %% ../../nbs/interventions/00_base.ipynb #3ab7a785
 def served_heads(
-    model: Any,  # a LongModel or a transformers model
+    model: AttachableModel,  # a LongModel or a transformers model
     kv_heads: Sequence[tuple[int, int]],  # (layer, kv_head)
 ) -> list[tuple[int, int]]:  # (layer, head)
     "The query heads that some KV heads serve"
@@ -59,7 +60,7 @@ class Intervention:
     "A change of the attention calls of some layers"
     name: ClassVar[str] = ""
 
-    def prepare(self, model: Any) -> Intervention:
+    def prepare(self, model: AttachableModel) -> Intervention:
         "The same with its settings checked, and completed where they depend on the model"
         return self
 
@@ -67,7 +68,7 @@ class Intervention:
         "Layers whose attention calls are changed; None: all"
         return None
 
-    def enter(self, model: Any, stack: ExitStack) -> None:
+    def enter(self, model: AttachableModel, stack: ExitStack) -> None:
         "What else is changed while the block runs; the stack takes it back"
 
     def before(self, call: LayerCall, layer: int) -> LayerCall:
@@ -130,7 +131,7 @@ def _put(hf: Any, what: Intervention, stack: ExitStack) -> None:
 # %% ../../nbs/interventions/00_base.ipynb #1e38312d
 @contextmanager
 def intervene(
-    model: Any,  # a LongModel, an Encoder or a transformers model
+    model: AttachableModel,  # a LongModel, an Encoder or a transformers model
     *interventions: Intervention,  # what to change; the first acts first
 ) -> Iterator[list[Intervention]]:  # the interventions as they act
     "While the block runs, the model's attention is changed; afterwards it is exactly as before"
@@ -146,7 +147,7 @@ def intervene(
 
 # %% ../../nbs/interventions/00_base.ipynb #a59fce6b
 def active_interventions(
-    model: Any,  # a LongModel, an Encoder or a transformers model
+    model: AttachableModel,  # a LongModel, an Encoder or a transformers model
 ) -> tuple[Intervention, ...]:  # in the order in which they act
     "The interventions that change a model at the moment"
     at = attachment_of(hf_model(model))
@@ -161,7 +162,7 @@ def interventions_at(
 
 # %% ../../nbs/interventions/00_base.ipynb #3cd50594
 def interventions(
-    model: Any,  # a LongModel, an Encoder or a transformers model
+    model: AttachableModel,  # a LongModel, an Encoder or a transformers model
 ) -> list[dict[str, Any]]:  # name and settings of each, in the order in which they act
     "What changes the model's attention at the moment"
     return [i.describe() for i in active_interventions(model)]

@@ -21,10 +21,11 @@ from ..attention.masks import positions
 from .base import Intervention, head_sizes, intervene, interventions_at
 from .heads import Ablate, span_ends
 from .positions import check_causal
-from ..methods import patch
+from ..patch import patch
 
 if TYPE_CHECKING:
     from longlens.interventions import calibrate as _calibrate
+from ..attention.hf_interface import AttachableModel
 
 # %% auto #0
 __all__ = ['redistributed_masses', 'Redistribute', 'redistribute']
@@ -78,7 +79,7 @@ class Redistribute(Intervention):
     n_layers: int = field(default=0, repr=False)
     name: ClassVar[str] = "redistribute"
 
-    def prepare(self, model: Any) -> Redistribute:
+    def prepare(self, model: AttachableModel) -> Redistribute:
         spans = _edges(self.spans)
         end = max(b for _, b in spans.values())
         start = end if self.from_token is None else int(self.from_token)
@@ -131,7 +132,7 @@ def _check(self: Redistribute, call: LayerCall) -> None:
 # %% ../../nbs/interventions/04_calibrate.ipynb #09904421
 @contextmanager
 def redistribute(
-    model: Any,  # a LongModel or a transformers model
+    model: AttachableModel,  # a LongModel or a transformers model
     spans: Mapping[str, Any],  # document -> range or (start, stop), token positions
     shares: Mapping[str, float],  # document -> its share of the attention, of 1 in all
     from_token: int | None = None,  # first query that is changed; None: the first after all documents

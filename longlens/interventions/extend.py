@@ -21,6 +21,7 @@ from ..attention.masks import ALL, Stream, positions
 from .base import Intervention, active_interventions, intervene
 from .heads import Turner
 from .positions import exchange_rotary, rotary_modules, set_until_closed, without_bridge
+from ..attention.hf_interface import AttachableModel
 
 # %% auto #0
 __all__ = ['WINDOWS', 'Extension', 'LearnedExtension', 'Recurrent', 'Grouped', 'Interpolated', 'NTK', 'group_distances',
@@ -38,7 +39,7 @@ class Extension(Intervention):
         "How many tokens the model was made for; raises if its positions are of another kind"
         raise NotImplementedError(f"{cls.__name__} must define limit(hf), which raises UnsupportedModel where it cannot work")
 
-    def prepare(self, model: Any) -> Extension:
+    def prepare(self, model: AttachableModel) -> Extension:
         try: most = self.limit(hf := hf_model(model))
         except UnsupportedModel as e: raise UnsupportedModel(f"{self.name}: {e}. {_other_ways(hf)}") from None
         trained = most if self.trained is None else self.trained
@@ -56,7 +57,7 @@ class Extension(Intervention):
 
     def layers(self) -> set[int] | None: return set()
 
-    def enter(self, model: Any, stack: ExitStack) -> None:
+    def enter(self, model: AttachableModel, stack: ExitStack) -> None:
         if model is hf_model(model): return
         for name in ("max_length", "positions_limit"):
             if (now := getattr(model, name, None)) is not None: set_until_closed(model, name, max(now, self.length), stack)
@@ -145,7 +146,7 @@ class LearnedExtension(Extension):
         "The rows, counted from that of the first token"
         raise NotImplementedError(f"{type(self).__name__} must define rows(at, n)")
 
-    def enter(self, model: Any, stack: ExitStack) -> None:
+    def enter(self, model: AttachableModel, stack: ExitStack) -> None:
         if other := [i for i in active_interventions(model) if isinstance(i, LearnedExtension)]:
             raise ValueError(f"positions are extended already, by {other[0].name}: leave that block first")
         super().enter(model, stack)
@@ -201,12 +202,12 @@ class NTK(Extension):
         rotary_modules(hf, hf.config.get_text_config())
         return _rotary_limit(hf)
 
-    def prepare(self, model: Any) -> Extension:
+    def prepare(self, model: AttachableModel) -> Extension:
         if not (math.isfinite(self.theta_factor) and self.theta_factor > 1):
             raise ValueError(f"theta_factor is {self.theta_factor}: the base grows by a factor above 1")
         return super().prepare(model)
 
-    def enter(self, model: Any, stack: ExitStack) -> None:
+    def enter(self, model: AttachableModel, stack: ExitStack) -> None:
         hf, config = hf_model(model), hf_model(model).config.get_text_config()
         if any(i.name in ("ntk", "rescaled_positions") for i in active_interventions(hf)):
             raise ValueError("the rotation is slowed down already: leave that block first, or use one larger factor")
@@ -264,7 +265,7 @@ class SelfExtend(Extension):
 
     def layers(self) -> set[int] | None: return None
 
-    def prepare(self, model: Any) -> Extension:
+    def prepare(self, model: AttachableModel) -> Extension:
         _check_groups(ready := cast(SelfExtend, super().prepare(model)))
         return replace(ready, turner=Turner(model))
 
@@ -323,7 +324,7 @@ def _fits(window: Window, hf: Any) -> bool:
 
 # %% ../../nbs/interventions/03_extend.ipynb #cf850eb8
 def windows_for(
-    model: Any,  # an Encoder, a LongModel or a transformers model
+    model: AttachableModel,  # an Encoder, a LongModel or a transformers model
 ) -> list[str]:
     "Names of WINDOWS that the model's positions allow"
     return [name for name, w in WINDOWS.items() if _fits(w, hf_model(model))]
@@ -331,7 +332,7 @@ def windows_for(
 # %% ../../nbs/interventions/03_extend.ipynb #6c1875ff
 @contextmanager
 def extend_window(
-    model: Any,  # an Encoder, or a transformers model
+    model: AttachableModel,  # an Encoder, or a transformers model
     kind: str,  # a name in WINDOWS; `windows_for(model)` says which fit
     length: int,  # tokens of a text, at most, while the block runs
     **settings: Any,  # of that kind: trained, theta_factor, group, window, scale_queries

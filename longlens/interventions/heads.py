@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from ..attention.hf_interface import LayerCall, UnsupportedModel, hf_model
 from ..attention.masks import Stream, positions, real_queries
 from .base import Intervention, check_heads, intervene, interventions_at, served_heads
-from ..methods import patch
+from ..patch import patch
 
 if TYPE_CHECKING:
     from longlens.interventions import heads as _heads
+from ..attention.hf_interface import AttachableModel
 
 # %% auto #0
 __all__ = ['Ablate', 'ablate', 'mean_outputs', 'Streaming', 'streaming_attention', 'Turner', 'LambdaMask', 'lambda_mask',
@@ -40,7 +41,7 @@ class Ablate(Intervention):
     means: Tensor | None = field(default=None, repr=False)  # for "mean": outputs, (layers, heads, d_value), from `mean_outputs`
     name: ClassVar[str] = "ablate"
 
-    def prepare(self, model: Any) -> Ablate:
+    def prepare(self, model: AttachableModel) -> Ablate:
         if self.mode not in _MODES: raise ValueError(f"mode is {', '.join(_MODES)}, not {self.mode!r}")
         if self.mode == "mean" and self.means is None:
             raise ValueError('mode "mean" needs the means to put there: pass reference=, texts that are like yours, to ablate()')
@@ -79,7 +80,7 @@ def _bias_with(call: LayerCall, heads: list[int], factor: float) -> Tensor | Non
 # %% ../../nbs/interventions/01_heads.ipynb #00481a94
 @contextmanager
 def ablate(
-    model: Any,  # a LongModel, an Encoder or a transformers model
+    model: AttachableModel,  # a LongModel, an Encoder or a transformers model
     heads: Sequence[tuple[int, int]],  # (layer, head) of query heads
     mode: str = "zero",  # "zero", "mean" (of `reference`) or "uniform" attention
     reference: Any = None,  # for "mean": token ids (n,) or (batch, n), or what a LongModel reads
@@ -106,13 +107,13 @@ class _Sum(Intervention):
 # %% ../../nbs/interventions/01_heads.ipynb #e0094b09
 @torch.no_grad()
 def mean_outputs(
-    model: Any,  # a LongModel, an Encoder or a transformers model
+    model: AttachableModel,  # a LongModel, an Encoder or a transformers model
     reference: Any,  # token ids (n,) or (batch, n), or what a LongModel reads
 ) -> Tensor:  # (layers, heads, d_value), float32
     "Mean output of every head over a reference text"
-    add = _Sum()
+    add, run = _Sum(), cast(Callable[[Any], Any], model)
     x = torch.atleast_2d(reference) if isinstance(reference, Tensor) else reference
-    with intervene(model, add): model(x)
+    with intervene(model, add): run(x)
     return torch.stack([add.total[layer] / add.count[layer] for layer in sorted(add.total)])
 
 # %% ../../nbs/interventions/01_heads.ipynb #b7b61049
@@ -124,7 +125,7 @@ class Streaming(Intervention):
     heads: Sequence[tuple[int, int]] | None = None  # (layer, head); None: all
     name: ClassVar[str] = "streaming"
 
-    def prepare(self, model: Any) -> Streaming:
+    def prepare(self, model: AttachableModel) -> Streaming:
         if self.sink < 0 or self.recent < 1: raise ValueError(f"sink {self.sink} and recent {self.recent}: use 0 or more, and 1 or more")
         return self if self.heads is None else replace(self, heads=check_heads(model, self.heads))
 
@@ -144,7 +145,7 @@ def _mine(heads: Sequence[tuple[int, int]] | None, call: LayerCall, layer: int) 
 # %% ../../nbs/interventions/01_heads.ipynb #62059472
 @contextmanager
 def streaming_attention(
-    model: Any,  # a LongModel or a transformers model
+    model: AttachableModel,  # a LongModel or a transformers model
     sink: int = 4,  # tokens at the beginning that stay visible
     recent: int = 256,  # tokens at the end that stay visible, the query's own included
     heads: Sequence[tuple[int, int]] | None = None,  # (layer, head) of query heads; None: all
@@ -158,7 +159,7 @@ def streaming_attention(
 # %% ../../nbs/interventions/01_heads.ipynb #4503630f
 class Turner:
     "Turns the rotated queries and keys of a model to other positions"
-    def __init__(self, model: Any):
+    def __init__(self, model: AttachableModel):
         self.hf, config = hf_model(model), hf_model(model).config.get_text_config()
         self.rotary = next((m for m in self.hf.modules() if hasattr(m, "rope_type") and "Rotary" in type(m).__name__), None)
         if self.rotary is None or getattr(config, "qk_rope_head_dim", None):
@@ -224,7 +225,7 @@ class LambdaMask(Intervention):
     turner: Turner | None = field(default=None, repr=False)
     name: ClassVar[str] = "lambda_mask"
 
-    def prepare(self, model: Any) -> LambdaMask:
+    def prepare(self, model: AttachableModel) -> LambdaMask:
         ceiling = self.recent if self.ceiling is None else self.ceiling
         if self.sink < 1 or self.recent < 1 or ceiling < 1:
             raise ValueError(f"sink {self.sink}, recent {self.recent} and ceiling {ceiling}: each is 1 token or more")
@@ -242,7 +243,7 @@ class LambdaMask(Intervention):
 # %% ../../nbs/interventions/01_heads.ipynb #9b79313c
 @contextmanager
 def lambda_mask(
-    model: Any,  # a LongModel or a transformers model with rotary positions
+    model: AttachableModel,  # a LongModel or a transformers model with rotary positions
     sink: int = 10,  # tokens at the beginning that stay visible
     recent: int = 2048,  # tokens at the end that stay visible
     ceiling: int | None = None,  # largest distance to a first token; None: `recent`
@@ -258,7 +259,7 @@ class Temperature(Intervention):
     heads: Sequence[tuple[int, int]] | None = None  # (layer, head); None: all
     name: ClassVar[str] = "temperature"
 
-    def prepare(self, model: Any) -> Temperature:
+    def prepare(self, model: AttachableModel) -> Temperature:
         if not (math.isfinite(self.tau) and self.tau > 0): raise ValueError(f"the temperature is {self.tau}: it must be above 0")
         return self if self.heads is None else replace(self, heads=check_heads(model, self.heads))
 
@@ -289,7 +290,7 @@ def _far_divided(st: Stream, heads: list[int], tau: float) -> tuple[Tensor, Tens
 # %% ../../nbs/interventions/01_heads.ipynb #a5f46112
 @contextmanager
 def temperature(
-    model: Any,  # a LongModel, an Encoder or a transformers model
+    model: AttachableModel,  # a LongModel, an Encoder or a transformers model
     tau: float,  # attention logits are divided by it; below 1 sharpens
     heads: Sequence[tuple[int, int]] | None = None,  # (layer, head) of query heads; None: all
 ) -> Iterator[list[Intervention]]:
@@ -338,7 +339,7 @@ class ScaleSpans(Intervention):
     heads: Sequence[tuple[int, int]] | None = None  # (layer, head); None: all
     name: ClassVar[str] = "scale_spans"
 
-    def prepare(self, model: Any) -> ScaleSpans:
+    def prepare(self, model: AttachableModel) -> ScaleSpans:
         if not self.spans: raise ValueError("scale_spans() needs spans: {name: range(start, stop)} in token positions")
         for name, span in self.spans.items():
             span_ends(name, span)
@@ -359,7 +360,7 @@ class ScaleSpans(Intervention):
 # %% ../../nbs/interventions/01_heads.ipynb #ee83de4d
 @contextmanager
 def scale_spans(
-    model: Any,  # a LongModel, an Encoder or a transformers model
+    model: AttachableModel,  # a LongModel, an Encoder or a transformers model
     spans: Mapping[str, Any],  # name -> range or (start, stop), token positions
     factor: float | Mapping[str, float],  # weights are multiplied by it, then normalised again; 0 hides the span
     heads: Sequence[tuple[int, int]] | None = None,  # (layer, head) of query heads; None: all

@@ -21,10 +21,11 @@ from ..attention.masks import Mask, positions, visible_keys
 from ..attention.options import OptionRule
 from .base import Intervention, active_interventions, head_sizes, intervene
 from .heads import Turner
-from ..methods import patch
+from ..patch import patch
 
 if TYPE_CHECKING:
     from longlens.interventions import positions as _positions
+from ..attention.hf_interface import AttachableModel
 
 # %% auto #0
 __all__ = ['POSITION_SCALINGS', 'check_causal', 'MsPoE', 'ms_poe', 'SetBased', 'set_based', 'rotary_modules', 'exchange_rotary',
@@ -95,7 +96,7 @@ class MsPoE(Intervention):
     read: dict[int, _Read] = field(default_factory=dict, repr=False, compare=False)  # layer -> what was found in the last text
     name: ClassVar[str] = "ms_poe"
 
-    def prepare(self, model: Any) -> MsPoE:
+    def prepare(self, model: AttachableModel) -> MsPoE:
         n_layers, n_heads, _ = head_sizes(model)
         if not (math.isfinite(self.high) and 0 < self.low <= self.high):
             raise ValueError(f"the ratios are {self.low} to {self.high}: low is above 0, and high is not below low")
@@ -155,7 +156,7 @@ def ratios(
 # %% ../../nbs/interventions/02_positions.ipynb #26600e65
 @contextmanager
 def ms_poe(
-    model: Any,  # a LongModel or a transformers model with rotary positions
+    model: AttachableModel,  # a LongModel or a transformers model with rotary positions
     low: float = 1.2,  # ratio of the most position-aware head
     high: float = 1.8,  # the ratio of the least aware one is a step below
     first_layer: int = 2,  # this and all later layers are changed
@@ -227,7 +228,7 @@ class SetBased(Intervention):
     turner: Turner | None = field(default=None, repr=False)
     name: ClassVar[str] = "set_based"
 
-    def prepare(self, model: Any) -> SetBased:
+    def prepare(self, model: AttachableModel) -> SetBased:
         blocks = _blocks(self.spans)
         return replace(self, spans=blocks, table=_parallel(blocks), turner=Turner(model))
 
@@ -272,7 +273,7 @@ def _check_kept(m: Mask, at: Tensor, table: _Parallel, n_q: int) -> None:
 # %% ../../nbs/interventions/02_positions.ipynb #135f5e48
 @contextmanager
 def set_based(
-    model: Any,  # a LongModel or a transformers model with rotary positions
+    model: AttachableModel,  # a LongModel or a transformers model with rotary positions
     spans: Any,  # ranges or (start, stop) pairs of the options, a mapping to these, or a list of such blocks; token positions
 ) -> Iterator[list[Intervention]]:
     "Set-based prompting: the order of the options does not matter while the block runs"
@@ -334,15 +335,15 @@ def set_until_closed(x: Any, name: str, value: Any, stack: ExitStack) -> None:
     setattr(x, name, value)
 
 # %% ../../nbs/interventions/02_positions.ipynb #648d4954
-def _lengthen(model: Any, config: Any, kind: str, factor: float, stack: ExitStack) -> None:
+def _lengthen(model: AttachableModel, config: Any, kind: str, factor: float, stack: ExitStack) -> None:
     "Let texts be longer; dynamic scaling goes by the trained length, so there the config keeps it"
     if kind != "dynamic": set_until_closed(config, "max_position_embeddings", int(config.max_position_embeddings * factor), stack)
     if model is hf_model(model): return
-    if getattr(model, "max_length", None): set_until_closed(model, "max_length", int(model.max_length * factor), stack)
+    if longest := getattr(model, "max_length", None): set_until_closed(model, "max_length", int(longest * factor), stack)
     without_bridge(model, stack)
 
 # %% ../../nbs/interventions/02_positions.ipynb #bea8c8f4
-def without_bridge(model: Any, stack: ExitStack) -> None:
+def without_bridge(model: AttachableModel, stack: ExitStack) -> None:
     "A LongModel's bridge has rotary frequencies of its own: it makes another one while the stack is open, and then has the old one again"
     if (bridge := vars(model).pop("bridge", None)) is not None: stack.callback(vars(model).__setitem__, "bridge", bridge)
     else: stack.callback(vars(model).pop, "bridge", None)
@@ -350,7 +351,7 @@ def without_bridge(model: Any, stack: ExitStack) -> None:
 # %% ../../nbs/interventions/02_positions.ipynb #cf1c13cd
 @contextmanager
 def rescaled_positions(
-    model: Any,  # a LongModel or a transformers model with rotary positions
+    model: AttachableModel,  # a LongModel or a transformers model with rotary positions
     kind: str,  # one of POSITION_SCALINGS
     factor: float,  # how many times longer texts become, above 1
 ) -> Iterator[list[Intervention]]:

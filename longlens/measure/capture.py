@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from ..attention.hf_interface import WAY_OUT, UnsupportedModel, attach, hf_model, recording
 from ..attention.masks import positions, visible_keys
 from ..attention.operator import AttentionOperator
-from .statistic import Call, Statistic, check_rows
-from ..methods import patch
+from .base import Call, Statistic, check_rows
+from ..patch import patch
 
 if TYPE_CHECKING:
     from longlens.measure import capture as _capture
+from ..attention.hf_interface import AttachableModel
 
 # %% auto #0
 __all__ = ['Capture', 'capture']
@@ -82,7 +83,7 @@ def _find_cache(values: Iterable[Any]) -> Any:
 class Capture:
     "Statistics of a model's attention, filled while the model runs; made by `capture()`"
 
-    def __init__(self, model: Any, statistics: tuple[Statistic, ...]):
+    def __init__(self, model: AttachableModel, statistics: tuple[Statistic, ...]):
         self.model, self.hf, self.statistics = model, hf_model(model), statistics
         self.groups: list[_Group] = []
         self._forward: _Forward | None = None
@@ -387,7 +388,7 @@ def top_keys(
 
 # %% ../../nbs/measure/02_capture.ipynb #31405e2c
 def capture(
-    model: Any,  # a LongModel, an Encoder, or a transformers model
+    model: AttachableModel,  # a LongModel, an Encoder, or a transformers model
     *statistics: Statistic,  # what to measure: Entropy(), SinkMass(4), Received(), ...
 ) -> Capture:  # a context manager; afterwards `.frame(name)` gives a polars table
     "Measure the attention of every layer while the model runs inside the `with` block; one thread at a time, not compiled"

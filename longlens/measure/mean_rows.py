@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .capture import Capture, capture
-from .statistic import Call, Statistic, check_queries, missing_queries, register
+from .base import Call, Statistic, check_queries, missing_queries, register
 from .statistics import grow_last, note_places
 from ..models.forward import LongModel
 

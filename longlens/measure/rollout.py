@@ -16,7 +16,7 @@ from torch import Tensor
 from .mean_rows import asked_queries
 from ..attention.operator import AttentionOperator
 from .spectral import check_whole
-from .statistic import Call, Statistic, check_queries, missing_queries, register
+from .base import Call, Statistic, check_queries, missing_queries, register
 from .statistics import SpanMass, inside_spans, missing_spans
 
 # %% auto #0

@@ -16,8 +16,8 @@ from torch import Tensor
 from ..attention.logits import TILE, Tile
 from ..attention.operator import AttentionOperator
 from ..attention.reducers import ReceivedSum, TransposedProduct
-from .statistic import Call, Statistic, register
-from ..methods import patch
+from .base import Call, Statistic, register
+from ..patch import patch
 
 if TYPE_CHECKING:
     from longlens.measure import spectral as _spectral

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..attention.operator import log_windows
-from .statistic import STATISTICS as STATISTICS  # which is filled here
-from .statistic import Call, RowStatistic, Statistic, check_queries, check_rows, missing_queries, register, tidy
+from .base import STATISTICS as STATISTICS  # which is filled here
+from .base import Call, RowStatistic, Statistic, check_queries, check_rows, missing_queries, register, tidy
 from ..attention.masks import seen_by, visible_keys, visible_tile
 from ..attention.reducers import DistanceSum, EntropySum, Product, ReceivedSum, Reducer, SquareSum, WindowMass
 

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..methods import patch
-from .facts import first_setting
+from ..patch import patch
+from .architecture import first_setting
 from .text_model import check_length, TextModel
 from .tokens import TokenIds, Tokens, as_ids
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-    from longlens.models import forward as _forward, generate as _generate, kv_cache as _kv_cache, memory as _memory, score as _score
+    from longlens.models import forward as _forward, generate as _generate, prefix as _kv_cache, memory as _memory, score as _score
 
 # %% auto #0
 __all__ = ['LongModel', 'pad_rows', 'check_logits']

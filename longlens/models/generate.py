@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..methods import patch
+from ..patch import patch
 from .forward import LongModel
-from .kv_cache import Prefix
+from .prefix import Prefix
 from .text_model import check_length
 from .tokens import TokenIds, Tokens
 

@@ -14,9 +14,9 @@ import torch
 
 import longlens.models.generate  # noqa: F401, methods of LongModel; the other parts are named below
 from .bridge import unbridge
-from .files import CONFIG_FILES, check_causal, check_device, check_dtype, check_weights, model_folder, read_folder, read_tokenizer
+from .model_folder import CONFIG_FILES, check_causal, check_device, check_dtype, check_weights, model_folder, read_folder, read_tokenizer
 from .forward import LongModel
-from .kv_cache import Prefix
+from .prefix import Prefix
 from .score import Score
 from .memory import MemoryEstimate
 from .card import ModelCard, read_card

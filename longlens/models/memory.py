@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from ..methods import patch
+from ..patch import patch
 from .forward import LongModel
-from .facts import cache_width, first_setting, head_widths
+from .architecture import cache_width, first_setting, head_widths
 from .text_model import TextModel
 
 # %% auto #0

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..methods import patch
+from ..patch import patch
 from .forward import LongModel, check_logits, pad_rows
-from .kv_cache import Prefix
+from .prefix import Prefix
 from .text_model import check_length
 from .tokens import TokenIds, Tokens
 

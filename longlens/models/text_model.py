@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..methods import patch
+from ..patch import patch
 from .card import ModelCard
-from .facts import head_counts, head_widths, max_positions, position_kind, text_config
+from .architecture import head_counts, head_widths, max_positions, position_kind, text_config
 from .tokens import HFModel, HFTokenizer, TokenIds, Tokens, as_ids, as_tokens, check_unicode
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..methods import patch
+from ..patch import patch
 
 if TYPE_CHECKING:
     from longlens.models import tokens as _tokens

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..models.forward import LongModel
 from ..models.load import ModelLike, load
 from ..models.tokens import TokenIds, Tokens
-from .metrics import bootstrap_interval
+from .answer_scores import bootstrap_interval
 from ..report import Report, Section
 from ..run import Run, RunOptions, run_of
 

@@ -19,7 +19,7 @@ from ..measure.capture import capture
 from ..measure.statistics import SpanMass
 from ..models.forward import LongModel
 from ..models.generate import cut_at_stops, end_ids, stop_texts
-from .metrics import METRICS
+from .answer_scores import METRICS
 from ..run import Run
 from ..sweeps.cells import Cell, Start, Tables, Task
 from ..sweeps.plan import Plan

@@ -21,9 +21,9 @@ from ..interventions.heads import Temperature, Turner
 from ..interventions.positions import ms_poe, rescaled_positions, set_based
 from ..interventions.calibrate import redistribute
 from ..measure.statistics import SpanMass
-from .metrics import rag_order
+from .answer_scores import rag_order
 from ..models.forward import LongModel
-from ..models.kv_cache import Prefix
+from ..models.prefix import Prefix
 
 # %% auto #0
 __all__ = ['REMEDIES', 'Rescaled', 'PerHead', 'document_spans', 'AsSet', 'relevance', 'Calibrated', 'Remedy', 'find_remedies']

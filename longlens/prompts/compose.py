@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..methods import patch
+from ..patch import patch
 from ..models.text_model import TextModel
 from ..models.tokens import HFTokenizer, Tokens, check_unicode
 from ..run import settings_of

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from ..methods import patch
+from ..patch import patch
 
 if TYPE_CHECKING:
     from longlens.prompts import haystack as _here

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
-from ..methods import patch
+from ..patch import patch
 from longlens.prompts.compose import (
     ComposeOptions, Context, Piece, PromptOptions, PromptReader, PromptSettings, TokenizerSource, compose_prompt, join_pieces,
     prompt_reader, prompt_settings,

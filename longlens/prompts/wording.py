@@ -15,7 +15,7 @@ from random import Random
 from string import Formatter
 from typing import TYPE_CHECKING
 
-from ..methods import patch
+from ..patch import patch
 
 if TYPE_CHECKING:
     from longlens.prompts import wording as _here

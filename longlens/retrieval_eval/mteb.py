@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ..interventions.base import interventions
-from ..methods import patch
+from ..patch import patch
 from .evaluate import TextEncoder, own_prompt, prompted
 from .tasks import RetrievalTask
 

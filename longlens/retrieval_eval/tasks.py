@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..methods import patch
+from ..patch import patch
 from ..models.tokens import HFTokenizer
 from ..prompts.compose import TokenizerSource, prompt_reader
 from ..prompts.haystack import NOISE_SENTENCES, Haystack, split_sentences

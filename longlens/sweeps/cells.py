@@ -19,7 +19,7 @@ from torch import Tensor
 from ..attention.hf_interface import hf_model
 from ..interventions.base import Intervention, active_interventions, intervene, interventions
 from ..models.forward import LongModel
-from ..models.kv_cache import fork_cache
+from ..models.prefix import fork_cache
 from ..models.text_model import TextModel
 from ..models.tokens import HFModel, HFTokenizer
 from ..prompts.compose import Context

@@ -16,9 +16,9 @@ import numpy as np
 import polars as pl
 import torch
 
-from ..methods import patch
+from ..patch import patch
 from ..models.forward import LongModel
-from ..models.kv_cache import new_cache, rope_regime, shared_length
+from ..models.prefix import new_cache, rope_regime, shared_length
 from ..models.memory import MemoryEstimate, size_text
 from .cells import Cell, Condition, Task, content
 from .store import Store

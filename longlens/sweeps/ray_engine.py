@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..interventions.base import interventions
-from ..methods import patch
+from ..patch import patch
 from ..models.forward import LongModel
 from ..models.load import load
 from .cells import Cell, Task, fingerprint

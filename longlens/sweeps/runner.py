@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ..attention.hf_interface import attach
-from ..methods import patch
+from ..patch import patch
 from ..models.forward import LongModel
-from ..models.kv_cache import Prefix, fork_cache, new_cache, rope_regime, shared_length
+from ..models.prefix import Prefix, fork_cache, new_cache, rope_regime, shared_length
 from .cells import Cell, Condition, Start, Tables, Task
 from .plan import Batch, Plan, chain_tokens, same_condition
 from .store import as_row

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from ..methods import patch
+from ..patch import patch
 from ..report import MARK, atomic_write
 from .cells import FORMAT, Tables
 

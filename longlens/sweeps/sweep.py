@@ -14,7 +14,7 @@ import polars as pl
 from tqdm.auto import tqdm
 
 from ..models.forward import LongModel
-from ..models.kv_cache import rope_regime
+from ..models.prefix import rope_regime
 from ..models.load import ModelLike, load
 from ..models.text_model import check_length
 from ..run import PLANNERS, Run, RunOptions, run_of

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from ..metrics import Interval, bootstrap_interval, sign_flip_p, wilson_interval
+from ..answer_scores import Interval, bootstrap_interval, sign_flip_p, wilson_interval
 from .parts import Part
 from .geometry import directions, geometry_intervals, length_changes, pair_cosines, pairs_interval, separability, spectrum
 from ...sweeps.store import Store

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..metrics import Interval, bootstrap_interval
+from ..answer_scores import Interval, bootstrap_interval
 
 # %% auto #0
 __all__ = ['directions', 'pair_cosines', 'pairs_interval', 'length_changes', 'spectrum', 'effective_rank', 'Geometry', 'geometry',

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import polars as pl
 
-from ..metrics import effective_length, score_interval
+from ..answer_scores import effective_length, score_interval
 
 _GRID = ["kind", "remedy"]  # what makes a grid
 

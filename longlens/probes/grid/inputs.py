@@ -11,7 +11,7 @@ from itertools import product
 from typing import Any
 
 from ...models.forward import LongModel
-from ..metrics import METRICS
+from ..answer_scores import METRICS
 from ..remedies import Remedy
 from ...prompts.compose import Context
 from ...prompts.haystack import Haystack

@@ -19,7 +19,7 @@ from ..generate import Ask, Prepared, check_metric, longer, reply_length, reply_
 from .frames import grid_frames
 from .inputs import GridDesign, check_threshold, grid_cells
 from .report import GridReport
-from ..metrics import read_niah_scores
+from ..answer_scores import read_niah_scores
 from ..remedies import Remedy, find_remedies
 from ...prompts.haystack import Haystack
 from ...prompts.wording import Wording

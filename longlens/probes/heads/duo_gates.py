@@ -76,7 +76,7 @@ def _passkey_text(
     seed: int | str = 0,  # of the text
 ) -> _Labelled:
     "Passkeys in filler, and all of them asked for and answered, as DuoAttention was trained"
-    from longlens.prompts.ruler import passkeys
+    from longlens.prompts.benchmark_tasks import passkeys
     ctx = passkeys(lm, n_tokens, seed=seed)
     return ctx.tokens.ids, torch.tensor(ctx.meta["labels"])
 

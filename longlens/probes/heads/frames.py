@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...interventions.base import head_sizes
-from ...measure.statistic import tidy
+from ...measure.base import tidy
 from ...models.forward import LongModel
 from .inputs import Placed
 from .scores import Trial

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from ...sweeps.cells import Cell, Start, Task
 from ...measure.capture import Capture, capture
-from ...measure.statistic import tidy
+from ...measure.base import tidy
 from ...interventions.base import head_sizes
 from ...measure.statistics import DistanceProfile, Received, Rows
 from ...models.generate import end_ids
-from ...models.kv_cache import Prefix
+from ...models.prefix import Prefix
 from ...sweeps.sweep import SweepResult, sweep
 from ...models.forward import LongModel
 from ...prompts.compose import Context

@@ -18,7 +18,7 @@ from .scores import pattern_scores, qr_scores
 from ...prompts.compose import Context
 from ...prompts.wording import Wording
 from ...prompts.needle import needle_context
-from ...prompts.ruler import retrieval_prompt
+from ...prompts.benchmark_tasks import retrieval_prompt
 
 # %% auto #0
 __all__ = ['METHODS']

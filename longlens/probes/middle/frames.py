@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import polars as pl
 
-from ..metrics import bootstrap_interval, paired_ends_against_middle, position_indices, score_interval, sign_flip_p
+from ..answer_scores import bootstrap_interval, paired_ends_against_middle, position_indices, score_interval, sign_flip_p
 
 KEYS = ["variant", "remedy"]  # what makes a curve
 

@@ -16,7 +16,7 @@ import polars as pl
 from ...models.forward import LongModel
 from ...models.load import ModelLike, load
 from ..generate import Ask, Prepared, check_metric, longer, reply_length, reply_stops, with_scores
-from ..metrics import METRICS
+from ..answer_scores import METRICS
 from longlens.probes.middle.frames import (
     KEYS, baseline_frame, curve_frame, documents_frame, effects_frame, indices_frame, mean_mass, top_heads, with_attention,
 )

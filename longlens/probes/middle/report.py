@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import polars as pl
 
 from ..generate import cost_sentence, cut_sentence
-from ..metrics import bootstrap_interval
+from ..answer_scores import bootstrap_interval
 from longlens.probes.middle.findings import (
     attention_sentence, plain_rows, remedy_sentences, score_sentence, shape_sentence, what_of,
 )

@@ -15,7 +15,7 @@ import polars as pl
 from ...models.forward import LongModel
 from ...models.load import ModelLike, load
 from ...models.tokens import TokenIds, Tokens
-from .frames import SinkSettings, made_sequences, metric_frame, natural_sequences, text_frames
+from .metrics import SinkSettings, made_sequences, metric_frame, natural_sequences, text_frames
 from .report import SinkReport
 from ...sweeps.cells import model_meta
 

@@ -13,7 +13,7 @@ import polars as pl
 from longlens.probes.sinks.findings import (
     head_sentence, mean_heads, metric_sentence, shape_sentence, token_sentence, why_sentence,
 )
-from .frames import judged
+from .metrics import judged
 from ...report import Report, Section
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ...models.kv_cache import rope_regime
+from ...models.prefix import rope_regime
 from .sources import TracePrompt
 
 # %% auto #0

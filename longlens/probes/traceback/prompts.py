@@ -18,7 +18,7 @@ from ...models.text_model import check_length
 from ...models.tokens import TokenIds, Tokens
 from ...prompts.compose import Context, Piece, solid_tokens, compose_prompt
 from ...models.generate import cut_at_stops, stop_texts
-from ...models.kv_cache import Prefix
+from ...models.prefix import Prefix
 from .sources import Sources, TracePrompt, checked_size, cut_context, known_offsets, placed, segment_spans
 from ...models.forward import LongModel
 from ...run import settings_of

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import polars as pl
 
-from ...methods import patch
+from ...patch import patch
 from .findings import trace_findings
 from .frames import answer_frame, best_sources, excerpts, finer_levels, finer_sources, scored_frame
-from .sections import source_bars, trace_sections
+from .page import source_bars, trace_sections
 from .sources import TracePrompt
 from .tracer import TraceScores
 from ...report import Report, report_html

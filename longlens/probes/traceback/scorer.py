@@ -22,12 +22,12 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...methods import patch
+from ...patch import patch
 from ...sweeps.cells import content, fingerprint
 from ...models.forward import check_logits
 from ...attention.hf_interface import UnsupportedModel, attach
 from ...interventions.base import active_interventions
-from ...models.kv_cache import fork_cache, new_cache, Prefix, rope_regime
+from ...models.prefix import fork_cache, new_cache, Prefix, rope_regime
 from ...models.memory import size_text
 from .sources import TracePrompt, subset_tokens
 from .prefix_tree import ScoreCosts, SegmentBits, Step, common_start, first_alike, make_steps, step_costs

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 import numpy as np
 import polars as pl
 
-from ...methods import patch
+from ...patch import patch
 from ...models.forward import LongModel
-from ...models.kv_cache import Prefix
+from ...models.prefix import Prefix
 from ...models.tokens import Tokens
 from ..heads.report import HeadReport
 from .prefix_tree import PADDING, ScoreCosts, ValueFunction

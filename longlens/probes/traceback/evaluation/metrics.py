@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ....models.tokens import Tokens
 from ....models.generate import cut_at_stops
-from ....models.kv_cache import Prefix
-from ...metrics import Interval, bootstrap_interval, wilson_interval
+from ....models.prefix import Prefix
+from ...answer_scores import Interval, bootstrap_interval, wilson_interval
 from ..sources import TracePrompt, subset_ids
 from ..scorer import FLOOR
 from ..prompts import answer_limits

@@ -37,7 +37,7 @@ class TracebackReport(Report):
 
     def chart(self) -> Any:
         """Quality against cost"""
-        from longlens.charts.sources import cost_chart
+        from longlens.charts.trace_view import cost_chart
         f = self.frames["methods"].filter(pl.col("f1").is_not_null() & (pl.col("forward_tokens") > 0))
         if f.is_empty(): return None
         return cost_chart(f, "f1", "forward_tokens", title="F1 against tokens through the model, mean over cases")

@@ -20,7 +20,7 @@ from ....measure.mean_rows import attention_of, check_head_weights, covers, rows
 from ....attention.hf_interface import attach
 from ....measure.capture import capture
 from ....measure.rollout import Rollout
-from ....models.kv_cache import Prefix, new_cache, shared_length
+from ....models.prefix import Prefix, new_cache, shared_length
 from ....models.memory import size_text
 from ..tracer import TRACERS, GameJob, Heads, Job, Meter, Room, TraceCost, TraceJob, Tracer, TraceScores
 from ..sources import TracePrompt, subset_tokens

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import polars as pl
 
-from ...metrics import Interval
+from ...answer_scores import Interval
 from ..scorer import SubsetScorer
 from ..tracer import TRACERS, Job, Meter, Room, TraceCost, TraceJob, Tracer, TraceScores, planned_cost
 
