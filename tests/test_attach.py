@@ -84,12 +84,22 @@ def test_a_wrapped_mask_function_and_an_instance_of_a_registry_are_found(registr
     refused(hf, "'sdpa'", "attention function")
 
 
+def pictures_and_text() -> PreTrainedModel:
+    "A model of several parts"
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+    small: dict[str, Any] = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    vision = CLIPVisionConfig(**small, image_size=8, patch_size=4)
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=ZOO["llama"]().config, image_token_id=5)).eval()
+
+
 def test_an_attention_of_one_part_of_a_model_is_refused(registries: None) -> None:
     AttentionInterface.register("flat", flatter)
-    hf = EVERYTHING["gemma3_vl"]() if "gemma3_vl" in EVERYTHING else None
-    if hf is None: pytest.skip("no model of several parts in the zoo")
-    hf.set_attn_implementation({"text_config": "flat"})
-    refused(hf, "'flat'")
+    hf = pictures_and_text()
+    with attach(hf): assert hf_interface._short_input(hf, hf_interface._configs(hf)) is not None
+    for part in ("text_config", "vision_config"):
+        hf.set_attn_implementation({part: "flat"})
+        refused(hf, "'flat'")
+        hf.set_attn_implementation("sdpa")
 
 
 @pytest.mark.parametrize("impl", ["sdpa", "eager", "flash_attention_2", "flex_attention", "paged|eager"])
@@ -109,6 +119,14 @@ def test_a_patched_attention_is_found_by_its_outputs(monkeypatch: pytest.MonkeyP
     def patched(module: Any, q: torch.Tensor, *args: Any, **kw: Any) -> Any: return plain(module, q * 1.5, *args, **kw)
     monkeypatch.setattr(modeling_llama, "eager_attention_forward", patched)
     refused(hf, "inside and outside", "differ by", way_out="TransformerBridge")
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "jamba", "gemma3n", "bert"])
+def test_models_that_can_be_measured_are_run_and_pass(name: str) -> None:
+    hf = EVERYTHING[name]()
+    given = hf_interface._short_input(hf, hf_interface._configs(hf))
+    assert given is not None and hf_interface._output(hf, given) is not None
+    with attach(hf): pass
 
 
 @pytest.mark.parametrize("name", ["deepseek_v32", "doge"])
