@@ -17,7 +17,7 @@ from longlens.attention import hf_interface
 from longlens.attention.hf_interface import UnsupportedModel, attach, attachments
 
 
-def flatter(module: torch.nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scaling: float | None = None, **kw: Any) -> Any:
+def flatter(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scaling: float | None = None, **kw: Any) -> Any:
     "Attention with logits divided by four"
     return sdpa_attention_forward(module, q, k, v, mask, scaling=(scaling or q.shape[-1] ** -.5) / 4, **kw)
 
