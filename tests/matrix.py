@@ -37,7 +37,7 @@ CLOSE = 1e-4    # relative to the largest number compared, or to 1
 
 # ---- references
 
-EDIT: dict[str, Any] = {}    # what `formed` changes: ablate=(layer, head), streaming=(sink, recent)
+EDIT: dict[str, Any] = {}    # what `formed` changes: ablate=(module, head), streaming=(sink, recent)
 
 
 def formed(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
@@ -57,7 +57,7 @@ def formed(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, valu
     if s_aux is not None: logits = torch.cat([logits, s_aux.view(1, -1, 1, 1).expand(*logits.shape[:3], 1)], -1)
     weights = logits.softmax(-1)[..., :k.shape[2]]
     out = weights @ v
-    if EDIT.get("ablate", (None, None))[0] == getattr(module, "layer_idx", -1): out[:, EDIT["ablate"][1]] = 0
+    if EDIT.get("ablate", (None, None))[0] is module: out[:, EDIT["ablate"][1]] = 0
     return out.transpose(1, 2).contiguous(), weights
 
 
@@ -74,20 +74,27 @@ def attention_is(hf: PreTrainedModel, name: str) -> Iterator[None]:
     finally: hf.set_attn_implementation(before)
 
 
+def number_of(module: torch.nn.Module, name: str) -> int:
+    "The layer of a module: its number, or where a shared one (-1) stands"
+    at = module.layer_idx
+    return at if at >= 0 else int(next(part for part in name.split(".") if part.isdigit()))
+
+
 def patterns(hf: PreTrainedModel, ids: torch.Tensor, keep: torch.Tensor | None = None) -> dict[int, torch.Tensor]:
     "Layer -> pattern (batch, heads, n, n) of eager attention, for layers that have one"
     found: list[tuple[int, torch.Tensor]] = []
 
     def seen(module: torch.nn.Module, args: Any, out: Any) -> None:
         parts = out if isinstance(out, tuple) else ()
-        if len(parts) > 1 and isinstance(parts[1], torch.Tensor) and parts[1].ndim == 4: found.append((module.layer_idx, parts[1]))
-    hooks = [m.register_forward_hook(seen) for m in hf.modules() if isinstance(getattr(m, "layer_idx", None), int)]
+        if len(parts) > 1 and isinstance(parts[1], torch.Tensor) and parts[1].ndim == 4: found.append((numbers[module], parts[1]))
+    numbers = {m: number_of(m, name) for name, m in hf.named_modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")}
+    hooks = [m.register_forward_hook(seen) for m in numbers]
     try:
         with attention_is(hf, "eager"): hf(input_ids=ids, attention_mask=keep, use_cache=False, output_attentions=True)
     finally:
         for hook in hooks: hook.remove()
     made = {layer: p for layer, p in found if p.shape[-1] == ids.shape[1] == p.shape[-2]}
-    if len({layer for layer, _ in found}) != len(made): raise AssertionError("the reference has patterns of odd shapes")
+    if len(made) != len(found): raise AssertionError("the reference has patterns of odd shapes")
     return made
 
 
@@ -169,7 +176,8 @@ def prefix_continued(hf: PreTrainedModel) -> float:
 def ablate(hf: PreTrainedModel) -> float:
     ids, layer = zoo.token_ids(N), layers_of(hf)[0]
     with ll.ablate(hf, [(layer, 1)]): inside = hf(input_ids=ids, use_cache=False)[0]
-    return changed(hf, ids, inside, ablate=(layer, 1))
+    module = next(m for name, m in hf.named_modules() if hasattr(m, "is_causal") and number_of(m, name) == layer)
+    return changed(hf, ids, inside, ablate=(module, 1))
 
 
 def streaming(hf: PreTrainedModel) -> float:
@@ -234,7 +242,7 @@ def middle(lm: LongModel) -> float:
 
 
 def items_of(lm: LongModel) -> list[Any]:
-    from longlens.prompts.multi_document import fact_questions
+    from longlens.prompts.questions import fact_questions
     return list(fact_questions(2, 3, seed=0, sentences=2))
 
 

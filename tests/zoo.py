@@ -502,7 +502,7 @@ MORE: dict[str, tuple[str, Callable[[], PreTrainedModel]]] = {  # name -> what i
             layer_types=PAIRS,
             sliding_window=12,
             vocab_size_per_layer_input=128,
-            hidden_size_per_layer_input=0,
+            hidden_size_per_layer_input=16,
         ),
     ),
     "glm4": ("norms on both sides", _more("Glm4", head_dim=16)),
@@ -571,7 +571,7 @@ MORE: dict[str, tuple[str, Callable[[], PreTrainedModel]]] = {  # name -> what i
     "helium": ("rotary pairs side by side", _more("Helium", head_dim=16)),
     "doge": ("a mask made from values", _more("Doge")),
     "bitnet": ("norms inside the layer", _more("BitNet")),
-    "persimmon": ("fused queries, keys and values", _more("Persimmon")),
+    "persimmon": ("fused queries, keys and values", _more("Persimmon", num_key_value_heads=None)),
     "xglm": (
         "sinusoidal positions, attention of its own",
         _more(
