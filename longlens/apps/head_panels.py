@@ -21,8 +21,8 @@ from ..probes.sinks.report import SinkReport
 from ..text import visible
 
 # %% auto #0
-__all__ = ['QUANTITIES', 'SHARE', 'quantities', 'Panel', 'attention_row', 'attended_tokens', 'reading_panels', 'retrieval_panels',
-           'sink_panels']
+__all__ = ['QUANTITIES', 'SHARE', 'quantities', 'Panel', 'attention_row', 'head_row', 'attended_tokens', 'reading_panels',
+           'retrieval_panels', 'sink_panels']
 
 # %% ../../nbs/apps/05_head_panels.ipynb #c10cc731
 QUANTITIES: dict[str, tuple[str, str, str]] = {    # column -> name, unit, what it is
@@ -160,13 +160,25 @@ def _profile_rows(
 def attention_row(
     r: PromptReading,    # with `.live`
     position: int,       # of the token that looks
-) -> Tensor:             # (layers, heads, position + 1)
+) -> Tensor:             # (layers with attention, heads, position + 1)
     "A row of every head, kept for the next click"
     if (live := r.live) is None: raise ValueError("the row of a token needs the model: revive(reading, lm)")
     if position not in live.rows:
         with exclusive_use(live.lm): live.rows[position] = live.row(position)
         while len(live.rows) > 16: del live.rows[next(iter(live.rows))]
     return live.rows[position]
+
+# %% ../../nbs/apps/05_head_panels.ipynb #h11headr
+def head_row(
+    r: PromptReading,    # with `.live`
+    position: int,       # of the token that looks
+    layer: int,          # its number in the model
+    head: int,
+) -> Tensor:             # (position + 1,)
+    "The row of one head"
+    rows = attention_row(r, position)
+    assert r.live is not None    # or there are no rows
+    return rows[r.live.lm.attention_layers.index(layer), head]
 
 # %% ../../nbs/apps/05_head_panels.ipynb #79717dc4
 def _largest(r: PromptReading, layer: int, head: int, position: int, most: int) -> list[tuple[int, float]]:    # position, weight
@@ -175,7 +187,7 @@ def _largest(r: PromptReading, layer: int, head: int, position: int, most: int) 
     if f is not None and not (kept := f.filter(query=position, layer=layer, head=head)).is_empty():
         return list(kept.head(most).select("position", "weight").iter_rows())
     if r.live is None: return []
-    best = attention_row(r, position)[layer, head].topk(min(most, position + 1))
+    best = head_row(r, position, layer, head).topk(min(most, position + 1))
     return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
 # %% ../../nbs/apps/05_head_panels.ipynb #e3aacd6b

@@ -192,7 +192,7 @@ def restore(self: ReadingExplorer, state: Mapping[str, Any]) -> None:
 def state(self: ReadingExplorer) -> dict[str, Any]:
     "What was chosen; the rows that were looked at go into the report"
     live, parts = self.report.live, [] if "rows" not in self.report.frames else [self.report.frames["rows"]]
-    if live: parts += [_row_frame(row, query) for query, row in live.rows.items()]
+    if live: parts += [_row_frame(row, query, live.lm.attention_layers) for query, row in live.rows.items()]
     if parts: self.report.frames["rows"] = pl.concat(parts).unique(["layer", "head", "query", "position"], maintain_order=True)
     return HeadExplorer.state(self)
 
@@ -200,10 +200,11 @@ def state(self: ReadingExplorer) -> dict[str, Any]:
 def _row_frame(
     row: Tensor,       # weights, (layers, heads, positions)
     query: int,        # position of the token that looks
+    layers: Sequence[int],    # numbers of the layers
     most: int = 24,    # tokens that are kept
 ) -> pl.DataFrame:     # layer, head, query, position, weight; the largest first
     "What one token attends to most in every head"
     best = row.topk(min(most, row.shape[-1]))
-    f = tidy({"layer": range(row.shape[0]), "head": range(row.shape[1]), "rank": range(best.values.shape[-1])},
+    f = tidy({"layer": layers, "head": range(row.shape[1]), "rank": range(best.values.shape[-1])},
              {"position": best.indices.numpy(), "weight": best.values.numpy()})
     return f.select("layer", "head", query=pl.lit(query, pl.Int64), position="position", weight="weight")

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..attention.operator import log_windows
 from ..measure.capture import Capture, capture
-from ..interventions.base import head_sizes, interventions
+from ..interventions.base import interventions
+from ..models.architecture import count_kv_heads, size_facts
 from ..interventions.heads import ablate
 from ..measure.base import tidy
 from ..measure.statistics import Distance, DistanceProfile, Entropy, Received, Rows, SinkMass, Support
@@ -98,6 +99,12 @@ def _placed(row: tuple[int, int, Tensor, Tensor], n: int) -> Tensor:    # sample
     at, weight = row[2].cpu(), row[3].float().cpu()
     return torch.zeros(len(weight), n).scatter_(1, at, weight)
 
+# %% ../../nbs/apps/04_reading.ipynb #h11begin
+def _beginning(lm: LongModel, whole: Prefix, n: int) -> Prefix:
+    "The first n tokens of a text; they run again where a state cannot be taken back (hybrids)"
+    if whole.cache.is_croppable or n == len(whole): return whole.crop(n)
+    return lm.prefill(whole.ids[:n], allow_longer=whole.allow_longer)
+
 # %% ../../nbs/apps/04_reading.ipynb #819d4f4f
 @patch
 def row(
@@ -105,9 +112,9 @@ def row(
     position: int,    # of a token
 ) -> Tensor:          # (layers, heads, position + 1)
     "What one token attends to, in every head; 0 where a window hides the text"
-    step = Rows([position], top=None)
+    step, before = Rows([position], top=None), _beginning(self.lm, self.prefix, position) if position else None
     with torch.no_grad(), capture(self.lm, step) as seen:
-        if position: self.prefix.crop(position).extend(self.prefix.ids[position:position + 1])
+        if before is not None: before.extend(self.prefix.ids[position:position + 1])
         else: self.lm(self.prefix.ids[:1])
     return torch.stack([_placed(state["rows"][0], position + 1) for _, _, state in seen.parts("rows")])
 
@@ -173,7 +180,8 @@ def _copied(live: Live) -> dict[str, Tensor]:    # (layers, heads)
     if span is None: return {}
     want = ctx.completion_ids
     steps = torch.cat([ctx.tokens.ids[-1:], want[:-1]])
-    with capture(live.lm, Rows(range(n - 1, n - 1 + len(steps)), top=1)) as seen: logits = live.prefix.crop(n - 1).logits_after(steps)
+    before = _beginning(live.lm, live.prefix, n - 1)
+    with capture(live.lm, Rows(range(n - 1, n - 1 + len(steps)), top=1)) as seen: logits = before.logits_after(steps)
     written = logits.argmax(-1).cpu()
     looked = seen.top_keys()[0][..., 0].masked_fill(written != want, -1)
     mass = live.row(n - 1)[..., span.start:span.stop].sum(-1)
@@ -185,10 +193,12 @@ def _heads_table(live: Live, seen: Capture, patterns: Mapping[str, Tensor]) -> p
     table = heads_frame(seen, live.alpha)
     if any(s.title == "late_first" for s in seen.statistics):
         table = table.join(_stream_share(seen), on=["layer", "head"])
-    _, n_heads, n_kv = head_sizes(live.lm)
+    lm = live.lm
+    group = {layer: lm.n_heads // count_kv_heads(lm, layer) for layer in lm.attention_layers}
     extra = {**patterns, **_copied(live)}
     more = {name: pl.Series(name, x.flatten().numpy()) for name, x in extra.items()}
-    return table.sort("layer", "head").with_columns(kv_head=pl.col("head") // (n_heads // n_kv), **more)
+    kv_head = pl.col("head") // pl.col("layer").replace_strict(group)
+    return table.sort("layer", "head").with_columns(kv_head=kv_head, **more)
 
 # %% ../../nbs/apps/04_reading.ipynb #bf8be2cc
 _BINS = 240
@@ -196,6 +206,7 @@ _BINS = 240
 
 def _profile_frame(
     alpha: Tensor,                          # (layers, heads, n)
+    layers: Sequence[int],                  # their numbers
     bins: int = _BINS,                       # at most
 ) -> pl.DataFrame:                          # layer, head, first, last, mean, top, at
     "Attention received by stretches of the text, over the positions that enough queries see"
@@ -206,7 +217,7 @@ def _profile_frame(
     first = torch.arange(padded.shape[-2]) * width
     values = {"last": (first + width - 1).clamp(max=n - 1).expand_as(top.values), "mean": padded.nanmean(-1), "top": top.values,
               "at": top.indices + first}
-    axes = {"layer": range(alpha.shape[0]), "head": range(alpha.shape[1]), "first": first.tolist()}
+    axes = {"layer": layers, "head": range(alpha.shape[1]), "first": first.tolist()}
     return tidy(axes, {k: v.numpy() for k, v in values.items()})
 
 # %% ../../nbs/apps/04_reading.ipynb #855b14b3
@@ -329,14 +340,13 @@ def _spans_table(spans: Mapping[str, range]) -> pl.DataFrame:
 def _reading_of(live: Live, seen: Capture, patterns: Mapping[str, Tensor]) -> PromptReading:
     "The tables of a text"
     lm, tokens, ctx = live.lm, live.tokens, live.context
-    frames = {"heads": _heads_table(live, seen, patterns), "profile": _profile_frame(live.alpha), "distance": _bands_frame(seen),
-              "tokens": _tokens_table(live), "spans": _spans_table(ctx.spans if ctx else {}),
+    frames = {"heads": _heads_table(live, seen, patterns), "profile": _profile_frame(live.alpha, lm.attention_layers),
+              "distance": _bands_frame(seen), "tokens": _tokens_table(live), "spans": _spans_table(ctx.spans if ctx else {}),
               "text": pl.DataFrame({"text": [tokens.text]}, schema={"text": pl.String})}
     answer = {k: v for k, v in model_reply(live).items() if k != "ids"}
     asked = None if ctx is None else {k: plain(getattr(ctx, k)) for k in _CONTEXT_FIELDS}
-    meta = {"model": lm.name, "lengths": [len(tokens)], "answer": answer, "context": asked, "layers": lm.n_layers,
-            "heads": lm.n_heads, "kv_heads": lm.n_kv_heads, "dtype": str(lm.dtype), "device": str(lm.device),
-            "interventions": interventions(lm)}
+    meta = {"model": lm.name, "lengths": [len(tokens)], "answer": answer, "context": asked, **size_facts(lm), "dtype": str(lm.dtype),
+            "device": str(lm.device), "interventions": interventions(lm)}
     out = PromptReading(frames, meta)
     out.live = live
     return out

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .app import Explorer
-from .head_panels import attention_row
+from .head_panels import head_row
 from .heads import Choice
 from .linked_chart import picture
 from .reading import PromptReading
@@ -69,7 +69,7 @@ def _follow(self: TextExplorer) -> None:
     self.view.selected = self.choice.token
     if self.report.live is None: return
     (layer, head), weights = self.choice.head, np.full(len(self.report.strings), np.nan)
-    weights[:self.choice.token + 1] = attention_row(self.report, self.choice.token)[layer, head].numpy()
+    weights[:self.choice.token + 1] = head_row(self.report, self.choice.token, layer, head).numpy()
     self.view.shade("attention from the selected token", Shade(weights, note=f"layer {layer}, head {head}"))
 
 

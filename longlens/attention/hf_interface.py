@@ -5,10 +5,14 @@
 # %% ../../nbs/attention/08_hf_interface.ipynb #d05236e0
 from __future__ import annotations
 
+import functools
+import inspect
+import random
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
@@ -60,6 +64,15 @@ def _band_of(f: Callable) -> tuple[int | None, int | None] | None:
     known = [b for b in bands if b is not None]
     return (_least(b[0] for b in known), _least(b[1] for b in known)) if len(known) == len(bands) else None
 
+# %% ../../nbs/attention/08_hf_interface.ipynb #776019a5
+def _hole(
+    keep: Tensor,  # bool, (batch, n)
+) -> tuple[int, int] | None:  # sample, position in the row
+    "The first hidden token that has tokens of the text on both sides"
+    before, after = keep.cumsum(1) > 0, keep.flip(1).cumsum(1).flip(1) > 0
+    found = (before & after & ~keep).nonzero()
+    return (int(found[0, 0]), int(found[0, 1])) if len(found) else None
+
 # %% ../../nbs/attention/08_hf_interface.ipynb #4b1da52d
 def longlens_mask(
     batch_size: int,  # samples
@@ -79,6 +92,7 @@ def longlens_mask(
     mask = Mask(left, right, offset=int(q_offset) - start, rule=f if band is None else None, start=start)
     if attention_mask is None or attention_mask.all(): return mask
     keep = attention_mask.bool()
+    mask = replace(mask, hole=_hole(keep))
     missing = start + kv_length - keep.shape[-1]  # a static cache has room for keys that are still to come
     if missing > 0: keep = nn.functional.pad(keep, (0, missing))
     return replace(mask, keep=keep[:, start:start + kv_length], before=keep[:, :start].sum(-1))
@@ -259,6 +273,21 @@ def _recorders_of(
     "Who records its calls"
     return [r for a in _ATTACHED.get(module, ()) for r in a.recorders]
 
+# %% ../../nbs/attention/08_hf_interface.ipynb #4854c801
+_QUIET = threading.local()  # .on: this thread compares outputs, and nobody takes part
+
+
+def _taking_part(module: nn.Module, mask: Mask) -> tuple[list[Editor], list[Recorder]]:
+    "Who changes and who records a call"
+    if getattr(_QUIET, "on", False): return [], []
+    editors, recorders = editors_of(module), _recorders_of(module)
+    if mask.hole is not None and (editors or recorders):
+        sample, position = mask.hole
+        raise UnsupportedModel(f"the attention mask of sample {sample} has a hole at position {position}: zeros between ones, so that "
+                               "positions and spans mean two things. Cut these tokens out of the input, or leave the mask whole and "
+                               "hide them with scale_spans and factor 0")
+    return editors, recorders
+
 # %% ../../nbs/attention/08_hf_interface.ipynb #4eac6d1b
 def longlens_attention(
     module: nn.Module,  # the attention module that calls
@@ -280,7 +309,7 @@ def longlens_attention(
     mask = _as_mask(attention_mask, module, query, key, is_causal, sliding_window)
     scale = query.shape[-1] ** -.5 if scaling is None else scaling
     call = LayerCall(query, key, value, scale, mask, softcap, s_aux, position_bias, module=module)
-    editors, recorders = editors_of(module), _recorders_of(module)
+    editors, recorders = _taking_part(module, mask)
     for e in editors: call = e.before(call)
     out, lse = call.attend()
     if recorders: op = call.operator(lse)
@@ -344,6 +373,169 @@ def _configs(hf: Any) -> list[Any]:
         todo += [part for part in parts if part is not None]
     return list(found.values())
 
+# %% ../../nbs/attention/08_hf_interface.ipynb #583a9c22
+_SOFTMAX = ("sdpa_attention", "flash_attention", "flex_attention", "eager_paged", "sdpa_paged", "flash_paged")  # of transformers
+
+
+def _maker(f: Any) -> str | None:
+    "The module whose code a function is; None: it is not a plain function, or somebody else's around another"
+    while inspect.isfunction(f):
+        home = f.__globals__.get("__name__", "")  # `__module__` would be copied by functools.wraps
+        if not hasattr(f, "__wrapped__"): return home
+        if home.split(".")[0] not in ("torch", "transformers"): return None
+        f = f.__wrapped__
+    return None
+
+# %% ../../nbs/attention/08_hf_interface.ipynb #1cff0ba2
+def _is_softmax(f: Any) -> bool:
+    home = _maker(f) or ""
+    return home.startswith("transformers.models.") or home in {f"transformers.integrations.{name}" for name in _SOFTMAX}
+
+
+def _is_theirs(f: Any) -> bool: return (_maker(f) or "").startswith("transformers.")
+
+# %% ../../nbs/attention/08_hf_interface.ipynb #23253b2c
+def _registered(hf: nn.Module, impl: str) -> list[tuple[str, Any, bool]]:
+    "What is registered under a name: what it is, the function, and whether longlens may take its place"
+    from transformers import masking_utils
+    files = {type(m).__module__ for m in hf.modules()}
+    books = {id(b): b for f in files if (b := getattr(sys.modules.get(f), "ALL_ATTENTION_FUNCTIONS", None)) is not None}
+    names = (impl, impl.removeprefix("paged|"))
+    found = [("attention function", f, _is_softmax(f)) for b in books.values() for n in names if (f := b.get(n)) is not None]
+    masks = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
+    return found + [("mask function", f, _is_theirs(f)) for n in names if (f := masks.get(n)) is not None]
+
+# %% ../../nbs/attention/08_hf_interface.ipynb #dc35506f
+def _check_own(hf: nn.Module, at: Attachment) -> None:
+    "Refuse an attention that is not known to be softmax attention"
+    for impl in {name for _, name in at.configs if name not in (None, NAME)}:
+        for what, f, known in _registered(hf, impl):
+            if known: continue
+            home, name = getattr(f, "__module__", None), getattr(f, "__qualname__", type(f).__name__)
+            raise UnsupportedModel(
+                f"{type(hf).__name__} uses the attention implementation {impl!r}, whose {what} is {name} (of {home}), which longlens does "
+                "not know: it would measure plain softmax attention in its place. If softmax attention is what you want to measure, call "
+                'set_attn_implementation("eager") on the model, or take off what was put around the function')
+
+# %% ../../nbs/attention/08_hf_interface.ipynb #b8968898
+_LIBRARIES = ("torch", "transformers", "accelerate", "peft")  # their hooks belong to how a model works
+
+
+def _foreign(hook: Any) -> bool:
+    while isinstance(hook, functools.partial): hook = hook.func
+    return str(getattr(hook, "__module__", "")).split(".")[0] not in _LIBRARIES
+
+# %% ../../nbs/attention/08_hf_interface.ipynb #fe04d7f6
+@contextmanager
+def _without_hooks(hf: nn.Module) -> Iterator[None]:
+    "While the block runs, hooks that somebody put on the model are not called"
+    books: list[Any] = [b for m in hf.modules() for b in (m._forward_pre_hooks, m._forward_hooks) if b]
+    before = [(b, list(b.items())) for b in books if any(_foreign(h) for h in b.values())]
+    for book, entries in before:
+        for key, hook in entries:
+            if _foreign(hook): del book[key]
+    try: yield
+    finally:
+        for book, entries in before:  # the same order, and what came meanwhile
+            since = list(book.items())
+            book.clear()
+            book.update([*entries, *since])
+
+# %% ../../nbs/attention/08_hf_interface.ipynb #060f72fd
+@contextmanager
+def _quiet(hf: Any) -> Iterator[None]:
+    "While the block runs, forwards of the model leave no trace"
+    before = getattr(_QUIET, "on", False)
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast(hf.device.type, enabled=False))
+        stack.enter_context(_without_hooks(hf))
+        if any(m._compiled_call_impl is not None for m in hf.modules()): stack.enter_context(torch.compiler.set_stance("force_eager"))
+        _QUIET.on = True
+        try: yield
+        finally: _QUIET.on = before
+
+# %% ../../nbs/attention/08_hf_interface.ipynb #899e91ca
+def _short_input(hf: Any, configs: Iterable[Any]) -> dict[str, Any] | None:
+    "Arguments for a short forward; None: there are none"
+    if getattr(hf, "main_input_name", None) != "input_ids" or any(p.is_meta for p in hf.parameters()): return None
+    table = getattr(hf.get_input_embeddings(), "weight", None)
+    if table is None: return None
+    settings = [v for c in configs for k, v in vars(c).items() if k.endswith(("token_id", "token_index"))]
+    special = {i for v in settings for i in (v if isinstance(v, (list, tuple)) else [v])}
+    plain = [i for i in range(min(len(table), 200)) if i not in special]
+    if not plain: return None
+    ids = torch.tensor([random.Random(0).choices(plain, k=8)], device=table.device)
+    takes = inspect.signature(hf.forward).parameters
+    given: dict[str, Any] = {"input_ids": ids}
+    if "use_cache" in takes: given["use_cache"] = False
+    if "decoder_input_ids" in takes: given["decoder_input_ids"] = ids
+    return given
+
+# %% ../../nbs/attention/08_hf_interface.ipynb #c4caf60e
+def _output(hf: Any, given: dict[str, Any]) -> Tensor | None:
+    "The first floating-point table that a short forward gives"
+    device = hf.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []): out = hf(**given)
+    parts = out.values() if isinstance(out, dict) else out if isinstance(out, tuple) else [out]
+    return next((x.float() for x in parts if isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1), None)
+
+# %% ../../nbs/attention/08_hf_interface.ipynb #c155fc8a
+def _apart(hf: Any, inside: Tensor, outside: Tensor) -> str | None:
+    "How outputs differ, if they do"
+    if inside.shape != outside.shape: return f"have shapes {tuple(inside.shape)} and {tuple(outside.shape)}"
+    if not outside.isfinite().all(): return None
+    off = (inside - outside).abs().amax(-1) / outside.abs().max().clamp_min(1e-30)
+    tf32 = outside.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    loose = tf32 or bool(getattr(hf, "is_quantized", False)) or hf.dtype not in (torch.float32, torch.float64)
+    worst, limit = (off.median(), .1) if loose else (off.max(), 1e-3)
+    return None if worst <= limit else f"differ by {float(worst):.2g} of the largest number, where rounding allows {limit}"
+
+# %% ../../nbs/attention/08_hf_interface.ipynb #f6de90fb
+def _compare(hf: Any, at: Attachment, given: dict[str, Any]) -> str | None:
+    "Why longlens cannot stand in for the attention of a model; None: it can, or it cannot be tried"
+    try: outside = _output(hf, given)
+    except Exception: return None  # it needs other inputs
+    if outside is None: return None
+    try:
+        hf.set_attn_implementation(NAME)
+        inside = _output(hf, given)
+    except UnsupportedModel: raise
+    except Exception as e: return _why(e)
+    finally: _put_back(at)
+    wrong = None if inside is None else _apart(hf, inside, outside)
+    return wrong and f"its outputs for a short text inside and outside of longlens' attention {wrong}: it computes attention of its own"
+
+# %% ../../nbs/attention/08_hf_interface.ipynb #259182d1
+def _why(e: Exception) -> str:
+    what = f"it fails on a short text that it takes otherwise ({type(e).__name__}: {e})"
+    if "Mask" in str(e): return f"{what}: it slices or changes its attention mask itself, where longlens hands masks over as numbers"
+    return what
+
+
+def _put_back(at: Attachment) -> None:
+    "The attention that the configs named before"
+    for config, name in at.configs: config._attn_implementation_internal = name
+
+# %% ../../nbs/attention/08_hf_interface.ipynb #3fbf50f4
+_COMPARED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str | None]] = weakref.WeakKeyDictionary()  # model -> what was compared, result
+
+
+def _check_outputs(hf: Any, at: Attachment) -> None:
+    "The first time: are the outputs of a model inside the same as outside?"
+    names = tuple(name for _, name in at.configs)
+    if NAME in names: return  # attached to already, as a part of another model
+    key = names, hf.dtype, hf.device
+    known, wrong = _COMPARED.get(hf, (None, None))
+    if known != key:
+        wrong = None
+        given = _short_input(hf, [c for c, _ in at.configs])
+        if given is not None:
+            with _quiet(hf): wrong = _compare(hf, at, given)
+        _COMPARED[hf] = key, wrong
+    if wrong: raise UnsupportedModel(f"longlens cannot stand in for the attention of {type(hf).__name__}: {wrong}. {WAY_OUT}")
+
 # %% ../../nbs/attention/08_hf_interface.ipynb #875f03df
 @contextmanager
 def attach(
@@ -354,7 +546,10 @@ def attach(
     _check(hf)
     install()
     with _changing(hf) as at:
-        if first := not at.blocks: at.configs = tuple((c, c._attn_implementation_internal) for c in _configs(hf))
+        if first := not at.blocks:
+            at.configs = tuple((c, c._attn_implementation_internal) for c in _configs(hf))
+            _check_own(hf, at)
+            _check_outputs(hf, at)
         at.blocks += 1
     try:
         if first: hf.set_attn_implementation(NAME)
@@ -368,4 +563,4 @@ def _release(hf: nn.Module) -> None:
     with _changing(hf) as at:
         at.blocks -= 1
         if at.blocks: return
-        for config, name in at.configs: config._attn_implementation_internal = name
+        _put_back(at)

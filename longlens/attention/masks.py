@@ -26,6 +26,7 @@ class Mask:
     rule: Callable | Tensor | None = None  # rule(b, h, q, k) -> bool on positions, or a (b|1, h|1, n_queries, n_keys) tensor
     start: int = 0  # position of key 0 in the whole text (more than 0 once a sliding cache dropped the oldest keys)
     before: Tensor | None = None  # tokens that are not padding ahead of key 0, (batch,); None: `start`
+    hole: tuple[int, int] | None = None  # sample and position of the first hidden token between others; None: there is none
 
     def contiguous(self) -> Mask:
         "Only transformers' generate() asks for this, when it prepares masks as tensors for a static cache"

@@ -12,15 +12,15 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..models.architecture import head_counts
+from ..models.architecture import attention_layers, attention_modules, head_counts, count_kv_heads, count_query_heads, text_config
 from longlens.attention.hf_interface import (
     WAY_OUT, LayerCall, UnsupportedModel, acting, attach, attachment_of, editing, editors_of, hf_model,
 )
 from ..attention.hf_interface import AttachableModel
 
 # %% auto #0
-__all__ = ['head_sizes', 'check_heads', 'served_heads', 'Intervention', 'intervene', 'active_interventions', 'interventions_at',
-           'interventions']
+__all__ = ['head_sizes', 'check_layer', 'check_heads', 'served_heads', 'Intervention', 'intervene', 'active_interventions',
+           'interventions_at', 'interventions']
 
 # %% ../../nbs/interventions/00_base.ipynb #b93845ec
 def head_sizes(
@@ -29,6 +29,18 @@ def head_sizes(
     "How many layers and heads a model has"
     return head_counts(hf_model(model))
 
+# %% ../../nbs/interventions/00_base.ipynb #h11chkly
+def check_layer(
+    model: AttachableModel,  # a LongModel or a transformers model
+    layer: int,  # its number
+) -> None:
+    "Raise if the model has no such layer, or no heads in it"
+    hf = hf_model(model)
+    n, some = int(text_config(hf).num_hidden_layers), attention_layers(hf)
+    if not 0 <= layer < n: raise IndexError(f"there is no layer {layer}: the model has layers 0 to {n - 1}")
+    if layer not in some:
+        raise ValueError(f"layer {layer} of {type(hf).__name__} has no heads: those with attention are {', '.join(map(str, some))}")
+
 # %% ../../nbs/interventions/00_base.ipynb #88a93153
 def check_heads(
     model: AttachableModel,  # a LongModel or a transformers model
@@ -36,12 +48,13 @@ def check_heads(
     kind: str = "head",  # or "kv_head"
 ) -> tuple[tuple[int, int], ...]:  # the same, each once, in order
     "Raise if a head is not in the model"
-    n_layers, n_heads, n_kv = head_sizes(model)
-    count = n_heads if kind == "head" else n_kv
+    hf, count_of = hf_model(model), count_query_heads if kind == "head" else count_kv_heads
     if not len(heads): raise ValueError(f"no {kind} was given: pass pairs (layer, {kind}), such as [(2, 1)]")
+    for layer in sorted({layer for layer, _ in heads}): check_layer(hf, layer)
+    counts = {layer: count_of(hf, layer) for layer, _ in heads}
     for layer, head in heads:
-        if not 0 <= layer < n_layers: raise IndexError(f"layer {layer} of ({layer}, {head}): the model has layers 0 to {n_layers - 1}")
-        if not 0 <= head < count: raise IndexError(f"{kind} {head} of ({layer}, {head}): a layer has {kind}s 0 to {count - 1}")
+        most = counts[layer] - 1
+        if not 0 <= head <= most: raise IndexError(f"{kind} {head} of ({layer}, {head}): a layer has {kind}s 0 to {most}")
     return tuple(sorted({(int(layer), int(head)) for layer, head in heads}))
 
 # %% ../../nbs/interventions/00_base.ipynb #3ab7a785
@@ -50,9 +63,9 @@ def served_heads(
     kv_heads: Sequence[tuple[int, int]],  # (layer, kv_head)
 ) -> list[tuple[int, int]]:  # (layer, head)
     "The query heads that some KV heads serve"
-    (_, n_heads, n_kv), kv = head_sizes(model), check_heads(model, kv_heads, "kv_head")
-    group = n_heads // n_kv
-    return [(layer, h * group + g) for layer, h in kv for g in range(group)]
+    hf, chosen = hf_model(model), check_heads(model, kv_heads, "kv_head")
+    group = {layer: count_query_heads(hf, layer) // count_kv_heads(hf, layer) for layer, _ in chosen}
+    return [(layer, h * group[layer] + g) for layer, h in chosen for g in range(group[layer])]
 
 # %% ../../nbs/interventions/00_base.ipynb #8d83be6f
 @dataclass(frozen=True)
@@ -106,19 +119,12 @@ class _Edit:
                                    f"{self.what.name!r} could not change it. {WAY_OUT}")
         self.done = False
 
-# %% ../../nbs/interventions/00_base.ipynb #1eec5278
-def _layer_of(module: nn.Module, name: str) -> int | None:
-    index = getattr(module, "layer_idx", None)
-    if isinstance(index, int): return index
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
-
 # %% ../../nbs/interventions/00_base.ipynb #c42861d9
 def _put(hf: Any, what: Intervention, stack: ExitStack) -> None:
     "Put one intervention on a model; the stack takes it off"
     wanted, found = what.layers(), set()
-    for name, m in hf.named_modules():
-        layer = _layer_of(m, name) if hasattr(m, "is_causal") else None
-        if layer is None or (wanted is not None and layer not in wanted): continue
+    for layer, _, m in attention_modules(hf):
+        if wanted is not None and layer not in wanted: continue
         edit = _Edit(what, layer)
         stack.enter_context(editing(hf, m, edit))
         stack.callback(m.register_forward_hook(edit.check).remove)

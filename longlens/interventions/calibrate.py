@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ..attention.backends import needs_grad
-from ..attention.hf_interface import LayerCall, UnsupportedModel
+from ..attention.hf_interface import LayerCall, UnsupportedModel, hf_model
 from ..attention.masks import positions
-from .base import Intervention, head_sizes, intervene, interventions_at
+from .base import Intervention, intervene, interventions_at
+from ..models.architecture import attention_layers
 from .heads import Ablate, span_ends
 from .positions import check_causal
 from ..patch import patch
@@ -76,7 +77,7 @@ class Redistribute(Intervention):
     shares: Mapping[str, float]  # document -> its share, of 1 in all
     from_token: int | None = None  # first query that is changed; None: the first after all documents
     last_layers: int | None = 16  # how many layers, counted from the last; None: all
-    n_layers: int = field(default=0, repr=False)
+    having: tuple[int, ...] = field(default=(), repr=False)  # the layers that have attention
     name: ClassVar[str] = "redistribute"
 
     def prepare(self, model: AttachableModel) -> Redistribute:
@@ -85,10 +86,10 @@ class Redistribute(Intervention):
         start = end if self.from_token is None else int(self.from_token)
         if start < end: raise ValueError(f"from_token is {start}, and the last document ends at {end}: take {end} or more")
         if self.last_layers is not None and self.last_layers < 1: raise ValueError(f"last_layers is {self.last_layers}: 1 or more, or None")
-        return replace(self, spans=spans, shares=_checked_shares(self.shares, spans), from_token=start, n_layers=head_sizes(model)[0])
+        having = attention_layers(hf_model(model))
+        return replace(self, spans=spans, shares=_checked_shares(self.shares, spans), from_token=start, having=having)
 
-    def layers(self) -> set[int]:
-        return set(range(max(0, self.n_layers - (self.last_layers or self.n_layers)), self.n_layers))
+    def layers(self) -> set[int]: return set(self.having[-self.last_layers:] if self.last_layers else self.having)
 
     def after(self, call: LayerCall, out: Tensor, layer: int) -> Tensor:
         check_causal(call, layer, self.name)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..attention.hf_interface import LayerCall, UnsupportedModel, hf_model
 from ..attention.masks import Stream, positions, real_queries
+from ..models.architecture import text_config
 from .base import Intervention, check_heads, intervene, interventions_at, served_heads
 from ..patch import patch
 
@@ -60,7 +61,7 @@ class Ablate(Intervention):
     def after(self, call: LayerCall, out: Tensor, layer: int) -> Tensor:
         if self.mode == "uniform": return out
         heads = self._mine(layer)
-        return _with(out, heads, 0. if self.means is None else self.means[layer, heads][None, :, None])
+        return _with(out, heads, 0. if self.means is None else self.means[layer, heads, :out.shape[-1]][None, :, None])
 
 # %% ../../nbs/interventions/01_heads.ipynb #219ba433
 def _with(x: Tensor, heads: list[int], value: Tensor | float) -> Tensor:
@@ -104,17 +105,26 @@ class _Sum(Intervention):
         self.count[layer] = self.count.get(layer, 0) + float(real.sum())
         return out
 
+# %% ../../nbs/interventions/01_heads.ipynb #h11bylay
+def _by_layer(found: dict[int, Tensor], n: int) -> Tensor:  # (layers, heads, widest d_value)
+    "One row a layer, by the model's own numbers; NaN where a layer has nothing, or narrower heads"
+    shape = [max(x.shape[i] for x in found.values()) for i in (0, 1)]
+    out = torch.full((n, *shape), torch.nan, device=next(iter(found.values())).device)
+    for layer, x in found.items(): out[layer, :x.shape[0], :x.shape[1]] = x
+    return out
+
 # %% ../../nbs/interventions/01_heads.ipynb #e0094b09
 @torch.no_grad()
 def mean_outputs(
     model: AttachableModel,  # a LongModel, an Encoder or a transformers model
     reference: Any,  # token ids (n,) or (batch, n), or what a LongModel reads
-) -> Tensor:  # (layers, heads, d_value), float32
+) -> Tensor:  # (layers, heads, widest d_value), float32; NaN in layers without heads
     "Mean output of every head over a reference text"
     add, run = _Sum(), cast(Callable[[Any], Any], model)
     x = torch.atleast_2d(reference) if isinstance(reference, Tensor) else reference
     with intervene(model, add): run(x)
-    return torch.stack([add.total[layer] / add.count[layer] for layer in sorted(add.total)])
+    n = int(text_config(hf_model(model)).num_hidden_layers)
+    return _by_layer({layer: total / add.count[layer] for layer, total in add.total.items()}, n)
 
 # %% ../../nbs/interventions/01_heads.ipynb #b7b61049
 @dataclass(frozen=True)

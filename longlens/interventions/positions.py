@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from ..attention.hf_interface import LayerCall, UnsupportedModel, acting, hf_model
 from ..attention.masks import Mask, positions, visible_keys
 from ..attention.options import OptionRule
-from .base import Intervention, active_interventions, head_sizes, intervene
+from .base import Intervention, active_interventions, intervene
+from ..models.architecture import attention_layers, count_query_heads, text_config
 from .heads import Turner
 from ..patch import patch
 
@@ -74,7 +75,7 @@ class _Read:
         return bool((call.k[:, :, at] == self.last).all())
 
 # %% ../../nbs/interventions/02_positions.ipynb #b9bc3d84
-def _whole_order(order: Mapping[int, Sequence[int]], layers: range, n_heads: int) -> dict[int, tuple[int, ...]]:
+def _whole_order(order: Mapping[int, Sequence[int]], layers: Sequence[int], n_heads: int) -> dict[int, tuple[int, ...]]:
     "Orders that were given, if there is one for each of the layers"
     out = {int(k): tuple(int(h) for h in v) for k, v in order.items()}
     for layer in layers:
@@ -92,20 +93,22 @@ class MsPoE(Intervention):
     order: Mapping[int, Sequence[int]] | None = None  # layer -> its heads, most aware first; None: found in every text
     as_published: bool = False  # give head h the ratio of rank order[h], as the reference code does
     turner: Turner | None = field(default=None, repr=False)
-    n_layers: int = field(default=0, repr=False)
+    having: tuple[int, ...] = field(default=(), repr=False)  # the layers that have attention
     read: dict[int, _Read] = field(default_factory=dict, repr=False, compare=False)  # layer -> what was found in the last text
     name: ClassVar[str] = "ms_poe"
 
     def prepare(self, model: AttachableModel) -> MsPoE:
-        n_layers, n_heads, _ = head_sizes(model)
+        hf = hf_model(model)
+        having, n_layers = attention_layers(hf), int(text_config(hf).num_hidden_layers)
         if not (math.isfinite(self.high) and 0 < self.low <= self.high):
             raise ValueError(f"the ratios are {self.low} to {self.high}: low is above 0, and high is not below low")
         if not 0 <= self.first_layer < n_layers:
             raise ValueError(f"first_layer is {self.first_layer}, and the model has layers 0 to {n_layers - 1}")
-        order = None if self.order is None else _whole_order(self.order, range(self.first_layer, n_layers), n_heads)
-        return replace(self, order=order, turner=Turner(model), n_layers=n_layers, read={})
+        some = tuple(layer for layer in having if layer >= self.first_layer)
+        order = None if self.order is None else _whole_order(self.order, some, count_query_heads(hf))
+        return replace(self, order=order, turner=Turner(model), having=some, read={})
 
-    def layers(self) -> set[int]: return set(range(self.first_layer, self.n_layers))
+    def layers(self) -> set[int]: return set(self.having)
 
     def before(self, call: LayerCall, layer: int) -> LayerCall:
         assert self.turner is not None

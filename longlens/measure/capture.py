@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..attention.hf_interface import WAY_OUT, UnsupportedModel, attach, hf_model, recording
 from ..attention.masks import positions, visible_keys
+from ..models.architecture import layer_number
 from ..attention.operator import AttentionOperator
 from .base import Call, Statistic, check_rows
 from ..patch import patch
@@ -105,6 +106,7 @@ class Capture:
         frame = _capture.frame
         statistic = _capture.statistic
         parts = _capture.parts
+        layers = _capture.layers
         _check_texts = _capture._check_texts
         tensors = _capture.tensors
         top_keys = _capture.top_keys
@@ -151,11 +153,9 @@ def _call(layer: int, op: AttentionOperator) -> Call:
 
 # %% ../../nbs/measure/02_capture.ipynb #1f931ceb
 def _layer_number(module: nn.Module, name: str) -> int:
-    index = getattr(module, "layer_idx", None)
-    if isinstance(index, int): return index
-    numbers = [int(part) for part in name.split(".") if part.isdigit()]
-    if not numbers: raise UnsupportedModel(f"attention module {name!r} has no layer number")
-    return numbers[0]
+    layer = layer_number(module, name)
+    if layer is None: raise UnsupportedModel(f"attention module {name!r} has no layer number")
+    return layer
 
 # %% ../../nbs/measure/02_capture.ipynb #dbc2afc7
 @patch
@@ -259,6 +259,10 @@ def _residual(self: Capture, layer: int, output: Any) -> None:
         now = self._forward
         if now is None or now.group is None or layer not in now.residual: return
         hidden = output if isinstance(output, Tensor) else output[0]
+        if hidden.ndim != 3:
+            raise UnsupportedModel(f"layer {layer} of {type(self.hf).__name__} leaves states of shape {tuple(hidden.shape)} and not "
+                                   "one stream (batch, tokens, width): statistics of the residual stream are not defined, "
+                                   "those of attention are")
         pos, start = now.residual.pop(layer)
         for s in self.statistics:
             if s.residual: s.update_residual(now.group.state.setdefault((layer, s.title), {}), hidden.detach(), pos, start)
@@ -351,6 +355,15 @@ def _by_layer(heads: Sequence[tuple[int, int]], stat: Statistic, parts: list[tup
         if not 0 <= head < sizes[layer]: raise IndexError(f"layer {layer} has no head {head}: it has {sizes[layer]} of them")
         wanted.setdefault(layer, []).append(head)
     return wanted
+
+# %% ../../nbs/measure/02_capture.ipynb #h11layrs
+@patch
+def layers(
+    self: Capture,
+    name: str,  # name (or label) of a captured statistic
+) -> list[int]:
+    "The numbers of the layers that gave something, in the order of `tensors` and `top_keys`: in a hybrid, not 0, 1, 2, ..."
+    return sorted({layer for _, layer, _ in self.parts(name)})
 
 # %% ../../nbs/measure/02_capture.ipynb #cace19bb
 @patch

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from torch import nn
 
@@ -18,10 +19,12 @@ else:
     TextModel = Any
 
 _Known: TypeAlias = HFModel | HFConfig | TextModel  # whatever has a config, or is one
+_T = TypeVar("_T")
 
 # %% auto #0
-__all__ = ['first_setting', 'text_config', 'attention_layers', 'head_counts', 'head_widths', 'cache_width', 'max_positions',
-           'position_kind']
+__all__ = ['first_setting', 'text_config', 'layer_setting', 'layer_number', 'attention_modules', 'attention_layers',
+           'layers_with_states', 'count_query_heads', 'count_kv_heads', 'head_counts', 'size_facts', 'head_widths',
+           'cache_width', 'max_positions', 'position_kind']
 
 # %% ../../nbs/models/01_architecture.ipynb #f01af038
 def first_setting(config: Any, *names: str) -> Any:
@@ -36,51 +39,154 @@ def text_config(
     hf: Any = getattr(model, "hf", model)
     return getattr(hf, "config", hf).get_text_config()
 
+# %% ../../nbs/models/01_architecture.ipynb #4ecc4063
+def layer_setting(
+    model: _Known,  # a model, or its config
+    layer: int,  # its number
+    *names: str,  # the first of them that is set counts
+) -> Any:
+    """A setting of one layer: from a config of its own, or from a list, where there is one."""
+    config = text_config(model)
+    own = config.per_layer_config[layer] if getattr(config, "is_heterogeneous", False) else config
+    value = first_setting(own, *names)
+    return value[layer] if isinstance(value, list | tuple) else value
+
+# %% ../../nbs/models/01_architecture.ipynb #ca1b9f7a
+def _one(
+    model: _Known,  # whose fact it is
+    what: str,  # how the error calls it
+    values: Iterable[_T],  # layer by layer
+) -> _T:
+    """What all layers have alike, or an error that says how they differ."""
+    found, name = list(dict.fromkeys(values)), type(getattr(model, "hf", model)).__name__
+    if not found:
+        raise ValueError(f"{name} has no layer with attention: longlens looks at attention")
+    if len(found) > 1:
+        raise ValueError(f"{name} has no one number of {what}: layers differ ({', '.join(map(str, found))})")
+    return found[0]
+
 # %% ../../nbs/models/01_architecture.ipynb #0d398322
+def layer_number(
+    module: nn.Module,  # of a model
+    name: str,  # its name there
+) -> int | None:  # None: it stands in no layer
+    """The number of the layer that a module stands in."""
+    index = getattr(module, "layer_idx", None)
+    if isinstance(index, int) and index >= 0:  # shared blocks say -1 (Zamba2)
+        return index
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+# %% ../../nbs/models/01_architecture.ipynb #38e172fc
+def attention_modules(
+    hf: nn.Module,  # a transformers model
+) -> list[tuple[int, str, nn.Module]]:  # number of the layer, name and module
+    """The attention modules of the part that reads text."""
+    config = text_config(hf)
+    causal = [(layer_number(m, name), name, m) for name, m in hf.named_modules() if hasattr(m, "is_causal")]
+    found = [(layer, name, m) for layer, name, m in causal if layer is not None]
+    return [x for x in found if getattr(x[2], "config", None) is config] or found
+
+# %% ../../nbs/models/01_architecture.ipynb #94656dd5
+_WITHOUT = "linear_attention", "mamba", "mamba2", "recurrent", "conv", "mlp", "moe"  # kinds of layers that have no attention
+
+
+def _layer_kinds(config: HFConfig) -> list[str]:
+    """What each layer is, as the config says it."""
+    kinds = first_setting(config, "layer_types", "layers_block_type", "block_types")
+    if kinds is not None:
+        return list(kinds)
+    n, period = int(config.num_hidden_layers), getattr(config, "attn_layer_period", None)
+    some: Any = getattr(config, "attn_layer_indices", None)
+    if some is None:
+        some = range(n) if not period else range(getattr(config, "attn_layer_offset", 0), n, period)
+    return ["full_attention" if i in some else "linear_attention" for i in range(n)]
+
+# %% ../../nbs/models/01_architecture.ipynb #601bbf77
 def attention_layers(
     model: _Known,  # a model, or its config
-) -> range:
-    """Which layers have attention, by number. So far, all of them."""
-    return range(int(text_config(model).num_hidden_layers))
+) -> tuple[int, ...]:
+    """Which layers have attention, by their own numbers, in order."""
+    hf: Any = getattr(model, "hf", model)
+    if isinstance(hf, nn.Module) and (found := attention_modules(hf)):
+        return tuple(sorted({layer for layer, _, _ in found}))
+    return tuple(i for i, kind in enumerate(_layer_kinds(text_config(model))) if kind not in _WITHOUT)
+
+# %% ../../nbs/models/01_architecture.ipynb #h11state
+def layers_with_states(
+    model: _Known,  # a model, or its config
+) -> tuple[int, ...]:
+    """Which layers mix tokens by a state, a recurrence or a convolution: instead of attention, or beside it."""
+    kinds = enumerate(_layer_kinds(text_config(model)))
+    return tuple(i for i, kind in kinds if kind.startswith("hybrid") or (kind in _WITHOUT and kind not in ("mlp", "moe")))
+
+# %% ../../nbs/models/01_architecture.ipynb #f02ab9b2
+def count_query_heads(
+    model: _Known,  # a model, or its config
+    layer: int | None = None,  # its number; None: of all layers, an error where they differ
+) -> int:
+    """How many query heads a layer has."""
+    if layer is None:
+        return _one(model, "query heads", (count_query_heads(model, i) for i in attention_layers(model)))
+    return int(layer_setting(model, layer, "num_attention_heads_per_layer", "num_attention_heads"))
+
+# %% ../../nbs/models/01_architecture.ipynb #39c91f11
+def count_kv_heads(
+    model: _Known,  # a model, or its config
+    layer: int | None = None,  # its number; None: of all layers, an error where they differ
+) -> int:
+    """How many heads of a layer have keys and values of their own."""
+    if layer is None:
+        return _one(model, "KV heads", (count_kv_heads(model, i) for i in attention_layers(model)))
+    config, hf = text_config(model), getattr(model, "hf", model)
+    modules = attention_modules(hf) if isinstance(hf, nn.Module) else []
+    if groups := next((g for i, _, m in modules if i == layer and (g := getattr(m, "num_key_value_groups", None))), None):
+        return count_query_heads(config, layer) // groups
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        return 1
+    return int(layer_setting(config, layer, "num_key_value_heads", "num_kv_heads") or count_query_heads(config, layer))
 
 # %% ../../nbs/models/01_architecture.ipynb #cceced86
 def head_counts(
     model: _Known,  # a model, or its config
 ) -> tuple[int, int, int]:  # layers, query heads of a layer, KV heads of a layer
-    """How many layers and heads a model has."""
-    config = text_config(model)
-    return int(config.num_hidden_layers), int(config.num_attention_heads), _count_kv_heads(config)
+    """How many layers and heads a model has; an error where its layers have different numbers of heads."""
+    return int(text_config(model).num_hidden_layers), count_query_heads(model), count_kv_heads(model)
 
-# %% ../../nbs/models/01_architecture.ipynb #39c91f11
-def _count_kv_heads(
-    model: _Known,  # a model, or its config
-) -> int:
-    """How many heads of a layer have keys and values of their own."""
-    config = text_config(model)
-    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
-        return 1
-    return int(first_setting(config, "num_key_value_heads", "num_kv_heads") or config.num_attention_heads)
+# %% ../../nbs/models/01_architecture.ipynb #h11sizef
+def size_facts(
+    model: TextModel,  # a LongModel or an Encoder
+) -> dict[str, Any]:  # layers, heads, kv_heads; of a hybrid, attention_layers
+    """Numbers of layers and heads for the metadata of a report; KV heads layer by layer where they differ."""
+    kv = [count_kv_heads(model, layer) for layer in model.attention_layers]
+    some = {} if len(kv) == model.n_layers else {"attention_layers": [*model.attention_layers]}
+    return {"layers": model.n_layers, "heads": model.n_heads, "kv_heads": kv[0] if len(set(kv)) == 1 else kv, **some}
 
 # %% ../../nbs/models/01_architecture.ipynb #1dbdd991
 def head_widths(
     model: _Known,  # a model, or its config
+    layer: int | None = None,  # its number; None: of all layers, an error where they differ
 ) -> tuple[int, int]:  # numbers of a query or key, and of a value
     """How wide the heads are; keys and values differ in multi-head latent attention."""
+    if layer is None:
+        return _one(model, "head widths", (head_widths(model, i) for i in attention_layers(model)))
     config = text_config(model)
     if getattr(config, "kv_lora_rank", None):
         return config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
-    width = first_setting(config, "head_dim") or config.hidden_size // config.num_attention_heads
+    width = int(layer_setting(config, layer, "head_dim") or config.hidden_size // count_query_heads(config, layer))
     return width, width
 
 # %% ../../nbs/models/01_architecture.ipynb #cb7f79b5
 def cache_width(
     model: _Known,  # a model, or its config
+    layer: int | None = None,  # its number; None: of all layers, an error where they differ
 ) -> int:
     """Numbers that one layer caches for one token; multi-head latent attention caches what keys and values are made from."""
+    if layer is None:
+        return _one(model, "cached numbers", (cache_width(model, i) for i in attention_layers(model)))
     config = text_config(model)
     if rank := getattr(config, "kv_lora_rank", None):
         return rank + config.qk_rope_head_dim
-    return _count_kv_heads(config) * sum(head_widths(config))
+    return count_kv_heads(config, layer) * sum(head_widths(config, layer))
 
 # %% ../../nbs/models/01_architecture.ipynb #e4f8bc03
 def max_positions(

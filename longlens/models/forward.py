@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..patch import patch
-from .architecture import first_setting
+from .architecture import first_setting, count_kv_heads
 from .text_model import check_length, TextModel
 from .tokens import TokenIds, Tokens, as_ids
 
@@ -55,11 +55,13 @@ class LongModel(TextModel):
 # %% ../../nbs/models/04_forward.ipynb #36624882
 @patch
 def __repr__(self: LongModel) -> str:
-    kv = f" ({self.n_kv_heads} with keys of their own)" if self.n_kv_heads != self.n_heads else ""
+    own = sorted({count_kv_heads(self.hf, layer) for layer in self.attention_layers})
+    kv = f" ({' or '.join(map(str, own))} with keys of their own)" if own != [self.n_heads] else ""
+    some = "" if len(self.attention_layers) == self.n_layers else f" ({len(self.attention_layers)} with attention)"
     limit = "without limit" if self.max_length is None else f"up to {self.max_length:,}"
     return (
         f"LongModel({self.name}: {type(self.hf).__name__}, {self.n_parameters / 1e6:,.1f}M parameters, "
-        f"{self.n_layers} layers x {self.n_heads} heads{kv}, {self.positions} positions {limit}, "
+        f"{self.n_layers} layers{some} x {self.n_heads} heads{kv}, {self.positions} positions {limit}, "
         f"{'' if self.tokenizer is not None else 'no tokenizer, '}{str(self.dtype)[6:]} on {self.device})"
     )
 

@@ -12,7 +12,7 @@ import torch
 
 from ..patch import patch
 from .forward import LongModel
-from .architecture import cache_width, first_setting, head_widths
+from .architecture import cache_width, first_setting, head_widths, count_kv_heads, layer_setting
 from .text_model import TextModel
 
 # %% auto #0
@@ -80,6 +80,19 @@ class MemoryEstimate:
         what = f"{self.tokens:,} tokens x {self.batch} in chunks of {self.chunk:,}"
         return f"MemoryEstimate({what}: {size_text(self.needed)} ({parts}) on top of {size_text(self.weights)} weights{free})"
 
+# %% ../../nbs/models/06_memory.ipynb #h11attnb
+def _attention_bytes(
+    m: TextModel,  # the model
+    layer: int,  # one with attention
+    n: int,  # tokens in all
+    chunk: int,  # tokens a step
+) -> int:
+    """What the heads of one layer hold while they run a chunk over a cache of `n` tokens."""
+    (d_k, d_v), n_kv = head_widths(m.config, layer), count_kv_heads(m.config, layer)
+    heads = chunk * (3 * m.config.hidden_size + 4 * m.n_heads * d_k)  # queries, before and after rotation, and outputs
+    grown = n * (n_kv + (m.n_heads if m.n_heads != n_kv else 0)) * (d_k + d_v)  # this layer's keys and values
+    return (heads + 2 * grown) * m.dtype.itemsize  # twice: a cache that grows leaves its old sizes with the allocator
+
 # %% ../../nbs/models/06_memory.ipynb #bb986dc7
 def _activation_bytes(
     m: TextModel,  # the model
@@ -89,16 +102,15 @@ def _activation_bytes(
 ) -> int:
     """Most that one layer holds at a time while it runs a chunk over a cache of `n` tokens (an estimate)."""
     c, size = m.config, m.dtype.itemsize
-    d_k, d_v = head_widths(c)
-    inner = first_setting(c, "intermediate_size", "ffn_dim", "n_inner") or 4 * c.hidden_size
+    widths = [layer_setting(c, i, "intermediate_size", "ffn_dim", "n_inner") for i in range(m.n_layers)]
+    inner = max(w or 4 * c.hidden_size for w in widths)
     experts = first_setting(c, "num_experts_per_tok") or 1
     mlp = chunk * (4 * c.hidden_size + 3 * inner * experts) * size
-    heads = chunk * (3 * c.hidden_size + 4 * m.n_heads * d_k) * size  # queries, before and after rotation, and outputs
-    grown = n * (m.n_kv_heads + (m.n_heads if m.n_heads != m.n_kv_heads else 0)) * (d_k + d_v) * size  # this layer's keys and values
     scores = chunk * n * (1 + size)  # the mask, as bool and as numbers
     if c._attn_implementation == "eager":
         scores += 3 * m.n_heads * chunk * n * max(size, 4)
-    return batch * max(mlp, heads + 2 * grown + scores)  # twice: a cache that grows leaves its old sizes with the allocator
+    attention = max(_attention_bytes(m, layer, n, chunk) for layer in m.attention_layers)
+    return batch * max(mlp, attention + scores)
 
 # %% ../../nbs/models/06_memory.ipynb #4024550c
 @patch
@@ -115,7 +127,7 @@ def memory(
     return MemoryEstimate(
         tokens=n, chunk=chunk, batch=batch,
         weights=sum(p.nbytes for p in self.hf.parameters()),
-        cache=batch * (n - cached) * self.n_layers * cache_width(self) * self.dtype.itemsize,
+        cache=batch * (n - cached) * sum(cache_width(self.config, i) for i in self.attention_layers) * self.dtype.itemsize,
         activations=_activation_bytes(self, n, chunk, batch),
         logits=batch * rows * self.vocab_size * (4 + self.dtype.itemsize),
         available=_available(self.device),

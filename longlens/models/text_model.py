@@ -13,7 +13,7 @@ import torch
 
 from ..patch import patch
 from .card import ModelCard
-from .architecture import head_counts, head_widths, max_positions, position_kind, text_config
+from .architecture import attention_layers, head_widths, count_kv_heads, max_positions, position_kind, count_query_heads, text_config
 from .tokens import HFModel, HFTokenizer, TokenIds, Tokens, as_ids, as_tokens, check_unicode
 
 if TYPE_CHECKING:
@@ -40,8 +40,9 @@ class TextModel:
         self.name = name or getattr(hf.config, "_name_or_path", "") or type(hf).__name__
         if not getattr(self.config, "num_attention_heads", None):
             raise ValueError(f"{type(hf).__name__} has no attention heads: longlens looks at attention")
-        self.n_layers, self.n_heads, self.n_kv_heads = head_counts(hf)
-        self.d_head, self.vocab_size = head_widths(hf)[0], int(self.config.vocab_size)
+        self.n_layers, self.vocab_size = int(self.config.num_hidden_layers), int(self.config.vocab_size)
+        self.attention_layers = attention_layers(hf)  # numbers of the layers that have attention: of a hybrid, not all
+        self.n_heads = count_query_heads(hf)
         self.positions = position_kind(hf)
         self.max_length = None if self.positions == "alibi" else max_positions(hf)
 
@@ -61,6 +62,16 @@ class TextModel:
     def dtype(self) -> torch.dtype:
         """The number format of the weights."""
         return self.hf.dtype
+
+    @cached_property
+    def n_kv_heads(self) -> int:
+        """How many heads of a layer have keys and values of their own; an error where layers differ."""
+        return count_kv_heads(self.hf)
+
+    @cached_property
+    def d_head(self) -> int:
+        """How wide queries and keys are; an error where layers differ."""
+        return head_widths(self.hf)[0]
 
     @cached_property
     def n_embeddings(self) -> int:

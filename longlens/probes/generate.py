@@ -82,7 +82,7 @@ def answer_rows(
     with capture(lm, SpanMass(wanted, queries=rows)) as seen: logits = lm.logits_at(torch.arange(len(rows)), **inputs)
     f = seen.frame("span_mass")
     f = (f if "sample" in f.columns else f.with_columns(sample=pl.lit(0))).sort("sample", "layer", "head")
-    mass = {key[0]: torch.from_numpy(g["mass"].to_numpy().copy()).view(len(cells), lm.n_layers, lm.n_heads)
+    mass = {key[0]: torch.from_numpy(g["mass"].to_numpy().copy()).view(len(cells), len(lm.attention_layers), lm.n_heads)
             for key, g in f.group_by("span", maintain_order=True)}
     return logits, [{n: mass[f"{s.start}:{s.stop}"][i] for n, s in of.items()} for i, of in enumerate(spans)]
 
@@ -114,7 +114,7 @@ def _ask(task: Ask, lm: LongModel, cells: Sequence[Cell], start: Start, spans: l
     if not len(cells[0].completion): return [{"answers": _answer(r, None, c)} for r, c in zip(replies, cells, strict=True)]
     logits, masses = answer_rows(lm, cells, start, spans)
     rows = [_answer(r, x, c) for r, x, c in zip(replies, logits, cells, strict=True)]
-    return [{"answers": r, **_masses(m, task.heads_on)} for r, m in zip(rows, masses, strict=True)]
+    return [{"answers": r, **_masses(m, task.heads_on, lm.attention_layers)} for r, m in zip(rows, masses, strict=True)]
 
 # %% ../../nbs/probes/01_generate.ipynb #132e3884
 Reply = tuple[str | None, str | None]  # what is written, up to a stop text, and how it ended; None: nothing was to be written
@@ -140,12 +140,13 @@ def _answer(reply: Reply, logits: Tensor | None, cell: Cell) -> pl.DataFrame:
     return pl.DataFrame([values], schema=dict(zip(values, kinds, strict=True)))
 
 # %% ../../nbs/probes/01_generate.ipynb #c9167dc6
-def _masses(found: dict[str, Tensor], heads_on: str) -> Tables:
+def _masses(found: dict[str, Tensor], heads_on: str, layers: Sequence[int]) -> Tables:
     """Attention as tables: of every head to some spans, and the mean of all heads to each."""
     out: Tables = {}
     if mine := [n for n in found if re.fullmatch(heads_on, n)]:
-        layers, heads = (x.flatten().numpy() for x in torch.meshgrid(*map(torch.arange, found[mine[0]].shape), indexing="ij"))
-        parts = [pl.DataFrame({"layer": layers, "head": heads, "mass": found[n].flatten().numpy()}) for n in mine]
+        at = torch.meshgrid(torch.tensor(layers), torch.arange(found[mine[0]].shape[1]), indexing="ij")
+        layer, head = (x.flatten().numpy() for x in at)
+        parts = [pl.DataFrame({"layer": layer, "head": head, "mass": found[n].flatten().numpy()}) for n in mine]
         out["attention"] = pl.concat(p.select(pl.lit(n).alias("span"), pl.all()) for n, p in zip(mine, parts, strict=True))
     if found: out["spans"] = pl.DataFrame({"span": list(found), "mass": [float(m.mean()) for m in found.values()]})
     return out

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..attention.hf_interface import hf_model
 from ..interventions.base import Intervention, active_interventions, intervene, interventions
+from ..models.architecture import size_facts
 from ..models.forward import LongModel
 from ..models.prefix import fork_cache
 from ..models.text_model import TextModel
@@ -112,7 +113,7 @@ def model_meta(
 ) -> dict[str, Any]:  # for the metadata of a report
     """Name, number format, device, what changes its attention now."""
     meta = {"model": model.name, "interventions": interventions(model), "dtype": str(model.dtype), "device": str(model.device)}
-    return meta | ({"layers": model.n_layers, "heads": model.n_heads, "kv_heads": model.n_kv_heads} if sizes else {})
+    return meta | (size_facts(model) if sizes else {})
 
 # %% ../../nbs/sweeps/00_cells.ipynb #ab9ad6d5
 @dataclass(frozen=True, eq=False, repr=False)

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...interventions.heads import Ablate, mean_outputs
-from ...interventions.base import head_sizes, intervene
+from ...interventions.base import intervene
 from ...models.forward import LongModel
 from ...models.tokens import TokenIds, Tokens
 from ...prompts.compose import Context
@@ -56,8 +56,7 @@ def random_orders(
     seed: int = 0,  # of the draws
 ) -> list[list[tuple[int, int]]]:
     "All other heads in random order, several times"
-    n_layers, n_heads, _ = head_sizes(lm)
-    rest = [(layer, h) for layer in range(n_layers) for h in range(n_heads) if (layer, h) not in set(best)]
+    rest = [(layer, h) for layer in lm.attention_layers for h in range(lm.n_heads) if (layer, h) not in set(best)]
     return [random.Random(f"{seed}-{i}").sample(rest, len(rest)) for i in range(n)]
 
 # %% ../../../nbs/probes/heads/03_ablation.ipynb #1f5cdeb4
@@ -92,8 +91,7 @@ def ablation_curve(
     progress: bool = True,  # show a bar
 ) -> pl.DataFrame:  # silenced, which, draw, accuracy, logprob, perplexity, heads
     "Retrieval and ordinary text with more and more heads silenced: the best, and others"
-    n_layers, n_heads, _ = head_sizes(lm)
-    ks = _counts(counts, order, n_layers * n_heads)
+    ks = _counts(counts, order, len(lm.attention_layers) * lm.n_heads)
     arms = list(_arms(order, random_orders(lm, order[:max(ks)], n_random, seed), ks))
     means: Tensor | None = mean_outputs(lm, lm.tokens(control).ids) if mode == "mean" else None
     rows = []

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...attention.hf_interface import LayerCall, UnsupportedModel
-from ...interventions.base import Intervention, head_sizes, intervene
+from ...attention.hf_interface import LayerCall, UnsupportedModel, hf_model
+from ...interventions.base import Intervention, intervene
+from ...models.architecture import attention_layers, count_kv_heads
 from ...attention.masks import Stream
 from ...models.forward import LongModel
 from ...models.load import ModelLike, load
@@ -30,23 +31,25 @@ __all__ = ['Gated', 'fact_text', 'GateSettings', 'GateOptions', 'GateFit', 'duo_
 @dataclass(frozen=True)
 class Gated(Intervention):
     "Mix the full and the streaming output of every KV head"
-    gates: Tensor = field(repr=False)  # alpha, (layers, kv_heads): 1 is full attention, 0 streaming
+    gates: Tensor = field(repr=False)  # alpha, (layers with attention, kv_heads): 1 is full attention, 0 streaming
     sink: int = 128  # tokens at the beginning that a streaming head sees
     recent: int = 256  # tokens at the end, the query's own included
+    having: tuple[int, ...] = field(default=(), repr=False)  # the layers that have attention, row by row
     name: ClassVar[str] = "gated"
 
     def prepare(self, model: Any) -> Gated:
-        n_layers, _, n_kv = head_sizes(model)
-        if self.gates.shape != (n_layers, n_kv):
-            raise ValueError(f"gates are {tuple(self.gates.shape)}, but the model has (layers, KV heads) = {(n_layers, n_kv)}")
-        return self
+        hf = hf_model(model)
+        shape = len(having := attention_layers(hf)), count_kv_heads(hf)
+        if self.gates.shape != shape:
+            raise ValueError(f"gates are {tuple(self.gates.shape)}, but the model has (layers with attention, KV heads) = {shape}")
+        return replace(self, having=having)
 
     def after(self, call: LayerCall, out: Tensor, layer: int) -> Tensor:
         if call.mask.right != 0: raise UnsupportedModel(f"layer {layer} is not causal: only heads that look back can stream")
         heads = out.shape[1]
         stream = Stream(torch.ones(heads, dtype=torch.bool), self.sink, self.recent)
         streamed, _ = replace(call, streams=(*call.streams, stream)).attend()
-        a = self.gates[layer].repeat_interleave(heads // self.gates.shape[1]).to(out)[None, :, None, None]
+        a = self.gates[self.having.index(layer)].repeat_interleave(heads // self.gates.shape[1]).to(out)[None, :, None, None]
         return a * out + (1 - a) * streamed
 
 # %% ../../../nbs/probes/heads/04_duo_gates.ipynb #735627b3
@@ -170,15 +173,15 @@ def duo_gates(
 ) -> GateFit:
     "Learn a gate for every KV head (DuoAttention); the model itself stays as it is"
     lm, s = load(model), settings_of(GateSettings, settings, dict(options), "duo_gates")
-    text_of, (n_layers, _, n_kv) = _text_source(lm, texts, s), head_sizes(lm)
-    gates = torch.ones(n_layers, n_kv, device=lm.device, requires_grad=True)
+    text_of = _text_source(lm, texts, s)
+    gates = torch.ones(len(lm.attention_layers), lm.n_kv_heads, device=lm.device, requires_grad=True)
     optimizer, log = torch.optim.AdamW([gates], lr=s.lr, weight_decay=0.0), []
     with _frozen(lm), tqdm(total=s.steps, desc="gates", disable=not progress) as bar:
         for step in range(s.steps):
             log.append(_train_step(lm, gates, optimizer, text_of(step), step, s))
             bar.update()
             bar.set_postfix(gate=f"{log[-1]['mean_gate']:.2f}", loss=f"{log[-1]['distillation'] + log[-1]['penalty']:.4f}")
-    return GateFit(_gate_frame(gates.detach().clamp(0, 1).cpu()), pl.DataFrame(log), s)
+    return GateFit(_gate_frame(gates.detach().clamp(0, 1).cpu(), lm.attention_layers), pl.DataFrame(log), s)
 
 # %% ../../../nbs/probes/heads/04_duo_gates.ipynb #d9e4f20e
 def _train_step(
@@ -194,8 +197,9 @@ def _train_step(
     return dict(step=step, tokens=len(text[0]), distillation=distil.item(), penalty=cost.item(), mean_gate=gates.mean().item())
 
 # %% ../../../nbs/probes/heads/04_duo_gates.ipynb #3d287042
-def _gate_frame(gates: Tensor) -> pl.DataFrame:
-    return pl.DataFrame([dict(layer=i, kv_head=h, gate=v) for i, row in enumerate(gates.tolist()) for h, v in enumerate(row)])
+def _gate_frame(gates: Tensor, layers: Sequence[int]) -> pl.DataFrame:
+    rows = zip(layers, gates.tolist(), strict=True)
+    return pl.DataFrame([dict(layer=layer, kv_head=h, gate=v) for layer, row in rows for h, v in enumerate(row)])
 
 # %% ../../../nbs/probes/heads/04_duo_gates.ipynb #61677334
 def _text_source(

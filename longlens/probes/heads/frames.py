@@ -14,7 +14,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from ...interventions.base import head_sizes
+from ...models.architecture import count_kv_heads
 from ...measure.base import tidy
 from ...models.forward import LongModel
 from .inputs import Placed
@@ -41,8 +41,7 @@ def _head_axes(
     lm: LongModel,  # the model
 ) -> dict[str, Sequence]:  # layer, head
     "The axes of a table with a row for each head"
-    n_layers, n_heads, _ = head_sizes(lm)
-    return {"layer": range(n_layers), "head": range(n_heads)}
+    return {"layer": lm.attention_layers, "head": range(lm.n_heads)}
 
 # %% ../../../nbs/probes/heads/06_frames.ipynb #f44fdb43
 def _stacked(trials: Sequence[Trial], name: str) -> Tensor:  # (trials, layers, heads)
@@ -65,10 +64,10 @@ def head_scores_frame(
     trials: Sequence[Trial],  # those that count
 ) -> pl.DataFrame:  # layer, head, kv_head, retrieval_score, standard_error, copy_score, active
     "One row a head"
-    n_layers, n_heads, n_kv = head_sizes(lm)
     names = "retrieval_score", "standard_error", "copy_score", "active"
-    values = _over_trials(trials) if trials else [np.full((n_layers, n_heads), np.nan)] * len(names)
-    kv = (torch.arange(n_heads) // (n_heads // n_kv)).expand(n_layers, -1).numpy()
+    values = _over_trials(trials) if trials else [np.full((len(lm.attention_layers), lm.n_heads), np.nan)] * len(names)
+    group = torch.tensor([lm.n_heads // count_kv_heads(lm, layer) for layer in lm.attention_layers])
+    kv = (torch.arange(lm.n_heads) // group[:, None]).numpy()
     return tidy(_head_axes(lm), {"kv_head": kv, **dict(zip(names, values, strict=True))})
 
 # %% ../../../nbs/probes/heads/06_frames.ipynb #f9f156fa

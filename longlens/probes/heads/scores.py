@@ -18,7 +18,6 @@ from torch import Tensor
 from ...sweeps.cells import Cell, Start, Task
 from ...measure.capture import Capture, capture
 from ...measure.base import tidy
-from ...interventions.base import head_sizes
 from ...measure.statistics import DistanceProfile, Received, Rows
 from ...models.generate import end_ids
 from ...models.prefix import Prefix
@@ -51,6 +50,7 @@ class Trial:
     copy_score: Tensor  # every needle token once, (layers, heads), 0 to 1
     recall: float  # ROUGE-1 recall of the answers
     right: bool  # is the reply the completion, token by token?
+    layers: Sequence[int]  # numbers of the layers that have heads
 
     @property
     def kept(self) -> bool:
@@ -58,8 +58,8 @@ class Trial:
         return self.recall > 0.5
 
     def __repr__(self) -> str:
-        top = divmod(int(self.retrieval_score.argmax()), self.retrieval_score.shape[1])
-        strongest = f"strongest head {top}, {self.retrieval_score.max():.3f}"
+        row, head = divmod(int(self.retrieval_score.argmax()), self.retrieval_score.shape[1])
+        strongest = f"strongest head {(self.layers[row], head)}, {self.retrieval_score.max():.3f}"
         return f"Trial({len(self.context):,} tokens; reply {self.reply!r}, recall {self.recall:.2f}; {strongest})"
 
 # %% ../../../nbs/probes/heads/00_scores.ipynb #eff290f4
@@ -140,11 +140,12 @@ class Watch(Task):
 
     def run(self, lm: LongModel, cells: Sequence[Cell], start: Start) -> list[dict[str, pl.DataFrame]]:
         done = _teacher_forced(lm, cells, start) if self.mode == "teacher" else _decoded(lm, cells, start, self.max_new_tokens)
-        return [{"reply": tidy({"step": range(len(r))}, {"token": r.numpy()}), "looked": _looked_table(at)} for r, at in done]
+        layers = lm.attention_layers
+        return [{"reply": tidy({"step": range(len(r))}, {"token": r.numpy()}), "looked": _looked_table(at, layers)} for r, at in done]
 
 # %% ../../../nbs/probes/heads/00_scores.ipynb #6570a645
-def _looked_table(at: Tensor) -> pl.DataFrame:
-    layers, heads, steps = map(range, at.shape)
+def _looked_table(at: Tensor, layers: Sequence[int]) -> pl.DataFrame:
+    _, heads, steps = map(range, at.shape)
     return tidy({"layer": layers, "head": heads, "step": steps}, {"position": at.numpy()})
 
 # %% ../../../nbs/probes/heads/00_scores.ipynb #9d550015
@@ -163,7 +164,7 @@ def _as_trial(
     right = len(want) > 0 and reply_ids[:len(want)].tolist() == want.tolist()
     found = reply_ids[reply_ids == want] if mode == "teacher" else reply_ids  # right at its own step
     recall = _rouge1_recall(" ".join(ctx.answers), _text(lm, found))
-    return Trial(ctx, reply_ids, _text(lm, reply_ids), looked, *scores, recall=recall, right=right)
+    return Trial(ctx, reply_ids, _text(lm, reply_ids), looked, *scores, recall=recall, right=right, layers=lm.attention_layers)
 
 # %% ../../../nbs/probes/heads/00_scores.ipynb #a41cb28b
 def run_trials(
@@ -185,7 +186,7 @@ def trials_of(
 ) -> list[Trial]:
     "The trials of a finished sweep, scored"
     replies, looked = (done.table(name).partition_by("cell", as_dict=True) for name in ("reply", "looked"))
-    shape = head_sizes(lm)[:2]
+    shape = len(lm.attention_layers), lm.n_heads
     def trial(i: int, ctx: Context) -> Trial:
         tokens, at = replies[i,]["token"].to_torch(), looked[i,]["position"].to_torch()
         return _as_trial(lm, ctx, tokens, at.view(*shape, -1), task.mode)

@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ...interventions.base import head_sizes
 from ...models.forward import LongModel
 from ...needle_lm.data import filler
 from .duo_gates import GateSettings, duo_gates, fact_text
@@ -61,8 +60,7 @@ def _gates(lm: LongModel, design: HeadDesign, progress: bool) -> dict[str, Tenso
         short = GateSettings(steps=80, lr=.05, penalty=3.0, sink=16, recent=64)
         fit = duo_gates(lm, lambda i: fact_text(lm, lm.card.gate_tokens + 16 * (i % 20), seed=i), short, progress)
     else: fit = duo_gates(lm, progress=progress)
-    n_heads = head_sizes(lm)[1]
-    return {"gate": fit.array.repeat_interleave(n_heads // fit.array.shape[1], 1)}
+    return {"gate": fit.array.repeat_interleave(lm.n_heads // fit.array.shape[1], 1)}
 
 # %% ../../../nbs/probes/heads/07_views.ipynb #f82a0dff
 METHODS: dict[str, Callable[[LongModel, HeadDesign, bool], dict[str, Tensor]]] = {  # name -> (model, design, progress) -> columns

@@ -78,7 +78,8 @@ def _values_clause(r: Report) -> str:
     f = r.frames["values"].group_by("layer", "kv_head").agg(pl.col("heads").max(), pl.col("own_ratio", "ratio").mean())  # over texts
     held, rest = f.filter(pl.col("heads") > 0)["own_ratio"], f.filter(heads=0)["ratio"]
     if held.is_empty(): return "no head has a sink whose value vector could be compared"
-    of = f"the {r.meta['heads'] * r.meta['layers']} heads" if len(f) == r.meta["heads"] * r.meta["layers"] else f"the {len(f)} KV heads"
+    n_heads = r.frames["heads"].select("layer", "head").n_unique()
+    of = f"the {n_heads} heads" if len(f) == n_heads else f"the {len(f)} KV heads"
     ends = f" ({held.min():.2g} to {held.max():.2g})" if len(held) > 1 else ""
     lengths = f"value vectors of sinks, in the {len(held)} of {of} that hold one: {held.median():.2g} times as long as the median{ends}"
     return lengths + (f", in the others {rest.median():.2g}" if len(rest) else "")

@@ -157,6 +157,7 @@ def judged(
 # %% ../../../nbs/probes/sinks/00_metrics.ipynb #ee4de57a
 def _tokens_frame(
     alpha: Tensor,  # (layers, heads, n)
+    layers: Sequence[int],  # their numbers
     strings: Sequence[str],  # the tokens of the text
     epsilon: float,  # a share of attention, 0 to 1
     top: int = 20,  # how many tokens to keep
@@ -168,7 +169,7 @@ def _tokens_frame(
     f = pl.DataFrame({
         "position": range(n), "token": list(strings[:n]), "heads": (a > epsilon).sum(0).numpy(),
         "alpha_max": best.values.numpy(), "alpha_mean": a.nanmean(0).numpy(),
-        "layer": (best.indices // n_heads).numpy(), "head": (best.indices % n_heads).numpy(),
+        "layer": torch.tensor(layers)[best.indices // n_heads].numpy(), "head": (best.indices % n_heads).numpy(),
     })
     f = f.sort(["heads", "alpha_max", "position"], descending=[True, True, False])
     return f.filter((pl.col("heads") > 0) | (pl.int_range(pl.len()) == 0)).head(top)
@@ -189,7 +190,7 @@ def heads_frame(
     keys = ["layer", "head"]
     best = alpha[..., :judged(alpha.shape[-1])].nan_to_num(-1).max(-1)
     values = {"alpha_first": alpha[..., 0].numpy(), "alpha_top": best.values.numpy(), "top_position": best.indices.numpy()}
-    extra = tidy({"layer": range(alpha.shape[0]), "head": range(alpha.shape[1])}, values)
+    extra = tidy({"layer": seen.layers("received"), "head": range(alpha.shape[1])}, values)
     return _joined(seen, _MEANS, keys).join(extra, on=keys).sort(keys)
 
 # %% ../../../nbs/probes/sinks/00_metrics.ipynb #d721eb5a
@@ -203,28 +204,31 @@ def _lengths_frame(
 def _positions_frame(
     alpha: Tensor,  # mean attention received, (layers, heads, n)
     received: Tensor,  # its sum over the queries, (layers, heads, n)
+    layers: Sequence[int],  # their numbers
 ) -> pl.DataFrame:  # layer, position, alpha_mean, alpha_max, received
     "Attention received by position and layer: mean and largest over the heads"
     values = {"alpha_mean": alpha.mean(1).numpy(), "alpha_max": alpha.max(1).values.numpy(), "received": received.mean(1).numpy()}
-    return tidy({"layer": range(alpha.shape[0]), "position": range(alpha.shape[-1])}, values)
+    return tidy({"layer": layers, "position": range(alpha.shape[-1])}, values)
 
 # %% ../../../nbs/probes/sinks/00_metrics.ipynb #fcc73c40
 def _norms_frame(
     norms: Tensor,  # (layers, n), or (layers, kv_heads, n)
     sinks: Sequence[int],  # positions of the sink tokens
-    keys: Sequence[str],  # names of the axes before the last: layer, or layer and kv_head
+    layers: Sequence[int],  # their numbers
 ) -> pl.DataFrame:  # keys, sink_norm, median_norm, ratio
     "Norms of the sink tokens (their mean) against the median of all others"
     is_sink = torch.zeros(norms.shape[-1], dtype=torch.bool)
     is_sink[list(sinks)] = True
     sink, median = norms[..., is_sink].mean(-1).numpy(), np.median(norms[..., ~is_sink].numpy(), -1)
     values = {"sink_norm": sink, "median_norm": median, "ratio": sink / median}
-    return tidy({k: range(n) for k, n in zip(keys, norms.shape, strict=False)}, values)
+    kv = {"kv_head": range(norms.shape[1])} if norms.ndim == 3 else {}
+    return tidy({"layer": layers, **kv}, values)
 
 # %% ../../../nbs/probes/sinks/00_metrics.ipynb #5d08db8b
 def _values_frame(
     norms: Tensor,  # lengths of value vectors, (layers, kv_heads, n)
     alpha: Tensor,  # mean attention received, (layers, heads, n)
+    layers: Sequence[int],  # their numbers
     sinks: Sequence[int],  # positions of the sink tokens
     epsilon: float,  # a share of attention, 0 to 1
 ) -> pl.DataFrame:  # norms_frame's columns, heads, own_position, own_norm, own_ratio
@@ -234,9 +238,15 @@ def _values_frame(
     at = norms.gather(-1, best.indices[..., None])[..., 0]
     own = {"heads": (a.amax(-1) > epsilon).sum(-1), "own_position": best.indices, "own_norm": at}
     held = pl.col("heads") > 0
-    f = _norms_frame(norms, sinks, ["layer", "kv_head"]).with_columns(**{k: pl.Series(v.flatten().numpy()) for k, v in own.items()})
+    f = _norms_frame(norms, sinks, layers).with_columns(**{k: pl.Series(v.flatten().numpy()) for k, v in own.items()})
     f = f.with_columns(pl.when(held).then(pl.col(c)).alias(c) for c in ("own_position", "own_norm"))
     return f.with_columns(own_ratio=pl.col("own_norm") / pl.col("median_norm"))
+
+# %% ../../../nbs/probes/sinks/00_metrics.ipynb #h11allvl
+def _all_values(seen: Capture, alpha: Tensor, sinks: Sequence[int], epsilon: float) -> pl.DataFrame:
+    "The same for all layers, one by one: they may differ in KV heads"
+    rows = zip(seen.parts("value_norm"), alpha, strict=True)
+    return pl.concat([_values_frame(state["norm"].cpu(), a[None], [layer], sinks, epsilon) for (_, layer, state), a in rows])
 
 # %% ../../../nbs/probes/sinks/00_metrics.ipynb #7733aacc
 def _activations_frame(
@@ -263,14 +273,15 @@ def text_frames(
     "All tables of one text"
     seen, strings = _measure_text(lm, tokens, settings), tokens.strings
     alpha = mean_received(seen)[:, 0]
-    found = _tokens_frame(alpha, strings, settings.epsilon)
+    layers = seen.layers("received")
+    found = _tokens_frame(alpha, layers, strings, settings.epsilon)
     at = found["position"].to_list()
     return {
         "heads": heads_frame(seen, alpha),
-        "positions": _positions_frame(alpha, _all_layers(seen, "received", "received")),
+        "positions": _positions_frame(alpha, _all_layers(seen, "received", "received"), layers),
         "lengths": _lengths_frame(seen),
         "tokens": found,
         "massive": _activations_frame(seen, strings),
-        "values": _values_frame(_all_layers(seen, "value_norm", "norm"), alpha, at, settings.epsilon),
-        "residual": _norms_frame(_all_layers(seen, "residual_norm", "norm"), at, ["layer"]),
+        "values": _all_values(seen, alpha, at, settings.epsilon),
+        "residual": _norms_frame(_all_layers(seen, "residual_norm", "norm"), at, seen.layers("residual_norm")),
     }

@@ -17,9 +17,11 @@ from numpy.typing import ArrayLike
 from tqdm.auto import tqdm
 
 from ....measure.mean_rows import attention_of, check_head_weights, covers, rows_after
-from ....attention.hf_interface import attach
+from ....attention.hf_interface import UnsupportedModel, attach
 from ....measure.capture import capture
 from ....measure.rollout import Rollout
+from ....interventions.base import check_layer
+from ....models.architecture import layers_with_states
 from ....models.prefix import Prefix, new_cache, shared_length
 from ....models.memory import size_text
 from ..tracer import TRACERS, GameJob, Heads, Job, Meter, Room, TraceCost, TraceJob, Tracer, TraceScores
@@ -158,8 +160,7 @@ def _layer_weights(
     "All heads of some layers"
     if layers is None: return None
     if not len(layers): raise ValueError("layers is empty: name one layer at least, or None for all")
-    if bad := [x for x in layers if not 0 <= x < lm.n_layers]:
-        raise IndexError(f"there is no layer {bad[0]}: {lm.name} has {lm.n_layers}, 0 to {lm.n_layers - 1}")
+    for layer in layers: check_layer(lm, layer)
     return {(int(layer), head): 1.0 for layer in layers for head in range(lm.n_heads)}
 
 # %% ../../../../nbs/probes/traceback/methods/02_attention.ipynb #c54027c5
@@ -177,8 +178,9 @@ def retrieval_weights(
     weights = {(int(layer), int(head)): float(w) for (layer, head), w in pairs.items()}
     check_head_weights(weights, "retrieval_attention")
     for layer, head in weights:
-        if not (0 <= layer < lm.n_layers and 0 <= head < lm.n_heads):
-            raise IndexError(f"there is no head ({layer}, {head}): {lm.name} has {lm.n_layers} layers of {lm.n_heads} heads. "
+        if not (layer in lm.attention_layers and 0 <= head < lm.n_heads):
+            having = f"{lm.n_layers} layers" if len(lm.attention_layers) == lm.n_layers else f"in layers {[*lm.attention_layers]}"
+            raise IndexError(f"there is no head ({layer}, {head}): {lm.name} has {having} of {lm.n_heads} heads. "
                              "Was the report made with another model?")
     return weights
 
@@ -312,12 +314,20 @@ def _rollout_room(lm: LongModel, n_tokens: int, n_sources: int, max_memory: int 
         limit = 0.9 * whole.available
     else: limit = max_memory
     if whole.needed + 4 * columns <= limit: return n_tokens, 4 * columns
-    need = (lm.n_layers + 3) * columns
+    need = (len(lm.attention_layers) + 3) * columns
     for chunk in (c for c in (4096, 2048, 1024, 512, 256, 128, 64, 32) if c < n_tokens):
         if lm.memory(n_tokens, chunk).needed + need <= limit: return chunk, need
     have = f"{size_text(whole.available or 0)} are free" if max_memory is None else f"max_memory is {size_text(max_memory)}"
     raise MemoryError(f"rollout keeps a number for each of {n_tokens:,} tokens and {n_sources:,} sources in {lm.n_layers} layers, "
                       f"{size_text(need)}, and {have}: take fewer sources (a larger size=), or coarse_to_fine")
+
+# %% ../../../../nbs/probes/traceback/methods/02_attention.ipynb #h11rollo
+def _check_rollout(lm: LongModel) -> None:
+    "Raise if some layers mix tokens without attention, which a product of attention patterns leaves out"
+    if states := layers_with_states(lm):
+        raise UnsupportedModel(f"rollout follows attention through all layers, and layers {', '.join(map(str, states))} of "
+                               f"{type(lm.hf).__name__} mix tokens without it (a state, a convolution): use another method, such as "
+                               "'attention' or 'loo'")
 
 # %% ../../../../nbs/probes/traceback/methods/02_attention.ipynb #2da9e638
 def _roll_out(
@@ -328,6 +338,7 @@ def _roll_out(
     max_memory: int | None = None,  # bytes on top of the weights; None: nine tenths of what is free
 ) -> np.ndarray:  # (n,)
     "Attention rollout of the answer's rows to every source (Abnar and Zuidema 2020, arXiv 2005.00928)"
+    _check_rollout(lm)
     k = len(prompt)
     rows, ids = range(k + prompt.traced.start - 1, k + prompt.traced.stop), prompt.whole[:k + prompt.traced.stop]
     chunk, _ = _rollout_room(lm, len(ids), prompt.n, max_memory)
