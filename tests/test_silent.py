@@ -35,7 +35,7 @@ def ends(span) -> tuple[int, int]: return (span.start, span.stop) if isinstance(
 @pytest.mark.parametrize("span", SPANS, ids=str)
 def test_a_span_is_read_in_one_way(span):
     hf, ids, (a, b) = zoo.zoo_model("llama"), zoo.token_ids(N), ends(span)
-    P = patterns(hf, ids)
+    with torch.no_grad(): P = patterns(hf, ids)
     with ll.capture(hf, ll.SpanMass({"x": span}), ll.Rollout({"x": span}, queries=[N - 1])) as seen, torch.no_grad(): hf(ids)
     want = torch.stack([P[layer][0, :, :, a:b].sum(-1).mean(-1) for layer in sorted(P)]).flatten()
     close(seen.frame("span_mass").sort("layer", "head")["mass"].to_torch(), want)
@@ -131,7 +131,7 @@ def test_the_trial_is_not_captured():
 def test_answers_of_a_batch_are_those_of_whole_texts(name):
     lm, ids = model(name), zoo.token_ids(30, batch=2)
     cache = start_cache(lm)
-    continue_cache(lm, torch.tensor([0]), ids[:, :-1], cache)
+    with torch.no_grad(): continue_cache(lm, torch.tensor([0]), ids[:, :-1], cache)
     start, want = Start(cache, ids[:, -1:], 30), ids
     with torch.no_grad():
         replies = greedy(lm, start, 5)
