@@ -319,8 +319,8 @@ def page(results: list[Result], seconds: float) -> str:
     "The table as a page of the site"
     marks = {"right": "yes", "refused": "refused", "wrong": "WRONG", "error": "ERROR"}
     found = {(r.model, r.feature): r for r in results}
-    lines = ["# Models", "", "What longlens was tried on, and what came out: small random models of every architecture, each feature compared with "
-             "patterns formed by eager attention, or with one forward pass of the whole text.", "",
+    lines = ["# Models", "", "What longlens was tried on, and what came out: small random models of every architecture, each feature "
+             "compared with patterns formed by eager attention, or with one forward pass of the whole text.", "",
              f"Run on {datetime.date.today()} with transformers {transformers.__version__} and torch {torch.__version__.split('+')[0]}: "
              f"{len({r.model for r in results})} architectures, {len(results)} cells in {seconds / 60:.0f} minutes (`make matrix`). "
              "**yes**: within 1e-4. **refused**: one error, before anything is measured, that names the model and says why.", "",
@@ -331,7 +331,8 @@ def page(results: list[Result], seconds: float) -> str:
         lines.append(f"| {model} | {special} | {' | '.join(row)} |")
     refusals = dict.fromkeys((r.model, r.text.split("\n")[0]) for r in results if r.kind == "refused")
     lines += ["", "## What is refused, and why", "", *(f"- **{model}**: {text}" for model, text in refusals)]
-    if bad := [r for r in results if not r.good]: lines += ["", "## What is not right yet", "", *(f"- **{r.model}, {r.feature}**: {r.text}" for r in bad)]
+    if bad := [r for r in results if not r.good]:
+        lines += ["", "## What is not right yet", "", *(f"- **{r.model}, {r.feature}**: {r.text}" for r in bad)]
     return "\n".join(lines) + "\n"
 
 

@@ -20,7 +20,7 @@ from ..models.architecture import count_kv_heads, size_facts
 from ..interventions.heads import ablate
 from ..measure.base import tidy
 from ..measure.statistics import Distance, DistanceProfile, Entropy, Received, Rows, SinkMass, Support
-from ..models.prefix import Prefix, new_cache, rope_regime
+from ..models.prefix import croppable, Prefix, continuation, continue_cache, rope_regime, start_cache
 from ..probes.heads.scores import copy_scores, pattern_scores
 from ..probes.sinks.metrics import heads_frame, judged, mean_received
 from ..report import Report, plain
@@ -40,7 +40,8 @@ __all__ = ['RULES', 'ModelReply', 'Live', 'PromptReading', 'model_reply', 'Rule'
 def _chunk(lm: LongModel, n: int) -> int:    # tokens
     "How many tokens run at a time"
     size = max(32, min(lm.best_chunk(n), 2**28 // (4 * lm.vocab_size)))
-    return n if rope_regime(lm.config, n) != rope_regime(lm.config, min(size, n)) else size
+    whole = continuation(lm) == "whole" or rope_regime(lm.config, n) != rope_regime(lm.config, min(size, n))
+    return n if whole else size
 
 # %% ../../nbs/apps/04_reading.ipynb #0f91ae61
 def _surprise(logits: Tensor, ids: Tensor) -> Tensor:    # (k, vocab), the tokens that came (k,) -> bits (k,), on the CPU
@@ -58,12 +59,12 @@ def _read_through(
     progress: _ShowProgress = lambda share, text: None,
 ) -> tuple[Prefix, Tensor]:                     # the text in a cache; surprise of every token in bits, (n,), NaN for the first
     "Run a text in chunks, and keep the cache and the surprise of its tokens"
-    n, cache, surprise, last = len(ids), new_cache(lm.config, "all"), torch.full((len(ids),), torch.nan), None
+    n, cache, surprise, last = len(ids), start_cache(lm), torch.full((len(ids),), torch.nan), None
     size = _chunk(lm, n)
     for start in range(0, n, size):
         progress(start / n, f"{start:,} of {n:,} tokens")
         part = ids[start:start + size]
-        logits = lm.logits_at(torch.arange(len(part)), input_ids=part[None].to(lm.device), past_key_values=cache, use_cache=True)[0]
+        logits = continue_cache(lm, torch.arange(len(part)), part[None], cache)[0]
         known = ids[start + 1:start + len(part) + 1]
         surprise[start + 1:start + len(part) + 1] = _surprise(logits[:len(known)], known)
         last = logits[-1].float()
@@ -102,7 +103,7 @@ def _placed(row: tuple[int, int, Tensor, Tensor], n: int) -> Tensor:    # sample
 # %% ../../nbs/apps/04_reading.ipynb #h11begin
 def _beginning(lm: LongModel, whole: Prefix, n: int) -> Prefix:
     "The first n tokens of a text; they run again where a state cannot be taken back (hybrids)"
-    if whole.cache.is_croppable or n == len(whole): return whole.crop(n)
+    if croppable(whole.cache) or n == len(whole): return whole.crop(n)
     return lm.prefill(whole.ids[:n], allow_longer=whole.allow_longer)
 
 # %% ../../nbs/apps/04_reading.ipynb #819d4f4f

@@ -27,7 +27,7 @@ from ..charts.page import say
 from ..charts.trace_view import trace_view
 from ..patch import patch
 from ..models.forward import LongModel
-from ..models.tokens import Tokens
+from ..models.tokens import Span, span_ends, Tokens
 from ..probes.traceback.probe import trace_context
 from ..probes.traceback.prompts import trace_prompt
 from ..probes.traceback.frames import excerpt
@@ -50,12 +50,12 @@ _Span = tuple[int, int]    # first token of the answer, one past the last
 def trace_span(
     lm: LongModel,
     prompt: TracePrompt,                  # with its answer
-    span: _Span,                          # what is traced
+    span: Span,                           # what is traced: a range of tokens of the answer, or (start, stop)
     method: str = "loo",                  # one of TRACERS
     progress: Progress | None = None,     # gets to know how much there is to do
 ) -> Trace:
     "Trace a span of the answer to the sources of its prompt"
-    mine = replace(prompt, traced=range(*span))
+    mine = replace(prompt, traced=range(*span_ends("traced", span)))
     planned = plan(trace_context, lm, mine, method=method).tokens
     if progress is not None: progress.planned = planned
     return trace_context(lm, mine, method=method, budget=planned)

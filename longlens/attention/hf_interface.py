@@ -12,7 +12,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
@@ -24,7 +24,7 @@ from .kernels import attend_call
 from .logits import AttentionCall
 from .masks import Mask
 from .operator import AttentionOperator
-from ..models.text_model import TextModel
+from ..models.text_model import TextModel, eval_mode
 from ..models.tokens import HFModel
 
 NAME = "longlens"
@@ -543,6 +543,12 @@ def attach(
 ) -> Iterator[Any]:  # the transformers model
     "While the block runs, the model's attention goes through longlens (in all threads); afterwards it is exactly as before"
     hf = hf_model(model)
+    with eval_mode(hf) if isinstance(model, TextModel) else nullcontext(), _attached(hf): yield hf
+
+# %% ../../nbs/attention/08_hf_interface.ipynb #a77ac4ed
+@contextmanager
+def _attached(hf: Any) -> Iterator[None]:
+    "The same for a transformers model, which has to be in eval mode"
     _check(hf)
     install()
     with _changing(hf) as at:
@@ -553,7 +559,7 @@ def attach(
         at.blocks += 1
     try:
         if first: hf.set_attn_implementation(NAME)
-        yield hf
+        yield
     finally:
         _release(hf)
 

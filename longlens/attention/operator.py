@@ -19,6 +19,7 @@ from .masks import Mask, Stream, seen_by
 from longlens.attention.reducers import (
     DistanceSum, EntropySum, Product, ReceivedSum, Reducer, SquareSum, TransposedProduct, WindowMass,
 )
+from ..models.tokens import Span, span_ends
 from ..patch import patch
 
 if TYPE_CHECKING:
@@ -314,14 +315,15 @@ def alpha(self: AttentionOperator) -> Tensor:  # (batch, heads, n_keys); NaN whe
 
 # %% ../../nbs/attention/07_operator.ipynb #fd22bbcf
 def _span_columns(
-    spans: Mapping[str, tuple[int, int]],  # name -> (start, stop) in tokens
+    spans: Mapping[str, Span],  # name -> range or (start, stop), in tokens
     n_keys: int,  # tokens there are
     dtype: torch.dtype = torch.float32,  # of the columns
 ) -> Tensor:  # (n_keys, spans), 1 inside the span
     "Indicator columns of spans; a span that is not in the tokens is an error"
     out = torch.zeros(n_keys, len(spans), dtype=dtype)
-    for c, (name, (start, stop)) in enumerate(spans.items()):
-        if not 0 <= start < stop <= n_keys:
+    for c, (name, span) in enumerate(spans.items()):
+        start, stop = span_ends(name, span)
+        if stop > n_keys:
             raise ValueError(f"span {name!r} is [{start}, {stop}), but there are {n_keys} tokens: "
                              "spans must hold at least one token and lie within them")
         out[start:stop, c] = 1
@@ -331,7 +333,7 @@ def _span_columns(
 @patch
 def span_mass(
     self: AttentionOperator,
-    spans: Mapping[str, tuple[int, int]],  # name -> (start, stop) in key positions
+    spans: Mapping[str, Span],  # name -> range or (start, stop), in key positions
 ) -> Tensor:  # (batch, heads, n_queries, spans)
     "Attention mass every query puts on each span"
     return self.matmul(_span_columns(spans, self.shape[3], self.dtype).to(self.device))

@@ -16,6 +16,8 @@ import numpy as np
 from traitlets import Dict, HasTraits, Int, List, TraitError, Unicode, observe, validate
 
 from .page import as_json, static
+from ..models.text_model import TextModel
+from ..models.tokens import Tokens, span_ends
 from ..patch import patch
 
 if TYPE_CHECKING:
@@ -132,8 +134,8 @@ def _span_rows(spans: Mapping[str, Any], n: int, colours: Mapping[str, str] | No
     if len(spans) > _MOST_SPANS: raise ValueError(f"{len(spans):,} spans, and {_MOST_SPANS:,} can be shown: leave some out")
     rows = []
     for name, span in spans.items():
-        a, b = (span.start, span.stop) if isinstance(span, range) else map(int, span)
-        if not 0 <= a < b <= n: raise ValueError(f"the span {name!r} is {a:,} to {b:,}, and the text has {n:,} units, counted from 0")
+        a, b = span_ends(name, span)
+        if b > n: raise ValueError(f"the span {name!r} is {a:,} to {b:,}, and the text has {n:,} units, counted from 0")
         rows.append({"name": name, "start": a, "end": b, **({"colour": colours[name]} if name in colours else {})})
     return sorted(rows, key=lambda row: (row["start"], -row["end"]))
 
@@ -164,10 +166,17 @@ def _first_of(name: str | None, quantities: Mapping[str, Any]) -> str:
     if name not in quantities: raise ValueError(f"there is no quantity {name!r}: there are {', '.join(quantities) or 'none'}")
     return name
 
+# %% ../../nbs/charts/07_token_view.ipynb #5a9e11d2
+def _text_of(model: TextModel, text: Any) -> Tokens:
+    "The tokens of a text that was given with a model"
+    if isinstance(text, str): return model.tokens(text)
+    raise TypeError(f"{model.name} is a model, and what is shown is a text: give token_view(model, text), or "
+                    "token_view(model.tokens(text), {name: numbers})")
+
 # %% ../../nbs/charts/07_token_view.ipynb #9ba990b2
 def token_data(
-    tokens: Any,    # a Context, Tokens, or a list of strings
-    quantities: Mapping[str, Any] | None = None,    # name -> numbers (n,) or a Shade
+    tokens: Any,    # a Context, Tokens, or a list of strings; or a model, with its text next
+    quantities: Mapping[str, Any] | str | None = None,    # name -> numbers (n,) or a Shade
     spans: Mapping[str, Any] | None = None,         # name -> range, or (start, stop), of token positions; None: those of a Context
     selected: int | None = None,                    # a token, shown as selected
     quantity: str | None = None,                    # the quantity that is shown first; None: the first
@@ -177,6 +186,8 @@ def token_data(
     top: int = 0,                                   # rows of the table of the strongest tokens; 0: no table
 ) -> TextData:
     "Tokens with their numbers, checked"
+    if isinstance(tokens, TextModel): tokens, quantities = _text_of(tokens, quantities), None
+    if isinstance(quantities, str): raise TypeError("a text comes next to a model: token_view(model, text); quantities are {name: numbers}")
     if spans is None: spans = getattr(tokens, "spans", None) or {}
     context = _token_context(getattr(tokens, "tokens", tokens))
     n, first = len(context["starts"]) // 4, _first_of(quantity, quantities or {})
@@ -240,8 +251,8 @@ class TokenView(_Chosen, anywidget.AnyWidget):
 
 # %% ../../nbs/charts/07_token_view.ipynb #e8cacbb7
 def token_view(
-    tokens: Any,    # a Context, Tokens, or a list of strings
-    quantities: Mapping[str, Any] | None = None,    # name -> numbers (n,) or a Shade
+    tokens: Any,    # a Context, Tokens, or a list of strings; or a model, with its text next
+    quantities: Mapping[str, Any] | str | None = None,    # name -> numbers (n,) or a Shade
     spans: Mapping[str, Any] | None = None,         # name -> range, or (start, stop), of token positions; None: those of a Context
     selected: int | None = None,                    # a token, shown as selected
     **more: Any,                                    # quantity, colours, label, height, top: see `token_data`

@@ -18,6 +18,7 @@ from .encoder import Encoder
 from .inputs import TokenRows
 from .pooling import unit_length
 from ..patch import patch
+from ..models.text_model import eval_mode
 from ..models.tokens import TokenIds, Tokens
 from ..run import settings_of
 
@@ -53,7 +54,8 @@ def run(self: Encoder, inputs: Mapping[str, Tensor], **kw: Any) -> Any:
     """What the model returns, without a key-value cache."""
     if self.accepts("use_cache"):
         kw.setdefault("use_cache", False)
-    return self.hf(**inputs, **{"return_dict": True, **kw})
+    with eval_mode(self.hf):
+        return self.hf(**inputs, **{"return_dict": True, **kw})
 
 # %% ../../nbs/encoders/03_encode.ipynb #9379c678
 @patch

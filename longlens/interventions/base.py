@@ -145,7 +145,7 @@ def intervene(
     hf = hf_model(model)
     with ExitStack() as stack:
         ready = [i.prepare(model) for i in interventions]
-        if any(what.layers() != set() for what in ready): stack.enter_context(attach(hf))
+        if any(what.layers() != set() for what in ready): stack.enter_context(attach(model))
         for what in ready:
             what.enter(model, stack)
             _put(hf, what, stack)

@@ -20,7 +20,8 @@ from ..attention.hf_interface import LayerCall, UnsupportedModel, hf_model
 from ..attention.masks import positions
 from .base import Intervention, intervene, interventions_at
 from ..models.architecture import attention_layers
-from .heads import Ablate, span_ends
+from .heads import Ablate
+from ..models.tokens import span_ends
 from .positions import check_causal
 from ..patch import patch
 

@@ -20,6 +20,7 @@ from ..attention.hf_interface import LayerCall, UnsupportedModel, hf_model
 from ..attention.masks import Stream, positions, real_queries
 from ..models.architecture import text_config
 from .base import Intervention, check_heads, intervene, interventions_at, served_heads
+from ..models.tokens import span_ends
 from ..patch import patch
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ from ..attention.hf_interface import AttachableModel
 
 # %% auto #0
 __all__ = ['Ablate', 'ablate', 'mean_outputs', 'Streaming', 'streaming_attention', 'Turner', 'LambdaMask', 'lambda_mask',
-           'Temperature', 'temperature', 'span_ends', 'ScaleSpans', 'scale_spans']
+           'Temperature', 'temperature', 'ScaleSpans', 'scale_spans']
 
 # %% ../../nbs/interventions/01_heads.ipynb #1eb21931
 _MODES = ("zero", "mean", "uniform")
@@ -306,17 +307,6 @@ def temperature(
 ) -> Iterator[list[Intervention]]:
     "Another temperature of the attention softmax while the block runs (TempScale, arXiv 2410.24200)"
     with intervene(model, Temperature(tau, heads)) as active: yield active
-
-# %% ../../nbs/interventions/01_heads.ipynb #ad28f7db
-def span_ends(
-    name: str,  # of the span, for the error
-    span: Any,  # range or (start, stop), token positions
-    what: str = "span",  # what the error calls it
-) -> tuple[int, int]:
-    "Where a span starts and stops"
-    a, b = (span.start, span.stop) if isinstance(span, range) else (int(span[0]), int(span[1]))
-    if not 0 <= a < b: raise ValueError(f"{what} {name!r} is [{a}, {b}): it must start at 0 or later and hold at least one token")
-    return a, b
 
 # %% ../../nbs/interventions/01_heads.ipynb #54af316f
 def _factor(what: ScaleSpans, name: str) -> float:

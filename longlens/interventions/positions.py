@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -22,6 +23,7 @@ from ..attention.options import OptionRule
 from .base import Intervention, active_interventions, intervene
 from ..models.architecture import attention_layers, count_query_heads, text_config
 from .heads import Turner
+from ..models.tokens import span_ends
 from ..patch import patch
 
 if TYPE_CHECKING:
@@ -178,7 +180,7 @@ def _blocks(spans: Any) -> tuple[tuple[tuple[int, int], ...], ...]:
         found = sorted(b for s in spans for b in _blocks(s))
     else:
         if not spans: raise ValueError("set_based() needs the options' token positions: [range(start, stop), ...]")
-        found = [tuple(sorted((s.start, s.stop) if isinstance(s, range) else (int(s[0]), int(s[1])) for s in spans))]
+        found = [tuple(sorted(span_ends(i, s, "option") for i, s in enumerate(spans)))]
     for block in found: _check_block(block)
     for before, after in pairwise(found):
         if after[0][0] < before[-1][1]:
@@ -186,7 +188,11 @@ def _blocks(spans: Any) -> tuple[tuple[tuple[int, int], ...], ...]:
     return tuple(found)
 
 # %% ../../nbs/interventions/02_positions.ipynb #d22e7fbf
-def _is_span(s: Any) -> bool: return isinstance(s, range) or (len(s) == 2 and all(isinstance(x, int) for x in s))
+def _is_span(s: Any) -> bool:
+    if isinstance(s, Mapping): return False
+    return isinstance(s, range) or not isinstance(s, Iterable) or all(isinstance(x, Integral) for x in s)
+
+
 def _edges_of(block: Sequence[tuple[int, int]]) -> str: return f"[{block[0][0]}, {block[-1][1]})"
 
 # %% ../../nbs/interventions/02_positions.ipynb #8fa7fd86

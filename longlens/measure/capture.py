@@ -122,7 +122,7 @@ class Capture:
 
     def __enter__(self) -> Capture:
         with ExitStack() as stack:
-            stack.enter_context(attach(self.hf))
+            stack.enter_context(attach(self.model))
             self._hook(stack)
             self._stack = stack.pop_all()
         return self

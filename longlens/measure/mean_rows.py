@@ -18,6 +18,7 @@ from .capture import Capture, capture
 from .base import Call, Statistic, check_queries, missing_queries, register
 from .statistics import grow_last, note_places
 from ..models.forward import LongModel
+from ..models.prefix import croppable
 
 # %% auto #0
 __all__ = ['asked_queries', 'check_head_weights', 'MeanRows', 'mean_over_layers', 'rows_after', 'covers', 'attention_of']
@@ -158,7 +159,7 @@ def covers(
     ids: Tensor,  # (n,)
 ) -> bool:
     "Does a Prefix begin with these tokens, so that nothing of them is to be run?"
-    return like is not None and like.cache.is_croppable and torch.equal(like.ids[:len(ids)], ids)
+    return like is not None and croppable(like.cache) and torch.equal(like.ids[:len(ids)], ids)
 
 # %% ../../nbs/measure/03_mean_rows.ipynb #6c0d9864
 def attention_of(

@@ -17,7 +17,8 @@ from .mean_rows import asked_queries
 from ..attention.operator import AttentionOperator
 from .spectral import check_whole
 from .base import Call, Statistic, check_queries, missing_queries, register
-from .statistics import SpanMass, inside_spans, missing_spans
+from .statistics import inside_spans, missing_spans, read_spans
+from ..models.tokens import Span
 
 # %% auto #0
 __all__ = ['rolled', 'Rollout']
@@ -42,7 +43,7 @@ def rolled(
 @dataclass(eq=False)
 class Rollout(Statistic):
     "Attention rollout to named spans, read at chosen queries after every layer (Abnar and Zuidema 2020, arXiv 2005.00928)"
-    spans: Mapping[Any, tuple[int, int]]  # name -> [start, stop), token positions
+    spans: Mapping[Any, Span]  # name -> range or (start, stop), token positions
     queries: Sequence[int]  # positions in the text; their mean is taken
     skip: float = 0.5  # share of each state that the residual connection passes on
     in_chunks: bool = False  # may a text come in chunks? Then every layer's columns are kept
@@ -52,8 +53,7 @@ class Rollout(Statistic):
 
     def __post_init__(self) -> None:
         check_queries(self.queries, self.title)
-        if not self.spans: raise ValueError("Rollout needs spans: {name: (start, stop)} in token positions")
-        SpanMass(self.spans)  # raises if they cannot be
+        self.spans = read_spans(self.spans, "Rollout")
         if not 0 <= self.skip <= 1: raise ValueError(f"{self.title}: skip is {self.skip}, but it is a share, 0 to 1")
 
     def select(self, call: Call) -> Call:

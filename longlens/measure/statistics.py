@@ -18,11 +18,13 @@ from ..attention.operator import log_windows
 from .base import STATISTICS as STATISTICS  # which is filled here
 from .base import Call, RowStatistic, Statistic, check_queries, check_rows, missing_queries, register, tidy
 from ..attention.masks import seen_by, visible_keys, visible_tile
+from ..models.tokens import Span, span_ends
 from ..attention.reducers import DistanceSum, EntropySum, Product, ReceivedSum, Reducer, SquareSum, WindowMass
 
 # %% auto #0
-__all__ = ['Entropy', 'Support', 'SinkMass', 'SpanMass', 'inside_spans', 'missing_spans', 'Distance', 'DistanceProfile',
-           'grow_last', 'note_places', 'Received', 'Rows', 'ValueNorm', 'ResidualNorm', 'MassiveActivations']
+__all__ = ['Entropy', 'Support', 'SinkMass', 'read_spans', 'SpanMass', 'inside_spans', 'missing_spans', 'Distance',
+           'DistanceProfile', 'grow_last', 'note_places', 'Received', 'Rows', 'ValueNorm', 'ResidualNorm',
+           'MassiveActivations']
 
 # %% ../../nbs/measure/01_statistics.ipynb #5582b3f4
 @register
@@ -71,19 +73,27 @@ class SinkMass(RowStatistic):
         mass, = call.op.reduce(self._first(call))
         return {"sink_mass": mass[..., 0], "learned_sink": 1 - call.op.key_mass()}
 
+# %% ../../nbs/measure/01_statistics.ipynb #5a9e11d0
+def read_spans(
+    spans: Mapping[Any, Span],  # name -> range or (start, stop), token positions
+    who: str,  # named in the error
+) -> dict[Any, tuple[int, int]]:  # name -> [start, stop)
+    "Named spans, checked, such as those of a Context"
+    if not isinstance(spans, Mapping): raise TypeError(f"{who} takes spans by name, {{name: range(start, stop)}}, not {spans!r:.80}")
+    if not spans: raise ValueError(f"{who} needs spans: {{name: range(start, stop)}} in token positions")
+    return {name: span_ends(name, span) for name, span in spans.items()}
+
 # %% ../../nbs/measure/01_statistics.ipynb #6419de1d
 @register
 @dataclass(frozen=True)
 class SpanMass(RowStatistic):
     "Mean attention on named spans of the text"
-    spans: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # name -> [start, stop), token positions
+    spans: Mapping[str, Span] = field(default_factory=dict)  # name -> range or (start, stop), token positions
     name: ClassVar[str] = "span_mass"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.spans: raise ValueError("SpanMass needs spans: {name: (start, stop)} in token positions")
-        for name, (a, b) in self.spans.items():
-            if not 0 <= a < b: raise ValueError(f"span {name!r} is [{a}, {b}): it must start at 0 or later and hold at least one token")
+        object.__setattr__(self, "spans", read_spans(self.spans, "SpanMass"))
 
     def categories(self) -> dict[str, Sequence]: return {"span": list(self.spans)}
 
@@ -99,18 +109,18 @@ class SpanMass(RowStatistic):
         super().check(sample, n_tokens, ran)
 
 # %% ../../nbs/measure/01_statistics.ipynb #aea03672
-def inside_spans(spans: Mapping[str, tuple[int, int]], pos: Tensor) -> Tensor:  # (batch, 1, n_keys, spans)
+def inside_spans(spans: Mapping[str, Span], pos: Tensor) -> Tensor:  # (batch, 1, n_keys, spans)
     "Columns that are 1 inside each span"
-    return torch.stack([((pos >= a) & (pos < b)).float() for a, b in spans.values()], -1)[:, None]
+    return torch.stack([((pos >= a) & (pos < b)).float() for a, b in read_spans(spans, "inside_spans").values()], -1)[:, None]
 
 # %% ../../nbs/measure/01_statistics.ipynb #4542e5b1
 def missing_spans(
-    spans: Mapping[str, tuple[int, int]],  # name -> [start, stop), token positions
+    spans: Mapping[str, Span],  # name -> range or (start, stop), token positions
     sample: int,  # number of the sample
     n_tokens: int,  # of its text
 ) -> None:
     "Raise if a span is not in the text"
-    for name, (a, b) in spans.items():
+    for name, (a, b) in read_spans(spans, "missing_spans").items():
         if b > n_tokens:
             raise ValueError(f"span {name!r} is [{a}, {b}), but sample {sample} has {n_tokens:,} tokens: spans must lie within the text")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..patch import patch
 from .architecture import first_setting, count_kv_heads
-from .text_model import check_length, TextModel
+from .text_model import check_length, eval_mode, TextModel
 from .tokens import TokenIds, Tokens, as_ids
 
 if TYPE_CHECKING:
@@ -149,17 +149,18 @@ def __call__(
 ) -> Any:  # what the Hugging Face model returns
     """Run the model."""
     kw.setdefault("use_cache", "past_key_values" in kw)
-    with torch.set_grad_enabled(grad):
+    with torch.set_grad_enabled(grad), eval_mode(self.hf):
         return self.hf(**self.inputs(x, padding=padding, allow_longer=allow_longer), **kw)
 
 # %% ../../nbs/models/04_forward.ipynb #4741605d
 @patch
 def logits_at(self: LongModel, rows: Tensor, **inputs: Any) -> Tensor:
     """Logits at the rows (k,) of each input, or at rows (batch, k) of its own; (batch, k, vocab)."""
-    rows = rows.to(self.device)
-    if self.accepts("logits_to_keep"):
-        return self.hf(**{"use_cache": False, **inputs}, logits_to_keep=rows).logits
-    out = self.hf(**{"use_cache": False, **inputs}).logits
+    rows, keep = rows.to(self.device), self.accepts("logits_to_keep")
+    with eval_mode(self.hf):
+        out = self.hf(**{"use_cache": False, **inputs}, **({"logits_to_keep": rows} if keep else {})).logits
+    if keep:
+        return out
     return out.take_along_dim(rows.expand(len(out), -1)[..., None], 1)
 
 # %% ../../nbs/models/04_forward.ipynb #946d5aaf

@@ -220,6 +220,9 @@ def read_folder(
     """Model and tokenizer from a folder or the hub."""
     hub: dict[str, Any] = {"revision": revision, "download": download, "trust_remote_code": trust_remote_code}
     folder = model_folder(model, CONFIG_FILES, **hub)
+    if (Path(folder) / "adapter_config.json").exists():
+        raise ValueError(f"{folder} holds a PEFT adapter: merge it into its model and save that (merge_and_unload, save_pretrained), "
+                         "or load(the merged model, tokenizer)")
     if "config.json" in {p.name for p in Path(folder).iterdir()}:
         check_causal(read_config(folder, trust_remote_code), "")
     folder = model_folder(model, [*CONFIG_FILES, "*.safetensors"], **hub)

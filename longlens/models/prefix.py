@@ -6,24 +6,30 @@
 from __future__ import annotations
 
 import copy
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..patch import patch
 from .forward import LongModel, check_logits
 from .memory import size_text
 from .text_model import check_length
-from .tokens import HFCache, HFConfig, TokenIds, Tokens
+from .tokens import HFCache, HFConfig, HFModel, TokenIds, Tokens
 
 if TYPE_CHECKING:
     from longlens.models import prefix as _kv_cache
 
 # %% auto #0
-__all__ = ['new_cache', 'fork_cache', 'rope_regime', 'Prefix', 'shared_length']
+__all__ = ['AnyCache', 'new_cache', 'WholeText', 'croppable', 'continuation', 'start_cache', 'can_share', 'continue_cache',
+           'fork_cache', 'rope_regime', 'Prefix', 'shared_length']
 
 # %% ../../nbs/models/07_prefix.ipynb #917b512f
 def new_cache(
@@ -41,18 +47,196 @@ def new_cache(
         cache.layers = [DynamicLayer() if type(v) is DynamicSlidingWindowLayer else v for v in cache.layers]
     return cache
 
-# %% ../../nbs/models/07_prefix.ipynb #8ccd51cf
-def fork_cache(
-    cache: HFCache,  # a DynamicCache
-    batch: int = 1,  # rows of the copy
-) -> HFCache:
-    """A cache that can be continued without changing the first one; plain layers share their tensors."""
+# %% ../../nbs/models/07_prefix.ipynb #526a9e6c
+class WholeText:
+    """In place of a cache: the tokens so far, which run again with whatever comes next."""
+
+    layers: Sequence[nn.Module] = ()
+
+    def __init__(self) -> None:
+        self.ids = torch.empty(1, 0, dtype=torch.int64)  # (batch, n), on the CPU
+
+    def add(self, ids: Tensor) -> None:
+        """The text goes on with tokens (batch, k)."""
+        self.ids = torch.cat([self.ids.expand(len(ids), -1), ids.cpu()], 1)
+
+    def crop(self, n: int) -> None:
+        """Keep the first n tokens; -n: leave the last n out."""
+        self.ids = self.ids[:, :n]
+
+    def batch_repeat_interleave(self, n: int) -> None:
+        """Each text n times."""
+        self.ids = self.ids.repeat_interleave(n, 0)
+
+# %% ../../nbs/models/07_prefix.ipynb #31d1b0be
+AnyCache: TypeAlias = "HFCache | WholeText"
+
+
+def _plain_layers() -> tuple[type, ...]:
+    """Cache layers that hold keys and values, and nothing else."""
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+    return DynamicLayer, DynamicSlidingWindowLayer
+
+# %% ../../nbs/models/07_prefix.ipynb #b8f666d8
+def _holds_more(cache: AnyCache) -> bool:
+    """Are there layers that hold anything but keys and values?"""
+    return not all(type(v) in _plain_layers() for v in cache.layers)
+
+
+def croppable(
+    cache: AnyCache,  # of `start_cache`, empty or not
+) -> bool:
+    """Can its last tokens be taken back? A state that has taken tokens in cannot give them back."""
+    if isinstance(cache, WholeText):
+        return True
+    return bool(cache.is_croppable) and all(getattr(v, "record_past", True) for v in cache.layers)
+
+# %% ../../nbs/models/07_prefix.ipynb #54336952
+@contextmanager
+def _by_itself(hf: HFModel) -> Iterator[None]:
+    """While the block runs, longlens does nothing to the model."""
+    hooks = [d for m in hf.modules() for d in (m._forward_hooks, m._forward_pre_hooks) if d]
+    ours = [(d, d.copy()) for d in hooks if any(_ours(h) for h in d.values())]
+    found = {id(c): c for c in (getattr(m, "config", None) for m in hf.modules()) if c is not None}
+    configs = [c for c in found.values() if getattr(c, "_attn_implementation", "") == "longlens"]
+    for d, _ in ours:
+        for k in [k for k, h in d.items() if _ours(h)]:
+            del d[k]
+    for c in configs:
+        c._attn_implementation_internal = "eager"
+    try:
+        yield
+    finally:
+        for d, before in ours:
+            d.clear()
+            d.update(before)
+        for c in configs:
+            c._attn_implementation_internal = "longlens"
+
+# %% ../../nbs/models/07_prefix.ipynb #a556e6bf
+def _ours(hook: object) -> bool:
+    """Is it a hook of longlens?"""
+    return str(getattr(hook, "__module__", "")).startswith("longlens")
+
+# %% ../../nbs/models/07_prefix.ipynb #58a0cdd1
+@torch.no_grad()
+def _over_cuts(m: LongModel, ids: Tensor, cuts: Sequence[int]) -> Tensor:  # (n, vocab)
+    """Logits of a text (1, n) that runs over a cache, in pieces that end at these cuts."""
+    cache, parts = new_cache(m.config, "all"), []
+    for a, b in pairwise([0, *cuts, ids.shape[1]]):
+        parts.append(m.logits_at(torch.arange(b - a), input_ids=ids[:, a:b], past_key_values=cache, use_cache=True)[0])
+    return torch.cat(parts).float()
+
+# %% ../../nbs/models/07_prefix.ipynb #7ea86db2
+def _right(m: LongModel, ids: Tensor, whole: Tensor, *ways: Sequence[int]) -> bool:
+    """Is it the whole text's logits that come of each way to cut it? What raises is not right either."""
+    limit = 5e-3 if m.dtype in (torch.float32, torch.float64) else 0.06  # of the spread of the logits
+    for cuts in ways:
+        try:
+            off = (_over_cuts(m, ids, cuts) - whole).pow(2).mean(-1).sqrt() / whole.std(-1)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            return False
+        if not (off < limit).all():
+            return False
+    return True
+
+# %% ../../nbs/models/07_prefix.ipynb #f262ea7f
+@torch.no_grad()
+def _tried(m: LongModel, n: int = 24) -> str:
+    """How a model continues a short random text rightly."""
+    n = min(n, m.max_length or n)
+    some = torch.Generator().manual_seed(0)
+    ids = torch.randint(min(m.vocab_size, m.n_embeddings), (1, n), generator=some).to(m.device)
+    half = n // 2
+    with _by_itself(m.hf):
+        whole = m.logits_at(torch.arange(n), input_ids=ids)[0].float()
+        if _right(m, ids, whole, [half], [1, 2, half - 2, half - 1]):
+            return "chunks"
+        return "tokens" if _right(m, ids, whole, range(half, n), range(1, n)) else "whole"
+
+# %% ../../nbs/models/07_prefix.ipynb #15dece56
+def _has_plain_cache(m: LongModel) -> bool:
+    """Does its cache hold keys and values, and nothing else?"""
+    try:
+        cache = new_cache(m.config, "all")
+    except Exception:
+        return False
+    return bool(cache.layers) and not _holds_more(cache)
+
+# %% ../../nbs/models/07_prefix.ipynb #d68293e9
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+_INSTEAD = {"tokens": "after the first chunk it is run token by token, which is right, and slower",
+            "whole": "token by token is wrong too, so the whole text runs again for every continuation: right, and much slower"}
+
+
+def continuation(
+    m: LongModel,  # the model
+) -> str:
+    """How it continues a text so that logits are those of one whole forward: in "chunks", in "tokens", or as the "whole" again."""
+    if m.hf not in _KNOWN:
+        _KNOWN[m.hf] = how = "chunks" if _has_plain_cache(m) else _tried(m)
+        if how != "chunks":
+            warnings.warn(f"{m.name} gives other logits when its cache is continued by several tokens (its layers keep more than keys and "
+                          f"values): {_INSTEAD[how]}", stacklevel=2)
+    return _KNOWN[m.hf]
+
+# %% ../../nbs/models/07_prefix.ipynb #af3ee38b
+def start_cache(
+    m: LongModel,  # the model
+    keep: str = "all",  # "all": croppable; "window": as small as the model's windows allow
+) -> AnyCache:  # empty
+    """What a text is run into that is to be continued."""
+    return WholeText() if continuation(m) == "whole" else new_cache(m.config, keep)
+
+
+def can_share(
+    m: LongModel,  # the model
+) -> bool:
+    """Does it save work to keep the beginning of a text, and to cut it where texts part?"""
+    return continuation(m) != "whole" and croppable(new_cache(m.config, "all"))
+
+# %% ../../nbs/models/07_prefix.ipynb #436e7bc1
+def continue_cache(
+    m: LongModel,  # the model
+    rows: Tensor,  # rows of the new tokens whose logits are wanted, (k,)
+    ids: Tensor,  # new tokens, (batch, n)
+    cache: AnyCache,  # of `start_cache`, which grows
+) -> Tensor:  # (batch, k, vocab)
+    """Logits after new tokens that follow a cache, as the whole text has them."""
+    if isinstance(cache, WholeText):
+        before = cache.ids.shape[1]
+        cache.add(ids)
+        return m.logits_at(rows + before, input_ids=cache.ids.to(m.device))
+    ids = ids.to(m.device)
+    if ids.shape[1] > 1 and continuation(m) == "tokens" and cache.get_seq_length():
+        return _one_by_one(m, rows, ids, cache)
+    return m.logits_at(rows, input_ids=ids, past_key_values=cache, use_cache=True)
+
+# %% ../../nbs/models/07_prefix.ipynb #3801bb3a
+def _one_by_one(m: LongModel, rows: Tensor, ids: Tensor, cache: HFCache) -> Tensor:
+    """The same, token by token."""
+    wanted: dict[int, Tensor] = {}
+    for i in range(ids.shape[1]):
+        out = m.logits_at(torch.tensor([0]), input_ids=ids[:, i : i + 1], past_key_values=cache, use_cache=True)
+        if i in rows:
+            wanted[i] = out
+    return torch.cat([wanted[int(i)] for i in rows], 1)
+
+# %% ../../nbs/models/07_prefix.ipynb #8ccd51cf
+def fork_cache(
+    cache: AnyCache,  # a DynamicCache, or a WholeText
+    batch: int = 1,  # rows of the copy
+) -> AnyCache:
+    """A cache that can be continued without changing the first one; plain layers share their tensors."""
     out = copy.copy(cache)
-    plain = (DynamicLayer, DynamicSlidingWindowLayer)
-    out.layers = [copy.copy(v) if type(v) in plain else copy.deepcopy(v) for v in cache.layers]
-    if batch > 1:
+    if not isinstance(cache, WholeText):
+        out.layers = [copy.copy(v) if type(v) in _plain_layers() else copy.deepcopy(v) for v in cache.layers]
+    if batch > 1 and not isinstance(out, WholeText) and _holds_more(out):
+        out.reorder_cache(torch.zeros(batch, dtype=torch.int64))  # layers that keep a state cannot be repeated otherwise
+    elif batch > 1:
         out.batch_repeat_interleave(batch)
     return out
 
@@ -75,7 +259,7 @@ def rope_regime(
 # %% ../../nbs/models/07_prefix.ipynb #1cba28ea
 def _feed(
     m: LongModel,  # the model
-    cache: HFCache,  # which grows
+    cache: AnyCache,  # which grows
     ids: Tensor,  # new tokens, (n,)
     chunk: int,  # tokens a step
     keep: int = 1,  # rows of logits wanted, counted from the end
@@ -88,7 +272,7 @@ def _feed(
         wanted = min(len(part), max(keep - after, 0))
         at = torch.arange(len(part) - max(wanted, 1), len(part))
         with torch.no_grad():
-            out = m.logits_at(at, input_ids=part[None].to(m.device), past_key_values=cache, use_cache=True)
+            out = continue_cache(m, at, part[None], cache)
         if wanted:
             rows.append(check_logits(out[0], m.name, (start + at).tolist()))
     return torch.cat(rows)
@@ -100,7 +284,7 @@ class Prefix:
 
     lm: LongModel  # the model that ran it
     ids: Tensor  # (n,), int64, on the CPU
-    cache: HFCache  # a DynamicCache, batch of one: `fork()` before you continue it by hand
+    cache: AnyCache  # a DynamicCache, batch of one: `fork()` before you continue it by hand; or a WholeText
     keep: str = "all"  # "all", or "window" where layers with a window forgot the rest
     allow_longer: bool | None = None  # may it go past `max_length`?
     last: Tensor | None = None  # logits after the last token, (vocab,), where they are known already
@@ -119,7 +303,8 @@ class Prefix:
         return self.last if self.last is not None else _feed(self.lm, self.without_last(1), self.ids[-1:], 1)[0]
 
     def __repr__(self) -> str:
-        size = sum(t.nbytes for v in self.cache.layers for t in (v.keys, v.values) if t is not None)
+        held = [getattr(v, name, None) for v in self.cache.layers for name in ("keys", "values")]
+        size = sum(t.nbytes for t in held if isinstance(t, Tensor))
         return f"Prefix({len(self):,} tokens of {self.lm.name}, cache {size_text(size)})"
 
     if TYPE_CHECKING:  # added below
@@ -154,16 +339,16 @@ def logits_after(
 def fork(
     self: Prefix,
     batch: int = 1,  # rows of the copy
-) -> HFCache:
+) -> AnyCache:
     """The cache, to be continued by hand without changing this prefix."""
     return fork_cache(self.cache, batch)
 
 # %% ../../nbs/models/07_prefix.ipynb #b75aa50e
 @patch
-def without_last(self: Prefix, remove: int) -> HFCache:
+def without_last(self: Prefix, remove: int) -> AnyCache:
     """A fork of the cache without its last tokens."""
     cache = self.fork()
-    if remove and (self.keep == "window" or not cache.is_croppable):
+    if remove and (self.keep == "window" or not croppable(cache)):
         raise ValueError(f'this cache of {self.lm.name} has forgotten what it would need: prefill(..., keep="all") can be cropped')
     if remove:
         cache.crop(-remove)
@@ -201,6 +386,8 @@ def _step(
     chunk: int | None,  # tokens a step; None: what fits in memory
 ) -> int:
     """Tokens a step, all of whose rotary frequencies are those of the whole text."""
+    if continuation(m) == "whole":
+        return max(new, 1)
     if chunk is None:
         chunk = new if new <= 32 and done else m.best_chunk(n, cached=done)
     if chunk < 1:
@@ -221,10 +408,10 @@ def prefill(
     """Run a text into a key-value cache that can be continued, cropped and used again."""
     t = self.tokens(x, allow_longer=allow_longer)
     shared = 0 if like is None else min(shared_length(like.ids, t.ids), len(t) - 1)
-    if like is not None and shared and like.keep == "all" and like.cache.is_croppable:
+    if like is not None and shared and like.keep == "all" and croppable(like.cache):
         base = like.crop(shared)
         return self.grow(Prefix(self, base.ids, base.cache, "all", allow_longer), t.ids[shared:], chunk)[0]
-    empty = Prefix(self, torch.empty(0, dtype=torch.int64), new_cache(self.config, keep), keep, allow_longer)
+    empty = Prefix(self, torch.empty(0, dtype=torch.int64), start_cache(self, keep), keep, allow_longer)
     return self.grow(empty, t, chunk)[0]
 
 # %% ../../nbs/models/07_prefix.ipynb #088e5d9a
@@ -235,7 +422,7 @@ def grow(self: LongModel, old: Prefix, x: str | Tokens | TokenIds, chunk: int | 
     ids, cache, done = torch.cat([old.ids, new]), old.fork(), len(old)
     check_length(self, len(ids), old.allow_longer)
     if done and rope_regime(self.config, len(ids)) != rope_regime(self.config, done):
-        cache, done = new_cache(self.config, old.keep), 0
+        cache, done = start_cache(self, old.keep), 0
     step = _step(self, len(ids), done, len(new), chunk)
     logits = _feed(self, cache, ids[done:], step, len(new) if all_rows else 1)
     return Prefix(self, ids, cache, old.keep, old.allow_longer, logits[-1]), logits

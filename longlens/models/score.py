@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..patch import patch
 from .forward import LongModel, check_logits, pad_rows
-from .prefix import Prefix
+from .prefix import continuation, Prefix
 from .text_model import check_length
 from .tokens import TokenIds, Tokens
 
@@ -109,7 +109,7 @@ def score(
     p = self.tokens(prompt, allow_longer=allow_longer)
     n = len(p) + len(a)
     check_length(self, n, allow_longer)
-    if (chunk or self.best_chunk(n)) < n:
+    if continuation(self) != "whole" and (chunk or self.best_chunk(n)) < n:
         return self.score(self.prefill(p, chunk, allow_longer=allow_longer), a)
     return _score(self.logits(torch.cat([p.ids, a.ids]), torch.arange(len(p) - 1, n - 1), allow_longer=allow_longer), a)
 

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from longlens.models import text_model as _here
 
 # %% auto #0
-__all__ = ['TextModel', 'check_length']
+__all__ = ['TextModel', 'eval_mode', 'check_length']
 
 # %% ../../nbs/models/03_text_model.ipynb #46a656fa
 class TextModel:
@@ -35,7 +37,7 @@ class TextModel:
         card: ModelCard | None = None,  # how it is asked; None: as the papers ask theirs
     ):
         self.card = card or ModelCard()
-        self.hf, self.tokenizer, self.allow_longer = hf.eval(), tokenizer, allow_longer
+        self.hf, self.tokenizer, self.allow_longer = hf, tokenizer, allow_longer
         self.config = text_config(hf)
         self.name = name or getattr(hf.config, "_name_or_path", "") or type(hf).__name__
         if not getattr(self.config, "num_attention_heads", None):
@@ -77,6 +79,21 @@ class TextModel:
     def n_embeddings(self) -> int:
         """How many token ids the model can look up."""
         return self.hf.get_input_embeddings().weight.shape[0]
+
+# %% ../../nbs/models/03_text_model.ipynb #f791cf75
+@contextmanager
+def eval_mode(
+    hf: HFModel,  # a transformers model
+) -> Iterator[None]:
+    """While the block runs, no part of the model is in training mode; afterwards each part is as it was."""
+    training = [m for m in hf.modules() if m.training]
+    for m in training:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
 
 # %% ../../nbs/models/03_text_model.ipynb #dc5d64db
 def check_length(

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from operator import index
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from longlens.models import tokens as _tokens
 
 # %% auto #0
-__all__ = ['TokenIds', 'Tokens', 'as_ids', 'as_tokens', 'check_unicode', 'HFCache', 'HFConfig', 'HFModel', 'HFTokenizer']
+__all__ = ['TokenIds', 'Span', 'span_ends', 'Tokens', 'as_ids', 'as_tokens', 'check_unicode', 'HFCache', 'HFConfig', 'HFModel',
+           'HFTokenizer']
 
 # %% ../../nbs/models/00_tokens.ipynb #1e403b2f
 if TYPE_CHECKING:
@@ -32,6 +34,36 @@ else:
 _all_ = ["HFCache", "HFConfig", "HFModel", "HFTokenizer"]
 
 TokenIds = Tensor | Sequence[int]  # (n,), integers
+
+# %% ../../nbs/models/00_tokens.ipynb #b78b7012
+Span: TypeAlias = range | Sequence[int]  # token positions: a range, or a pair (start, stop)
+
+
+def span_ends(
+    name: object,  # of the span, for the error
+    span: Span,  # a range in steps of 1, or a pair (start, stop)
+    what: str = "span",  # what the error calls it
+) -> tuple[int, int]:
+    """Where a span starts and stops; anything that is no span of one token or more is an error."""
+    a, b = _ends(name, span, what)
+    if not 0 <= a < b:
+        raise ValueError(f"{what} {name!r} is [{a}, {b}): it must start at 0 or later and hold at least one token")
+    return a, b
+
+# %% ../../nbs/models/00_tokens.ipynb #6adfc07d
+def _ends(name: object, span: Span, what: str) -> tuple[int, int]:
+    """The two numbers of a span, whatever they are."""
+    if isinstance(span, range):
+        if span.step != 1:
+            raise ValueError(f"{what} {name!r} is {span}: its tokens stand one behind the other, so take a range in steps of 1")
+        return span.start, span.stop
+    try:
+        if isinstance(span, (str, bytes, Mapping, Set)) or any(isinstance(v, bool) for v in span):
+            raise TypeError
+        a, b = map(index, span)
+    except (TypeError, ValueError) as e:
+        raise TypeError(f"{what} {name!r} is {span!r:.80}: give a range, or a pair of whole numbers (start, stop)") from e
+    return a, b
 
 # %% ../../nbs/models/00_tokens.ipynb #cd5a2ab2
 def _covering(

@@ -19,6 +19,7 @@ from ..measure.capture import capture
 from ..measure.statistics import SpanMass
 from ..models.forward import LongModel
 from ..models.generate import cut_at_stops, end_ids, stop_texts
+from ..models.prefix import continue_cache
 from .answer_scores import METRICS
 from ..run import Run
 from ..sweeps.cells import Cell, Start, Tables, Task
@@ -37,7 +38,7 @@ def _texts(lm: LongModel, rows: Sequence[Sequence[int]]) -> list[str]:
 # %% ../../nbs/probes/01_generate.ipynb #2def1f71
 def _next(lm: LongModel, token: Tensor, cache: Any) -> Tensor:  # (batch, 1)
     """The most probable token after each row of a cache and one token more."""
-    logits = lm.hf(input_ids=token.to(lm.device), past_key_values=cache, use_cache=True).logits[:, -1]
+    logits = continue_cache(lm, torch.tensor([token.shape[1] - 1]), token, cache)[:, -1]
     if logits.isnan().any(): raise FloatingPointError(f"{lm.name} gives NaN logits: look at its weights and number format")
     return logits.argmax(-1, keepdim=True).cpu()
 
@@ -76,10 +77,10 @@ def answer_rows(
     """Logits of the rows that say the true answer, and their mean attention to spans."""
     ids = torch.cat([start.last, torch.stack([c.completion for c in cells])[:, :-1]], 1)
     rows = range(start.n - 1, start.n - 1 + ids.shape[1])
-    inputs = dict(input_ids=ids.to(lm.device), past_key_values=start.fork(), use_cache=True)
+    at, cache = torch.arange(len(rows)), start.fork()
     wanted = {f"{s.start}:{s.stop}": (s.start, s.stop) for of in spans for s in of.values()}
-    if not wanted: return lm.logits_at(torch.arange(len(rows)), **inputs), [{} for _ in cells]
-    with capture(lm, SpanMass(wanted, queries=rows)) as seen: logits = lm.logits_at(torch.arange(len(rows)), **inputs)
+    if not wanted: return continue_cache(lm, at, ids, cache), [{} for _ in cells]
+    with capture(lm, SpanMass(wanted, queries=rows)) as seen: logits = continue_cache(lm, at, ids, cache)
     f = seen.frame("span_mass")
     f = (f if "sample" in f.columns else f.with_columns(sample=pl.lit(0))).sort("sample", "layer", "head")
     mass = {key[0]: torch.from_numpy(g["mass"].to_numpy().copy()).view(len(cells), len(lm.attention_layers), lm.n_heads)

@@ -18,7 +18,7 @@ import torch
 
 from ..patch import patch
 from ..models.forward import LongModel
-from ..models.prefix import new_cache, rope_regime, shared_length
+from ..models.prefix import can_share, rope_regime, shared_length
 from ..models.memory import MemoryEstimate, size_text
 from .cells import Cell, Condition, Task, content
 from .store import Store
@@ -238,7 +238,7 @@ def make_plan(
     grain: int | None = None,  # shared beginnings are multiples of this many tokens
 ) -> Plan:
     """What there is to do, and what it takes."""
-    reuse = reuse and new_cache(lm.config, "all").is_croppable
+    reuse = reuse and can_share(lm)
     batches, n, many = _fitting_batches(lm, cells, task, reuse, batch_size, grain)
     size = min(chunk or lm.best_chunk(n, many), n)
     finished = frozenset(i for i, k in enumerate(keys) if store is not None and k in store.rows)

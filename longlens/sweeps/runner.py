@@ -19,7 +19,7 @@ from torch import Tensor
 from ..attention.hf_interface import attach
 from ..patch import patch
 from ..models.forward import LongModel
-from ..models.prefix import Prefix, fork_cache, new_cache, rope_regime, shared_length
+from ..models.prefix import Prefix, WholeText, continue_cache, fork_cache, rope_regime, shared_length, start_cache
 from .cells import Cell, Condition, Start, Tables, Task
 from .plan import Batch, Plan, chain_tokens, same_condition
 from .store import as_row
@@ -70,9 +70,10 @@ def _fill(
     chunk: int,  # tokens a step
 ) -> None:
     """Run tokens into a cache, for several prompts at once."""
+    if isinstance(cache, WholeText): return cache.add(ids)  # it runs when something comes after it
     for start in range(0, ids.shape[1], chunk):
-        part = ids[:, start : start + chunk].to(lm.device)
-        lm.logits_at(torch.tensor([part.shape[1] - 1]), input_ids=part, past_key_values=cache, use_cache=True)
+        part = ids[:, start : start + chunk]
+        continue_cache(lm, torch.tensor([part.shape[1] - 1]), part, cache)
 
 # %% ../../nbs/sweeps/04_runner.ipynb #1a43e498
 def _held(
@@ -117,7 +118,7 @@ def _started(runner: Runner, cells: Sequence[Cell], cuts: Sequence[int]) -> Star
     ids = torch.stack([c.ids for c in cells])
     runner.chain = chain = _grown(runner, ids[0], cuts) or runner.chain
     shared, n = cuts[-1] if cuts else 0, ids.shape[1]
-    cache = fork_cache(chain.cache, len(cells)) if cuts and chain is not None else new_cache(runner.lm.config, "all")
+    cache = fork_cache(chain.cache, len(cells)) if cuts and chain is not None else start_cache(runner.lm)
     _fill(runner.lm, cache, ids[:, shared : n - 1], _step(runner, cells[0], shared))
     return Start(cache, ids[:, n - 1 :], n)
 

@@ -21,6 +21,7 @@ from ...interventions.base import Intervention, intervene
 from ...models.architecture import attention_layers, count_kv_heads
 from ...attention.masks import Stream
 from ...models.forward import LongModel
+from ...models.text_model import eval_mode
 from ...models.load import ModelLike, load
 from ...run import settings_of
 
@@ -120,7 +121,8 @@ def _rate_multiplier(
 # %% ../../../nbs/probes/heads/04_duo_gates.ipynb #b6600289
 def _states(lm: LongModel, ids: Tensor, at: Tensor) -> Tensor:
     "Last hidden states in front of the answer tokens, (m, d_model)"
-    return lm.hf.base_model(ids[None].to(lm.device), use_cache=False).last_hidden_state[0, at.to(lm.device) - 1].float()
+    with eval_mode(lm.hf): states = lm.hf.base_model(ids[None].to(lm.device), use_cache=False).last_hidden_state
+    return states[0, at.to(lm.device) - 1].float()
 
 # %% ../../../nbs/probes/heads/04_duo_gates.ipynb #eea9a291
 def _gate_loss(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from ...measure.capture import Capture, capture
 from ...measure.base import tidy
 from ...measure.statistics import DistanceProfile, Received, Rows
 from ...models.generate import end_ids
-from ...models.prefix import Prefix
+from ...models.prefix import Prefix, WholeText, continue_cache
 from ...sweeps.sweep import SweepResult, sweep
 from ...models.forward import LongModel
 from ...prompts.compose import Context
@@ -90,8 +91,8 @@ def _teacher_forced(
     n, want = start.n, torch.stack([c.completion for c in cells])
     steps = torch.cat([start.last, want[:, :-1]], 1)
     with capture(lm, Rows(range(n - 1, n - 1 + steps.shape[1]), top=1)) as seen:
-        out = lm.hf(input_ids=steps.to(lm.device), past_key_values=start.fork(), use_cache=True)
-    replies = out.logits.argmax(-1).cpu()
+        logits = continue_cache(lm, torch.arange(steps.shape[1]), steps, start.fork())
+    replies = logits.argmax(-1).cpu()
     looked = [seen.top_keys(sample=i)[0][..., 0] for i in range(len(cells))]
     return [(r, at.masked_fill(r != w, -1)) for r, at, w in zip(replies, looked, want, strict=True)]
 
@@ -108,14 +109,23 @@ def _decoded(
     if steps < 1: raise ValueError(f"the prompt has {n:,} tokens, and {lm.name} was made for {lm.max_length:,}: no room for an answer")
     replies: list[list[int]] = [[] for _ in cells]
     going = set(range(len(cells)))
-    with capture(lm, Rows(range(n - 1, n - 1 + steps), top=1, label="rows")) as seen:
+    made, wanted = [token], Rows(range(n - 1, n - 1 + steps), top=1, label="rows")
+    with capture(lm, wanted) if not isinstance(cache, WholeText) else nullcontext() as seen:
         for _ in range(steps):
-            token = lm.hf(input_ids=token.to(lm.device), past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1).cpu()
+            made.append(token := continue_cache(lm, torch.tensor([0]), token, cache).argmax(-1).cpu())
             for i in list(going):
                 replies[i].append(t := int(token[i]))
                 if t in end or (lm.tokenizer is not None and "\n" in lm.tokenizer.decode([t])): going.remove(i)
             if not going: break
+    if seen is None: seen = _seen_at_once(lm, start, torch.cat(made[:-1], 1))
     return [(torch.tensor(r), _looked(seen, i, len(r))) for i, r in enumerate(replies)]
+
+# %% ../../../nbs/probes/heads/00_scores.ipynb #faf1b600
+def _seen_at_once(lm: LongModel, start: Start, ids: Tensor) -> Capture:
+    "Where each head looks at each step of what was written, for models whose whole text runs again at every step"
+    with capture(lm, Rows(range(start.n - 1, start.n - 1 + ids.shape[1]), top=1, label="rows")) as seen:
+        continue_cache(lm, torch.tensor([0]), ids, start.fork())
+    return seen
 
 # %% ../../../nbs/probes/heads/00_scores.ipynb #94a54983
 def _looked(seen: Capture, sample: int, steps: int) -> Tensor:

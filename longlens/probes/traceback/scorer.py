@@ -27,7 +27,7 @@ from ...sweeps.cells import content, fingerprint
 from ...models.forward import check_logits
 from ...attention.hf_interface import UnsupportedModel, attach
 from ...interventions.base import active_interventions
-from ...models.prefix import fork_cache, new_cache, Prefix, rope_regime
+from ...models.prefix import can_share, continue_cache, fork_cache, Prefix, rope_regime, start_cache, WholeText
 from ...models.memory import size_text
 from .sources import TracePrompt, subset_tokens
 from .prefix_tree import ScoreCosts, SegmentBits, Step, common_start, first_alike, make_steps, step_costs
@@ -45,11 +45,12 @@ __all__ = ['FLOOR', 'Walker', 'SubsetScorer', 'ScorePlan', 'shares', 'through_lo
 def _answer_logits(lm: LongModel, cache: Any, ids: Tensor, rows: Tensor, chunk: int) -> Tensor:  # (b, t, vocab), float32
     """Logits at the rows (b, t) of ids (b, n) that come after a cache."""
     wanted, parts = rows.unique(), []
+    if isinstance(cache, WholeText): chunk = ids.shape[1]
     for start in range(0, ids.shape[1], chunk):
-        part = ids[:, start : start + chunk].to(lm.device)
+        part = ids[:, start : start + chunk]
         here = wanted[(wanted >= start) & (wanted < start + chunk)] - start
         at = here if len(here) else torch.tensor([part.shape[1] - 1])
-        out = lm.logits_at(at, input_ids=part, past_key_values=cache, use_cache=True)
+        out = continue_cache(lm, at, part, cache)
         if len(here): parts.append(check_logits(out, lm.name, (start + at).tolist()))
     where = torch.searchsorted(wanted, rows).to(lm.device)
     return torch.cat(parts, 1).take_along_dim(where[..., None], 1)
@@ -97,7 +98,7 @@ class Walker:
             new = torch.cat([self.prompt.ids[torch.from_numpy(at[start:])], a[:-1]])
             row[: len(new)] = new
         if start and self.chain is not None: cache = fork_cache(self.chain.crop(start).cache, len(ats))
-        else: cache = new_cache(lm.config, "all")
+        else: cache = start_cache(lm)
         ends = torch.tensor([len(at) - start - 1 for at in ats])
         rows = ends[:, None] + torch.arange(self.prompt.traced.start, len(a))
         return _answer_measures(_answer_logits(lm, cache, ids, rows, chunk), a[self.prompt.traced.start :])
@@ -123,7 +124,7 @@ class SubsetScorer:
         if batch_size is not None and batch_size < 1: raise ValueError(f"batch_size is {batch_size}: 1 or more")
         self.lm, self.prompt, self.n, self.costs = lm, prompt, prompt.n, ScoreCosts()
         self.batch_size, self.max_memory, self.progress = batch_size or 8, max_memory, progress
-        self.reuse = reuse and new_cache(lm.config, "all").is_croppable  # some models keep a state that cannot be taken back
+        self.reuse = reuse and can_share(lm)  # some models keep a state that cannot be taken back
         self.walker, self.store = Walker(lm, prompt), None if out is None else Store(out)
         self.known: dict[bytes, np.ndarray] = {}  # key of a subset -> log p and log-odds of the traced tokens, (2, t)
         self.floored: set[bytes] = set()  # subsets with which the answer has no probability at all
@@ -270,7 +271,7 @@ def expect(
 # %% ../../../nbs/probes/traceback/03_scorer.ipynb #be612260
 def shares(lm: LongModel, n: int) -> bool:
     """Can prompts of up to n tokens go on from a beginning that they share?"""
-    return bool(new_cache(lm.config, "all").is_croppable) and rope_regime(lm.config, n) == rope_regime(lm.config, 1)
+    return can_share(lm) and rope_regime(lm.config, n) == rope_regime(lm.config, 1)
 
 # %% ../../../nbs/probes/traceback/03_scorer.ipynb #be61221s
 def _reusable(s: SubsetScorer) -> bool:

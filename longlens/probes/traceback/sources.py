@@ -21,7 +21,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ...models.tokens import check_unicode, TokenIds, Tokens
+from ...models.tokens import check_unicode, span_ends, TokenIds, Tokens
 from ...prompts.haystack import split_sentences
 from ...prompts.compose import BoundaryError, solid_tokens
 
@@ -96,10 +96,17 @@ class Sources:
     def __repr__(self) -> str:
         return f"Sources({len(self):,} by {self.by}, {len(self.text):,} characters)"
 
+# %% ../../../nbs/probes/traceback/00_sources.ipynb #5a9e11d1
+def _edges(span: range | Sequence[int]) -> tuple[int, int]:
+    """Where a span that a user gives starts and ends, in the context or not."""
+    if isinstance(span, range) and span.step != 1: raise ValueError(f"{span} has gaps")
+    a, b = (span.start, span.stop) if isinstance(span, range) else span
+    return index(a), index(b)
+
 # %% ../../../nbs/probes/traceback/00_sources.ipynb #232d98f2
 def _own(text: str, spans: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
     """Spans that a user gives, checked."""
-    try: out = [(index(a), index(b)) for a, b in spans]
+    try: out = [_edges(s) for s in spans]
     except (TypeError, ValueError) as e:
         raise TypeError(f"spans of your own are pairs of characters (start, end), as in [(0, 40), (40, 95)], not {spans!r:.80}") from e
     for i, (a, b) in enumerate(out):
@@ -286,7 +293,7 @@ def answer_tokens(
     if isinstance(span, str) and (n := (answer.text or "").count(span)) != 1:
         raise ValueError(f"answer_span {span!r} stands {n} times in the answer: give characters (start, end), or a text that is there once")
     if isinstance(span, str): return answer.find(span)
-    if not isinstance(span, range): return answer.span(*span)
+    if not isinstance(span, range): return answer.span(*span_ends("answer_span", span, "the part of the answer"))
     if not 0 <= span.start < span.stop <= len(answer) or span.step != 1:
         raise ValueError(f"{span} are not tokens of the answer, which has {len(answer)}")
     return span

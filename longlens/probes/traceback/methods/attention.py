@@ -22,7 +22,7 @@ from ....measure.capture import capture
 from ....measure.rollout import Rollout
 from ....interventions.base import check_layer
 from ....models.architecture import layers_with_states
-from ....models.prefix import Prefix, new_cache, shared_length
+from ....models.prefix import Prefix, can_share, shared_length
 from ....models.memory import size_text
 from ..tracer import TRACERS, GameJob, Heads, Job, Meter, Room, TraceCost, TraceJob, Tracer, TraceScores
 from ..sources import TracePrompt, subset_tokens
@@ -56,7 +56,7 @@ def glance(
     at = np.arange(len(prompt)) if kept is None else subset_tokens(prompt, kept)
     ids, k = torch.cat([prompt.ids[torch.from_numpy(at)], prompt.answer.ids]), len(at)
     rows = range(k + prompt.traced.start - 1, k + prompt.traced.stop)
-    shared = _in_common(like.ids, ids[:rows.start]) if like is not None and like.cache.is_croppable else 0
+    shared = _in_common(like.ids, ids[:rows.start]) if like is not None and can_share(lm) else 0
     whole = like if rows.start > 0 and covers(like, ids[:rows.start]) else None  # it goes on from that alone
     copies = 2 if whole is not None or like is None else 3  # of the cache: before the rows, with them, and of the prompt before
     chunk = None if max_memory is None else lm.best_chunk(rows.stop, most=max_memory, copies=copies)
@@ -119,7 +119,7 @@ def _glance_costs(
     held: np.ndarray | None = None,  # the beginning that is in memory: positions in the prompt
 ) -> ScoreCosts:
     "What `glances` is going to run, exactly"
-    reuse, before = new_cache(lm.config, "all").is_croppable, prompt.ids[torch.from_numpy(np.empty(0, int) if held is None else held)]
+    reuse, before = can_share(lm), prompt.ids[torch.from_numpy(np.empty(0, int) if held is None else held)]
     costs, found = ScoreCosts(asked=len(subsets)), _in_order(subsets)
     for kept, numbers in found.items():
         ids = prompt.ids[torch.from_numpy(subset_tokens(prompt, np.array(kept, int)))]
