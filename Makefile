@@ -34,6 +34,9 @@ lab: .venv/.for-work    ## JupyterLab on the tutorials
 bench: .venv/.for-work    ## measure what longlens costs, and write benchmarks/RESULTS.md
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
 
+matrix: .venv/.for-work    ## every feature on every architecture of the zoo (half an hour), and docs/models.md
+	@$(BIN)/python tests/matrix.py
+
 docs: .venv/.for-work    ## the site, in _docs: works from any file server, and with no network
 	@$(BIN)/python tools/docs/build.py
 
@@ -66,4 +69,4 @@ clean:    ## remove what was made, except .venv
 	@$(PIP) install -c constraints.txt --config-settings editable_mode=compat -e '.[dev,bridge,embed]'
 	@touch $@
 
-.PHONY: help demo test lab bench docs readme clean
+.PHONY: help demo test lab bench matrix docs readme clean

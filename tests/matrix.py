@@ -3,7 +3,7 @@
     python tests/matrix.py                          all of it, and docs/models.md is written
     python tests/matrix.py jamba gemma4 --features capture chunked
 
-`make matrix` runs all of it; tests/test_matrix.py runs a random tenth. What a model is compared with does not go through
+`make matrix` runs all of it. What a model is compared with does not go through
 longlens: patterns are those of transformers' own eager attention, logits those of one forward pass of the whole text, and
 changed heads those of the attention function `formed` below, which forms the matrix.
 """
