@@ -31,6 +31,9 @@ from longlens.probes.traceback.methods.attention import retrieval_weights
 from longlens.sweeps.cells import Cell
 from longlens.sweeps.sweep import sweep
 
+# said once a model, where its states make longlens run it otherwise: tests/test_silent.py is about that
+pytestmark = pytest.mark.filterwarnings("ignore:.* gives other logits when its cache is continued:UserWarning")
+
 HYBRIDS = ("jamba", "bamba", "qwen3_next", "qwen3_5", "lfm2", "zamba2", "nemotron_h", "granite_hybrid", "olmo_hybrid")
 HEADS = [(layer, head) for layer in (1, 3) for head in range(4)]
 

@@ -344,7 +344,7 @@ def test_device_map_passes_through(folder):
     lm = load(folder, device_map={"": "cpu"})
     assert lm.device.type == "cpu" and len(lm.generate_ids([5, 6], 2)) <= 2
     lm = load(folder, device_map={"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu",
-                                  "model.rotary_emb": "cpu", "lm_head": "cpu"}, offload_folder=folder / "disk")
+                                  "model.rotary_emb": "cpu", "lm_head": "cpu"}, from_pretrained={"offload_folder": folder / "disk"})
     close(lm.logits([5, 6, 7]), LongModel(zoo_model("llama")).logits([5, 6, 7]))
 
 

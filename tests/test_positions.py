@@ -628,7 +628,7 @@ def test_what_redistribute_refuses() -> None:
         with redistribute(bert, SPANS, SHARES), pytest.raises(UnsupportedModel, match="not causal"): bert(ids)
         holes = torch.ones(1, N, dtype=torch.long)
         holes[0, 6] = 0
-        with redistribute(model, SPANS, SHARES), pytest.raises(ValueError, match="padding between"): model(ids, attention_mask=holes)
+        with redistribute(model, SPANS, SHARES), pytest.raises(ValueError, match="has a hole at position"): model(ids, attention_mask=holes)
     for bad, match in (((SPANS, {"a": 1.}), "shares for a"), ((SPANS, {"a": .7, "b": .7, "c": 0}), "sum to 1.4 and"),
                        (({"a": (3, 5), "b": (4, 9)}, {"a": .5, "b": .5}), "overlap"), ((SPANS, SHARES, 29), "ends at 30"),
                        (({}, {}), "needs documents"), ((SPANS, SHARES, None, 0), "last_layers is 0")):

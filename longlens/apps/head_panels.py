@@ -21,8 +21,8 @@ from ..probes.sinks.report import SinkReport
 from ..text import visible
 
 # %% auto #0
-__all__ = ['QUANTITIES', 'SHARE', 'quantities', 'Panel', 'attention_row', 'head_row', 'attended_tokens', 'reading_panels',
-           'retrieval_panels', 'sink_panels']
+__all__ = ['QUANTITIES', 'SHARE', 'quantities', 'Panel', 'head_row', 'attended_tokens', 'reading_panels', 'retrieval_panels',
+           'sink_panels']
 
 # %% ../../nbs/apps/05_head_panels.ipynb #c10cc731
 QUANTITIES: dict[str, tuple[str, str, str]] = {    # column -> name, unit, what it is
@@ -157,7 +157,7 @@ def _profile_rows(
     return f.with_columns(token, where=where).select("first", "end", "mean", "top", "at", "token", "where").to_dicts()
 
 # %% ../../nbs/apps/05_head_panels.ipynb #ff6acd88
-def attention_row(
+def _attention_row(
     r: PromptReading,    # with `.live`
     position: int,       # of the token that looks
 ) -> Tensor:             # (layers with attention, heads, position + 1)
@@ -176,7 +176,7 @@ def head_row(
     head: int,
 ) -> Tensor:             # (position + 1,)
     "The row of one head"
-    rows = attention_row(r, position)
+    rows = _attention_row(r, position)
     assert r.live is not None    # or there are no rows
     return rows[r.live.lm.attention_layers.index(layer), head]
 

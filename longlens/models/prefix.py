@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from longlens.models import prefix as _kv_cache
 
 # %% auto #0
-__all__ = ['AnyCache', 'new_cache', 'WholeText', 'croppable', 'continuation', 'start_cache', 'can_share', 'continue_cache',
-           'fork_cache', 'rope_regime', 'Prefix', 'shared_length']
+__all__ = ['new_cache', 'WholeText', 'croppable', 'continuation', 'start_cache', 'can_share', 'continue_cache', 'fork_cache',
+           'rope_regime', 'Prefix', 'shared_length']
 
 # %% ../../nbs/models/07_prefix.ipynb #917b512f
 def new_cache(
@@ -69,7 +69,7 @@ class WholeText:
         self.ids = self.ids.repeat_interleave(n, 0)
 
 # %% ../../nbs/models/07_prefix.ipynb #31d1b0be
-AnyCache: TypeAlias = "HFCache | WholeText"
+_AnyCache: TypeAlias = "HFCache | WholeText"
 
 
 def _plain_layers() -> tuple[type, ...]:
@@ -79,13 +79,13 @@ def _plain_layers() -> tuple[type, ...]:
     return DynamicLayer, DynamicSlidingWindowLayer
 
 # %% ../../nbs/models/07_prefix.ipynb #b8f666d8
-def _holds_more(cache: AnyCache) -> bool:
+def _holds_more(cache: _AnyCache) -> bool:
     """Are there layers that hold anything but keys and values?"""
     return not all(type(v) in _plain_layers() for v in cache.layers)
 
 
 def croppable(
-    cache: AnyCache,  # of `start_cache`, empty or not
+    cache: _AnyCache,  # of `start_cache`, empty or not
 ) -> bool:
     """Can its last tokens be taken back? A state that has taken tokens in cannot give them back."""
     if isinstance(cache, WholeText):
@@ -187,7 +187,7 @@ def continuation(
 def start_cache(
     m: LongModel,  # the model
     keep: str = "all",  # "all": croppable; "window": as small as the model's windows allow
-) -> AnyCache:  # empty
+) -> _AnyCache:  # empty
     """What a text is run into that is to be continued."""
     return WholeText() if continuation(m) == "whole" else new_cache(m.config, keep)
 
@@ -203,7 +203,7 @@ def continue_cache(
     m: LongModel,  # the model
     rows: Tensor,  # rows of the new tokens whose logits are wanted, (k,)
     ids: Tensor,  # new tokens, (batch, n)
-    cache: AnyCache,  # of `start_cache`, which grows
+    cache: _AnyCache,  # of `start_cache`, which grows
 ) -> Tensor:  # (batch, k, vocab)
     """Logits after new tokens that follow a cache, as the whole text has them."""
     if isinstance(cache, WholeText):
@@ -227,9 +227,9 @@ def _one_by_one(m: LongModel, rows: Tensor, ids: Tensor, cache: HFCache) -> Tens
 
 # %% ../../nbs/models/07_prefix.ipynb #8ccd51cf
 def fork_cache(
-    cache: AnyCache,  # a DynamicCache, or a WholeText
+    cache: _AnyCache,  # a DynamicCache, or a WholeText
     batch: int = 1,  # rows of the copy
-) -> AnyCache:
+) -> _AnyCache:
     """A cache that can be continued without changing the first one; plain layers share their tensors."""
     out = copy.copy(cache)
     if not isinstance(cache, WholeText):
@@ -259,7 +259,7 @@ def rope_regime(
 # %% ../../nbs/models/07_prefix.ipynb #1cba28ea
 def _feed(
     m: LongModel,  # the model
-    cache: AnyCache,  # which grows
+    cache: _AnyCache,  # which grows
     ids: Tensor,  # new tokens, (n,)
     chunk: int,  # tokens a step
     keep: int = 1,  # rows of logits wanted, counted from the end
@@ -284,7 +284,7 @@ class Prefix:
 
     lm: LongModel  # the model that ran it
     ids: Tensor  # (n,), int64, on the CPU
-    cache: AnyCache  # a DynamicCache, batch of one: `fork()` before you continue it by hand; or a WholeText
+    cache: _AnyCache  # a DynamicCache, batch of one: `fork()` before you continue it by hand; or a WholeText
     keep: str = "all"  # "all", or "window" where layers with a window forgot the rest
     allow_longer: bool | None = None  # may it go past `max_length`?
     last: Tensor | None = None  # logits after the last token, (vocab,), where they are known already
@@ -339,13 +339,13 @@ def logits_after(
 def fork(
     self: Prefix,
     batch: int = 1,  # rows of the copy
-) -> AnyCache:
+) -> _AnyCache:
     """The cache, to be continued by hand without changing this prefix."""
     return fork_cache(self.cache, batch)
 
 # %% ../../nbs/models/07_prefix.ipynb #b75aa50e
 @patch
-def without_last(self: Prefix, remove: int) -> AnyCache:
+def without_last(self: Prefix, remove: int) -> _AnyCache:
     """A fork of the cache without its last tokens."""
     cache = self.fork()
     if remove and (self.keep == "window" or not croppable(cache)):

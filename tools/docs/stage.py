@@ -243,7 +243,7 @@ class Stage:
     def all(self) -> None:
         "Write everything, and remove what is no longer made"
         for page in self.pages:
-            if not page.name.endswith("index"): self.notebook(page)
+            if not page.name.endswith("index") or page.folder == "tutorials": self.notebook(page)
         house = rooms(self.pages)
         for room in house.values(): self.room(room, house)
         tutorials = [f"/{p.name}" for p in self.pages if p.folder == "tutorials"]
