@@ -14,8 +14,8 @@ import polars as pl
 from altair.typing import ChartType
 
 from longlens.charts.base import (
-    ABOVE, COLOURS, HEIGHT, PAD, SEQUENTIAL, SHAPES, WIDTH, ChartError, LabelOptions, Labels, axis_span, axis_style, drawable, inline_data, label,
-    legend_style, need_columns, short_number, shown_text, titled, tooltips, y_axis,
+    ABOVE, COLOURS, HEIGHT, PAD, SEQUENTIAL, SHAPES, WIDTH, ChartError, LabelOptions, Labels, axis_span, axis_style, drawable, inline_data,
+    label, legend_style, need_columns, short_number, shown_text, titled, tooltips, y_axis,
 )
 from ..run import settings_of
 

@@ -12,8 +12,8 @@ import numpy as np
 import polars as pl
 
 from longlens.charts.base import (
-    ABOVE, axis_style, ChartError, COLOURS, inline_data, drawable, HEIGHT, label, legend_style, PAD, SEQUENTIAL, axis_span, tooltips, titled,
-    WIDTH, y_axis,
+    ABOVE, axis_style, ChartError, COLOURS, inline_data, drawable, HEIGHT, label, legend_style, PAD, SEQUENTIAL, axis_span, tooltips,
+    titled, WIDTH, y_axis,
 )
 from .common import colour_scale, line_layers, line_series, summarise
 from .heatmaps import ordinal_axis
