@@ -5,6 +5,8 @@ from .run import Run as Run
 from .run import plan as plan
 from .models.load import load as load
 from .models.load import LongModel as LongModel
+from .models.cache import cached_models as cached_models
+from .models.cache import clear_cache as clear_cache
 from .encoders.load import load_encoder as load_encoder
 from .encoders.load import Encoder as Encoder
 from .prompts.haystack import Haystack as Haystack

@@ -14,6 +14,10 @@ from longlens.sweeps.cells import Task
 lm = ll.load("needle-lm", device="cpu")
 ll.load(modle="needle-lm")  # wrong
 ll.load(dtype=16)  # wrong
+print(ll.cached_models().height)
+ll.cached_models("smollm2")  # wrong
+print(ll.clear_cache("smollm2") + 1)
+ll.clear_cache(7)  # wrong
 print(lm.logits("a text", positions=[-1]).shape, lm.n_layers, lm.tokens("a text").find("text").start)
 lm.logits("a text", position=[-1])  # wrong
 lm.prefill("a text").extend(" and more").logits_after(" more", chunks=3)  # wrong
