@@ -54,6 +54,8 @@ ll.temperature(lm, 0.8)
 ll.temperature(lm, "warm")  # wrong
 ll.scale_spans(lm, {"a": (0, 3)}, 0.5)
 ll.scale_spans(lm, spans=0.5)  # wrong
+with ll.keep_keys(lm, {2: torch.ones(1, 8, dtype=torch.bool)}, since=8): lm("a text")
+ll.keep_keys(lm, since="8")  # wrong
 ll.intervene(lm)
 ll.intervene()  # wrong
 with ll.extend_window(enc, "ntk", length=1024): enc.encode(["a text"])

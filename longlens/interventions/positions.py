@@ -307,7 +307,7 @@ def rotary_modules(hf: Any, config: Any) -> list[nn.Module]:
 
 # %% ../../nbs/interventions/02_positions.ipynb #a380e9ce
 def _scaled(rope: dict[str, Any], kind: str, factor: float, rotated: int, length: int) -> dict[str, Any]:
-    "Rope parameters of transformers with a scaling"
+    "Rope parameters with a scaling: only the config is written, the frequencies are transformers' own"
     if kind == "ntk": return {**rope, "rope_theta": rope["rope_theta"] * factor ** (rotated / (rotated - 2))}
     return {**rope, "rope_type": kind, "factor": float(factor)} | ({"original_max_position_embeddings": length} if kind == "yarn" else {})
 
