@@ -21,8 +21,8 @@ import polars as pl
 from ..report import atomic_write, new_folder
 
 # %% auto #0
-__all__ = ['LIMIT', 'ENTRY', 'cache_folder', 'cache_limit', 'find_entry', 'cached_models', 'entry_lock', 'clear_cache',
-           'make_room', 'add_entry', 'file_digest']
+__all__ = ['LIMIT', 'ENTRY', 'cache_folder', 'find_entry', 'cached_models', 'entry_lock', 'clear_cache', 'add_entry',
+           'file_digest']
 
 # %% ../../nbs/models/11_cache.ipynb #ea41a2f6
 def cache_folder() -> Path:  # it may not be there yet
@@ -36,7 +36,7 @@ def cache_folder() -> Path:  # it may not be there yet
 LIMIT = 20.0  # GB, where LONGLENS_CACHE_GB says nothing
 
 
-def cache_limit() -> int:  # bytes
+def _cache_limit() -> int:  # bytes
     """How much the cache may hold: LONGLENS_CACHE_GB, else 20 GB."""
     given = os.environ.get("LONGLENS_CACHE_GB") or LIMIT
     try: limit = float(given)
@@ -139,11 +139,11 @@ def _sweep(age: float = 86400.0) -> None:  # seconds since it was written to
         if old and folder.is_dir(): shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../../nbs/models/11_cache.ipynb #23276d3a
-def make_room(
+def _make_room(
     size: int,  # bytes of the entry to come
 ) -> None:
     """Remove the entries used longest ago until there is room; raise OSError where there cannot be."""
-    folder, limit = cache_folder(), cache_limit()
+    folder, limit = cache_folder(), _cache_limit()
     if size > limit:
         raise OSError(errno.EFBIG, f"it takes {size / 1e9:.2f} GB, and the cache may hold {limit / 1e9:.2f} GB (LONGLENS_CACHE_GB)")
     folder.mkdir(parents=True, exist_ok=True)
@@ -163,7 +163,7 @@ def add_entry(
     about: Mapping[str, Any],  # name, made_of
 ) -> Path:  # the folder
     """A new entry. Raises OSError where it cannot be kept."""
-    make_room(size)
+    _make_room(size)
     if (folder := cache_folder() / key).exists(): shutil.rmtree(folder)  # it is not whole
     with new_folder(folder) as beside:
         write(beside)

@@ -22,7 +22,7 @@ from .model_folder import CONFIG_FILES, model_folder, quiet_loading, read_folder
 from .tokens import HFModel, HFTokenizer
 
 # %% auto #0
-__all__ = ['is_gguf', 'read_header', 'check_header', 'unpack', 'read_gguf', 'is_packaged', 'has_packaged', 'packaged_file']
+__all__ = ['is_gguf', 'unpack', 'read_gguf', 'is_packaged', 'has_packaged', 'packaged_file']
 
 # %% ../../nbs/models/12_gguf.ipynb #5023c6df
 def is_gguf(
@@ -36,7 +36,7 @@ def is_gguf(
     except OSError: return False
 
 # %% ../../nbs/models/12_gguf.ipynb #8c0385fc
-def read_header(
+def _read_header(
     file: Path,  # *.gguf
 ) -> tuple[dict[str, Any], tuple[str, ...]]:  # metadata, and the names of tensors
     """What a GGUF file says about itself."""
@@ -69,7 +69,7 @@ _SCALED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.
 _READS_SCALING = ("gpt-oss", "gpt_oss")  # architectures of which transformers reads it
 
 
-def check_header(
+def _check_header(
     file: Path,  # for the error
     metadata: Mapping[str, Any],
     names: tuple[str, ...],  # of tensors
@@ -187,8 +187,8 @@ def read_gguf(
 ) -> tuple[HFModel, HFTokenizer | None]:
     """Model and tokenizer of a GGUF file, unpacked once and kept."""
     file, kept = Path(file).expanduser().absolute(), _kept_dtype(dtype)
-    metadata, names = read_header(file)
-    check_header(file, metadata, names)
+    metadata, names = _read_header(file)
+    _check_header(file, metadata, names)
     key = _key(file, kept)
     with entry_lock(key):
         if (folder := find_entry(key)) is None:
