@@ -210,6 +210,27 @@ def test_demo_without_the_package_of_minilm(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ImportError, match=r"pip install longlens\[embed\]"): load_asked_encoder(plain)
 
 
+def test_model_and_text_where_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    "SmolLM2 and real passages, if its package is there; else needle-lm and the text that it was made for"
+    from longlens.cli import model_text
+    from longlens.models import gguf
+    monkeypatch.setattr(gguf, "find_spec", lambda name: None)
+    assert model_text.default_model() is None
+    monkeypatch.setattr(gguf, "find_spec", lambda name: name)
+    assert model_text.default_model() == "smollm2"
+    needle = longlens.load(device="cpu")
+    own = needle.tokens(model_text.example_text(needle, 200))
+    assert not model_text.reads_english(needle) and not model_text.is_sample(own)
+    assert model_text.document_questions(needle, 600, 2)[1] == {}
+    other = longlens.load(needle.hf, needle.tokenizer)    # without the card, it is a model like any other
+    tokens = other.tokens(model_text.example_text(other, 300))
+    assert model_text.is_sample(tokens) and len(tokens) == 300
+    asked, how = model_text.document_questions(other, 1500, 2)
+    assert len(asked) == 2 and how == {"chat": False} and 3 <= len(asked[0].others) + 1 <= 10
+    assert len(model_text.traced_prompt(other, 1500, 1).sources) == len(asked[0].others) + 1
+    with pytest.raises(ValueError, match="no room for three documents"): model_text.document_questions(other, 200, 2)
+
+
 def test_real_encoder(tmp_path: Path) -> None:
     "MiniLM, offline, in a process of its own"
     asked = [COMMAND, "report", "--encoder", "--context", "32", "--out", tmp_path / "out"]
@@ -226,7 +247,7 @@ def test_short_and_unpunctuated_texts(tmp_path: Path) -> None:
     "What a text of 30 tokens cannot show is said, and the way out that is named is one; a text without sentences is a haystack too"
     (tmp_path / "short.txt").write_text("The boat came home. It was late and dark, and nobody was there to see it. The lamp was lit.")
     (tmp_path / "table.txt").write_text("word other thing\n" * 120)
-    asked = [COMMAND, "report", "--text", tmp_path / "short.txt", "--out", tmp_path / "out"]
+    asked = [COMMAND, "report", "needle-lm", "--text", tmp_path / "short.txt", "--out", tmp_path / "out"]
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
     refused = subprocess.run([*asked, "--probes", "sinks,grid,trace"], env=env, capture_output=True, text=True)
     assert refused.returncode == 2 and not (tmp_path / "out").exists()
@@ -240,7 +261,7 @@ def test_short_and_unpunctuated_texts(tmp_path: Path) -> None:
 
 def test_real_run(tmp_path: Path) -> None:
     "needle-lm, offline, in a process of its own; then again over it"
-    asked = [COMMAND, "report", "--context", "256", "--out", tmp_path / "out", "--overwrite"]
+    asked = [COMMAND, "report", "needle-lm", "--context", "256", "--out", tmp_path / "out", "--overwrite"]
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
     for _ in range(2):
         done = subprocess.run(asked, env=env, capture_output=True, text=True)
@@ -255,7 +276,7 @@ def test_real_run(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT to a process")
 def test_control_c_leaves_nothing(tmp_path: Path) -> None:
-    asked = [COMMAND, "report", "--out", tmp_path / "out"]
+    asked = [COMMAND, "report", "needle-lm", "--out", tmp_path / "out"]
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(asked, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env, text=True) as command:
         assert command.stdout is not None
