@@ -14,7 +14,7 @@ from longlens.cli.common import (
     ALLOW_LONGER, DEBUG, DEVICE, DTYPE, MODEL, OPEN, OUT, OVERWRITE, RESULTS, Command, check_out, load_model, option, read_text,
     write_results)
 from .encoder_text import load_asked_encoder
-from .model_text import check_size, example_text, first_tokens
+from .model_text import check_size, default_model, example_text, first_tokens
 from .sections import ENCODER_SECTIONS, MODEL_SECTIONS
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ __all__ = ['REPORT', 'chosen_probes', 'Inputs', 'read_inputs']
 # %% ../../nbs/cli/05_report.ipynb #65d5f4d0
 _ENCODER = option("--encoder", "measure a text encoder, a folder or a hub id (default: MiniLM, which comes with longlens[embed]), and no "
                   "other model unless --probes asks for it", nargs="?", const="", metavar="MODEL")
-_TEXT = option("--text", "what the model reads, as UTF-8 (default: a text made for needle-lm)", sets="", type=Path, metavar="FILE")
+_TEXT = option("--text", "what the model reads, as UTF-8 (default: passages of Wikipedia; for needle-lm, a text made for it)", sets="",
+               type=Path, metavar="FILE")
 _CONTEXT = option("--context", "read the first N tokens of the text only", sets="", type=int, metavar="N")
 _PROBES = option("--probes", "what to measure, with commas: sinks,heads,middle,grid,trace on MODEL, collapse on the encoder (default: the "
                  "first five; collapse with --encoder; all if nothing is asked for)", sets="", metavar="LIST")
@@ -110,6 +111,7 @@ class Inputs:
 # %% ../../nbs/cli/05_report.ipynb #d94e176d
 def _read_by_model(asked: argparse.Namespace, names: list[str], text: str | None) -> tuple[LongModel, Tokens]:
     "The model, and what it reads"
+    asked.model = asked.model or default_model()
     lm = load_model(asked)
     tokens = first_tokens(lm.tokens(text, allow_longer=True), asked.context) if text else example_text(lm, asked.context)
     tokens = lm.tokens(tokens)    # raises if they are too many

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .encoder_text import collapse_lengths, readable_texts, text_documents, window_ways
-from .model_text import prompt_lengths, prompt_room, question_size, text_haystack
+from .encoder_text import collapse_lengths, readable_texts, sample_questions, text_documents, window_ways
+from .model_text import document_questions, is_sample, prompt_lengths, prompt_room, text_haystack, traced_prompt
 
 if TYPE_CHECKING:
     from longlens.encoders.encoder import Encoder
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from longlens.probes.middle.report import MiddleReport
     from longlens.probes.sinks.report import SinkReport
     from longlens.probes.traceback.report import Trace
+    from longlens.prompts.questions import Question
     from longlens.report import Report
 
 # %% auto #0
@@ -56,12 +57,9 @@ def _middle(
 ) -> MiddleReport:
     "Answers by the place of the right document"
     import longlens
-    from longlens.prompts.questions import fact_questions
     text_haystack(lm, tokens, "middle")    # raises where nothing can be asked
-    room = prompt_room(lm, len(tokens))
-    n, sentences = question_size(lm, room)
-    if n < 3: raise ValueError(f"{room:,} tokens have no room for three documents: leave middle out of --probes")
-    return longlens.lost_in_the_middle(lm, fact_questions(10, n, sentences=sentences), positions=5, **how)
+    asked, put = document_questions(lm, prompt_room(lm, len(tokens)), 10)
+    return longlens.lost_in_the_middle(lm, asked, positions=5, **put, **how)
 
 # %% ../../nbs/cli/04_sections.ipynb #f08bcc53
 def _grid(
@@ -85,6 +83,7 @@ def _trace(
     "Where the answer to a question about a needle in the text comes from"
     import longlens
     haystack = text_haystack(lm, tokens, "trace")
+    if is_sample(tokens): return longlens.trace_context(lm, traced_prompt(lm, prompt_room(lm, len(tokens))), out=out, progress=progress)
     asked = longlens.needle_context(lm, prompt_room(lm, len(tokens)) - 40, 50,
                                     wording=lm.card.wording, n_keys=4, haystack=haystack, chat=False)
     size = max(20, len(asked.text.split()) // 20)
@@ -96,7 +95,7 @@ def collapse_section(
     text: str | None = None,       # documents are made of it; None: of generated filler
     context: int | None = None,    # tokens of the longest documents; None: 512, or as many as it reads
     quick: bool = False,           # fewer documents: this is one probe of several
-    questions: Path | None = None,    # a file of real ones, with passages
+    questions: Path | list[Question] | None = None,    # real ones, with passages, or a file; None: the sample, if it suffices
     windows: str | None = None,    # ways to read past the encoder's length, with commas
     **how: Any,                    # out, progress
 ) -> CollapseReport:
@@ -106,6 +105,7 @@ def collapse_section(
     longest = 2 * (enc.positions_limit or enc.max_length or 0) if ways else lengths[-1]
     texts, paragraphs = (None, []) if text is None else text_documents(enc, text, longest)
     if quick: how |= dict(n_documents=24, n_candidates=50)
+    if questions is None and text is None: questions = sample_questions(enc, longest * how.get("n_documents", 32))
     if questions is not None: how["questions"] = questions
     if ways: how["windows"] = "all" if ways == ["all"] else ways
     return longlens.length_collapse(enc, texts, lengths, natural=readable_texts(enc, paragraphs), **how)
