@@ -5,6 +5,8 @@ from .run import Run as Run
 from .run import plan as plan
 from .models.load import load as load
 from .models.load import LongModel as LongModel
+from .models.cache import cached_models as cached_models
+from .models.cache import clear_cache as clear_cache
 from .encoders.load import load_encoder as load_encoder
 from .encoders.load import Encoder as Encoder
 from .prompts.haystack import Haystack as Haystack
@@ -34,7 +36,9 @@ from .interventions.heads import streaming_attention as streaming_attention
 from .interventions.heads import lambda_mask as lambda_mask
 from .interventions.heads import temperature as temperature
 from .interventions.heads import scale_spans as scale_spans
+from .interventions.key_sets import keep_keys as keep_keys
 from .interventions.extend import extend_window as extend_window
+from .interventions.frequencies import other_frequencies as other_frequencies
 from .sweeps.sweep import sweep as sweep
 from .charts.token_view import token_view as token_view
 from .probes.context_gain import context_gain as context_gain

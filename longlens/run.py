@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypedDict, TypeVar
 
 if TYPE_CHECKING:
     from polars import DataFrame
+
+    from longlens.budget import TimeBudget
 else:
-    DataFrame = Any
+    DataFrame = TimeBudget = Any
 
 T = TypeVar("T")
 
@@ -32,6 +34,7 @@ class Run:
     budget: int | None = None  # tokens through the model, at most; a plan that needs more is refused; None: no limit
     progress: bool = False  # show how far the work is
     seed: int = 0  # of everything that is drawn
+    time_budget: TimeBudget | None = None  # minutes of wall clock; it ends with the last whole round that was finished; None: no limit
     allow_longer: bool | None = None  # go past the length the model was made for; None: as the model was loaded
 
 # %% ../nbs/03_run.ipynb #bd6427f8
@@ -44,6 +47,7 @@ class RunOptions(TypedDict, total=False):
     budget: int | None
     progress: bool
     seed: int
+    time_budget: TimeBudget | None
     allow_longer: bool | None
 
 # %% ../nbs/03_run.ipynb #7879fa5e

@@ -15,7 +15,8 @@ import torch
 
 import longlens
 from longlens.cli import main as cli
-from longlens.cli.report import chosen_probes, load_asked_encoder
+from longlens.cli.encoder_text import load_asked_encoder
+from longlens.cli.report import chosen_probes
 from longlens.models.tokens import Tokens
 from longlens.report import Report
 

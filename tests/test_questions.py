@@ -596,3 +596,36 @@ def test_every_measurement_is_a_tile_at_its_depth(depths: list[float]) -> None:
     assert len(rows) == len(depths)
     assert all(abs((r["top"] + r["bottom"]) / 2 - d) < 1e-3 for r, d in zip(rows, sorted(depths), strict=True))
     assert len({round(r["bottom"] - r["top"], 2) for r in rows}) <= 3
+
+
+# ---- the sample that ships with longlens
+
+def test_the_sample_is_what_its_tool_makes() -> None:
+    "Two hundred questions, whose answer stands in no passage but their own"
+    import importlib.util
+    tool = importlib.util.spec_from_file_location("nq_sample", Path(__file__).parent.parent / "tools" / "nq_sample.py")
+    assert tool and tool.loader
+    nq = importlib.util.module_from_spec(tool)
+    tool.loader.exec_module(nq)
+    lines = nq.OUT.read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 200 and nq.OUT.stat().st_size < 200_000
+    notes = nq.OUT.with_suffix(".txt").read_text(encoding="utf-8")
+    assert "MIT License" in notes and "CC BY-SA" in notes
+    rows = [json.loads(line) for line in lines]
+    assert all(map(nq.fits, rows)) and nq.chosen(rows) == rows
+    source = Path(__file__).parent.parent.parent / "shared/data/lost-in-the-middle/nq-open-oracle.jsonl.gz"
+    if not source.exists(): pytest.skip("whether it is made of the published file can be seen where ../shared/data has that")
+    with gzip.open(source, "rt", encoding="utf-8") as f: published = [json.loads(line) for line in f]
+    assert "".join(map(nq.line, nq.chosen(published))) == nq.OUT.read_text(encoding="utf-8")
+
+
+def test_the_sample_is_asked_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from longlens import Haystack, load, lost_in_the_middle, needle_context, plan
+    lm = load(device="cpu")
+    planned = plan(lost_in_the_middle, lm, "nq-sample", n_documents=4, n_questions=2, positions=2, allow_longer=True)
+    assert planned
+    assert "Wikipedia" not in needle_context(lm, 900, haystack="nq-sample").text and Haystack.nq_sample().take(1)[0][0] in needle_context(
+        lm, 900, haystack="nq-sample").text
+    monkeypatch.chdir(tmp_path)
+    Path("nq-sample").write_text('{"question": "who", "answers": ["Ada"], "ctxs": [{"title": "A", "text": "Ada.", "isgold": true}]}\n')
+    assert [q.question for q in read_questions("nq-sample")] == ["who"]    # a file of that name comes first

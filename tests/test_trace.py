@@ -790,8 +790,8 @@ def test_bars_say_what_they_are_about(lm: ll.LongModel, monkeypatch: pytest.Monk
     "Every phase of a method has a bar with a name of its own"
     said: list[str] = []
     for module in (subset_scores, attention_trace):
-        real = module.tqdm
-        monkeypatch.setattr(module, "tqdm", lambda *a, real=real, **k: said.append(k["desc"]) or real(*a, **k | {"disable": True}))
+        real = module.progress_bar
+        monkeypatch.setattr(module, "progress_bar", lambda *a, real=real, **k: said.append(k["desc"]) or real(*a, **k | {"disable": True}))
     def bars(method: str, **how: Any) -> list[str]:
         said.clear()
         ll.trace_context(lm, DOCUMENTS, ASK, method=method, progress=True, **how)

@@ -14,6 +14,10 @@ from longlens.sweeps.cells import Task
 lm = ll.load("needle-lm", device="cpu")
 ll.load(modle="needle-lm")  # wrong
 ll.load(dtype=16)  # wrong
+print(ll.cached_models().height)
+ll.cached_models("smollm2")  # wrong
+print(ll.clear_cache("smollm2") + 1)
+ll.clear_cache(7)  # wrong
 print(lm.logits("a text", positions=[-1]).shape, lm.n_layers, lm.tokens("a text").find("text").start)
 lm.logits("a text", position=[-1])  # wrong
 lm.prefill("a text").extend(" and more").logits_after(" more", chunks=3)  # wrong
@@ -50,10 +54,14 @@ ll.temperature(lm, 0.8)
 ll.temperature(lm, "warm")  # wrong
 ll.scale_spans(lm, {"a": (0, 3)}, 0.5)
 ll.scale_spans(lm, spans=0.5)  # wrong
+with ll.keep_keys(lm, {2: torch.ones(1, 8, dtype=torch.bool)}, since=8): lm("a text")
+ll.keep_keys(lm, since="8")  # wrong
 ll.intervene(lm)
 ll.intervene()  # wrong
 with ll.extend_window(enc, "ntk", length=1024): enc.encode(["a text"])
 ll.extend_window(enc, lengths=1024)  # wrong
+with ll.other_frequencies(lm, "yarn", 2.0): lm("a text")
+ll.other_frequencies(lm, "yarn", factors=2.0)  # wrong
 
 run = ll.Run(out="results", seed=3)
 ll.Run(sed=3)  # wrong

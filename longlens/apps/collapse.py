@@ -16,7 +16,7 @@ from ipywidgets import Button, Dropdown, HBox, Layout, SelectionSlider, Widget
 from .app import App, Explorer, needs_model
 from .linked_chart import VegaView, html_box, picture, with_classes
 from .sections import SectionsExplorer
-from ..charts.base import COLOURS, axis_style, legend_style, tooltips
+from ..charts.base import COLOURS, SEQUENTIAL, axis_style, legend_style, tooltips
 from ..encoders.encoder import Encoder
 from ..encoders.load import EncoderLike, load_encoder
 from ..patch import patch
@@ -88,7 +88,7 @@ def _passed_chart(
 ) -> alt.Chart:
     "sigma_a of every head: over cells (layer, head, sigma_a)"
     tips = tooltips(("layer", "ordinal", "layer"), ("head", "ordinal", "head"), ("sigma_a", "quantitative", "sigma_a"))
-    scale = alt.Scale(scheme="viridis", domain=[0, float(heads["sigma_a"].max())], clamp=True)
+    scale = alt.Scale(scheme=SEQUENTIAL, domain=[0, float(heads["sigma_a"].max())], clamp=True)
     axis = lambda name: axis_style(title=name, labelAngle=0, ticks=False, domain=False)
     return _wide(alt.Chart(alt.NamedData("cells")).mark_rect().encode(
         x=alt.X("head:O", axis=axis("head")), y=alt.Y("layer:O", axis=axis("layer")),

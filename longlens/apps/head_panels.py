@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .progress import exclusive_use
 from .reading import PromptReading
-from ..charts.base import COLOURS, PAD, axis_style, legend_style, tooltips
+from ..charts.base import COLOURS, PAD, SEQUENTIAL, axis_style, legend_style, tooltips
 from ..probes.heads.report import HeadReport
 from ..probes.sinks.report import SinkReport
 from ..text import visible
@@ -237,7 +237,7 @@ def _depth_chart(
     axis = axis_style(title="context length (tokens)", labelAngle=0, format=",d")
     x = alt.X("context_length:O", scale=alt.Scale(domain=list(lengths)), axis=axis)
     y = alt.Y("depth_percent:O", scale=alt.Scale(domain=list(depths)), axis=axis_style(title="depth (%)", format="~g"))
-    colour = alt.Color("score:Q", scale=alt.Scale(scheme="viridis", domainMin=0), legend=legend_style(title="retrieval score"))
+    colour = alt.Color("score:Q", scale=alt.Scale(scheme=SEQUENTIAL, domainMin=0), legend=legend_style(title="retrieval score"))
     cells = alt.Chart(alt.NamedData("cells")).mark_rect(tooltip=True)
     return _filling(cells.encode(x=x, y=y, color=colour, tooltip=tips), max(120, 20 * len(depths)))
 

@@ -19,7 +19,7 @@ from .app import App, Explorer, needs_model
 from .head_panels import SHARE
 from .linked_chart import VegaView, html_box, picture, with_classes, with_pick
 from .sections import SectionsExplorer
-from ..charts.base import COLOURS, axis_style, legend_style, tooltips
+from ..charts.base import COLOURS, SEQUENTIAL, axis_style, legend_style, tooltips
 from ..charts.heatmaps import depth_map
 from ..charts.page import say
 from ..patch import patch
@@ -164,7 +164,7 @@ def _looking_chart(
     tips = tooltips(("layer", "ordinal", "layer"), ("head", "ordinal", "head"), ("mass", "quantitative", "attention on the fact"))
     axis = lambda c: axis_style(title=c, labelAngle=0, ticks=False, domain=False)
     at = lambda c: dict(scale=alt.Scale(domain=heads[c].unique().sort().to_list()), axis=axis(c))
-    colour = alt.Color("mass:Q", scale=alt.Scale(scheme="viridis", domain=[0, 1]), legend=legend_style(title="share", gradientLength=90))
+    colour = alt.Color("mass:Q", scale=alt.Scale(scheme=SEQUENTIAL, domain=[0, 1]), legend=legend_style(title="share", gradientLength=90))
     cells = alt.Chart(alt.NamedData("cells")).mark_rect()
     cells = cells.encode(x=alt.X("head:O", **at("head")), y=alt.Y("layer:O", **at("layer")), color=colour, tooltip=tips)
     w, h = (max(5, min(size, whole // heads[c].n_unique())) for c, size, whole in (("head", 44, 520), ("layer", 24, 400)))

@@ -20,6 +20,12 @@ Result = tuple[Tensor, Tensor]  # output (batch, heads, n_queries, d_value), log
 # %% auto #0
 __all__ = ['Result', 'attend_blocked', 'fused', 'merge', 'causal', 'side_by_side', 'banded', 'each_text', 'needs_grad', 'Facts']
 
+# %% ../../nbs/attention/02_backends.ipynb #bc8ad3bd
+def _times_values(values: Tensor, p: Tensor, at: Tile) -> Tensor:  # (heads, rows, d_value)
+    "Weights of a tile, (heads, rows, keys), times the values"
+    w = values[at.b, at.kv, at.keys.start:at.keys.stop].to(p.dtype)  # (kv, keys, d_value)
+    return torch.bmm(p.view(len(w), -1, len(at.keys)), w).view(*p.shape[:2], -1)
+
 # %% ../../nbs/attention/02_backends.ipynb #1ac642e3
 def _block(call: AttentionCall, at: Tile) -> Result:
     "Output and log-sum-exp of some whole rows; rows that see nothing get 0 and minus infinity"
@@ -28,8 +34,10 @@ def _block(call: AttentionCall, at: Tile) -> Result:
     lse = x.logsumexp(-1, keepdim=True)
     nothing = lse <= low / 2
     p = (x - lse).exp().masked_fill(nothing, 0)
-    w = call.values[at.b, at.kv, at.keys.start:at.keys.stop].to(call.dtype)  # (kv, keys, d_value)
-    out = torch.bmm(p.view(len(w), -1, len(at.keys)), w).view(*x.shape[:2], -1)
+    out = _times_values(call.values, p, at)
+    for s in call.sets:
+        if s.other is None or s.other[1] is None: continue
+        out = torch.where(s.after(at.b, at.rows)[:, None], _times_values(s.other[1], p, at), out)
     return out, lse.masked_fill(nothing, -torch.inf)[..., 0]
 
 # %% ../../nbs/attention/02_backends.ipynb #0461e1da
@@ -63,12 +71,12 @@ def _pad_last(x: Tensor, n: int) -> Tensor:
 
 
 def _fused_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    mask = None if bias is None else bias.to(q.dtype)[None, None]
+    mask = None if bias is None else bias.to(q.dtype).view(1, -1, *bias.shape[-2:])
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
 
 # %% ../../nbs/attention/02_backends.ipynb #99d50131
 def _bias_for_cuda(bias: Tensor, q: Tensor) -> Tensor:
-    "One tile for all heads, in rows that start at multiples of 16 elements, which the kernel wants"
+    "A tile for all heads or each, in rows that start at multiples of 16 elements, which the kernel wants"
     n = bias.shape[-1]
     return _pad_last(bias.to(q.dtype), -(-n // 16) * 16)[..., :n].expand(*q.shape[:3], n)
 
@@ -90,7 +98,7 @@ def fused(
     v: Tensor,  # (batch, kv_heads, n_keys, d_value)
     scale: float,  # of the products
     causal: bool = False,  # query i sees keys 0 to i; as many queries as keys
-    bias: Tensor | None = None,  # one tile added to the scores of all heads, (n_queries, n_keys)
+    bias: Tensor | None = None,  # a tile added to the scores, (n_queries, n_keys), or (heads, n_queries, n_keys)
 ) -> Result:
     "One call of the backend's fused attention kernel; the log-sum-exp carries no gradient"
     if not _has_kernel(q): raise ValueError(f"no fused kernel with log-sum-exp for {q.dtype} on {q.device}: use attend()")
@@ -203,7 +211,7 @@ class Facts:
     @cached_property
     def plain(self) -> bool:
         "Scaled products under nothing but a band and padding"
-        return self.products and self.mask.rule is None and not self.call.streams
+        return self.products and self.mask.rule is None and not self.call.streams and not self.call.sets
 
     @cached_property
     def graded(self) -> bool:

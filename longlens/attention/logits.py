@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from .masks import Mask, Stream, band_tile, cut, inside_band, key_range, narrow_mask, of_sample, stream_tile, visible_tile
+from .masks import KeySet, Mask, Stream, band_tile, cut, inside_band, key_range, key_set_tile, narrow_key_set
+from .masks import narrow_mask, of_sample, stream_tile, visible_tile
 from ..patch import patch
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class AttentionCall:
     sinks: Tensor | None = None  # learned sink logits, (heads,), as in GPT-OSS
     bias: Tensor | None = None  # added to the logits, (batch|1, heads|1, n_queries, n_keys)
     streams: tuple[Stream, ...] = ()  # heads that see only the beginning and the recent
+    sets: tuple[KeySet, ...] = ()  # keys that single KV heads or queries see, and what stands in for keys
 
     if TYPE_CHECKING:  # written where it is explained
         check = _logits.check
@@ -64,7 +66,7 @@ class AttentionCall:
     @property
     def plain(self) -> bool:
         "Are the logits nothing but scaled products under a band and padding?"
-        return self.softcap is None and self.bias is None and self.mask.rule is None and not self.streams
+        return self.softcap is None and self.bias is None and self.mask.rule is None and not self.streams and not self.sets
 
     def detach(self) -> Self:
         "The same without gradients"
@@ -119,12 +121,24 @@ def _check_mask(
     if mask.right == 0 and mask.offset < 0:
         raise ValueError(f"{n_q} queries, but only {n_k} keys: causal queries must have keys of their own")
 
+# %% ../../nbs/attention/01_logits.ipynb #f267d6c1
+def _check_set(s: KeySet, shape: tuple[int, int, int, int], n_kv: int) -> None:
+    "Raise a ValueError if a key set was made for other queries, heads or keys"
+    batch, _, n_q, n_k = shape
+    fits = s.at.shape[-1] == n_q and len(s.at) in (1, batch) and (s.choice is None or len(s.choice.queries) == n_q)
+    tables = [t for t in (s.until, *(s.other or ())) if t is not None]
+    if fits and all(t.shape[2] == n_k and t.shape[1] in (1, n_kv) and t.shape[0] in (1, batch) for t in tables): return
+    found = ", ".join(str(tuple(t.shape)) for t in [s.at, *tables])
+    raise ValueError(f"a key set has queries, and then keys, of {found}, but there are {batch} samples of {n_q} queries and "
+                     f"{n_kv} KV heads of {n_k} keys")
+
 # %% ../../nbs/attention/01_logits.ipynb #fca79c59
 @patch
 def check(self: AttentionCall) -> None:
     "Raise a ValueError if its parts do not belong together"
     _check_shapes(self.q, self.k, self.v)
     _check_mask(self.mask, self.shape, self.bias)
+    for s in self.sets: _check_set(s, self.shape, self.k.shape[1])
 
 # %% ../../nbs/attention/01_logits.ipynb #12b19501
 def make_call(
@@ -137,12 +151,13 @@ def make_call(
     sinks: Tensor | None = None,  # learned sink logits, (heads,)
     bias: Tensor | None = None,  # added to the logits, (batch|1, heads|1, n_queries, n_keys)
     streams: tuple[Stream, ...] = (),  # heads that see only the beginning and the recent
+    sets: tuple[KeySet, ...] = (),  # keys that single KV heads or queries see
 ) -> AttentionCall:
     "An attention call, checked"
     _check_shapes(q, k, v)
     if mask is None: mask = Mask(offset=k.shape[2] - q.shape[2])
-    call = AttentionCall(q, k, v, q.shape[-1] ** -.5 if scale is None else scale, mask, softcap, sinks, bias, streams)
-    _check_mask(mask, call.shape, bias)
+    call = AttentionCall(q, k, v, q.shape[-1] ** -.5 if scale is None else scale, mask, softcap, sinks, bias, streams, sets)
+    call.check()
     return call
 
 # %% ../../nbs/attention/01_logits.ipynb #c026738c
@@ -174,6 +189,11 @@ class _Part:
         far = None if st.far is None else (self.queries(st.far[0]), self.kept(st.far[1]))
         return replace(st, far=far, heads=st.heads if self.heads is None else st.heads[self.heads])
 
+    def key_set(self, s: KeySet) -> KeySet:
+        rows, keys = (torch.arange(r.start, r.stop) for r in (self.rows, self.keys))
+        if (heads := self.heads) is None: return narrow_key_set(s, self.b, rows, keys)
+        return narrow_key_set(s, self.b, rows, keys, heads, lambda x: _of_heads(x, heads, self.group))
+
 # %% ../../nbs/attention/01_logits.ipynb #f3052cfd
 def _narrowed(call: AttentionCall, queries: range | None, keys: range | None, sample: int | None, heads: Tensor | None) -> dict[str, Any]:
     "The fields of a part"
@@ -186,6 +206,7 @@ def _narrowed(call: AttentionCall, queries: range | None, keys: range | None, sa
         "mask": narrow_mask(call.mask, n_k, rows, keys, sample, heads),
         "bias": None if call.bias is None else cut(call.bias, rows, at, sample, heads),
         "sinks": sinks if len(at) == n_k else None, "streams": tuple(part.stream(st) for st in call.streams),
+        "sets": tuple(part.key_set(s) for s in call.sets),
     }
 
 # %% ../../nbs/attention/01_logits.ipynb #71edfab6
@@ -236,6 +257,7 @@ def score_tile(
     x = _product(s, at, shift if s.softcap is None else None)
     left = [t for st in s.streams if (t := stream_tile(st, s.mask, at.b, at.heads, at.rows, at.keys, x.device))]
     if left: x = _far_products(x, s, at, shift if s.softcap is None else None)
+    if s.sets: x = _other_products(x, s, at, shift if s.softcap is None else None)
     if s.softcap is not None:
         x = s.softcap * torch.tanh(x / s.softcap)
         if shift is not None: x = x - shift[at.b, at.heads, at.rows.start:at.rows.stop, None]
@@ -243,6 +265,8 @@ def score_tile(
         bias = of_sample(s.bias, at.b, at.heads)
         x = x + bias[:, at.rows.start:at.rows.stop, at.keys.start:at.keys.stop]
     for near, _ in left: x = x.masked_fill_(~near, fill)
+    for kept in s.sets:
+        if (tile := key_set_tile(kept, at.b, at.heads, at.kv, at.rows, at.keys)) is not None: x = x.masked_fill(~tile, fill)
     if s.mask.keep is None and s.mask.rule is None and fill <= -1e30: return _hide_band(x, s.mask, at, fill)
     seen = visible_tile(s.mask, at.b, at.heads, at.rows, at.keys, x.device)
     if seen is None: return x
@@ -254,6 +278,14 @@ def _far_products(x: Tensor, s: AttentionCall, at: Tile, shift: Tensor | None) -
     for st in s.streams:
         left = None if st.far is None else stream_tile(st, s.mask, at.b, at.heads, at.rows, at.keys, x.device)
         if left is not None and left[1].any(): x = torch.where(left[1], _product(s, at, shift, st.far), x)
+    return x
+
+# %% ../../nbs/attention/01_logits.ipynb #32d414b8
+def _other_products(x: Tensor, s: AttentionCall, at: Tile, shift: Tensor | None) -> Tensor:
+    "The tile with the logits of queries that meet other keys"
+    for kept in s.sets:
+        if kept.other is None or not (after := kept.after(at.b, at.rows)).any(): continue
+        x = torch.where(after[:, None], _product(s, at, shift, (s.q, kept.other[0])), x)
     return x
 
 # %% ../../nbs/attention/01_logits.ipynb #b4108009

@@ -6,14 +6,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['ALL', 'Mask', 'causal_mask', 'full_mask', 'key_range', 'inside_band', 'band_tile', 'of_sample', 'visible_tile',
-           'real_queries', 'positions', 'visible_keys', 'seen_by', 'cut', 'narrow_mask', 'Stream', 'stream_tile']
+__all__ = ['ALL', 'NEVER', 'Mask', 'causal_mask', 'full_mask', 'key_range', 'inside_band', 'band_tile', 'of_sample',
+           'visible_tile', 'real_queries', 'positions', 'visible_keys', 'seen_by', 'cut', 'narrow_mask', 'Stream',
+           'stream_tile', 'KeyChoice', 'KeySet', 'key_set_tile', 'narrow_key_set']
 
 # %% ../../nbs/attention/00_masks.ipynb #ed5b1e40
 @dataclass(frozen=True)
@@ -286,3 +287,87 @@ def stream_tile(
     first = _first_keys(mask, stream.sink, b, keys, device).expand_as(recent)
     mine = mine[:, None, None]
     return recent | first | ~mine, first & ~recent & mine
+
+# %% ../../nbs/attention/00_masks.ipynb #1354c6c9
+NEVER = 2**62  # as `until`: no query loses the key
+
+
+@dataclass(frozen=True, eq=False)
+class KeyChoice:
+    "Keys that are chosen anew for every query"
+    choose: Callable[[int, Tensor], Tensor]  # sample and queries (m,) of the call that it was made for -> bool, (heads|1, m, n_keys)
+    queries: Tensor  # which of that call's queries are meant, (n_queries,)
+    keys: Tensor  # which of its keys, (n_keys,)
+    heads: Tensor | None = None  # which of its query heads, (heads,); None: all
+    sample: int = 0  # which of its samples is the first
+    last: dict[tuple, Tensor] = field(default_factory=dict, repr=False)  # what was chosen last
+
+    def tile(self, b: int, heads: slice, rows: range, keys: range) -> Tensor:  # bool, (heads|1, rows, keys)
+        "What is chosen of a tile"
+        wanted = self.queries[rows.start:rows.stop]
+        key = self.sample + b, *wanted.tolist()
+        if key not in self.last:
+            self.last.clear()
+            self.last[key] = self.choose(self.sample + b, wanted)
+        found = self.last[key]
+        if len(found) > 1: found = found[heads if self.heads is None else self.heads[heads]]
+        return found[..., self.keys[keys.start:keys.stop].to(found.device)]
+
+# %% ../../nbs/attention/00_masks.ipynb #9b0dfa7c
+@dataclass(frozen=True, eq=False)
+class KeySet:
+    "Which keys the queries from one token on see, by KV head or query; and what stands in for keys and values"
+    at: Tensor  # position of every query in its text, (batch|1, n_queries)
+    since: int = 0  # position of the first query that is meant; those before see what the mask says
+    until: Tensor | None = None  # position of the first query that no longer sees a key, int64, (batch|1, kv_heads|1, n_keys)
+    choice: KeyChoice | None = None  # keys chosen by query
+    other: tuple[Tensor, Tensor | None] | None = None  # in place of keys and values, (batch, kv_heads, n_keys, d); None: the values stay
+
+    def after(self, b: int, rows: range) -> Tensor:  # bool, (rows,)
+        "Which queries of a tile are meant"
+        return self.at[b if len(self.at) > 1 else 0, rows.start:rows.stop] >= self.since
+
+# %% ../../nbs/attention/00_masks.ipynb #025fe171
+def key_set_tile(
+    keyset: KeySet,  # who sees what
+    b: int,  # sample of the batch
+    heads: slice,  # query heads
+    kv: slice,  # the KV heads that serve them
+    rows: range,  # queries
+    keys: range,  # keys
+) -> Tensor | None:  # bool, (heads|1, rows, keys); None: nothing is hidden
+    "What a key set leaves of a tile"
+    after = keyset.after(b, rows)[:, None]
+    if not after.any(): return None
+    seen = None if keyset.choice is None else keyset.choice.tile(b, heads, rows, keys)
+    if keyset.until is not None:
+        until = of_sample(keyset.until, b, kv)[:, None, keys.start:keys.stop]  # (kv|1, 1, keys)
+        alive = keyset.at[b if len(keyset.at) > 1 else 0, rows.start:rows.stop, None] < until
+        if len(alive) > 1: alive = alive.repeat_interleave((heads.stop - heads.start) // len(alive), 0)
+        seen = alive if seen is None else seen & alive
+    return None if seen is None else seen | ~after
+
+# %% ../../nbs/attention/00_masks.ipynb #b15769dd
+def narrow_key_set(
+    keyset: KeySet,  # of a call
+    sample: slice,  # which samples remain
+    queries: Tensor,  # which queries, by index
+    keys: Tensor,  # which keys, by index
+    heads: Tensor | None = None,  # which query heads; None: all
+    of_kv: Callable[[Tensor], Tensor] | None = None,  # takes the KV heads that remain from (batch, kv_heads, ...); None: all
+) -> KeySet:
+    "Who sees what in a part of a call"
+    def part(x: Tensor) -> Tensor:  # (batch|1, kv_heads|1, n_keys, ...)
+        x = (x[sample] if len(x) > 1 else x)[:, :, keys.to(x.device)]
+        return x if of_kv is None or x.shape[1] == 1 else of_kv(x)
+
+    at = keyset.at[sample] if len(keyset.at) > 1 else keyset.at
+    other = None if keyset.other is None else (part(keyset.other[0]), None if keyset.other[1] is None else part(keyset.other[1]))
+    return replace(keyset, at=at[:, queries.to(at.device)], until=None if keyset.until is None else part(keyset.until), other=other,
+                   choice=None if keyset.choice is None else _narrow_choice(keyset.choice, sample, queries, keys, heads))
+
+# %% ../../nbs/attention/00_masks.ipynb #2e945a1e
+def _narrow_choice(c: KeyChoice, sample: slice, queries: Tensor, keys: Tensor, heads: Tensor | None) -> KeyChoice:
+    if heads is None: mine = c.heads
+    else: mine = heads if c.heads is None else c.heads[heads]
+    return replace(c, queries=c.queries[queries.cpu()], keys=c.keys[keys.cpu()], heads=mine, sample=c.sample + (sample.start or 0))

@@ -85,7 +85,7 @@ def attend_options(
 def _by_blocks(f: Facts) -> bool:
     "Is there nothing besides the options that kernels cannot follow?"
     rule = f.mask.rule
-    if not isinstance(rule, OptionRule) or rule.also is not None or f.call.streams: return False
+    if not isinstance(rule, OptionRule) or rule.also is not None or f.call.streams or f.call.sets: return False
     return f.products and f.triangle and f.room and not f.graded
 
 # %% ../../nbs/attention/04_options.ipynb #5dfaaa25

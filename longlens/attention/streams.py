@@ -35,7 +35,7 @@ def heads_apart(
 ) -> bool:
     "Can heads that stream be computed apart from the others?"
     streams = f.call.streams
-    if not streams or f.padded or not (f.triangle and f.products and f.mask.rule is None and f.room): return False
+    if not streams or f.call.sets or f.padded or not (f.triangle and f.products and f.mask.rule is None and f.room): return False
     return not f.graded and bool((torch.stack([st.heads for st in streams]).sum(0) <= 1).all())  # at most one stream a head
 
 # %% ../../nbs/attention/03_streams.ipynb #e7fd7ddf
@@ -60,7 +60,7 @@ def only_far(
 ) -> bool:
     "Do the streams keep all tokens of all heads, at most one in each direction, in a mask that is plain?"
     m, streams = f.mask, f.call.streams
-    if not streams or not all(st.sink >= ALL and st.far is not None and bool(st.heads.all()) for st in streams): return False
+    if not streams or f.call.sets or not all(st.sink >= ALL and st.far is not None and bool(st.heads.all()) for st in streams): return False
     once = len({st.ahead for st in streams}) == len(streams)
     whole = m.left is None and m.start == 0 and (m.right == 0 or (m.right is None and m.offset == 0 and f.n_queries == f.n_keys))
     return once and whole and f.products and m.rule is None and f.room and not f.holes and not f.graded

@@ -19,7 +19,7 @@ from altair.typing import ChartType
 from ..text import visible
 
 # %% auto #0
-__all__ = ['COLOURS', 'SHAPES', 'WIDTH', 'HEIGHT', 'PAD', 'FONT', 'ABOVE', 'ChartError', 'need_columns', 'drawable',
+__all__ = ['COLOURS', 'SEQUENTIAL', 'SHAPES', 'WIDTH', 'HEIGHT', 'PAD', 'FONT', 'ABOVE', 'ChartError', 'need_columns', 'drawable',
            'inline_data', 'shown_text', 'label', 'Labels', 'LabelOptions', 'axis_style', 'legend_style', 'titled',
            'short_number', 'tooltips', 'axis_span', 'log_ticks', 'y_axis']
 
@@ -53,6 +53,7 @@ def drawable(
 
 # %% ../../nbs/charts/00_base.ipynb #dfa1eaec
 COLOURS = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999"    # Okabe and Ito, without yellow and black
+SEQUENTIAL = "viridis"    # from little to much, and from short to long: the same everywhere
 SHAPES = "circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right"
 WIDTH, HEIGHT, PAD = 680, 260, 12    # of a plot, and left free at its sides, in pixels
 

@@ -14,8 +14,8 @@ import polars as pl
 from altair.typing import ChartType
 
 from longlens.charts.base import (
-    ABOVE, COLOURS, HEIGHT, PAD, SHAPES, WIDTH, ChartError, LabelOptions, Labels, axis_span, axis_style, drawable, inline_data, label,
-    legend_style, need_columns, short_number, shown_text, titled, tooltips, y_axis,
+    ABOVE, COLOURS, HEIGHT, PAD, SEQUENTIAL, SHAPES, WIDTH, ChartError, LabelOptions, Labels, axis_span, axis_style, drawable, inline_data,
+    label, legend_style, need_columns, short_number, shown_text, titled, tooltips, y_axis,
 )
 from ..run import settings_of
 
@@ -34,7 +34,7 @@ def _grid(frame: pl.DataFrame, value: str) -> pl.DataFrame:    # every layer wit
 def colour_scale(low: float, high: float, title: str) -> alt.Color:
     mixed = low < 0 < high
     ends = [-max(-low, high), max(-low, high)] if mixed else [low, high]
-    scale = alt.Scale(scheme="blueorange" if mixed else "viridis", domain=ends, clamp=True)
+    scale = alt.Scale(scheme="blueorange" if mixed else SEQUENTIAL, domain=ends, clamp=True)
     bar = dict(gradientLength=170, gradientThickness=12, offset=8)
     return alt.Color("value:Q", scale=scale, legend=legend_style(title=title, **ABOVE, **bar))
 

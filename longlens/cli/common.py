@@ -51,7 +51,8 @@ def switch(name: str, help: str) -> Option:
     return Option(name, help, how={"action": "store_true"})
 
 # %% ../../nbs/cli/00_common.ipynb #e931521d
-MODEL = option("model", "a folder or a hub id (default: needle-lm, which ships with longlens)", nargs="?", metavar="MODEL")
+MODEL = option("model", "a folder, a *.gguf file, a hub id, or smollm2 (default: needle-lm, which ships with longlens)", nargs="?",
+               metavar="MODEL")
 DEVICE = option("--device", "cpu, cuda, cuda:1 ... (default: as the model is loaded)")
 DTYPE = option("--dtype", "number format of the weights (default: as they are stored)", choices=["float32", "bfloat16", "float16"])
 ALLOW_LONGER = switch("--allow-longer", "go beyond the length the model was made for, where its positions can")
@@ -132,10 +133,11 @@ def read_text(
 def check_place(
     model: str | None,    # what was asked for
 ) -> None:
-    "Raise if it looks like a folder and is none: it begins like a path, or has two separators"
+    "Raise if it looks like a folder or a GGUF file and is none: it begins like a path, has two separators, or ends in .gguf"
     if not model: return
+    if model.lower().endswith(".gguf") and not Path(model).expanduser().exists(): raise FileNotFoundError(f"there is no model file {model}")
     path = model.startswith((".", "/", "~", "\\")) or model.count("/") + model.count("\\") > 1
-    if path and not Path(model).expanduser().is_dir(): raise FileNotFoundError(f"there is no model folder {model}")
+    if path and not Path(model).expanduser().exists(): raise FileNotFoundError(f"there is no model folder {model}")
 
 # %% ../../nbs/cli/00_common.ipynb #14b594d0
 def load_model(

@@ -131,11 +131,11 @@ def _embed(
     progress: bool,  # show a bar
 ) -> np.ndarray:  # (rows, d)
     """One vector a row."""
-    from tqdm.auto import tqdm
+    from longlens.progress import progress_bar
 
     sort = not _is_watched(enc) if s.sort is None else s.sort
     batches, parts = _batches([len(row) for row in rows.ids], batch_size, sort, **(_ON_CPU if enc.device.type == "cpu" else {})), []
-    with tqdm(total=len(rows.ids), desc=enc.name, unit="text", disable=not progress) as bar:
+    with progress_bar(total=len(rows.ids), desc=enc.name, unit="text", disable=not progress) as bar:
         for batch in batches:
             inputs, mask = enc.padded(rows, batch)
             pooled = enc.pooling(_states(enc, inputs, s.layer), mask, rows.prompt)

@@ -53,7 +53,7 @@ def as_modes(
 # %% ../../nbs/encoders/00_pooling.ipynb #de91d2f0
 @dataclass(frozen=True)
 class Pooling:
-    """How the states of all tokens become one vector; several modes are concatenated."""
+    """How the states of all tokens become one vector; several modes are concatenated. Special tokens count, as in sentence-transformers."""
 
     modes: str | tuple[str, ...] = "mean"  # names in `POOLINGS`
     include_prompt: bool = True  # do the tokens of a prompt count?

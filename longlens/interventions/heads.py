@@ -203,9 +203,16 @@ def turn(
     cos, sin = self._angles(x, by.expand(len(x), -1), layer)
     return apply(x, x[:, :1], cos, sin)[0]
 
+# %% ../../nbs/interventions/01_heads.ipynb #2e080d90
+def _check_own_keys(call: LayerCall, who: str) -> None:
+    "Raise if other keys stand in for the model's"
+    if any(s.other is not None for s in call.sets):
+        raise UnsupportedModel(f"other keys stand in for the model's here, which {who} would not change: enter keep_keys after it")
+
 # %% ../../nbs/interventions/01_heads.ipynb #72e9951e
 def _check_turn(call: LayerCall) -> None:
     "Raise if another intervention turns too, or if queries are no longer what the model made"
+    _check_own_keys(call, "what changes positions")
     turning = [what.name for what in interventions_at(call.module) if getattr(what, "turner", None) is not None]
     if len(turning) > 1: raise UnsupportedModel(f"{' and '.join(turning)} change positions of the same layer: use one of them at a time")
     if (d := call.q.shape[-1]) != getattr(call.module, "head_dim", d):
@@ -350,6 +357,7 @@ class ScaleSpans(Intervention):
 
     def before(self, call: LayerCall, layer: int) -> LayerCall:
         if call.softcap is not None: raise UnsupportedModel("spans cannot be scaled where logits are soft-capped (Gemma 2)")
+        _check_own_keys(call, self.name)
         on = torch.full((call.q.shape[1],), self.heads is None)
         on[[h for l, h in self.heads or () if l == layer]] = True
         added = _added(self, call) / call.scale

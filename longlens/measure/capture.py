@@ -134,6 +134,7 @@ class Capture:
 # %% ../../nbs/measure/02_capture.ipynb #1c96f726
 def _check_statistics(statistics: Sequence[Any]) -> None:
     for s in statistics:
+        if isinstance(s, list | tuple): raise TypeError("statistics are given one by one: capture(model, Entropy(), Received())")
         if not isinstance(s, Statistic): raise TypeError(f"{s!r} is not a statistic: pass an instance, such as Entropy()")
     titles = [s.title for s in statistics]
     if not titles: raise ValueError("capture() needs at least one statistic, such as Entropy() or SinkMass(4)")

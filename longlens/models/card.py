@@ -16,7 +16,12 @@ __all__ = ['ModelCard', 'read_card']
 # %% ../../nbs/models/02_card.ipynb #d24ae7dd
 @dataclass(frozen=True)
 class ModelCard:
-    """How a model is asked where the caller does not say. Read from `longlens.json` beside its weights"""
+    """What a model is, and how it is asked where the caller does not say. Read from `longlens.json` beside its weights"""
+
+    about: str = ""  # what it is, in a sentence
+    licence: str = ""  # of its weights
+    trained_length: int | None = None  # tokens of the longest texts it learned from
+    chat: bool = False  # does it answer in its chat template? Commands ask it so
 
     wording: str = "ruler"  # of needles: a name in WORDINGS
     n_keys: int = 1  # needles of the same wording in a text, one of them asked for

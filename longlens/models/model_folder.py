@@ -28,7 +28,7 @@ def locate(
     if path.is_dir():
         return str(path), False
     if path.exists():
-        raise NotADirectoryError(f"{path} is a file: give the folder that holds config.json and *.safetensors")
+        raise NotADirectoryError(f"{path} is a file: give the folder that holds config.json and *.safetensors, or a *.gguf file")
     if isinstance(model, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model) and not path.parent.exists():
         return model, True
     raise FileNotFoundError(f"there is no folder {path} (in {Path.cwd()}), and a model of the hub is called org/name")
@@ -39,6 +39,8 @@ def check_folder(
 ) -> None:
     """Raise if the folder holds no model that can be read safely."""
     have = {p.name for p in folder.iterdir()}
+    if "config.json" not in have and (gguf := sorted(n for n in have if n.endswith(".gguf"))):
+        raise FileNotFoundError(f"{folder} holds no config.json, but {', '.join(gguf)}: give that file")
     if "config.json" not in have:
         raise FileNotFoundError(f"{folder} holds no config.json: it is not the folder of a Hugging Face model")
     if any(n.endswith(".safetensors") for n in have):
@@ -114,13 +116,14 @@ def check_weights(
 # %% ../../nbs/models/05_model_folder.ipynb #8cabf533
 @contextmanager
 def quiet_loading(
-    folder: str,  # with *.safetensors
-    small: int = 200_000_000,  # bytes
+    folder: str | None,  # with *.safetensors; None: whatever is read or written
+    small: int = 1_000_000_000,  # bytes, which take a few seconds
 ) -> Iterator[None]:
     """No progress bar for weights smaller than `small`."""
     from transformers.utils import logging
 
-    hide = logging.is_progress_bar_enabled() and sum(f.stat().st_size for f in Path(folder).glob("*.safetensors")) < small
+    size = 0 if folder is None else sum(f.stat().st_size for f in Path(folder).glob("*.safetensors"))
+    hide = logging.is_progress_bar_enabled() and size < small
     if hide:
         logging.disable_progress_bar()
     try:

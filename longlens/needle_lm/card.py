@@ -16,7 +16,7 @@ from typing import Any
 import polars as pl
 import torch
 from safetensors.torch import load_file, save_file
-from tqdm.auto import tqdm
+from ..progress import progress_bar
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from longlens.needle_lm.data import (
@@ -54,7 +54,7 @@ def evaluate(
 ) -> pl.DataFrame: # context_length, depth_percent, kind, value_words, n_facts, n, correct, accuracy
     "Exact answers to single questions, by length and depth"
     tok, rows = tokenizer or needle_tokenizer(), []
-    for length, depth in tqdm([(a, b) for a in lengths for b in depths], disable=not progress):
+    for length, depth in progress_bar([(a, b) for a in lengths for b in depths], disable=not progress):
         facts = n_facts or max(2, min(8, length // 40))
         examples = [make_example(kind, length, depth, n_facts=facts, n_documents=max(2, min(10, length // 64)), value_words=value_words,
                                  seed=f"{seed}-{length}-{depth:g}-{i}", tokenizer=tok) for i in range(n)]

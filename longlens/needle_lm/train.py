@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tqdm.auto import tqdm
+from ..progress import progress_bar
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -326,7 +326,7 @@ def train(
     run, focus, dot = _open_run(out, recipe, resume), ids_of(NAMES + VALUES, tok), tok.convert_tokens_to_ids(".")
     out.mkdir(parents=True, exist_ok=True)
     began, saved, rows = time.monotonic() - run.at["seconds"], time.monotonic(), []
-    bar = tqdm(desc="needle-lm", unit="step", initial=run.at["step"], total=recipe.steps, disable=not progress)
+    bar = progress_bar(desc="needle-lm", unit="step", initial=run.at["step"], total=recipe.steps, disable=not progress)
     with bar, _one_thread(), ThreadPoolExecutor(recipe.threads) as pool, _Moved(run.model) as rest:
         while (lr_done := _rate(recipe, run.at))[1] < 1 and run.at["step"] != stop_at:
             batch = _make_batch(recipe, tok, focus, run.at["step"], run.at["stage"])

@@ -68,10 +68,10 @@ def _gain_rows(
     progress: bool = False,  # show a bar
 ) -> pl.DataFrame:  # text, window, context (tokens that were there), logprob (nats a token)
     """How well each text ends, with so much context."""
-    from tqdm.auto import tqdm
+    from longlens.progress import progress_bar
     cells = [(i, w) for w in settings.windows for i in range(len(texts))]
     rows = []
-    with tqdm(total=len(cells), desc="context gain", unit="prompt", disable=not progress) as bar:
+    with progress_bar(total=len(cells), desc="context gain", unit="prompt", disable=not progress) as bar:
         for at in range(0, len(cells), batch_size):
             part = cells[at : at + batch_size]
             pairs = [_with_context(texts[i], w, settings.targets, _front(lm, texts[i])) for i, w in part]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import polars as pl
@@ -27,8 +27,8 @@ from ..sweeps.plan import Plan
 from ..sweeps.sweep import SweepResult, plan_sweep, sweep
 
 # %% auto #0
-__all__ = ['Reply', 'greedy', 'answer_rows', 'Ask', 'Prepared', 'longer', 'reply_length', 'check_metric', 'reply_stops',
-           'with_scores', 'cut_sentence', 'cost_sentence']
+__all__ = ['Reply', 'greedy', 'answer_rows', 'Ask', 'Prepared', 'rounds_by', 'longer', 'reply_length', 'check_metric',
+           'reply_stops', 'with_scores', 'cut_sentence', 'cost_sentence']
 
 # %% ../../nbs/probes/01_generate.ipynb #b12b1002
 def _texts(lm: LongModel, rows: Sequence[Sequence[int]]) -> list[str]:
@@ -98,6 +98,7 @@ class Ask(Task):
     mean_on: str = r"(document|pair)_\d+"  # names (a regular expression) of spans to which the mean over all heads is kept
 
     def new_tokens(self, cell: Cell) -> int: return max(1, len(cell.completion))
+    def written(self, cell: Cell) -> int: return self.max_new_tokens
     def alike(self, cell: Cell) -> Hashable: return len(cell.completion)
 
     def check(self, lm: LongModel, cell: Cell) -> None:
@@ -162,6 +163,7 @@ class Prepared:
     task: Task
     run: Run  # of which out, engine, batch_size, allow_longer and progress count
     title: str  # of the progress bar
+    rounds: Sequence[Sequence[int]] | None = None  # numbers of cells that belong together; None: all of them do
 
     def plan(self) -> Plan:
         """What it takes; nothing is run."""
@@ -170,12 +172,27 @@ class Prepared:
     def sweep(self) -> SweepResult:
         """What comes of it."""
         with longer(self.lm, self.run.allow_longer):
-            return sweep(self.lm, self.cells, self.task, title=self.title, run=_sweep_run(self.run))
+            return sweep(self.lm, self.cells, self.task, rounds=self.rounds, title=self.title, run=_sweep_run(self.run))
+
+    def first(self, rounds: int) -> Prepared:
+        """What was asked in so many rounds."""
+        if self.rounds is None or rounds == len(self.rounds): return self
+        mine = sorted(i for r in self.rounds[:rounds] for i in r)
+        return replace(self, cells=[self.cells[i] for i in mine], rounds=None)
 
 # %% ../../nbs/probes/01_generate.ipynb #0fef3475
 def _sweep_run(run: Run) -> Run:
     """What `sweep` needs of a run."""
-    return Run(out=run.out, engine=run.engine, batch_size=run.batch_size, progress=run.progress)
+    return Run(out=run.out, engine=run.engine, batch_size=run.batch_size, progress=run.progress, time_budget=run.time_budget)
+
+# %% ../../nbs/probes/01_generate.ipynb #a245723c
+def rounds_by(
+    numbers: Sequence[Any],  # of each cell, such as its trial
+) -> list[list[int]]:  # numbers of the cells of each, in the order in which they first occur
+    """Cells that belong together, as a time budget counts them."""
+    out: dict[Any, list[int]] = {}
+    for i, number in enumerate(numbers): out.setdefault(number, []).append(i)
+    return list(out.values())
 
 # %% ../../nbs/probes/01_generate.ipynb #9e296bd6
 @contextmanager

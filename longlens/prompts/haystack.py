@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -150,6 +152,13 @@ class _OfTexts(_Sentences):
         units, gaps = _joined(documents)
         return cls(tuple(units), gaps=tuple(gaps), repeat=repeat, source="documents")
 
+# %% ../../nbs/prompts/00_haystack.ipynb #5f6a741c
+@functools.cache
+def _sample_passages() -> tuple[str, ...]:
+    "The passages of the sample of questions."
+    lines = (Path(str(files("longlens"))) / "data" / "nq_sample.jsonl").read_text(encoding="utf-8").splitlines()
+    return tuple(json.loads(line)["ctxs"][0]["text"] for line in lines)
+
 # %% ../../nbs/prompts/00_haystack.ipynb #bc976c32
 NOISE_SENTENCES = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
@@ -169,6 +178,11 @@ class Haystack(_OfTexts):
     def noise(cls) -> Haystack:  # endless
         "RULER's noise: five short sentences, over and over (arXiv 2404.06654)."
         return cls(separator="\n", source="noise", grow=lambda n: [NOISE_SENTENCES] * n)
+
+    @classmethod
+    def nq_sample(cls, repeat: bool = False) -> Haystack:
+        "Passages of Wikipedia: those of the 200 questions that ship with longlens, about 15,000 tokens."
+        return replace(cls.from_documents(_sample_passages(), repeat), source="nq-sample")
 
     def __repr__(self) -> str:
         size = "endless" if self.grow is not None else f"{len(self.units):,} sentences" + ", repeated" * self.repeat

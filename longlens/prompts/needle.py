@@ -359,7 +359,8 @@ def _haystack(haystack: Haystack | str | None, asked: _Asked, seed: int | str) -
     """The haystack that is meant."""
     if isinstance(haystack, Haystack):
         return haystack
-    made = {"generated": lambda: Haystack.generated(seed), "noise": Haystack.noise, "needles": lambda: _needle_haystack(asked, seed)}
+    made = {"generated": lambda: Haystack.generated(seed), "noise": Haystack.noise, "nq-sample": lambda: Haystack.nq_sample(repeat=True),
+            "needles": lambda: _needle_haystack(asked, seed)}
     name = haystack or "generated"
     if name not in made:
         raise ValueError(f"a haystack is a Haystack or one of {', '.join(made)}, not {haystack!r}: for a text use Haystack.from_text")
@@ -432,7 +433,7 @@ def needle_context(
     depth_percent: float | Sequence[float] | None = 50.0,  # of the asked needle; several: the first, or each; None: random, as in RULER
     *,
     wording: str | Wording = "ruler",  # one of WORDINGS, or your own
-    haystack: Haystack | str | None = None,  # or "generated" (as None), "noise" or "needles", as RULER has them
+    haystack: Haystack | str | None = None,  # or "generated" (as None), "noise" or "needles", as RULER has them; "nq-sample": Wikipedia
     seed: int | str = 0,  # the same seed gives the same context
     exact: bool = False,  # cut the last haystack sentence so that there are exactly n_tokens
     settings: NeedleSettings | None = None,  # how many needles, of what; chat template and length

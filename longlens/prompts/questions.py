@@ -12,6 +12,7 @@ import string
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.resources import files
 from pathlib import Path
 from random import Random
 from typing import IO, Any, TypeVar
@@ -23,9 +24,9 @@ from .wording import word_list
 K = TypeVar("K", str, list)
 
 # %% auto #0
-__all__ = ['K', 'DocumentLike', 'normalize_answer', 'title_and_text', 'check_answers', 'Question', 'KeyValue', 'open_maybe_gzip',
-           'unique_keys', 'json_field', 'read_questions', 'read_key_values', 'shuffled_numbers', 'holds_answer',
-           'with_distractors', 'fact_questions', 'fact_pairs']
+__all__ = ['K', 'DocumentLike', 'SAMPLE', 'normalize_answer', 'title_and_text', 'check_answers', 'Question', 'KeyValue',
+           'question_file', 'open_maybe_gzip', 'unique_keys', 'json_field', 'read_questions', 'read_key_values',
+           'shuffled_numbers', 'holds_answer', 'with_distractors', 'fact_questions', 'fact_pairs']
 
 # %% ../../nbs/prompts/05_questions.ipynb #afdba3ea
 _DROPPED = str.maketrans("", "", string.punctuation)
@@ -114,6 +115,17 @@ class KeyValue:
 # %% ../../nbs/prompts/05_questions.ipynb #c905f64d
 _LONGEST = 1 << 26  # bytes of a line; one that is longer is not of these files
 
+# %% ../../nbs/prompts/05_questions.ipynb #92a2e41c
+SAMPLE = "nq-sample"
+
+
+def question_file(
+    path: str | Path,  # of a file, or "nq-sample"
+) -> Path:
+    """The file that is meant; a file of that name comes first."""
+    if path == SAMPLE and not Path(path).exists(): return Path(str(files("longlens"))) / "data" / "nq_sample.jsonl"
+    return Path(path)
+
 # %% ../../nbs/prompts/05_questions.ipynb #908947ba
 def open_maybe_gzip(path: Path) -> IO[bytes]:
     """The bytes of a file, unpacked if it is a gzip file."""
@@ -143,7 +155,7 @@ def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 def _rows(path: str | Path, limit: int | None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Where each line stands, and its entries."""
     if limit is not None and limit < 1: raise ValueError(f"limit is {limit}: read one line or more, or None for all")
-    path, number, found = Path(path), 0, 0
+    path, number, found = question_file(path), 0, 0
     with open_maybe_gzip(path) as f:
         while found != limit and (line := _read_line(f, where := f"{path}, line {(number := number + 1):,}")) is not None:
             if not line.strip(): continue
@@ -196,7 +208,7 @@ def _question(row: dict[str, Any], where: str, drop_empty: bool) -> Question:
 
 # %% ../../nbs/prompts/05_questions.ipynb #61c4a0e7
 def read_questions(
-    path: str | Path,  # *.jsonl or *.jsonl.gz, as lost-in-the-middle has them
+    path: str | Path,  # *.jsonl or *.jsonl.gz, as lost-in-the-middle has them; "nq-sample": the sample that ships with longlens
     limit: int | None = None,  # so many from the start; None: all
     *,
     drop_empty: bool = False,  # leave out answers that are empty when normalised, such as "*", instead of refusing the file
@@ -216,7 +228,7 @@ def _key_value(row: dict[str, Any], where: str) -> KeyValue:
 
 # %% ../../nbs/prompts/05_questions.ipynb #66bcd111
 def read_key_values(
-    path: str | Path,  # *.jsonl or *.jsonl.gz, as lost-in-the-middle has them
+    path: str | Path,  # *.jsonl or *.jsonl.gz, as lost-in-the-middle has them; "nq-sample": the sample that ships with longlens
     limit: int | None = None,  # so many from the start; None: all
 ) -> list[KeyValue]:
     """Key-value lists (Liu et al., arXiv 2307.03172), every line checked."""

@@ -193,6 +193,10 @@ class Task:
         """How many tokens at most come after the prompt."""
         return len(cell.completion)
 
+    def written(self, cell: Cell) -> int:
+        """How many of them, at most, are written one by one."""
+        return 0
+
     def alike(self, cell: Cell) -> Hashable:
         """Cells run in one batch if they have equally many tokens, and this is equal too."""
         return len(cell.completion)

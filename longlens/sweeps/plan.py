@@ -21,10 +21,12 @@ from ..models.forward import LongModel
 from ..models.prefix import can_share, rope_regime, shared_length
 from ..models.memory import MemoryEstimate, size_text
 from .cells import Cell, Condition, Task, content
+from ..budget import Speed, minutes_text
 from .store import Store
 
 # %% auto #0
-__all__ = ['branch_points', 'Batch', 'make_batches', 'same_condition', 'chain_tokens', 'tokens_of', 'Plan', 'make_plan']
+__all__ = ['branch_points', 'Batch', 'make_batches', 'same_condition', 'chain_tokens', 'tokens_of', 'batch_seconds', 'Plan',
+           'make_plan']
 
 # %% ../../nbs/sweeps/02_plan.ipynb #2cd294ad
 def _common(ids: Sequence[np.ndarray]) -> np.ndarray:  # (k - 1,)
@@ -146,6 +148,26 @@ def tokens_of(
     """Tokens of prompts computed for each batch."""
     return [(b.n - b.shared) * len(b.cells) + c for b, c in zip(batches, chain_tokens(batches, cells), strict=True)]
 
+# %% ../../nbs/sweeps/02_plan.ipynb #aa60d488
+def batch_seconds(
+    batches: Sequence[Batch],  # in the order in which they run
+    cells: Sequence[Cell],  # all cells
+    task: Task,  # what is done with them
+    speed: Speed,  # of the model
+) -> list[float]:
+    """Seconds that each batch takes, about; at most, where what is written may end early."""
+    out = []
+    for b, chain in zip(batches, chain_tokens(batches, cells), strict=True):
+        own = [speed.reading(b.n - b.shared, b.shared) + _answer_seconds(cells[i], task, speed) for i in b.cells]
+        out.append(speed.reading(chain, b.shared - chain) + sum(own))
+    return out
+
+# %% ../../nbs/sweeps/02_plan.ipynb #0ddb2840
+def _answer_seconds(cell: Cell, task: Task, speed: Speed) -> float:
+    """Seconds for what comes after a prompt."""
+    forced = len(cell.completion)
+    return task.written(cell) * speed.word + (speed.reading(forced, len(cell), captured=True) if forced else 0.0)
+
 # %% ../../nbs/sweeps/02_plan.ipynb #1aa781ba
 @dataclass(frozen=True, repr=False)
 class Plan:
@@ -158,6 +180,7 @@ class Plan:
     memory: MemoryEstimate | None = None  # of the batch that needs most
     folder: str | None = None  # where results are kept
     chunk: int = 4096  # tokens a step
+    speed: Speed | None = None  # of the model; None: not measured
 
     @property
     def left(self) -> list[Batch]:
@@ -174,6 +197,11 @@ class Plan:
     def tokens(self) -> int:
         """Tokens of them that will be computed."""
         return sum(tokens_of(self.left, self.cells))
+
+    @property
+    def seconds(self) -> float | None:
+        """What is left takes about so long; None: the speed is not known."""
+        return None if self.speed is None else sum(batch_seconds(self.left, self.cells, self.task, self.speed))
 
     @property
     def frame(self) -> pl.DataFrame:
@@ -197,13 +225,18 @@ def _memory_line(memory: MemoryEstimate) -> str:
     free = f", {size_text(memory.available or 0)} free" if scarce else ""
     return f"{size_text(memory.needed)} of memory on top of {size_text(memory.weights)} of weights{free}"
 
+# %% ../../nbs/sweeps/02_plan.ipynb #4cbd3752
+def _time_text(seconds: float | None) -> str:
+    """About how long it takes, if that is known."""
+    return "" if seconds is None else f", about {minutes_text(seconds)}"
+
 # %% ../../nbs/sweeps/02_plan.ipynb #28f202f9
 @patch
 def __repr__(self: Plan) -> str:
     lines = [f"{len(self.cells):,} cells" + f", {len(self.finished):,} of them finished" * bool(self.finished)]
     if self.left:
         share = f" ({100 * self.tokens / self.naive:.0f} % of {self.naive:,} without shared beginnings)"
-        lines.append(f"{self.tokens:,} tokens to compute{share}, in {len(self.left):,} batches")
+        lines.append(f"{self.tokens:,} tokens to compute{share}, in {len(self.left):,} batches" + _time_text(self.seconds))
         if self.memory is not None: lines.append(_memory_line(self.memory))
     lines.append(f"results in {self.folder}" if self.folder else "results in memory only (out= keeps them)")
     return "Plan: " + "\n      ".join(lines)
@@ -236,6 +269,7 @@ def make_plan(
     reuse: bool = True,  # compute shared beginnings once
     batch_size: int = 8,  # cells that run together, at most; fewer where memory is short
     grain: int | None = None,  # shared beginnings are multiples of this many tokens
+    speed: Speed | None = None,  # of the model, if the plan is to say how long it takes
 ) -> Plan:
     """What there is to do, and what it takes."""
     reuse = reuse and can_share(lm)
@@ -243,4 +277,4 @@ def make_plan(
     size = min(chunk or lm.best_chunk(n, many), n)
     finished = frozenset(i for i, k in enumerate(keys) if store is not None and k in store.rows)
     folder = str(store.folder) if store is not None and store.folder else None
-    return Plan(cells, task, batches, finished, lm.memory(n, size, many), folder, size)
+    return Plan(cells, task, batches, finished, lm.memory(n, size, many), folder, size, speed)

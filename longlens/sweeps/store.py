@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from secrets import token_hex
@@ -17,7 +17,7 @@ import polars as pl
 
 from ..patch import patch
 from ..report import MARK, atomic_write
-from .cells import FORMAT, Tables
+from .cells import FORMAT, Tables, content, short_digest
 
 if TYPE_CHECKING:
     from longlens.sweeps import store as _store
@@ -117,6 +117,7 @@ class Store:
         self.rows: dict[str, pl.DataFrame] = {}  # key -> one row
         self.unwritten: list[str] = []
         self.files: list[Path] = []  # that this one has written
+        self.there: set[str] | None = None  # keys that the folder held when `once` first looked
 
     if TYPE_CHECKING:  # added below
         read = _store.read
@@ -126,6 +127,7 @@ class Store:
         collect = _store.collect
         names = _store.names
         table = _store.table
+        once = _store.once
 
 # %% ../../nbs/sweeps/01_store.ipynb #b04dee7e
 @patch
@@ -199,3 +201,21 @@ def table(self: Store, name: str, keys: Sequence[str]) -> pl.DataFrame:
     held = [self.rows[k] for k in keys if name in self.rows[k].columns]
     if not held: raise StoreError(f"no cell has a table {name!r}: there are {', '.join(self.names(keys)) or 'none'}")
     return _table_of(pl.concat([h.select("key", name) for h in held], how="vertical_relaxed"), name)
+
+# %% ../../nbs/sweeps/01_store.ipynb #c34f2b80
+@patch
+def once(
+    self: Store,
+    what: Any,  # all that decides what comes of it: plain values, tensors, dataclasses
+    make: Callable[[], Tables],  # does it
+) -> Tables:
+    """Tables that were made before; else they are made now, and written."""
+    key = short_digest([FORMAT, "once", content(what)])
+    if self.there is None: self.there = {k for rows in (_parts(self.folder) if self.folder else ()) for k in rows["key"]}
+    if key in self.there: self.read([key])
+    if key not in self.rows:
+        begun = time.perf_counter()
+        tables = {f"table {name}": frame for name, frame in make().items()}  # a cell's own columns are called otherwise
+        self.add([as_row(key, tables, {"seconds": time.perf_counter() - begun})])
+        self.write()
+    return {name.removeprefix("table "): self.table(name, [key]).drop("key") for name in self.names([key])}

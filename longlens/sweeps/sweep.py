@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
+from itertools import chain, repeat
 from typing import Any, Unpack
 
 import polars as pl
-from tqdm.auto import tqdm
+from ..progress import progress_bar
 
 from ..models.forward import LongModel
 from ..models.prefix import rope_regime
@@ -19,7 +20,8 @@ from ..models.load import ModelLike, load
 from ..models.text_model import check_length
 from ..run import PLANNERS, Run, RunOptions, run_of
 from .cells import Cell, Task, cell_key, fingerprint
-from .plan import Plan, make_plan
+from ..budget import TimeBudget, TimeIsUp
+from .plan import Plan, make_plan, tokens_of
 from .runner import Done
 from .store import COSTS, Store
 
@@ -88,23 +90,43 @@ def _prepare(
     keys = [cell_key(c, task, made_of) for c in cells]
     store.read(keys)
     batch_size = 8 if run.batch_size is None else run.batch_size
-    return _Prepared(lm, engine, store, keys, make_plan(lm, cells, task, store, keys, batch_size=batch_size, **how))
+    speed = None if run.time_budget is None else run.time_budget.speed
+    return _Prepared(lm, engine, store, keys, make_plan(lm, cells, task, store, keys, batch_size=batch_size, speed=speed, **how))
 
 # %% ../../nbs/sweeps/05_sweep.ipynb #32a097b4
 def _given_run(run: Run | None, options: RunOptions, who: str) -> Run:
     """The run that is meant, if nothing but a run was given."""
     given: dict[str, Any] = {**options}
-    run = run_of(run, given, uses=("out", "engine", "batch_size", "progress"), who=who)
+    run = run_of(run, given, uses=("out", "engine", "batch_size", "progress", "time_budget"), who=who)
     if given: raise TypeError(f"{who} got an unexpected keyword argument {next(iter(given))!r}")
     return run
 
+# %% ../../nbs/sweeps/05_sweep.ipynb #ee27c1b2
+class _Pace:
+    """How fast a sweep goes, and whether there is time for more."""
+
+    def __init__(self, budget: TimeBudget | None):
+        self.budget, self.tokens = budget, 0
+        self.begun = 0.0 if budget is None else budget.start().spent
+
+    def enough(self, tokens: int) -> bool:
+        """Is there time for so many tokens?"""
+        if self.budget is None: return True
+        return self.budget.enough(tokens * (self.budget.spent - self.begun) / self.tokens if self.tokens else 0.0)
+
+    def goes_on(self, tokens: int, following: int) -> bool:
+        """So many tokens are done: is there time for those that follow?"""
+        self.tokens += tokens
+        return self.enough(following)
+
 # %% ../../nbs/sweeps/05_sweep.ipynb #9f3b154f
-def _rows(done: Iterator[Done], bar: tqdm[Any]) -> Iterator[Sequence[pl.DataFrame]]:
-    """Rows of finished batches, for the store to take; the bar follows."""
+def _rows(done: Iterator[Done], sizes: Sequence[int], bar: Any, pace: _Pace) -> Iterator[Sequence[pl.DataFrame]]:
+    """Rows of finished batches, for the store to take, while there is time for the next; the bar follows."""
     try:
-        for d in done:
+        for d, following in zip(done, chain(sizes[1:], repeat(0)), strict=False):
             yield d.rows
             bar.update(d.tokens)
+            if not pace.goes_on(d.tokens, following): break
     finally: getattr(done, "close", lambda: None)()  # else an interrupt leaves the engine waiting, and its workers too
 
 # %% ../../nbs/sweeps/05_sweep.ipynb #8d563985
@@ -112,6 +134,24 @@ def _once(plan: Plan, keys: Sequence[str]) -> Plan:
     """The plan without cells that are the same as one before."""
     first = {k: i for i, k in reversed(list(enumerate(keys)))}
     return replace(plan, finished=plan.finished | {i for i, k in enumerate(keys) if first[k] != i})
+
+# %% ../../nbs/sweeps/05_sweep.ipynb #fbc34ac5
+def _only(plan: Plan, mine: Sequence[int]) -> Plan:
+    """The plan of some of the cells."""
+    return replace(plan, finished=plan.finished | (set(range(len(plan.cells))) - set(mine)))
+
+# %% ../../nbs/sweeps/05_sweep.ipynb #213f60d5
+def _run_rounds(made: _Prepared, rounds: Sequence[Sequence[int]] | None, bar: Any, budget: TimeBudget | None) -> int:
+    """Round after round, while there is time; how many are finished."""
+    every = [range(len(made.keys))]
+    pace, plan = _Pace(budget), _once(made.plan, made.keys)
+    for number, mine in enumerate(rounds if rounds and budget is not None else every):
+        todo = _only(plan, mine)
+        sizes = tokens_of(todo.left, todo.cells)
+        if not pace.enough(sum(sizes)): return number
+        if sizes: made.store.collect(_rows(made.engine(made.lm, todo, made.keys), sizes, bar, pace))
+        if not all(made.keys[i] in made.store.rows for i in mine): return number
+    return len(rounds or every)
 
 # %% ../../nbs/sweeps/05_sweep.ipynb #cf9651a7
 @dataclass(frozen=True, repr=False)
@@ -121,6 +161,7 @@ class SweepResult:
     plan: Plan
     keys: list[str]  # of the cells, in their order
     store: Store
+    rounds: int = 1  # that were finished
 
     def table(self, name: str) -> pl.DataFrame:
         """One table of all cells, in their order: what the axes say, then the results."""
@@ -139,6 +180,18 @@ class SweepResult:
         costs = f"{self.costs['tokens'].sum():,} tokens computed, {self.costs['seconds'].sum():.1f} s"
         return f"SweepResult({len(self.keys):,} cells, {costs})"
 
+# %% ../../nbs/sweeps/05_sweep.ipynb #08197bcc
+def _result(made: _Prepared, rounds: Sequence[Sequence[int]] | None, finished: int, name: str) -> SweepResult:
+    """What came of the rounds that were finished."""
+    if not finished:
+        there = sum(k in made.store.rows for k in made.keys)
+        raise TimeIsUp(f"{name}: time was up after {there} of {len(made.keys)} prompts, before one whole round was finished"
+                       + ": the same call goes on from there" * bool(made.store.folder))
+    if rounds is None or finished == len(rounds): return SweepResult(made.plan, made.keys, made.store, finished)
+    mine = sorted(i for r in rounds[:finished] for i in r)
+    plan = replace(made.plan, cells=[made.plan.cells[i] for i in mine], batches=[])
+    return SweepResult(plan, [made.keys[i] for i in mine], made.store, finished)
+
 # %% ../../nbs/sweeps/05_sweep.ipynb #ac40e3f8
 def sweep(
     model: ModelLike,  # a LongModel, or whatever `load` takes
@@ -148,17 +201,20 @@ def sweep(
     reuse: bool = True,  # compute what prompts begin with in common once
     chunk: int | None = None,  # tokens a step; None: what fits in memory
     grain: int | None = None,  # shared beginnings are multiples of this many tokens; None: 8 to 512, by the longest prompt
+    rounds: Sequence[Sequence[int]] | None = None,  # numbers of cells that belong together, for a time budget; None: all of them do
     title: str | None = None,  # what the bar is called; None: the task's name
     run: Run | None = None,  # how it is run
-    **options: Unpack[RunOptions],  # out, engine, batch_size (8 cells of equal length, at most), progress, one by one
+    **options: Unpack[RunOptions],  # out, engine, batch_size (8 cells of equal length, at most), progress, time_budget, one by one
 ) -> SweepResult:
-    """Do a task with every cell of a grid; what is finished is kept, and not done again. `plan` shows what it would do."""
+    """Do a task with every cell of a grid; what is finished is kept, and not done again. `plan` shows what it would do.
+
+    With a time budget, the result holds the rounds that were finished in time; `TimeIsUp` if there is none."""
     run = _given_run(run, options, "sweep")
     made = _prepare(model, cells, task, run, reuse=reuse, chunk=chunk, grain=grain)
     name = title or type(task).__name__.lower()
-    with tqdm(total=made.plan.tokens, unit="tok", unit_scale=True, desc=name, disable=not run.progress) as bar:
-        made.store.collect(_rows(made.engine(made.lm, _once(made.plan, made.keys), made.keys), bar))
-    return SweepResult(made.plan, made.keys, made.store)
+    with progress_bar(total=made.plan.tokens, unit="tok", unit_scale=True, desc=name, disable=not run.progress) as bar:
+        finished = _run_rounds(made, rounds, bar, run.time_budget)
+    return _result(made, rounds, finished, name)
 
 # %% ../../nbs/sweeps/05_sweep.ipynb #a6a13a27
 def plan_sweep(
@@ -169,6 +225,7 @@ def plan_sweep(
     reuse: bool = True,
     chunk: int | None = None,
     grain: int | None = None,
+    rounds: Sequence[Sequence[int]] | None = None,  # not used
     title: str | None = None,  # not used
     run: Run | None = None,
     **options: Unpack[RunOptions],

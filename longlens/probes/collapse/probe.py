@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import polars as pl
-from tqdm.auto import tqdm
+from ...progress import progress_bar
 
 from ...encoders.encoder import Encoder
 from ...encoders.load import EncoderLike, load_encoder
@@ -31,6 +31,7 @@ from longlens.probes.collapse.inputs import (
 from .parts import Part, all_parts, changes, encoder_key, obstacle, reach
 from .report import CollapseReport
 from ...prompts.questions import Question
+from ...budget import TimeBudget
 from ...report import plain
 from ...run import PLANNERS, Run, run_of, settings_of
 from ...sweeps.cells import model_meta
@@ -139,13 +140,13 @@ def length_collapse(
     beyond: int | Iterable[int] | None = None,  # lengths at which these are measured, tokens; None: twice the encoder's positions
     retrieval: str | Sequence[str] | None = None,  # "passkey", "needle", "passages"; None: those that can be asked; (): none
     settings: CollapseSettings | None = None,  # the rest; None: the defaults
-    run: Run | None = None,  # out, batch_size (None: 32), progress, seed
+    run: Run | None = None,  # out, batch_size (None: 32), progress, seed, time_budget
     **options: Unpack[CollapseOptions],  # fields of `CollapseSettings` and of `Run`, one by one
 ) -> CollapseReport:
     """What length does to embeddings (arXiv 2410.24200), and what mends it."""
     job, how = _prepare(encoder, texts, lengths, natural, questions, n_documents, taus, windows, beyond, retrieval,
                         settings, run, {**options})
-    _do_parts(job, how.progress)
+    _do_parts(job, how.progress, how.time_budget)
     return _assemble(job)
 
 # %% ../../../nbs/probes/collapse/14_probe.ipynb #2454b969
@@ -156,7 +157,7 @@ def _prepare(
     options: dict[str, Any],
 ) -> tuple[_Job, Run]:
     """All parts of a measurement, and how it is run; the arguments are those of `length_collapse`."""
-    how = run_of(run, options, ("out", "batch_size", "progress", "seed"), "length_collapse")
+    how = run_of(run, options, ("out", "batch_size", "progress", "seed", "time_budget"), "length_collapse")
     given = settings_of(CollapseSettings, settings, options, "length_collapse")
     enc = load_encoder(encoder)
     ways, past = _windows(enc, windows, beyond)
@@ -213,7 +214,7 @@ class _Job:
         return pl.DataFrame(rows, infer_schema_length=None)
 
 # %% ../../../nbs/probes/collapse/14_probe.ipynb #0db6661d
-def _run_one(job: _Job, p: Part, key: str, tokens: int, bar: tqdm[Any]) -> pl.DataFrame:
+def _run_one(job: _Job, p: Part, key: str, tokens: int, bar: Any) -> pl.DataFrame:
     """One part, timed and made into a row."""
     begun, done = time.perf_counter(), bar.n
     with p.change.apply(job.enc, p.longest(job.enc)): tables = p.run(job.enc, job.batch_size, bar.update)
@@ -222,16 +223,19 @@ def _run_one(job: _Job, p: Part, key: str, tokens: int, bar: tqdm[Any]) -> pl.Da
     return as_row(key, tables, cost)
 
 # %% ../../../nbs/probes/collapse/14_probe.ipynb #f82a4102
-def _finished(job: _Job, bar: tqdm[Any]) -> Iterator[list[pl.DataFrame]]:
-    """Run what is not finished, part after part."""
-    for p, key, tokens in zip(job.parts, job.keys, job.tokens, strict=True):
-        if key not in job.store.rows: yield [_run_one(job, p, key, tokens, bar)]
+def _finished(job: _Job, bar: Any, budget: TimeBudget | None) -> Iterator[list[pl.DataFrame]]:
+    """Run what is not finished, part after part, while there is time."""
+    for i, (p, key, tokens) in enumerate(zip(job.parts, job.keys, job.tokens, strict=True)):
+        if key in job.store.rows: continue
+        if budget is not None: budget.check(what=f"length collapse ({i} of {len(job.parts)} parts are finished)")
+        yield [_run_one(job, p, key, tokens, bar)]
 
 
-def _do_parts(job: _Job, progress: bool) -> None:
+def _do_parts(job: _Job, progress: bool, budget: TimeBudget | None) -> None:
+    """All that is not finished."""
     left = sum(n for n, key in zip(job.tokens, job.keys, strict=True) if key not in job.store.rows)
-    with tqdm(total=left, unit="tok", unit_scale=True, desc="length collapse", disable=not progress) as bar:
-        job.store.collect(_finished(job, bar))
+    with progress_bar(total=left, unit="tok", unit_scale=True, desc="length collapse", disable=not progress) as bar:
+        job.store.collect(_finished(job, bar, budget))
 
 # %% ../../../nbs/probes/collapse/14_probe.ipynb #5e52bf75
 def _shortened(job: _Job) -> pl.DataFrame:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, Unpack
 
@@ -15,7 +15,7 @@ import polars as pl
 
 from ...models.forward import LongModel
 from ...models.load import ModelLike, load
-from ..generate import Ask, Prepared, check_metric, longer, reply_length, reply_stops, with_scores
+from ..generate import Ask, Prepared, check_metric, longer, reply_length, reply_stops, rounds_by, with_scores
 from .frames import grid_frames
 from .inputs import GridDesign, check_threshold, grid_cells
 from .report import GridReport
@@ -90,7 +90,7 @@ def _remedies(asked: Sequence[str] | Mapping[str, Remedy]) -> dict[str, Remedy]:
     return chosen
 
 # %% ../../../nbs/probes/grid/03_probe.ipynb #1f552981
-_RUN = "out", "engine", "batch_size", "allow_longer", "progress", "seed"  # of Run, what counts here
+_RUN = "out", "engine", "batch_size", "allow_longer", "progress", "seed", "time_budget"  # of Run, what counts here
 
 
 def _prepare(
@@ -109,7 +109,7 @@ def _prepare(
     with longer(lm, run.allow_longer): cells = grid_cells(lm, design, chosen, how)
     check_metric(metric, cells)
     task = Ask(design.max_new_tokens, design.stop, heads_on=r"needle(_\d+)?", mean_on="$^")
-    return design, chosen, Prepared(lm, cells, task, run, "needle grid")
+    return design, chosen, Prepared(lm, cells, task, run, "needle grid", rounds_by([c.axes["trial"] for c in cells]))
 
 # %% ../../../nbs/probes/grid/03_probe.ipynb #7b580f33
 def needle_grid(
@@ -124,13 +124,14 @@ def needle_grid(
     haystack: Haystack | None = None,  # None: generated filler
     metric: str = "string_match_all",  # one of METRICS
     settings: GridSettings | None = None,  # the rest, together
-    run: Run | None = None,  # how it is run: of its fields out, engine, batch_size (8), allow_longer, progress and seed
+    run: Run | None = None,  # how it is run: of its fields out, engine, batch_size (8), allow_longer, progress, seed, time_budget
     **options: Unpack[GridOptions],  # fields of GridSettings and of Run, one by one
 ) -> GridReport:
     """Does the model find needles at every depth of every length? (Kamradt 2023; RULER, arXiv 2404.06654)"""
     design, chosen, ready = _prepare(model, lengths, depths, kinds, trials, remedies, wording, haystack, metric, settings, run,
                                      dict(options))
-    return _report(design, chosen, ready, ready.sweep())
+    done = ready.sweep()
+    return _report(replace(design, trials=min(design.trials, done.rounds)), chosen, ready.first(done.rounds), done)
 
 
 PLANNERS[needle_grid] = lambda *args, **kw: _prepare(**arguments_of(needle_grid, args, kw))[-1].plan()

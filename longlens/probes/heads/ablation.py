@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import polars as pl
 from torch import Tensor
-from tqdm.auto import tqdm
+from ...progress import progress_bar
 
+from ...budget import TimeBudget, TimeIsUp
 from ...interventions.heads import Ablate, mean_outputs
 from ...interventions.base import intervene
 from ...models.forward import LongModel
 from ...models.tokens import TokenIds, Tokens
 from ...prompts.compose import Context
+from ...sweeps.cells import content, fingerprint
+from ...sweeps.store import Store
 
 # %% auto #0
 __all__ = ['Heads', 'perplexity', 'answer_quality', 'random_orders', 'ablation_curve']
@@ -70,13 +75,58 @@ def _counts(counts: Sequence[int] | None, order: Heads, n_all: int) -> list[int]
     return sorted({0, *counts})
 
 # %% ../../../nbs/probes/heads/03_ablation.ipynb #dbbc4dc9
-def _arms(order: Heads, draws: list[list[tuple[int, int]]], counts: Sequence[int]) -> Iterator[tuple[str, int, int, Heads]]:
+_Arm = tuple[str, int, int, Heads]  # which, draw, count, heads
+_WHOLE: _Arm = ("top", 0, 0, [])
+
+
+def _arms(order: Heads, draws: list[list[tuple[int, int]]], counts: Sequence[int]) -> Iterator[_Arm]:
     "Which, draw, count, heads of every run"
-    yield "top", 0, 0, []
+    yield _WHOLE
     for which, orders in (("top", [order]), ("random", draws)):
         for draw, o in enumerate(orders):
             for k in counts:
                 if k: yield which, draw, k, o[:k]
+
+# %% ../../../nbs/probes/heads/03_ablation.ipynb #53cba973
+class _Step:
+    "What is left without some heads, and how long that took to find out"
+
+    def __init__(self, lm: LongModel, contexts: Sequence[Context], control: Tensor, mode: str, means: Tensor | None, store: Store | None):
+        self.lm, self.contexts, self.control, self.mode, self.means, self.store = lm, contexts, control, mode, means, store
+        self.seconds, self.about = 0.0, []    # of the last step that was run
+        if store is not None:
+            asked = [(c.tokens.ids, c.completion_ids) for c in contexts]
+            self.about = [fingerprint(lm), "ablation", content([asked, control, mode])]
+
+    def __call__(self, arm: _Arm) -> dict[str, Any]:
+        "A row of the table"
+        which, draw, k, heads = arm
+        make = lambda: {"step": pl.DataFrame([self.run(heads)])}
+        found = make() if self.store is None else self.store.once([*self.about, sorted(map(list, heads))], make)
+        values = found["step"].row(0, named=True)
+        return dict(silenced=k, which=which, draw=draw, **values, heads=" ".join(f"{a}-{b}" for a, b in heads))
+
+    def run(self, heads: Heads) -> dict[str, float]:
+        "Accuracy, log-probability and perplexity with these heads silenced"
+        begun = time.monotonic()
+        with intervene(self.lm, Ablate(heads, self.mode, self.means)) if heads else nullcontext():
+            accuracy, logprob = answer_quality(self.lm, self.contexts)
+            ppl = perplexity(self.lm, self.control)
+        self.seconds = time.monotonic() - begun
+        return dict(accuracy=accuracy, logprob=logprob, perplexity=ppl)
+
+# %% ../../../nbs/probes/heads/03_ablation.ipynb #9d7dcde2
+def _urgent_first(arms: Sequence[_Arm], first: int) -> list[_Arm]:
+    "The model as it is, then so many of the best heads and one draw of others, then the rest"
+    urgent = [a for a in arms if a[2] == 0 or (a[2] == first and a[1] == 0)]
+    return [*urgent, *(a for a in arms if a not in urgent)]
+
+# %% ../../../nbs/probes/heads/03_ablation.ipynb #a76215d5
+def _enough_steps(rows: dict[tuple[str, int, int], dict[str, Any]], arms: Sequence[_Arm], first: int) -> pl.DataFrame:
+    "The steps that were finished, if they allow a comparison: counts that both the best and others have"
+    if ("random", 0, first) not in rows: raise TimeIsUp(f"ablation: time was up after {len(rows)} of {len(arms)} steps")
+    both = {k for which, _, k in rows if which == "random"} & {k for which, _, k in rows if which == "top"} | {0}
+    return pl.DataFrame([rows[arm[:3]] for arm in arms if arm[:3] in rows and arm[2] in both])
 
 # %% ../../../nbs/probes/heads/03_ablation.ipynb #29fce15a
 def ablation_curve(
@@ -89,16 +139,16 @@ def ablation_curve(
     mode: str = "zero",  # "zero", "mean" (of `control`) or "uniform"
     seed: int = 0,  # of the draws
     progress: bool = True,  # show a bar
+    store: Store | None = None,  # where finished steps are kept; None: nowhere
+    time_budget: TimeBudget | None = None,  # of its minutes; it ends with the last step that was finished
+    first: int = 1,  # how many heads are silenced first, where there is a time budget
 ) -> pl.DataFrame:  # silenced, which, draw, accuracy, logprob, perplexity, heads
     "Retrieval and ordinary text with more and more heads silenced: the best, and others"
     ks = _counts(counts, order, len(lm.attention_layers) * lm.n_heads)
     arms = list(_arms(order, random_orders(lm, order[:max(ks)], n_random, seed), ks))
     means: Tensor | None = mean_outputs(lm, lm.tokens(control).ids) if mode == "mean" else None
-    rows = []
-    for which, draw, k, heads in tqdm(arms, desc="ablation", disable=not progress):
-        with intervene(lm, Ablate(heads, mode, means)) if heads else nullcontext():
-            accuracy, logprob = answer_quality(lm, contexts)
-            ppl = perplexity(lm, control)
-        rows.append(dict(silenced=k, which=which, draw=draw, accuracy=accuracy, logprob=logprob, perplexity=ppl,
-                         heads=" ".join(f"{a}-{b}" for a, b in heads)))
-    return pl.DataFrame(rows)
+    step, rows = _Step(lm, contexts, lm.tokens(control).ids, mode, means, store), {}
+    for arm in progress_bar(_urgent_first(arms, first) if time_budget else arms, desc="ablation", disable=not progress):
+        if time_budget is not None and not time_budget.enough(step.seconds): break
+        rows[arm[:3]] = step(arm)
+    return _enough_steps(rows, arms, first) if time_budget else pl.DataFrame([rows[arm[:3]] for arm in arms])

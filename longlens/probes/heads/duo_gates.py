@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypedDict, Unpack
 import polars as pl
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from ...progress import progress_bar
 
 from ...attention.hf_interface import LayerCall, UnsupportedModel, hf_model
 from ...interventions.base import Intervention, intervene
@@ -178,7 +178,7 @@ def duo_gates(
     text_of = _text_source(lm, texts, s)
     gates = torch.ones(len(lm.attention_layers), lm.n_kv_heads, device=lm.device, requires_grad=True)
     optimizer, log = torch.optim.AdamW([gates], lr=s.lr, weight_decay=0.0), []
-    with _frozen(lm), tqdm(total=s.steps, desc="gates", disable=not progress) as bar:
+    with _frozen(lm), progress_bar(total=s.steps, desc="gates", disable=not progress) as bar:
         for step in range(s.steps):
             log.append(_train_step(lm, gates, optimizer, text_of(step), step, s))
             bar.update()

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Unpack
 
 import numpy as np
@@ -16,7 +16,7 @@ from ...models.forward import LongModel
 from ...models.load import ModelLike, load
 from ...models.tokens import TokenIds, Tokens
 from ...needle_lm.data import filler
-from ..generate import Prepared
+from ..generate import Prepared, rounds_by
 from .ablation import ablation_curve
 from longlens.probes.heads.frames import (
     agreement_frame, head_grid_frame, head_scores_frame, stability_frame, trial_scores_frame, trials_frame,
@@ -29,7 +29,9 @@ from ...prompts.compose import Context
 from ...prompts.haystack import Haystack
 from ...prompts.wording import Wording
 from ...run import PLANNERS, Run, RunOptions, arguments_of, run_of, settings_of
-from ...sweeps.cells import Cell, model_meta
+from ...budget import TimeIsUp
+from ...sweeps.cells import Cell, content, fingerprint, model_meta
+from ...sweeps.store import Store
 from ...sweeps.plan import Plan
 
 # %% auto #0
@@ -45,6 +47,7 @@ class HeadSettings:
     keep_all: bool = False  # also count trials in which the needle was not found
     max_new_tokens: int = 50  # for "decode"
     n_random: int = 5  # draws of as many other heads, for the ablation
+    n_answers: int = 10  # contexts asked again with heads silenced: the shortest of those that were answered right
 
 # %% ../../../nbs/probes/heads/09_probe.ipynb #73c7f486
 class HeadOptions(RunOptions, total=False):
@@ -55,6 +58,7 @@ class HeadOptions(RunOptions, total=False):
     keep_all: bool
     max_new_tokens: int
     n_random: int
+    n_answers: int
 
 # %% ../../../nbs/probes/heads/09_probe.ipynb #90e53dd3
 def _lengths(lm: LongModel) -> list[int]:
@@ -96,7 +100,7 @@ def _placed(
     return _design(lm, sorted({n for n, *_ in placed}), sorted({d for _, d, _ in placed}), **how), placed
 
 # %% ../../../nbs/probes/heads/09_probe.ipynb #e3668352
-_RUN = "out", "engine", "progress", "seed"  # of Run, what counts here
+_RUN = "out", "engine", "progress", "seed", "time_budget"  # of Run, what counts here
 
 
 def _prepare(
@@ -110,46 +114,63 @@ def _prepare(
     run = run_of(run, options, _RUN, "retrieval_heads")
     s, lm = settings_of(HeadSettings, settings, options, "retrieval_heads"), load(model)
     design, placed = _placed(lm, contexts, lengths, depths, haystack, wording=wording, s=s, trials=trials, seed=run.seed)
-    task = Watch(design.mode, design.max_new_tokens)
-    return design, s, placed, Prepared(lm, [Cell.of(c) for *_, c in placed], task, run, "retrieval heads")
+    task, cells = Watch(design.mode, design.max_new_tokens), [Cell.of(c) for *_, c in placed]
+    rounds = rounds_by([i if contexts else i // len(design.depths) % trials for i in range(len(cells))])
+    return design, s, placed, Prepared(lm, cells, task, run, "retrieval heads", rounds)
+
+# %% ../../../nbs/probes/heads/09_probe.ipynb #fba81383
+def _method_scores(ready: Prepared, design: HeadDesign, method: str) -> pl.DataFrame:  # a column a score, a row a head
+    "What another view of the heads says; kept, where results are"
+    def make() -> dict[str, pl.DataFrame]:
+        found = METHODS[method](ready.lm, design, ready.run.progress)
+        return {"scores": pl.DataFrame({name: x.flatten().numpy() for name, x in found.items()})}
+    if ready.run.out is None: return make()["scores"]
+    about = [fingerprint(ready.lm), "heads by", method, content([design.wording, design.n_keys, design.seed])]
+    return Store(ready.run.out).once(about, make)["scores"]
 
 # %% ../../../nbs/probes/heads/09_probe.ipynb #66bed468
-def _heads(lm: LongModel, design: HeadDesign, counted: Sequence[Trial], methods: Sequence[str], progress: bool) -> pl.DataFrame:
-    "One row a head: its score, is it a retrieval head, and its other scores"
+def _heads(ready: Prepared, design: HeadDesign, counted: Sequence[Trial], methods: Sequence[str]) -> tuple[pl.DataFrame, list[str]]:
+    "One row a head: its score, is it a retrieval head, and its other scores; and the methods that there was time for"
+    lm, budget, done = ready.lm, ready.run.time_budget, list[str]()
     heads, score = head_scores_frame(lm, counted), pl.col("retrieval_score")
     heads = heads.with_columns(retrieval_head=(score >= design.threshold) & score.is_not_nan())
     for m in methods:
-        for name, x in METHODS[m](lm, design, progress).items(): heads = heads.with_columns(pl.Series(name, x.flatten().numpy()))
-    return heads
+        if budget is not None and not budget.enough(): break
+        heads = heads.with_columns(_method_scores(ready, design, m).get_columns())
+        done.append(m)
+    return heads, done
 
 # %% ../../../nbs/probes/heads/09_probe.ipynb #02e53a81
 def _report(design: HeadDesign, placed: Sequence[Placed], done: Sequence[Trial], methods: Sequence[str], ready: Prepared) -> HeadReport:
     "Frames and metadata without the ablation"
     lm, counted = ready.lm, [t for t in done if t.kept or design.keep_all]
-    heads = _heads(lm, design, counted, methods, ready.run.progress)
+    heads, finished = _heads(ready, design, counted, methods)
     top = max(1, int(heads["retrieval_head"].sum()))
     frames = {"heads": heads, "trials": trials_frame(placed, done), "scores": trial_scores_frame(lm, done, design.keep_all),
               "grid": head_grid_frame(lm, placed, done, design.keep_all),
               "stability": stability_frame(counted, top, seed=design.seed), "agreement": agreement_frame(heads, top)}
-    meta = {**model_meta(lm, sizes=True), "settings": asdict(design), "counted": len(counted), "methods": list(methods)}
+    meta = {**model_meta(lm, sizes=True), "settings": asdict(design), "counted": len(counted), "methods": finished}
     return HeadReport(frames, meta)
 
 # %% ../../../nbs/probes/heads/09_probe.ipynb #6f76aa97
 def _prove(
-    lm: LongModel,  # the model
+    ready: Prepared,  # the model, and how it is run
     report: HeadReport,  # gets the table "ablation"
     answered: Sequence[Context],  # answered right
     mode: str,  # "zero", "mean" or "uniform"
     control: str | Tokens | TokenIds | None,  # ordinary text; None: generated filler
     n_random: int,  # draws of other heads
-    progress: bool,
 ) -> None:
-    "Silence the best heads, and as many others"
+    "Silence the best heads, and as many others, if there is time"
+    lm, run = ready.lm, ready.run
     if control is None: control = lm.encode_text(filler(40, seed=12), True).ids[:min(512, lm.max_length or 512)]
     counts, shown = _counts(report)
-    report.frames["ablation"] = ablation_curve(lm, report.ranked, answered, control, counts=counts, n_random=n_random, mode=mode,
-                                               seed=report.meta["settings"]["seed"], progress=progress)
-    report.meta["shown_count"] = shown
+    try:
+        report.frames["ablation"] = ablation_curve(
+            lm, report.ranked, answered, control, counts=counts, n_random=n_random, mode=mode, seed=report.meta["settings"]["seed"],
+            progress=run.progress, store=None if run.out is None else Store(run.out), time_budget=run.time_budget, first=shown)
+        report.meta["shown_count"] = shown
+    except TimeIsUp as e: report.meta["left_out"] = str(e)
 
 # %% ../../../nbs/probes/heads/09_probe.ipynb #6c84a6f0
 def _counts(report: HeadReport) -> tuple[list[int], int]:
@@ -161,10 +182,23 @@ def _counts(report: HeadReport) -> tuple[list[int], int]:
     return counts, min(shown, most)
 
 # %% ../../../nbs/probes/heads/09_probe.ipynb #a87c4ea1
-def _shortest_right(placed: Sequence[Placed], done: Sequence[Trial]) -> list[Context]:
-    "The shortest contexts that were answered right, 10 at most"
-    short = sorted((n, i) for i, (n, _, _) in enumerate(placed) if done[i].right)[:10]
+def _shortest_right(placed: Sequence[Placed], done: Sequence[Trial], most: int) -> list[Context]:
+    "The shortest contexts that were answered right"
+    short = sorted((n, i) for i, (n, _, _) in enumerate(placed) if done[i].right)[:most]
     return [placed[i][2] for _, i in short]
+
+# %% ../../../nbs/probes/heads/09_probe.ipynb #1c83de2d
+def _trials(ready: Prepared, placed: Sequence[Placed]) -> tuple[list[Placed], list[Trial]]:
+    "The trials that were finished, with their places"
+    budget = ready.run.time_budget
+    if budget is not None:
+        part = budget.part(.8 * budget.start().left)
+        ready = replace(ready, run=replace(ready.run, time_budget=part))
+    made = ready.sweep()
+    kept = sorted(i for r in (ready.rounds or [range(len(placed))])[:made.rounds] for i in r) if budget is not None else range(len(placed))
+    mine = [placed[i] for i in kept]
+    assert isinstance(ready.task, Watch)
+    return mine, trials_of(ready.lm, [c for *_, c in mine], ready.task, made)
 
 # %% ../../../nbs/probes/heads/09_probe.ipynb #3aeb509b
 def retrieval_heads(
@@ -180,16 +214,17 @@ def retrieval_heads(
     ablation: str | None = "zero",  # how heads are silenced: "zero", "mean", "uniform"; None: no ablation
     control: str | Tokens | TokenIds | None = None,  # ordinary text for the ablation's perplexity; None: generated filler
     settings: HeadSettings | None = None,  # the rest, together
-    run: Run | None = None,  # how it is run: of its fields out, engine, progress and seed
+    run: Run | None = None,  # how it is run: of its fields out, engine, progress, seed and time_budget
     **options: Unpack[HeadOptions],  # fields of HeadSettings and of Run, one by one
 ) -> HeadReport:
     "Find a model's retrieval heads, and prove them (Wu et al. 2024, arXiv 2404.15574)"
     design, s, placed, ready = _prepare(model, contexts, lengths, depths, trials, wording, haystack, methods, settings, run, dict(options))
-    done = trials_of(ready.lm, [c for *_, c in placed], Watch(design.mode, design.max_new_tokens), ready.sweep())
+    placed, done = _trials(ready, placed)
+    design = replace(design, trials=min(design.trials, len(placed) // (len(design.lengths) * len(design.depths)) or 1))
     report = _report(design, placed, done, methods, ready)
     report.meta |= {"ablation_mode": ablation}
-    if ablation and report.meta["counted"] and (answered := _shortest_right(placed, done)):
-        _prove(ready.lm, report, answered, ablation, control, s.n_random, ready.run.progress)
+    if ablation and report.meta["counted"] and (answered := _shortest_right(placed, done, s.n_answers)):
+        _prove(ready, report, answered, ablation, control, s.n_random)
     return report
 
 # %% ../../../nbs/probes/heads/09_probe.ipynb #20f61cd2

@@ -148,6 +148,8 @@ class Watch(Task):
         if self.mode == "teacher" and not len(cell.completion):
             raise ValueError(f"teacher forcing needs the true completion, and {cell!r} has none")
 
+    def written(self, cell: Cell) -> int: return self.max_new_tokens if self.mode == "decode" else 0
+
     def run(self, lm: LongModel, cells: Sequence[Cell], start: Start) -> list[dict[str, pl.DataFrame]]:
         done = _teacher_forced(lm, cells, start) if self.mode == "teacher" else _decoded(lm, cells, start, self.max_new_tokens)
         layers = lm.attention_layers

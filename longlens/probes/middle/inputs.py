@@ -17,7 +17,7 @@ from ..remedies import Remedy
 from ...prompts.wording import draw_distinct
 from ...prompts.multi_document import place_answer
 from longlens.prompts.questions import (
-    fact_pairs, fact_questions, KeyValue, Question, read_key_values, read_questions, with_distractors,
+    fact_pairs, fact_questions, KeyValue, Question, question_file, read_key_values, read_questions, with_distractors,
 )
 from ...sweeps.cells import Cell
 
@@ -57,7 +57,8 @@ Item = Question | KeyValue
 def _from_file(path: Path, limit: int | None) -> list[Item]:
     """Questions of a file of either published form."""
     import gzip
-    if not path.is_file(): raise FileNotFoundError(f'there is no file {path}: task is "documents", "kv", a file, or a list of questions')
+    if not path.is_file():
+        raise FileNotFoundError(f'there is no file {path}: task is "documents", "kv", "nq-sample", a file, or a list of questions')
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f: first = f.readline()
     return list((read_key_values if '"ordered_kv_records"' in first else read_questions)(path, limit))
 
@@ -75,7 +76,7 @@ def _uuid_pairs(n: int, rng: Random) -> KeyValue:
     return KeyValue(tuple(zip(drawn[::2], drawn[1::2], strict=True)), drawn[0], drawn[1])
 
 # %% ../../../nbs/probes/middle/00_inputs.ipynb #0d0fa7c1
-Questions = str | Path | Sequence[Item]  # "documents" or "kv": made ones; a file of the published form; or the questions themselves
+Questions = str | Path | Sequence[Item]  # made ones: "documents" or "kv"; a file as published, or "nq-sample"; or the questions themselves
 
 
 def get_items(
@@ -91,7 +92,7 @@ def get_items(
                          "or more")
     if isinstance(task, str) and task in ("documents", "kv"):
         return _made(lm, task, n_documents or (20 if task == "documents" else 75), n_questions, seed)
-    items: list[Item] = _from_file(Path(task), n_questions) if isinstance(task, (str, Path)) else list(task)[:n_questions]
+    items: list[Item] = _from_file(question_file(task), n_questions) if isinstance(task, (str, Path)) else list(task)[:n_questions]
     return _sized(items, task, n_documents, seed)
 
 # %% ../../../nbs/probes/middle/00_inputs.ipynb #d864c37b

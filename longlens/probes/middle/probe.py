@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -15,7 +15,7 @@ import polars as pl
 
 from ...models.forward import LongModel
 from ...models.load import ModelLike, load
-from ..generate import Ask, Prepared, check_metric, longer, reply_length, reply_stops, with_scores
+from ..generate import Ask, Prepared, check_metric, longer, reply_length, reply_stops, rounds_by, with_scores
 from ..answer_scores import METRICS
 from longlens.probes.middle.frames import (
     KEYS, baseline_frame, curve_frame, documents_frame, effects_frame, indices_frame, mean_mass, top_heads, with_attention,
@@ -92,7 +92,7 @@ def _design(
                         stop=reply_stops(lm, s.stop, metric), chat=s.chat, what="pairs" if kv else "documents", **rest)
 
 # %% ../../../nbs/probes/middle/04_probe.ipynb #14b57219
-_RUN = "out", "engine", "batch_size", "allow_longer", "progress", "seed"  # of Run, what counts here
+_RUN = "out", "engine", "batch_size", "allow_longer", "progress", "seed", "time_budget"  # of Run, what counts here
 
 
 def _prepare(
@@ -110,7 +110,8 @@ def _prepare(
         cells = middle_cells(lm, items, design, chosen, longest)
         if baselines: cells += baseline_cells(lm, items, design, longest)
     check_metric(design.metric, cells)
-    return design, chosen, Prepared(lm, cells, Ask(design.max_new_tokens, design.stop), run, "lost in the middle")
+    rounds = rounds_by([c.axes["question"] for c in cells])
+    return design, chosen, Prepared(lm, cells, Ask(design.max_new_tokens, design.stop), run, "lost in the middle", rounds)
 
 # %% ../../../nbs/probes/middle/04_probe.ipynb #336a9f3e
 def lost_in_the_middle(
@@ -125,13 +126,14 @@ def lost_in_the_middle(
     metric: str | None = None,  # one of METRICS; None: the published one of the task
     baselines: bool = True,  # also ask without documents, and with the right one only
     settings: MiddleSettings | None = None,  # the rest, together
-    run: Run | None = None,  # how it is run: of its fields out, engine, batch_size (8), allow_longer, progress and seed
+    run: Run | None = None,  # how it is run: of its fields out, engine, batch_size (8), allow_longer, progress, seed, time_budget
     **options: Unpack[MiddleOptions],  # fields of MiddleSettings and of Run, one by one
 ) -> MiddleReport:
     """How well a question is answered, by where its answer stands (Liu et al. 2023, arXiv 2307.03172)."""
     design, chosen, ready = _prepare(model, task, n_documents, positions, n_questions, variants, remedies, metric, baselines, settings,
                                      run, dict(options))
-    return _report(design, chosen, ready, ready.sweep())
+    done = ready.sweep()
+    return _report(replace(design, questions=min(design.questions, done.rounds)), chosen, ready.first(done.rounds), done)
 
 
 PLANNERS[lost_in_the_middle] = lambda *args, **kw: _prepare(**arguments_of(lost_in_the_middle, args, kw))[-1].plan()

@@ -8,16 +8,21 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import Any, TypeGuard
 
 import polars as pl
+from torch import Tensor
 
 from ...models.forward import LongModel
 from ...models.load import ModelLike, load
 from ...models.tokens import TokenIds, Tokens
 from .metrics import SinkSettings, made_sequences, metric_frame, natural_sequences, text_frames
 from .report import SinkReport
-from ...sweeps.cells import model_meta
+from ...budget import TimeBudget
+from ...sweeps.cells import content, fingerprint, model_meta
+from ...sweeps.store import Store
 
 # %% auto #0
 __all__ = ['Text', 'attention_sinks']
@@ -40,13 +45,20 @@ def _texts(lm: LongModel, texts: Text | Sequence[Text]) -> list[Tokens]:
         if len(t) < 2: raise ValueError(f"text {i} has {len(t)} token: attention to earlier tokens needs 2 or more")
     return tokens
 
+# %% ../../../nbs/probes/sinks/03_probe.ipynb #d0eb4e1b
+def _metric(lm: LongModel, kind: str, ids: Tensor, settings: SinkSettings) -> dict[str, pl.DataFrame]:
+    "The published metric of one kind of input"
+    return {"metric": metric_frame(lm, {kind: ids}, settings)}
+
 # %% ../../../nbs/probes/sinks/03_probe.ipynb #d7cc135f
-def _steps(lm: LongModel, tokens: list[Tokens], settings: SinkSettings) -> Iterator[tuple[str, dict[str, pl.DataFrame]]]:
-    "What is done, step by step: a name for the progress bar, and the tables"
+def _steps(lm: LongModel, tokens: list[Tokens], settings: SinkSettings, store: Store) -> Iterator[tuple[str, dict[str, pl.DataFrame]]]:
+    "What is done, step by step: a name for the progress bar, and the tables; a step that is in the store is not done again"
     kinds = {"natural": natural_sequences(lm, tokens, settings)} | made_sequences(lm, settings)
-    for kind, ids in kinds.items(): yield f"{kind} tokens", {"metric": metric_frame(lm, {kind: ids}, settings)}
+    about = [fingerprint(lm) if store.folder else "", "sinks", content(settings)]
+    for kind, ids in kinds.items():
+        yield f"{kind} tokens", store.once([*about, kind, ids], partial(_metric, lm, kind, ids, settings))
     for i, t in enumerate(tokens):
-        frames = text_frames(lm, t, settings)
+        frames = store.once([*about, "text", t.ids], partial(text_frames, lm, t, settings))
         for f in frames.values(): f.insert_column(0, pl.Series("sample", [i] * len(f)))
         yield f"text {i} ({len(t):,} tokens)", frames
 
@@ -67,13 +79,16 @@ def attention_sinks(
     seed: int = 0,  # of the random and repeated tokens
     chunk: int | None = None,  # tokens of a chunk of the prefill; None: what memory allows
     progress: bool = False,  # show a progress bar
+    out: str | Path | None = None,  # a folder: what is finished is kept there, and the same call goes on from it
+    time_budget: TimeBudget | None = None,  # minutes of wall clock; `TimeIsUp` if they are over before the last step begins
 ) -> SinkReport:
     "Find a model's attention sinks (Gu et al. 2024, arXiv 2410.10781; Xiao et al. 2023, arXiv 2309.17453)"
-    from tqdm.auto import tqdm
+    from longlens.progress import progress_bar
     settings, lm = SinkSettings(epsilon, T, sequences, first, seed, chunk), load(model)
     tokens, parts = _texts(lm, texts), defaultdict(list)
-    with tqdm(total=len(tokens) + 3, disable=not progress, desc="attention sinks", unit="step") as bar:
-        for name, frames in _steps(lm, tokens, settings):
+    with progress_bar(total=len(tokens) + 3, disable=not progress, desc="attention sinks", unit="step") as bar:
+        for name, frames in _steps(lm, tokens, settings, Store(out)):
+            if time_budget is not None: time_budget.check(what="attention sinks")
             for key, frame in frames.items(): parts[key].append(frame)
             bar.set_postfix_str(name)
             bar.update()

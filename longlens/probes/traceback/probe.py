@@ -215,7 +215,7 @@ def _coarsest(context: Any, tracer: Tracer, by: Any, size: int | None) -> Any:
     return tracer.by if len(cut_context(context, tracer.by, size)) > 1 else None
 
 # %% ../../../nbs/probes/traceback/09_probe.ipynb #q6req
-_RUN = ("out", "batch_size", "max_memory", "budget", "progress", "seed", "allow_longer")
+_RUN = ("out", "batch_size", "max_memory", "budget", "progress", "seed", "allow_longer", "time_budget")
 
 # %% ../../../nbs/probes/traceback/09_probe.ipynb #q6req1s
 def _planned(model: ModelLike, context: Any, question: str = "", answer: str | TokenIds | None = None, method: str | Tracer = "loo", *,
@@ -233,7 +233,7 @@ def _planned(model: ModelLike, context: Any, question: str = "", answer: str | T
     _check_given(request)
     with longer(lm, run.allow_longer):
         job = TraceJob(lm, _traced_prompt(lm, request), seed=run.seed, heads=heads, batch_size=run.batch_size, max_memory=run.max_memory,
-                       budget=run.budget, out=run.out, progress=run.progress)
+                       budget=run.budget, out=run.out, progress=run.progress, time_budget=run.time_budget)
         check_needs(tracer, job)
         cost = _planned_trace(tracer, job, run.budget, request.asks)
     return _Planned(tracer, job, method if isinstance(method, str) else "", k, cost, request)
@@ -269,7 +269,7 @@ def trace_context(
     answer_span: Span = None,  # trace only this part of the answer: a text in it, or characters (start, end)
     k: int = 5,  # sources that are shown
     settings: AskSettings | None = None,  # template, chat, stop, ... together
-    run: Run | None = None,  # out, seed, batch_size, max_memory, budget, progress, allow_longer together
+    run: Run | None = None,  # out, seed, batch_size, max_memory, budget, progress, allow_longer, time_budget together
     **options: Unpack[TraceOptions],  # the same one by one; heads, for the methods that want them; settings of the method
 ) -> Trace:
     """Which sources of a context made the model say that? One of the methods of TRACERS"""

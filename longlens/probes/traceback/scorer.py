@@ -20,7 +20,7 @@ import polars as pl
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
-from tqdm.auto import tqdm
+from ...progress import progress_bar
 
 from ...patch import patch
 from ...sweeps.cells import content, fingerprint
@@ -31,6 +31,7 @@ from ...models.prefix import can_share, continue_cache, fork_cache, Prefix, rope
 from ...models.memory import size_text
 from .sources import TracePrompt, subset_tokens
 from .prefix_tree import ScoreCosts, SegmentBits, Step, common_start, first_alike, make_steps, step_costs
+from ...budget import TimeBudget
 from ...sweeps.store import Store, as_row
 from ...sweeps.runner import out_of_memory, SweepWarning
 from ...models.forward import LongModel
@@ -119,11 +120,13 @@ class SubsetScorer:
         max_memory: int | None = None,  # bytes on top of the weights; None: nine tenths of what is free
         out: str | Path | None = None,  # a folder: results are saved there, and another scorer of the same prompt goes on from them
         progress: bool = False,  # show a bar, in tokens
+        time_budget: TimeBudget | None = None,  # minutes of wall clock; `TimeIsUp` when they are over
         reuse: bool = True,  # compute shared beginnings once; False: every subset by itself
     ):
         if batch_size is not None and batch_size < 1: raise ValueError(f"batch_size is {batch_size}: 1 or more")
         self.lm, self.prompt, self.n, self.costs = lm, prompt, prompt.n, ScoreCosts()
         self.batch_size, self.max_memory, self.progress = batch_size or 8, max_memory, progress
+        self.time_budget = time_budget
         self.reuse = reuse and can_share(lm)  # some models keep a state that cannot be taken back
         self.walker, self.store = Walker(lm, prompt), None if out is None else Store(out)
         self.known: dict[bytes, np.ndarray] = {}  # key of a subset -> log p and log-odds of the traced tokens, (2, t)
@@ -376,11 +379,12 @@ def measures(
     self.ahead = None
     plan, begun = _plan_subsets(self, kept), time.perf_counter()
     keys = [_subset_key(self.prompt, m) for m in plan.masks]
-    bar = tqdm(total=plan.costs.tokens, unit="tok", unit_scale=True, desc=self.doing, disable=not self.progress or not keys)
+    bar = progress_bar(total=plan.costs.tokens, unit="tok", unit_scale=True, desc=self.doing, disable=not self.progress or not keys)
     try:
         with bar, torch.no_grad(), through_longlens(self.lm):
             _as_short(self.lm)
             for step, tokens in zip(plan.steps, plan.tokens, strict=True):
+                if self.time_budget is not None: self.time_budget.check(what=self.doing)
                 for batch, values in _run_step(self, step, plan.masks, plan.chunk): _save(self, [keys[i] for i in batch], values)
                 bar.update(tokens)
     finally:

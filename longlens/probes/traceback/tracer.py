@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 import numpy as np
 import polars as pl
 
+from ...budget import TimeBudget
 from ...patch import patch
 from ...models.forward import LongModel
 from ...models.prefix import Prefix
@@ -110,6 +111,7 @@ class TraceJob(Job):
     budget: int | None = None  # tokens through the model that are left, for methods that go on in steps; None: no limit
     out: str | Path | None = None  # a folder for what was scored
     progress: bool = False
+    time_budget: TimeBudget | None = None  # minutes of wall clock
     started: SubsetScorer | None = field(default=None, init=False)  # the scorer, once it is used
 
     @property
@@ -128,7 +130,7 @@ def _started(job: TraceJob) -> SubsetScorer:
     """log p(answer | subset of sources); made when it is first used."""
     if job.started is None:
         job.started = SubsetScorer(job.lm, job.prompt, batch_size=job.batch_size, max_memory=job.max_memory, out=job.out,
-                                   progress=job.progress)
+                                   progress=job.progress, time_budget=job.time_budget)
         job.started.doing = job.doing
     return job.started
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 import polars as pl
-from tqdm.auto import tqdm
+from ....progress import progress_bar
 
 from ....sweeps.cells import content, fingerprint
 from .cases import TraceCase, clean_context, span_truth
@@ -203,7 +203,7 @@ def _runs(
     **job: Any,  # of TraceJob
 ) -> Iterator[tuple[dict[str, Any], pl.DataFrame]]:
     """What each run gives."""
-    for run in (bar := tqdm(todo, desc="traces", disable=not progress)):
+    for run in (bar := progress_bar(todo, desc="traces", disable=not progress)):
         bar.set_postfix_str(run.method)
         try:
             if (done := kept.get(run.key)) is None:
@@ -292,7 +292,7 @@ def _asked_cases(lm: LongModel, cases: Sequence[TraceCase], how: CutOptions, lim
     """Every case with what the model says to it, and the tokens that this takes at most; refused, if that is over the budget."""
     prompts = [_case_prompts(lm, c, **how) for c in cases]
     asking = _ask_tokens(prompts, limits[0], run.budget)
-    pairs = tqdm(zip(cases, prompts, strict=True), total=len(cases), desc="cases", disable=not run.progress)
+    pairs = progress_bar(zip(cases, prompts, strict=True), total=len(cases), desc="cases", disable=not run.progress)
     return [ask_case(lm, c, limits, keep, both) for c, both in pairs], asking
 
 # %% ../../../../nbs/probes/traceback/evaluation/05_evaluate.ipynb #v4eval

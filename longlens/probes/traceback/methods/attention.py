@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 import torch
 from numpy.typing import ArrayLike
-from tqdm.auto import tqdm
+from ....progress import progress_bar
 
 from ....measure.mean_rows import attention_of, check_head_weights, covers, rows_after
 from ....attention.hf_interface import UnsupportedModel, attach
@@ -106,7 +106,7 @@ def glances(
 ) -> Iterator[tuple[list[int], _Glance]]:  # numbers of the subsets, and where the answer looked
     "`glance` at every subset"
     before = None
-    for kept, numbers in tqdm(_in_order(subsets).items(), desc=doing, disable=not progress):
+    for kept, numbers in progress_bar(_in_order(subsets).items(), desc=doing, disable=not progress):
         g = glance(lm, prompt, np.array(kept, int), weights, before, max_memory)
         before = g.prefix
         yield numbers, g

@@ -37,7 +37,7 @@ def _alone_masks(n: int) -> np.ndarray:
 # %% ../../../../nbs/probes/traceback/methods/00_perturbation.ipynb #9d4475fa
 @dataclass(frozen=True)
 class LeaveOneOut(Tracer):
-    """v(all) - v(all but i): what the answer loses without a source."""
+    """v(all) - v(all but i): what the answer loses without a source; below 0, the source speaks against the answer."""
 
     unit: ClassVar[str] = "nats"
     plays: ClassVar[bool] = True

@@ -1,0 +1,180 @@
+"""Key sets and policies: exact against formed masks in eager attention, worked by hand, and as reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from zoo import token_ids, zoo_model
+
+from longlens import keep_keys, load
+from longlens.attention.kernels import attend
+from longlens.attention.masks import NEVER, KeyChoice, KeySet
+from longlens.attention.operator import AttentionOperator
+from longlens.interventions.base import UnsupportedModel, head_sizes
+from longlens.interventions.heads import scale_spans
+from longlens.measure.capture import capture
+from longlens.measure.statistics import Entropy, Rows
+from longlens.models.architecture import attention_modules
+
+N, SINCE = 40, 26
+MODELS = ("llama", "mistral", "gemma2", "gemma3", "gpt_oss", "gpt_neox")  # grouped heads, windows, soft caps, learned sinks
+
+
+# ---- the operator, in float64, against a formed matrix
+
+def formed(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:
+    "Attention by the textbook"
+    g = q.shape[1] // k.shape[1]
+    x = q @ k.repeat_interleave(g, 1).mT * q.shape[-1] ** -.5
+    if softcap: x = softcap * torch.tanh(x / softcap)
+    x = x.masked_fill(~seen, -torch.inf)
+    if sinks is not None: x = torch.cat([x, sinks[None, :, None, None].expand(*x.shape[:3], 1)], -1)
+    return x.softmax(-1)[..., :k.shape[2]] @ v.repeat_interleave(g, 1)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.])
+@pytest.mark.parametrize("window", [None, 9])
+def test_key_sets_are_exact(window: int | None, softcap: float | None) -> None:
+    "Evicted, one after another, chosen, replaced: output, weights and sums, with windows, soft caps, learned sinks, cached keys"
+    from longlens.attention.masks import causal_mask
+    g = torch.Generator().manual_seed(0)
+    c, n, since = 6, 20, 14
+    draw = lambda h, m: torch.randn(1, h, m, 8, generator=g).double()
+    q, k, v, sinks = draw(4, n), draw(2, c + n), draw(2, c + n), torch.randn(4, generator=g).double()
+    at = torch.arange(c, c + n)
+    later = (at >= since)[:, None]
+    band = torch.arange(c + n) <= at[:, None]
+    if window: band &= at[:, None] - torch.arange(c + n) < window
+    once = torch.where(torch.rand(1, 2, c + n, generator=g) < .4, 0, NEVER)
+    once[..., since:] = NEVER
+    going = torch.arange(c + n)[None, None] + torch.tensor([3, 5])[None, :, None]
+    table = (torch.rand(4, n, c + n, generator=g) < .5) | (torch.arange(c + n) == at[:, None])
+    chosen = KeyChoice(lambda b, rows: table[:, rows], torch.arange(n), torch.arange(c + n))
+    by_head = lambda until: (at[:, None] < until[0].repeat_interleave(2, 0)[:, None]) | ~later
+    other = draw(2, c + n), draw(2, c + n)
+    for keyset, seen in ((KeySet(at[None], since, once), by_head(once)), (KeySet(at[None], since, going), by_head(going)),
+                         (KeySet(at[None], since, choice=chosen), table | ~later),
+                         (KeySet(at[None], since, once, other=other), by_head(once))):
+        args = dict(mask=causal_mask(c, window), softcap=softcap, sinks=sinks, sets=(keyset,))
+        out = formed(q, k, v, seen & band, softcap, sinks)
+        if keyset.other: out[:, :, at >= since] = formed(q, *other, seen & band, softcap, sinks)[:, :, at >= since]
+        torch.testing.assert_close(attend(q, k, v, **args)[0], out, atol=1e-10, rtol=0)
+        op = AttentionOperator(q, k, v, **args)
+        torch.testing.assert_close(op.output, out, atol=1e-10, rtol=0)
+        assert (op.dense()[0] > 0).equal((seen & band).expand(4, -1, -1))
+        torch.testing.assert_close(op.dense().sum(-1), op.key_mass(), atol=1e-9, rtol=0)
+        part = op.call.narrow(range(5, n), heads=torch.tensor([2, 3]))
+        torch.testing.assert_close(AttentionOperator.of(part).output,
+                                   out[:, 2:, 5:], atol=1e-10, rtol=0)
+
+
+# ---- in models, against eager attention with the mask applied
+
+@contextmanager
+def masked(hf: Any, seen: Any) -> Iterator[None]:
+    "Eager attention with more keys hidden: `seen(layer)` is bool, (batch|1, heads|1, queries, keys)"
+    hf.set_attn_implementation("eager")
+    hooks = []
+    for layer, _, m in attention_modules(hf):
+        def before(module: Any, args: tuple, kwargs: dict, layer: int = layer) -> tuple:
+            mask = kwargs["attention_mask"]
+            return args, kwargs | {"attention_mask": mask.masked_fill(~seen(layer), torch.finfo(mask.dtype).min)}
+        hooks.append(m.register_forward_pre_hook(before, with_kwargs=True))
+    try: yield
+    finally:
+        for h in hooks: h.remove()
+
+
+def kept_keys(hf: Any, seed: int = 0) -> dict[int, Tensor]:
+    "Half of the keys of each KV head"
+    layers, _, n_kv = head_sizes(hf)
+    return {i: torch.rand(n_kv, SINCE, generator=torch.Generator().manual_seed(seed + i)) < .5 for i in range(layers)}
+
+
+def seen_of(hf: Any, kept: dict[int, Tensor]) -> Any:
+    layers, n_heads, n_kv = head_sizes(hf)
+
+    def seen(layer: int) -> Tensor:
+        keys = torch.nn.functional.pad(kept[layer], (0, N - SINCE), value=True).repeat_interleave(n_heads // n_kv, 0)
+        return keys[None, :, None] | (torch.arange(N) < SINCE)[:, None]
+    return seen
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_kept_keys_in_models(name: str) -> None:
+    "One piece, chunks over a cache, token by token, padded"
+    hf, ids = zoo_model(name), token_ids(N)
+    kept = kept_keys(hf)
+    with masked(hf, seen_of(hf, kept)): wanted = hf(ids).logits[0]
+    hf.set_attn_implementation("sdpa" if name not in ("gpt_oss", "gemma2") else "eager")
+    plain = hf(ids).logits[0]
+    assert (wanted - plain).abs().max() > .05
+    lm = load(hf)
+    with keep_keys(lm, kept, since=SINCE):
+        torch.testing.assert_close(lm.hf(ids).logits[0], wanted, atol=2e-3, rtol=1e-3)
+        for before, chunk in ((SINCE - 4, 5), (SINCE + 3, 1)):
+            after = lm.prefill(ids[0, :before], chunk=7).logits_after(ids[0, before:], chunk)
+            torch.testing.assert_close(after, wanted[before:], atol=2e-3, rtol=1e-3)
+        mask = torch.ones(2, N + 5, dtype=torch.int64)
+        mask[0, :5] = mask[1, -5:] = 0
+        both = torch.zeros_like(mask)
+        both[0, 5:], both[1, :N] = ids[0], ids[0]
+        padded = lm.hf(both, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0)).logits
+        torch.testing.assert_close(padded[0, 5:], wanted, atol=2e-3, rtol=1e-3)
+        torch.testing.assert_close(padded[1, :N], wanted, atol=2e-3, rtol=1e-3)
+        prompt = ids[0, :SINCE + 1]
+        new = lm.generate_ids(prompt, 4)
+        assert new.tolist() == [int(lm.logits(torch.cat([prompt, new[:i]]), [-1]).argmax()) for i in range(len(new))]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+@torch.no_grad()
+def test_chosen_keys_and_capture(name: str) -> None:
+    "Keys that differ by query, and the weights that are captured under them"
+    hf, ids = zoo_model(name), token_ids(N)
+    layers, n_heads, _ = head_sizes(hf)
+    tables = [torch.rand(n_heads, N, N, generator=torch.Generator().manual_seed(i)) < .5 for i in range(layers)]
+    for t in tables: t |= torch.eye(N, dtype=torch.bool)
+    with masked(hf, lambda layer: (tables[layer] | (torch.arange(N) < SINCE)[:, None])[None]):
+        out = hf(ids, output_attentions=True)
+    lm = load(hf)
+
+    def choose(call: Any, layer: int) -> Any:
+        off, n = call.mask.offset, call.k.shape[2]
+        return lambda b, rows: tables[layer][:, rows + off, :n]
+    with keep_keys(lm, choose=choose, since=SINCE), capture(lm, Rows([N - 1, 3], top=None), Entropy()) as seen:
+        torch.testing.assert_close(lm.hf(ids).logits[0], out.logits[0], atol=2e-3, rtol=1e-3)
+    with keep_keys(lm, choose=choose, since=SINCE):
+        chunked = lm.prefill(ids[0, :30], chunk=11).logits_after(ids[0, 30:], 3)
+        torch.testing.assert_close(chunked, out.logits[0, 30:], atol=2e-3, rtol=1e-3)
+    rows = seen.frame("rows")
+    for layer in range(layers):
+        mine = rows.filter(layer=layer, query=N - 1).sort("head", "position")
+        found = torch.zeros(n_heads, N)
+        found[mine["head"].to_list(), mine["position"].to_list()] = torch.tensor(mine["weight"].to_list())
+        torch.testing.assert_close(found, out.attentions[layer][0, :, -1, :N], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_other_keys_stand_in() -> None:
+    "Keys and values of another text in place of the prompt's: as if the cache held them"
+    hf = zoo_model("llama")
+    lm, ids = load(hf), token_ids(N)[0]
+    before = lm.prefill(ids[:SINCE])
+    changed = before.fork()
+    others = {}
+    for layer, c in enumerate(changed.layers):
+        c.keys, c.values = c.keys + .3, c.values.roll(1, 2)
+        others[layer] = c.keys[0], c.values[0]
+    wanted = hf(ids[None, SINCE:], past_key_values=changed).logits[0]
+    with keep_keys(lm, other=others, since=SINCE):
+        torch.testing.assert_close(before.logits_after(ids[SINCE:]), wanted, atol=1e-4, rtol=0)
+        torch.testing.assert_close(lm.logits(ids)[SINCE:], wanted, atol=1e-4, rtol=0)
+        torch.testing.assert_close(lm.logits(ids)[:SINCE], lm.logits(ids[:SINCE]), atol=1e-4, rtol=0)
+        with pytest.raises(UnsupportedModel, match="enter keep_keys after it"), scale_spans(lm, {"a": (0, 3)}, .5): lm.logits(ids)
