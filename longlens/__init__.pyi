@@ -43,6 +43,7 @@ from .sweeps.sweep import sweep as sweep
 from .charts.token_view import token_view as token_view
 from .probes.context_gain import context_gain as context_gain
 from .probes.context_gain import GainReport as GainReport
+from .probes.compare import compare_reports as compare_reports
 from .probes.sinks.report import SinkReport as SinkReport
 from .probes.sinks.probe import attention_sinks as attention_sinks
 from .probes.heads.duo_gates import duo_gates as duo_gates

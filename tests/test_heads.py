@@ -163,7 +163,7 @@ def test_no_copying_heads_means_none(model: str) -> None:
     lm = ll.load(hf, words())
     report = retrieval_heads(lm, [question(lm, s) for s in range(6)], methods=("patterns",))
     assert report.found == [] and report.meta["counted"] == 0 and "ablation" not in report.frames
-    assert "nothing can be said" in report.findings()[0]
+    assert "nothing can be said" in report.details()[0]
     counted = retrieval_heads(lm, [question(lm, s) for s in range(6)], methods=(), keep_all=True, ablation=None)
     assert counted.found == [] and counted.frames["heads"]["retrieval_score"].max() < .1
 
@@ -172,7 +172,7 @@ def test_report_survives_its_folder(tmp_path: Path) -> None:
     lm = known()
     report = retrieval_heads(lm, [question(lm, s) for s in range(4)], methods=("patterns",), n_random=2)
     again = ll.Report.load(report.save(tmp_path / "heads"))
-    assert isinstance(again, HeadReport) and again.found == report.found == [COPIES] and again.findings() == report.findings()
+    assert isinstance(again, HeadReport) and again.found == report.found == [COPIES] and again.details() == report.details()
     assert [s.title for s in again.sections()] == [s.title for s in report.sections()]
     assert again.chart().to_json() == report.chart().to_json()
 

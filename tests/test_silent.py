@@ -172,7 +172,7 @@ def test_a_model_in_training_is_measured_in_eval_mode_and_stays_in_training():
     with ll.capture(hf, ll.Entropy()) as plain, torch.no_grad(): hf(ids[None])
     close(seen.frame("entropy")["entropy"].to_torch(), plain.frame("entropy")["entropy"].to_torch())
     with ll.ablate(hf, [(0, 1)]), torch.no_grad(): close(ablated, hf(ids[None]).logits[0])
-    assert report.findings() == ll.attention_sinks(lm, [ids.tolist() * 2]).findings()
+    assert report.details() == ll.attention_sinks(lm, [ids.tolist() * 2]).details()
 
 
 def test_what_raises_leaves_the_mode():

@@ -98,6 +98,10 @@ ll.scan_context(lm, context)  # wrong
 cases = fact_cases(2, conflict="later")
 print(ll.evaluate_traceback(lm, cases, methods=["loo"], seed=3).findings())
 ll.evaluate_traceback(lm, cases, methods=3)  # wrong
+print(ll.compare_reports(grid, "folder", names=["a", "b"]).differences.height)
+ll.compare_reports(grid, grid, name=["a", "b"])  # wrong
+print(grid.summary().verdict)
+print(grid.summary().sentence)  # wrong
 ll.plan(ll.needle_grid, lm, lengths=(512,))
 ll.plan(ll.needle_grid, lm, lengths=512)  # wrong
 ll.sweep(lm, [], Task(), out="results")
