@@ -15,6 +15,7 @@ from pathlib import Path
 from .. import __version__
 from .cache import CACHE
 from .common import MENDABLE, add_command, flags_of, one_line
+from .compare import COMPARE
 from .report import REPORT
 from .trace import TRACE
 
@@ -22,7 +23,7 @@ from .trace import TRACE
 __all__ = ['parser', 'show', 'main']
 
 # %% ../../nbs/cli/07_main.ipynb #e2b0fcfa
-_COMMANDS = {c.name: c for c in (REPORT, TRACE, CACHE)}
+_COMMANDS = {c.name: c for c in (REPORT, TRACE, COMPARE, CACHE)}
 
 
 def parser() -> argparse.ArgumentParser:
