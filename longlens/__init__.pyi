@@ -51,6 +51,8 @@ from .probes.heads.report import HeadReport as HeadReport
 from .probes.heads.probe import retrieval_heads as retrieval_heads
 from .probes.middle.report import MiddleReport as MiddleReport
 from .probes.middle.probe import lost_in_the_middle as lost_in_the_middle
+from .probes.positions.report import PositionReport as PositionReport
+from .probes.positions.probe import position_lens as position_lens
 from .probes.grid.report import GridReport as GridReport
 from .probes.grid.probe import needle_grid as needle_grid
 from .probes.grid.probe import published_grid as published_grid

@@ -110,3 +110,6 @@ ll.token_view(lm.tokens("a text"), {})
 ll.token_view()  # wrong
 ll.explore(lm, context)
 ll.explore(lm, contexts=context)  # wrong
+ll.position_lens(lm, (64,), (), n_texts=1).findings()
+ll.position_lens(lm, (64,), method="yarn")  # wrong
+ll.PositionReport({}, {}).chart()
