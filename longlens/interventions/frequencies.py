@@ -46,6 +46,7 @@ class Rotary:
         m = len(self.frequencies)
         return base ** (-torch.arange(m, dtype=torch.float64) / m)
 
+
 # %% ../../nbs/interventions/06_frequencies.ipynb #24cdc79e
 @dataclass(frozen=True)
 class Turning:
@@ -59,6 +60,7 @@ class Turning:
 FrequencyMethod = Callable[[Rotary], Turning]
 FREQUENCIES: dict[str, FrequencyMethod] = {}  # name -> method
 
+
 # %% ../../nbs/interventions/06_frequencies.ipynb #82883f20
 def linear(r: Rotary) -> Turning:
     """Position interpolation (arXiv 2306.15595): every frequency divided by the factor"""
@@ -70,13 +72,16 @@ def ntk(r: Rotary) -> Turning:
     m = len(r.frequencies)
     return Turning(r.powers(r.base * r.factor ** (m / (m - 1))))
 
+
 # %% ../../nbs/interventions/06_frequencies.ipynb #4fa7e414
 def another_base(
     base: float = 500_000.0,  # in place of the model's
 ) -> FrequencyMethod:
     """ABF (arXiv 2309.16039): another base, the same for all lengths"""
-    if not (math.isfinite(base) and base > 1): raise ValueError(f"base is {base}: a number above 1, such as 500000")
+    if not (math.isfinite(base) and base > 1):
+        raise ValueError(f"base is {base}: a number above 1, such as 500000")
     return lambda r: Turning(r.powers(base))
+
 
 # %% ../../nbs/interventions/06_frequencies.ipynb #52562407
 def _ramp(r: Rotary, fast: float, slow: float) -> Tensor:  # 0: leave alone, 1: divide by the factor
@@ -84,6 +89,7 @@ def _ramp(r: Rotary, fast: float, slow: float) -> Tensor:  # 0: leave alone, 1: 
     place = lambda rounds: m * math.log(r.length / (rounds * 2 * math.pi)) / math.log(r.base)
     low, high = max(math.floor(place(fast)), 0), min(math.ceil(place(slow)), 2 * m - 1)
     return ((torch.arange(m, dtype=torch.float64) - low) / max(high - low, 1e-3)).clamp(0, 1)
+
 
 # %% ../../nbs/interventions/06_frequencies.ipynb #42d2dd87
 def ntk_by_parts(r: Rotary) -> Turning:
@@ -96,6 +102,7 @@ def yarn(r: Rotary) -> Turning:
     """YaRN (arXiv 2309.00071): by parts, and queries and keys longer by 0.1 ln(factor) + 1"""
     return replace(ntk_by_parts(r), scaling=0.1 * math.log(r.factor) + 1)
 
+
 # %% ../../nbs/interventions/06_frequencies.ipynb #3bebd255
 def llama3(r: Rotary) -> Turning:
     """As Llama 3.1: pairs with fewer than 1 round in the trained length are divided, those with more than 4 are left alone"""
@@ -103,11 +110,13 @@ def llama3(r: Rotary) -> Turning:
     keep = ((rounds - 1) / (4 - 1)).clamp(0, 1)
     return Turning((1 - keep) * r.frequencies / r.factor + keep * r.frequencies)
 
+
 # %% ../../nbs/interventions/06_frequencies.ipynb #009ab8b1
 def giraffe(r: Rotary) -> Turning:
     """Truncated basis (arXiv 2308.10882): frequencies below one round in the trained length become a constant, the slowest zero"""
     cut, f = 2 * math.pi / r.length, r.frequencies
     return Turning(torch.where(f < cut / 8, torch.zeros_like(f), torch.where(f < cut, torch.full_like(f, cut / 16), f)))
+
 
 # %% ../../nbs/interventions/06_frequencies.ipynb #43fe1b82
 def _angles(frequencies: Tensor, n: int, bins: int) -> Tensor:  # share of positions 0 to n - 1 in each bin, (pairs, bins)
@@ -127,11 +136,13 @@ def disturbance(
     trained, longer = _angles(r.frequencies, r.length, bins), _angles(frequencies.double(), int(r.length * r.factor), bins)
     return (longer * (longer / trained).log()).sum(1)
 
+
 # %% ../../nbs/interventions/06_frequencies.ipynb #7b3077ac
 def distributional(r: Rotary) -> Turning:
     """Each pair interpolated or left alone, whichever disturbs the distribution of its angles less (arXiv 2410.01490)"""
     slow, same = r.frequencies / r.factor, r.frequencies
     return Turning(torch.where(disturbance(r, slow) < disturbance(r, same), slow, same))
+
 
 # %% ../../nbs/interventions/06_frequencies.ipynb #a0a19358
 @dataclass(frozen=True)
@@ -144,15 +155,18 @@ class LogLength(Intervention):
     name: ClassVar[str] = "log_length"
 
     def prepare(self, model: AttachableModel) -> LogLength:
-        if self.length < 2: raise ValueError(f"length is {self.length}: 2 tokens or more")
+        if self.length < 2:
+            raise ValueError(f"length is {self.length}: 2 tokens or more")
         return replace(self, having=tuple(i for i in attention_layers(hf_model(model)) if i >= self.first_layer))
 
-    def layers(self) -> set[int]: return set(self.having)
+    def layers(self) -> set[int]:
+        return set(self.having)
 
     def before(self, call: LayerCall, layer: int) -> LayerCall:
-        at = positions(call.mask, call.k.shape[2], call.q.device)[:, call.mask.offset:call.mask.offset + call.q.shape[2]]
+        at = positions(call.mask, call.k.shape[2], call.q.device)[:, call.mask.offset : call.mask.offset + call.q.shape[2]]
         by = ((at + 1).clamp_min(1).log() / math.log(self.length)).clamp_min(1)
         return replace(call, q=call.q * by[:, None, :, None].to(call.q.dtype))
+
 
 # %% ../../nbs/interventions/06_frequencies.ipynb #057f2a91
 def entropy_abf(r: Rotary) -> Turning:
@@ -160,8 +174,18 @@ def entropy_abf(r: Rotary) -> Turning:
     return replace(another_base()(r), logits=LogLength(r.length))
 
 
-FREQUENCIES.update(linear=linear, ntk=ntk, abf=another_base(), ntk_by_parts=ntk_by_parts, yarn=yarn, llama3=llama3, giraffe=giraffe,
-                   distributional=distributional, entropy_abf=entropy_abf)
+FREQUENCIES.update(
+    linear=linear,
+    ntk=ntk,
+    abf=another_base(),
+    ntk_by_parts=ntk_by_parts,
+    yarn=yarn,
+    llama3=llama3,
+    giraffe=giraffe,
+    distributional=distributional,
+    entropy_abf=entropy_abf,
+)
+
 
 # %% ../../nbs/interventions/06_frequencies.ipynb #37d6fda9
 @dataclass(frozen=True)
@@ -172,9 +196,12 @@ class _OtherFrequencies(RescaledPositions):
 
 
 def _find(method: str | FrequencyMethod) -> tuple[str, FrequencyMethod]:
-    if callable(method): return getattr(method, "__name__", "own"), method
-    if method not in FREQUENCIES: raise ValueError(f"method is {', '.join(FREQUENCIES)}, or a function of a Rotary, not {method!r}")
+    if callable(method):
+        return getattr(method, "__name__", "own"), method
+    if method not in FREQUENCIES:
+        raise ValueError(f"method is {', '.join(FREQUENCIES)}, or a function of a Rotary, not {method!r}")
     return method, FREQUENCIES[method]
+
 
 # %% ../../nbs/interventions/06_frequencies.ipynb #44b22005
 def _buffers(hf: Any, modules: list[nn.Module]) -> list[tuple[nn.Module, str]]:  # modules with the prefix of their buffers
@@ -184,6 +211,7 @@ def _buffers(hf: Any, modules: list[nn.Module]) -> list[tuple[nn.Module, str]]: 
         raise UnsupportedModel(f"{type(hf).__name__} has scaled positions already ({scaled[0]}): take a model whose rope_type is default")
     names = [f"{k}_" if k else "" for k in parts if k != "sliding_attention"] or [f"{k}_" for k in parts]
     return [(m, name) for m in modules for name in names]
+
 
 # %% ../../nbs/interventions/06_frequencies.ipynb #40fd2637
 def rotary_of(
@@ -196,6 +224,7 @@ def rotary_of(
     module, name = _buffers(hf, rotary_modules(hf, config))[0]
     return Rotary(getattr(module, f"{name}inv_freq").double().cpu(), int(config.max_position_embeddings), float(factor))
 
+
 # %% ../../nbs/interventions/06_frequencies.ipynb #04eb8dce
 @contextmanager
 def other_frequencies(
@@ -204,7 +233,8 @@ def other_frequencies(
     factor: float,  # how many times longer texts become, above 1
 ) -> Iterator[list[Intervention]]:  # the interventions as they act
     """Rotary frequencies made by a method for texts `factor` times as long as the trained ones, while the block runs."""
-    if not (math.isfinite(factor) and factor > 1): raise ValueError(f"factor is {factor}: texts become longer by a factor above 1")
+    if not (math.isfinite(factor) and factor > 1):
+        raise ValueError(f"factor is {factor}: texts become longer by a factor above 1")
     name, make = _find(method)
     hf, rotary = hf_model(model), rotary_of(model, factor)
     if any(isinstance(i, RescaledPositions) for i in active_interventions(hf)):
@@ -212,17 +242,22 @@ def other_frequencies(
     new, what = _checked(make(rotary), rotary, name), _OtherFrequencies(name, factor)
     with ExitStack() as stack:
         lengthen(model, hf.config.get_text_config(), name, factor, stack)
-        for module, part in _buffers(hf, rotary_modules(hf, hf.config.get_text_config())): _exchange(module, part, new, stack)
+        for module, part in _buffers(hf, rotary_modules(hf, hf.config.get_text_config())):
+            _exchange(module, part, new, stack)
         stack.enter_context(acting(hf, what))
         more = stack.enter_context(intervene(model, new.logits)) if new.logits else []
         yield [what, *more]
 
+
 # %% ../../nbs/interventions/06_frequencies.ipynb #ae1dace4
 def _checked(new: Turning, r: Rotary, name: str) -> Turning:
-    if not isinstance(new, Turning): raise TypeError(f"{name} gave a {type(new).__name__}: a method gives a Turning(frequencies)")
+    if not isinstance(new, Turning):
+        raise TypeError(f"{name} gave a {type(new).__name__}: a method gives a Turning(frequencies)")
     if new.frequencies.shape != r.frequencies.shape or not new.frequencies.isfinite().all():
-        raise ValueError(f"{name} gave frequencies of shape {tuple(new.frequencies.shape)}, finite: {bool(new.frequencies.isfinite().all())}"
-                         f"; {tuple(r.frequencies.shape)} finite ones are wanted")
+        raise ValueError(
+            f"{name} gave frequencies of shape {tuple(new.frequencies.shape)}, finite: {bool(new.frequencies.isfinite().all())}"
+            f"; {tuple(r.frequencies.shape)} finite ones are wanted"
+        )
     return new
 
 
@@ -230,8 +265,10 @@ def _exchange(module: nn.Module, part: str, new: Turning, stack: ExitStack) -> N
     old = getattr(module, f"{part}inv_freq")
     made = new.frequencies.to(old)
     for buffer in (f"{part}inv_freq", f"{part}original_inv_freq"):
-        if hasattr(module, buffer): set_until_closed(module, buffer, made, stack)
+        if hasattr(module, buffer):
+            set_until_closed(module, buffer, made, stack)
     set_until_closed(module, f"{part}attention_scaling", getattr(module, f"{part}attention_scaling") * new.scaling, stack)
+
 
 # %% ../../nbs/interventions/06_frequencies.ipynb #f211cd01
 def angle_table(
@@ -246,8 +283,16 @@ def angle_table(
     for name, make in chosen.items():
         f = make(r).frequencies
         per_round = r.length / (2 * math.pi)
-        tables.append(pl.DataFrame({
-            "method": name, "pair": range(len(f)), "frequency": f.tolist(), "rounds_trained": (r.frequencies * per_round).tolist(),
-            "rounds": (f * per_round * factor).tolist(), "disturbance": disturbance(r, f).tolist(),
-        }))
+        tables.append(
+            pl.DataFrame(
+                {
+                    "method": name,
+                    "pair": range(len(f)),
+                    "frequency": f.tolist(),
+                    "rounds_trained": (r.frequencies * per_round).tolist(),
+                    "rounds": (f * per_round * factor).tolist(),
+                    "disturbance": disturbance(r, f).tolist(),
+                }
+            )
+        )
     return pl.concat(tables)
