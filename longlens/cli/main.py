@@ -12,7 +12,7 @@ import traceback
 import webbrowser
 from pathlib import Path
 
-from . import __version__
+from .. import __version__
 from .cache import CACHE
 from .common import MENDABLE, add_command, flags_of, one_line
 from .compare import COMPARE
