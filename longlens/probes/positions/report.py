@@ -94,10 +94,10 @@ def _loss_chart(r: PositionReport) -> alt.TopLevelMixin:
         alt.Chart(f)
         .mark_line()
         .encode(
-            x=alt.X("position:Q", title="position (tokens)", axis=alt.Axis(format=",d")),
+            x=alt.X("position:Q", title="position (tokens)", axis=alt.Axis(format=",d"), scale=alt.Scale(nice=False)),
             y=alt.Y("loss:Q", title="loss (nats a token)", scale=alt.Scale(zero=False)),
             color=alt.Color("method:N", title=None, scale=scale),
-            strokeDash=alt.StrokeDash("method:N", legend=None, scale=alt.Scale(domain=names, range=dash)),
+            strokeDash=alt.StrokeDash("method:N", title=None, scale=alt.Scale(domain=names, range=dash)),
         )
     )
     rule = alt.Chart(pl.DataFrame({"position": [r.meta["trained"]]})).mark_rule(color="#888").encode(x="position:Q")
