@@ -1816,12 +1816,12 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
             "# Fuzz",
             "",
             "Random but valid inputs, and some that are nearly right, for every public function (`make fuzz`; what "
-            "a case draws and compares is in tests/fuzz.py). A number that is not that of the formed pattern, or an error that longlens did not raise on "
-            "purpose and in words, would be WRONG.",
+            "a case draws and compares is in tests/fuzz.py). A number that is not that of the formed pattern, or an error that "
+            "longlens did not raise on purpose and in words, would be WRONG.",
             "",
             f"Run on {datetime.date.today()} with Python {platform.python_version()}, transformers {transformers.__version__} and torch "
-            f"{torch.__version__.split('+')[0]}, on CPUs: {inputs:,} inputs in {len(rows)} cases, {seconds / 60:.0f} minutes of a core that "
-            f"others used too; {sum(bool(r['wrong']) for r in results)} cases wrong.",
+            f"{torch.__version__.split('+')[0]}, on CPUs: {inputs:,} inputs in {len(rows)} cases in {seconds / 60:.0f} minutes "
+            f"(other work ran too); {sum(bool(r['wrong']) for r in results)} cases wrong.",
             "",
             "| public names | inputs | refused in words | seconds | |",
             "|---|---|---|---|---|",
