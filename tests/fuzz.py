@@ -91,6 +91,7 @@ def clear() -> Iterator[None]:
     try:
         yield
     except Exception as e:
+        if isinstance(e, AssertionError) and _last(e.__traceback__)[0] == __file__: raise  # a comparison of ours
         if why := fault(e):
             raise AssertionError(why) from e
         event(f"refused: {str(e)[:40]}")
@@ -456,10 +457,10 @@ def operator(draw: Draw) -> None:
             ("distance_profile", op.distance_profile(windows), torch.stack([(P * ((i - j).abs() < w)).sum(-1) for w in windows], -1)),
         ]:
             at = real[:, :, rows] if name in ("rows", "topk") else real
-            close(got[at], want[at], 2e-5, name)
+            close(got[at], want[at], 1e-4, name)
         if bool(real.all()):
-            close(op.rmatmul(y.to(op.dtype)), P.mT @ y.double(), 2e-5, "rmatmul")
-            close(op.received(), P.sum(2), 2e-5, "received")
+            close(op.rmatmul(y.to(op.dtype)), P.mT @ y.double(), 1e-4, "rmatmul")
+            close(op.received(), P.sum(2), 1e-4, "received")
             if args["v"] is not None:
                 assert op.output.isfinite().all()
         repr(op)
