@@ -28,7 +28,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -1872,7 +1872,7 @@ def _record(name: str, inputs: int, asked: argparse.Namespace) -> bool:
     if out.wrong:
         print(out.wrong, flush=True)
     with asked.results.open("a") as file:
-        file.write(json.dumps(asdict(out)) + "\n")
+        file.write(json.dumps(vars(out)) + "\n")
     return bool(out.wrong)
 
 
