@@ -352,9 +352,26 @@ def hf_model(
     return hf
 
 # %% ../../nbs/attention/09_hf_interface.ipynb #7a1da92f
+_OWN_CODE = {  # kinds of models whose attention is no one softmax over a mask: why
+    "longformer": "a window, and global tokens with queries and keys of their own",
+    "led": "a window, and global tokens with queries and keys of their own",
+    "big_bird": "blocks of neighbours, of both ends and drawn at random, or all tokens after set_attention_type('original_full')",
+    "bigbird_pegasus": "blocks of neighbours, of both ends and drawn at random, or all tokens after set_attention_type('original_full')",
+}
+
+
+def _own_code(hf: Any) -> str | None:
+    "Why a model of one of these kinds is refused"
+    if not (why := _OWN_CODE.get(getattr(hf.config, "model_type", ""))): return None
+    return (f"{type(hf).__name__} computes its attention in code of its own ({why}), not through transformers' AttentionInterface, so "
+            "longlens cannot see it. For short inputs the model itself gives its patterns, with output_attentions=True (not exact for "
+            "random blocks); its embeddings can be read with load_encoder, where nothing is measured inside")
+
+
 def _check(hf: Any) -> None:
     name = type(hf).__name__
     if not hf._can_set_attn_implementation():
+        if own := _own_code(hf): raise UnsupportedModel(own)
         raise UnsupportedModel(f"{name} does not route its attention through transformers' AttentionInterface, so longlens cannot "
                                f"see it. {WAY_OUT}, or load a class of the model that uses the interface")
     if hf.training: raise UnsupportedModel(f"{name} is in training mode (dropout, gradient checkpointing): call .eval() first")

@@ -17,6 +17,7 @@ from longlens.attention.hf_interface import (
     WAY_OUT, LayerCall, UnsupportedModel, acting, attach, attachment_of, editing, editors_of, hf_model,
 )
 from ..attention.hf_interface import AttachableModel
+from ..models.tokens import read_pairs
 
 # %% auto #0
 __all__ = ['head_sizes', 'check_layer', 'check_heads', 'served_heads', 'Intervention', 'intervene', 'active_interventions',
@@ -49,7 +50,8 @@ def check_heads(
 ) -> tuple[tuple[int, int], ...]:  # the same, each once, in order
     "Raise if a head is not in the model"
     hf, count_of = hf_model(model), count_query_heads if kind == "head" else count_kv_heads
-    if not len(heads): raise ValueError(f"no {kind} was given: pass pairs (layer, {kind}), such as [(2, 1)]")
+    heads = read_pairs(heads, f"{kind}s")
+    if not heads: raise ValueError(f"no {kind} was given: pass pairs (layer, {kind}), such as [(2, 1)]")
     for layer in sorted({layer for layer, _ in heads}): check_layer(hf, layer)
     counts = {layer: count_of(hf, layer) for layer, _ in heads}
     for layer, head in heads:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..patch import patch
 from .architecture import first_setting, count_kv_heads
 from .text_model import check_length, eval_mode, TextModel
-from .tokens import TokenIds, Tokens, as_ids
+from .tokens import TokenIds, Tokens, as_ids, whole_number, whole_numbers
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -130,7 +130,9 @@ def check_logits(
 # %% ../../nbs/models/04_forward.ipynb #3911e735
 def _wanted(positions: int | Sequence[int] | Tensor | None, n: int) -> Tensor:
     """Positions as an index counted from the start, (k,)."""
-    rows = torch.arange(n) if positions is None else torch.as_tensor(positions).long().flatten().cpu()
+    if positions is None: return torch.arange(n)
+    one = isinstance(positions, SupportsIndex) and not (isinstance(positions, Tensor) and positions.ndim)
+    rows = torch.tensor([whole_number(positions, "position")] if one else list(whole_numbers(positions, "positions")), dtype=torch.long)
     bad = rows[(rows < -n) | (rows >= n)]
     if len(bad):
         raise IndexError(f"position {int(bad[0])} is not in a text of {n} tokens")
