@@ -21,14 +21,13 @@ from ..reference import number_text
 from ..report import HEAD, Measure, Report, ReportError, atomic_write
 
 # %% auto #0
-__all__ = ['Reports', 'read_reports', 'row_title', 'side_names', 'Comparison', 'compare_reports', 'comparison_lines',
-           'differences_html', 'comparison_html']
+__all__ = ['Reports', 'row_title', 'Comparison', 'compare_reports', 'comparison_lines', 'comparison_html']
 
 # %% ../../nbs/probes/04_compare.ipynb #44838819
 Reports: TypeAlias = "Report | str | Path | Sequence[Report]"    # one side of a comparison
 
 
-def read_reports(
+def _read_reports(
     given: Reports,
 ) -> list[Report]:
     "The reports of one side"
@@ -58,7 +57,7 @@ def row_title(row: Sequence[Report | None]) -> str:
     return (r.title or type(r).__name__) + (f", {r.meta['method']}" if r.meta.get("method") else "")
 
 
-def side_names(
+def _side_names(
     sides: Sequence[Sequence[Report]],
     names: Sequence[str] | None = None,    # given ones
 ) -> list[str]:    # all different
@@ -154,8 +153,8 @@ def compare_reports(
 ) -> Comparison:
     "Models side by side: one row a probe, differences with paired intervals where both had the same questions"
     if not others: raise ValueError("a comparison takes two reports or more")
-    sides = [read_reports(side) for side in (first, *others)]
-    called, rows = side_names(sides, names), _together(sides)
+    sides = [_read_reports(side) for side in (first, *others)]
+    called, rows = _side_names(sides, names), _together(sides)
     made = [d for row in rows for d in _differences(row, called)]
     changed = [c for row in rows for c in _changed(row, called)]
     schema = {"probe": pl.String, "setting": pl.String, **dict.fromkeys(called, pl.String)}
@@ -194,7 +193,7 @@ def _cell(value: float | None, unit: str = "", sign: bool = False) -> str:
     return ("+" if sign and value > 0 else "") + number_text(value, unit)
 
 
-def differences_html(
+def _differences_html(
     f: pl.DataFrame,    # rows of `differences`
 ) -> str:    # HTML; nothing for no rows
     "The differences of one probe as a table"
@@ -235,7 +234,8 @@ def _row_html(c: Comparison, i: int, drawings: list[dict[str, Any]]) -> str:
     sides = "".join(_side_html(*side, drawings) for side in zip(c.names, row, _pictures(row), strict=True))
     lines = "".join(f"<li>{say(line)}</li>" for line in comparison_lines(c, i))
     against = lambda f: f"<h4>{say(f['second'][0], 200)} against {say(c.names[0], 200)}</h4>" if len(c.names) > 2 else ""
-    table = "".join(against(f) + differences_html(f) for f in c.differences.filter(probe=title).partition_by("second", maintain_order=True))
+    each = c.differences.filter(probe=title).partition_by("second", maintain_order=True)
+    table = "".join(against(f) + _differences_html(f) for f in each)
     return (f"<article class='compared' id='probe-{i + 1}'><h3>{say(title, 200)}</h3><div class='both'>{sides}</div>"
             f"{f'<ul>{lines}</ul>' if lines else ''}{table}</article>")
 
@@ -281,7 +281,7 @@ def _in_notebook(c: Comparison) -> str:
             shown = picture_html(picture) if picture is not None else ""
             cells.append(f"<div style='flex:1 1 20em'><small>{say(name, 200)}</small><p><strong>{say(verdict)}</strong></p>{shown}</div>")
         lines = "".join(f"<div>{escape(line)}</div>" for line in comparison_lines(c, i))
-        table = differences_html(c.differences.filter(probe=row_title(row)))
+        table = _differences_html(c.differences.filter(probe=row_title(row)))
         both = f"<div style='display:flex;flex-wrap:wrap;gap:1em 2em'>{''.join(cells)}</div>"
         out.append(f"<h4>{say(row_title(row), 200)}</h4>{both}{lines}{table}")
     return f"<div class='longlens-comparison'>{''.join(out)}</div>"
