@@ -20,8 +20,12 @@ def test_every_script_is_in_the_order_of_the_table() -> None: assert sorted(tabl
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_every_script_has_results(name: str) -> None:
-    c = json.loads((FOLDER / "results" / f"{name}.json").read_text(encoding="utf-8"))
+def test_every_script_has_results_or_waits(name: str) -> None:
+    path = FOLDER / "results" / f"{name}.json"
+    if not path.exists():
+        assert f"{name}.py" in table.waiting()[0]
+        return
+    c = json.loads(path.read_text(encoding="utf-8"))
     assert c["name"] == name and c["rows"] and date.fromisoformat(c["date"]) <= date.today()
     assert re.search(r"at [0-9a-f]{7,}, \d{4}-\d\d-\d\d|installed|no snapshot", c["code"]), "where is the code from?"
     for row in c["rows"]: assert row["what"] and row["on"] and row["theirs"] and row["ours"] and row["difference"], row

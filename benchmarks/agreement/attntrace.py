@@ -42,6 +42,7 @@ def attribution(repo: Any, lm: Any, half: bool) -> Any:
         "get_layer_attention_weights",
         "get_attention_weights_one_layer",
         math=math,
+        ch=torch,
         torch=torch,
         transformers=transformers,
     )
