@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -20,7 +22,7 @@ from longlens.probes.heads.duo_gates import GateSettings, duo_gates
 from longlens.probes.heads.files import read_retrieval_scores, write_retrieval_scores
 from longlens.probes.heads.probe import retrieval_heads
 from longlens.probes.heads.report import HeadReport
-from longlens.probes.heads.scores import Watch, pattern_scores, qr_scores, run_trials
+from longlens.probes.heads.scores import Watch, _line_ended, pattern_scores, qr_scores, run_trials
 from longlens.probes.heads.views import METHODS
 from longlens.prompts.compose import Piece
 
@@ -108,6 +110,11 @@ def test_both_modes_agree_step_by_step() -> None:
         forced, free = (run_trials(lm, [ctx], Watch(m, 3))[0] for m in ("teacher", "decode"))
         assert torch.equal(forced.reply_ids, free.reply_ids) and torch.equal(forced.looked, free.looked)
         assert torch.equal(forced.retrieval_score, free.retrieval_score)
+
+
+def test_a_new_line_in_front_of_an_answer_does_not_end_it() -> None:
+    lm: Any = SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids: "".join("\nab "[i] for i in ids)))
+    assert [_line_ended(lm, reply) for reply in ([0], [0, 3, 0, 1], [0, 1, 0], [1, 0])] == [False, False, True, True]
 
 
 def test_patterns_name_the_heads() -> None:

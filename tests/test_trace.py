@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 import subprocess
 import sys
@@ -346,15 +347,22 @@ def test_every_subset_is_a_leaf_once(sets: set[frozenset[int]]) -> None:
     assert tokens == len(prefixes)  # every shared beginning is computed exactly once
 
 
-def test_logit_sums_are_contextcites(lm: ll.LongModel, prompt: TracePrompt) -> None:
+def test_log_odds_are_contextcites(lm: ll.LongModel, prompt: TracePrompt) -> None:
     p = trace_prompt(lm, DOCUMENTS, ASK, " stone and the river")
     scorer, kept = SubsetScorer(lm, p), some_subsets(6, 2)
-    for mask, mine in zip(kept, scorer.logit_sums(kept), strict=True):
+    for mask, mine in zip(kept, scorer.log_odds(kept), strict=True):
         ids = subset_ids(p, mask)
-        logits = lm.logits(torch.cat([ids, p.answer.ids])).double()[len(ids) - 1 : -1]
-        own = logits.gather(-1, p.answer.ids[:, None])[:, 0]
-        rest = logits.scatter(-1, p.answer.ids[:, None], -torch.inf).logsumexp(-1)
-        assert mine == pytest.approx(float((own - rest).sum()), abs=1e-3)
+        logp = lm.logits(torch.cat([ids, p.answer.ids])).double()[len(ids) - 1 : -1].log_softmax(-1)
+        whole = logp.gather(-1, p.answer.ids[:, None]).sum()
+        assert mine == pytest.approx(float(whole - torch.log1p(-whole.exp())), abs=1e-3)
+
+
+def test_log_odds_of_the_answer_are_not_its_tokens_together(lm: ll.LongModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = SubsetScorer(lm, trace_prompt(lm, DOCUMENTS, ASK, " stone and the river"))
+    odds = np.array([[40.0, 40.0], [0.0, 0.0], [-5.0, 40.0], [-np.inf, 1.0], [np.inf, np.inf]])
+    monkeypatch.setattr(scorer, "measures", lambda kept: np.stack([odds, odds], 1))
+    want = [40 - math.log(2), math.log(1 / 3), -5.0, -1000.0, 1000.0]  # two even chances are one in four
+    np.testing.assert_allclose(scorer.log_odds([[True] * 6] * 5), want, atol=1e-9)
 
 
 def test_a_killed_run_goes_on(lm: ll.LongModel, prompt: TracePrompt, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
