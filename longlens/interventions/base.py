@@ -40,7 +40,8 @@ def check_layer(
     n, some = int(text_config(hf).num_hidden_layers), attention_layers(hf)
     if not 0 <= layer < n: raise IndexError(f"there is no layer {layer}: the model has layers 0 to {n - 1}")
     if layer not in some:
-        raise ValueError(f"layer {layer} of {type(hf).__name__} has no heads: those with attention are {', '.join(map(str, some))}")
+        those = f"those with attention are {', '.join(map(str, some))}" if some else "no layer has attention"
+        raise ValueError(f"layer {layer} of {type(hf).__name__} has no heads: {those}")
 
 # %% ../../nbs/interventions/00_base.ipynb #88a93153
 def check_heads(
@@ -132,8 +133,8 @@ def _put(hf: Any, what: Intervention, stack: ExitStack) -> None:
         stack.callback(m.register_forward_hook(edit.check).remove)
         found.add(layer)
     if (wanted is None and not found) or (wanted is not None and wanted - found):
-        raise UnsupportedModel(f"{type(hf).__name__} has no attention modules that {what.name!r} could change in layers "
-                               f"{sorted((wanted or set()) - found)}")
+        where = f"in layers {sorted(wanted - found)}" if wanted else "in any layer"
+        raise UnsupportedModel(f"{type(hf).__name__} has no attention modules that {what.name!r} could change {where}")
     stack.enter_context(acting(hf, what))
 
 # %% ../../nbs/interventions/00_base.ipynb #1e38312d

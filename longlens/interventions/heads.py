@@ -149,7 +149,8 @@ class Streaming(Intervention):
 # %% ../../nbs/interventions/01_heads.ipynb #a3efacac
 def _mine(heads: Sequence[tuple[int, int]] | None, call: LayerCall, layer: int) -> Tensor:
     "Which heads of a call are meant, bool, (heads,)"
-    if call.mask.right != 0: raise UnsupportedModel(f"layer {layer} is not causal: only heads that look back can stream")
+    if call.mask.right != 0:
+        raise UnsupportedModel(f"layer {layer} ({type(call.module).__name__}) is not causal: only heads that look back can stream")
     out = torch.full((call.q.shape[1],), heads is None)
     if heads is not None: out[[h for l, h in heads if l == layer]] = True
     return out

@@ -138,6 +138,13 @@ def _wanted(positions: int | Sequence[int] | Tensor | None, n: int) -> Tensor:
         raise IndexError(f"position {int(bad[0])} is not in a text of {n} tokens")
     return rows % n
 
+# %% ../../nbs/models/04_forward.ipynb #8a51c118
+def _there(lm: LongModel) -> torch.device:
+    """Where a model works; raises where it has no weights."""
+    if lm.device.type == "meta":
+        raise ValueError(f"the weights of {lm.name} are on the meta device, which holds no numbers: load or offload them (accelerate)")
+    return lm.device
+
 # %% ../../nbs/models/04_forward.ipynb #efcfbe88
 @patch
 def __call__(
@@ -151,14 +158,19 @@ def __call__(
 ) -> Any:  # what the Hugging Face model returns
     """Run the model."""
     kw.setdefault("use_cache", "past_key_values" in kw)
+    inputs, k = self.inputs(x, padding=padding, allow_longer=allow_longer), kw.get("logits_to_keep", 0)
+    if isinstance(k, int) and k > 0:  # as a number, it makes Gemma 4 leave the other tokens out of its last layers
+        n = inputs["input_ids"].shape[1]
+        kw["logits_to_keep"] = torch.arange(max(n - k, 0), n, device=self.device)
+    _there(self)
     with torch.set_grad_enabled(grad), eval_mode(self.hf):
-        return self.hf(**self.inputs(x, padding=padding, allow_longer=allow_longer), **kw)
+        return self.hf(**inputs, **kw)
 
 # %% ../../nbs/models/04_forward.ipynb #4741605d
 @patch
 def logits_at(self: LongModel, rows: Tensor, **inputs: Any) -> Tensor:
     """Logits at the rows (k,) of each input, or at rows (batch, k) of its own; (batch, k, vocab)."""
-    rows, keep = rows.to(self.device), self.accepts("logits_to_keep")
+    rows, keep = rows.to(_there(self)), self.accepts("logits_to_keep")
     with eval_mode(self.hf):
         out = self.hf(**{"use_cache": False, **inputs}, **({"logits_to_keep": rows} if keep else {})).logits
     if keep:

@@ -126,5 +126,7 @@ def score_many(
     """`score` for many pairs, in padded batches."""
     whole_number(batch_size, "batch_size", 1)
     ps, qs = _pairs(self, prompts, answers, allow_longer)
+    if getattr(self.config, "index_topk", None):  # an indexer chooses keys for each query, and padding changes its choice
+        batch_size = 1
     at = range(0, len(ps), batch_size)
     return [s for i in at for s in _score_batch(self, ps[i : i + batch_size], qs[i : i + batch_size])]
