@@ -92,6 +92,9 @@ print(ll.evaluate_traceback(lm, cases, methods=["loo"], seed=3).findings())
 ll.evaluate_traceback(lm, cases, methods=3)  # wrong
 ll.plan(ll.needle_grid, lm, lengths=(512,))
 ll.plan(ll.needle_grid, lm, lengths=512)  # wrong
+ll.needle_grid(lm, lengths=(256,), time_budget=ll.TimeBudget(4, ll.measure_speed(lm)))
+ll.needle_grid(lm, lengths=(256,), time_budget=4)  # wrong
+ll.measure_speed(lm, patience="4")  # wrong
 ll.sweep(lm, [], Task(), out="results")
 ll.sweep(lm, [], Task(), outs="results")  # wrong
 ll.token_view(lm.tokens("a text"), {})
