@@ -181,8 +181,8 @@ def test_every_section_has_a_ladder_and_a_share() -> None:
 
 # ---- the command
 
-def started(out: Path, *more: str) -> subprocess.Popen[str]:
-    asked = [COMMAND, "report", "--probes", "sinks,grid,heads", "--out", out, *more]
+def started(out: Path) -> subprocess.Popen[str]:
+    asked = [COMMAND, "report", "--probes", "sinks,grid", "--context", "400", "--out", out]
     return subprocess.Popen([*map(str, asked)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENV, text=True)
 
 
@@ -197,42 +197,37 @@ def until(lines: Iterator[str], what: str) -> list[str]:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends signals to a process")
 def test_killed_and_interrupted_reports_go_on(tmp_path: Path) -> None:
-    "kill -9 in the second section; then SIGTERM; then the same command to its end: what is finished is used, another command is refused"
+    "kill -9 in the second section; then SIGTERM; then the same command to its end: what is finished is used"
     out = tmp_path / "out"
-    with started(out, "--context", "512") as command:
+    with started(out) as command:
         assert command.stdout is not None
-        seen = until(command.stdout, "2 of 3")
+        seen = until(command.stdout, "2 of 2")
         command.kill()
-    plan, first = (next(i for i, line in enumerate(seen) if what in line) for what in ("about", "1 of 3"))
-    assert plan < first and all(any(t in line for line in seen[plan:first]) for t in ("attention sinks", "needle grid", "retrieval heads"))
+    plan, first = (next(i for i, line in enumerate(seen) if what in line) for what in ("about", "1 of 2"))
+    assert plan < first and all(any(t in line for line in seen[plan:first]) for t in ("attention sinks", "needle grid"))
     assert json.loads((out / "run.json").read_text())["sections"]["sinks"]["state"] == "finished"
-    with started(out, "--context", "512") as command:
+    with started(out) as command:
         assert command.stdout is not None and command.stderr is not None
-        seen = until(command.stdout, "1 of 2 · needle grid")
+        seen = until(command.stdout, "1 of 1 · needle grid")
         assert "finished before: sinks\n" in seen
         command.send_signal(signal.SIGTERM)
         errors = command.stderr.read()
         assert command.wait(60) == 130
     assert f"stopped; attention sinks finished: {out / 'index.html'}. The same command goes on from there" in errors
     assert "Sink" in (out / "index.html").read_text(encoding="utf-8")
-    with started(out, "--context", "256") as command:
-        assert "context is 256 (there: 512). Start anew with --overwrite" in command.communicate()[1]
-        assert command.returncode == 2
-    with started(out, "--context", "512") as command:
-        shown, errors = command.communicate()
+    with started(out) as command: shown, errors = command.communicate()
     assert command.returncode == 0 and "finished before: sinks\n" in shown and "\r" not in errors
     page = (out / "index.html").read_text(encoding="utf-8")
-    assert "How this report was made" in page and [Report.load(out / n) for n in ("sinks", "grid", "heads", "time")]
+    assert "How this report was made" in page and [Report.load(out / n) for n in ("sinks", "grid", "time")]
 
 
 def test_minutes_of_wall_clock(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    begun = time.monotonic()
-    assert cli.main(["report", "--probes", "sinks,grid", "--minutes", "0.3", "--out", str(tmp_path / "out")]) == 0
-    taken, shown = time.monotonic() - begun, capsys.readouterr().out
-    assert taken < 18 + 15    # the page may take so long on a busy machine
-    assert "planned for 18 s: about" in shown and re.search(r"1 of 2 · attention sinks · [\d.]+ s of 18 s", shown)
+    assert cli.main(["report", "--probes", "sinks,grid", "--minutes", "0.2", "--out", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert "planned for 12 s: about" in shown and re.search(r"1 of 2 · attention sinks · [\d.]+ s of 12 s", shown)
     made = Report.load(tmp_path / "out/time")
-    assert made.meta["minutes"] == .3 and any(line.startswith("with 1.5 min") or "with 1 min 30 s" in line for line in made.findings())
+    assert made.meta["minutes"] == .2 and made.table["taken_seconds"].sum() <= 2 * 12
+    assert any(line.startswith("with 1 min: ") for line in made.findings())
 
 
 def test_a_step_is_kept_at_once(tmp_path: Path) -> None:
