@@ -2,6 +2,7 @@
 
 from .report import Report as Report
 from .run import Run as Run
+from .budget import TimeBudget as TimeBudget
 from .run import plan as plan
 from .models.load import load as load
 from .models.load import LongModel as LongModel
@@ -40,6 +41,7 @@ from .interventions.key_sets import keep_keys as keep_keys
 from .interventions.extend import extend_window as extend_window
 from .interventions.frequencies import other_frequencies as other_frequencies
 from .sweeps.sweep import sweep as sweep
+from .sweeps.speed import measure_speed as measure_speed
 from .charts.token_view import token_view as token_view
 from .probes.context_gain import context_gain as context_gain
 from .probes.context_gain import GainReport as GainReport

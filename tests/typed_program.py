@@ -104,6 +104,9 @@ print(grid.summary().verdict)
 print(grid.summary().sentence)  # wrong
 ll.plan(ll.needle_grid, lm, lengths=(512,))
 ll.plan(ll.needle_grid, lm, lengths=512)  # wrong
+ll.needle_grid(lm, lengths=(256,), time_budget=ll.TimeBudget(4, ll.measure_speed(lm)))
+ll.needle_grid(lm, lengths=(256,), time_budget=4)  # wrong
+ll.measure_speed(lm, patience="4")  # wrong
 ll.sweep(lm, [], Task(), out="results")
 ll.sweep(lm, [], Task(), outs="results")  # wrong
 ll.token_view(lm.tokens("a text"), {})
