@@ -36,6 +36,7 @@ from .interventions.heads import temperature as temperature
 from .interventions.heads import scale_spans as scale_spans
 from .interventions.key_sets import keep_keys as keep_keys
 from .interventions.extend import extend_window as extend_window
+from .policies.use import use_policy as use_policy
 from .sweeps.sweep import sweep as sweep
 from .charts.token_view import token_view as token_view
 from .probes.context_gain import context_gain as context_gain

@@ -97,7 +97,7 @@ def kept_keys(hf: Any, seed: int = 0) -> dict[int, Tensor]:
 
 
 def seen_of(hf: Any, kept: dict[int, Tensor]) -> Any:
-    layers, n_heads, n_kv = head_sizes(hf)
+    _, n_heads, n_kv = head_sizes(hf)
 
     def seen(layer: int) -> Tensor:
         keys = torch.nn.functional.pad(kept[layer], (0, N - SINCE), value=True).repeat_interleave(n_heads // n_kv, 0)

@@ -1,0 +1,103 @@
+"""Do longlens' policies keep the same keys as kvpress (NVIDIA), on the same weights and the same text?
+
+kvpress is not a dependency, and none of its code is here: install it beside longlens (`pip install --no-deps kvpress`). Its presses score
+the keys of each layer from a forward of transformers' own attention (sdpa); longlens decides from its attention operator. The result is the share of
+kept keys, over all layers and KV heads, that both keep, and goes to benchmarks/RESULTS.md.
+
+    python benchmarks/agreement/kvpress.py --model smollm2 --tokens 1024
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent]  # this file is named like the package
+
+import torch
+from results import write_section
+
+import longlens as ll
+from longlens.policies import attention, budgets, keys
+from longlens.prompts.haystack import Haystack
+
+
+def pairs(ratio: float) -> dict[str, tuple[Any, Any]]:
+    "Name -> kvpress' press and longlens' policy, of the same settings"
+    import kvpress as kp
+    snap = kp.SnapKVPress(ratio)
+    return {
+        "SnapKV": (snap, attention.SnapKV()), "TOVA": (kp.TOVAPress(ratio), attention.TOVA()),
+        "Knorm": (kp.KnormPress(ratio), keys.Knorm()), "KeyDiff": (kp.KeyDiffPress(ratio), keys.KeyDiff()),
+        "ExpectedAttention": (kp.ExpectedAttentionPress(ratio), attention.ExpectedAttention()),
+        "PyramidKV (beta 4)": (kp.PyramidKVPress(ratio, beta=4), budgets.PyramidKV(beta=4)),
+        "Ada-KV": (kp.AdaKVPress(kp.SnapKVPress(ratio)), budgets.AdaKV()),
+    }
+
+
+@torch.no_grad()
+def theirs(hf: Any, ids: torch.Tensor, press: Any, budget: int) -> dict[int, torch.Tensor]:
+    "Layer -> which keys a press keeps, (kv_heads, n)"
+    kept: dict[int, torch.Tensor] = {}
+
+    def hook(m: Any, args: tuple, kwargs: dict, out: Any) -> None:
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        layer = kwargs["past_key_values"].layers[m.layer_idx]
+        m.rotary_emb = hf.model.rotary_emb
+        if hasattr(press, "press"):
+            press.compress(m, hidden, layer.keys, layer.values, None, kwargs)
+            mask = torch.ones(layer.keys.shape[1:3], dtype=torch.bool)
+            _, heads, at = m.masked_key_indices
+            mask[heads, at] = False
+        else:
+            scores = press.score(m, hidden, layer.keys, layer.values, None, kwargs)[0]
+            count = press.get_layer_budget(m, scores.shape[-1]) if hasattr(press, "get_layer_budget") else budget
+            mask = torch.zeros(scores.shape, dtype=torch.bool).scatter_(-1, scores.topk(count, -1).indices, True)
+        kept[m.layer_idx] = mask
+
+    hooks = [x.self_attn.register_forward_hook(hook, with_kwargs=True) for x in hf.model.layers]
+    try: hf(ids[None], use_cache=True, logits_to_keep=1)
+    finally:
+        for h in hooks: h.remove()
+    return kept
+
+
+def mine(lm: ll.LongModel, ids: torch.Tensor, policy: Any, budget: int) -> dict[int, torch.Tensor]:
+    "Layer -> which keys a policy of longlens keeps"
+    with ll.use_policy(lm, policy, budget, ids) as active: lm.prefill(ids)
+    return {layer: d.kept[layer] for layer, d in active[0].decided.items()}
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", default="smollm2")
+    p.add_argument("--tokens", type=int, default=1024)
+    p.add_argument("--ratio", type=float, default=.5, help="share of keys that goes, kvpress' compression_ratio")
+    a = p.parse_args()
+    import kvpress
+    lm = ll.load(a.model)
+    ids = ll.needle_context(lm, a.tokens, haystack=Haystack(), n_keys=1, seed=0).tokens.ids
+    budget = max(1, int(len(ids) * (1 - a.ratio)))
+    rows = []
+    for name, (press, policy) in pairs(a.ratio).items():
+        left, right = theirs(lm.hf, ids, press, budget), mine(lm, ids, policy, budget)
+        both = sum(int((left[i] & right[i].expand_as(left[i])).sum()) for i in left)
+        counts = [sum(int(x[i].expand_as(left[i]).sum()) for i in left) for x in (left, right)]
+        worst = min(float((left[i] & right[i]).sum() / left[i].sum()) for i in left)
+        rows.append(f"| {name} | {counts[0]:,} | {counts[1]:,} | {100 * both / counts[0]:.3f} % | {100 * worst:.2f} % |")
+        print(rows[-1], flush=True)
+    table = "\n".join(rows)
+    version = __import__("importlib.metadata").metadata.version("kvpress")
+    write_section("Policies: the same keys as kvpress", f"""{lm.name}, {len(ids):,} tokens, {100 * (1 - a.ratio):.0f} % of the keys kept, float32, kvpress {version}, \
+torch {torch.__version__}. What differs lies within rounding: keys whose scores are equal to the last digits. `python benchmarks/agreement/kvpress.py --model {a.model} --tokens {a.tokens} --ratio {a.ratio}`.
+
+| policy | keys kept by kvpress | by longlens | kept by both | in the layer that agrees least |
+|---|---:|---:|---:|---:|
+{table}""")
+    del kvpress
+
+
+if __name__ == "__main__": main()
