@@ -92,6 +92,11 @@ ll.scan_context(lm, context)  # wrong
 cases = fact_cases(2, conflict="later")
 print(ll.evaluate_traceback(lm, cases, methods=["loo"], seed=3).findings())
 ll.evaluate_traceback(lm, cases, methods=3)  # wrong
+with ll.use_policy(lm, "snapkv", 64, "a text"): lm.generate("a text and more")
+ll.use_policy(lm, "snapkv", budgets=64, prompt="a text")  # wrong
+policies = ll.policy_lens(lm, [context], ["snapkv", "quest"], budgets=(0.1, 0.5), decide="question")
+print(policies.head_budgets(64).height)
+ll.policy_lens(lm, [context], budgets=0.1, decides="question")  # wrong
 ll.plan(ll.needle_grid, lm, lengths=(512,))
 ll.plan(ll.needle_grid, lm, lengths=512)  # wrong
 ll.sweep(lm, [], Task(), out="results")

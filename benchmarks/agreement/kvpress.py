@@ -1,8 +1,8 @@
 """Do longlens' policies keep the same keys as kvpress (NVIDIA), on the same weights and the same text?
 
-kvpress is not a dependency, and none of its code is here: install it beside longlens (`pip install --no-deps kvpress`). Its presses score
-the keys of each layer from a forward of transformers' own attention (sdpa); longlens decides from its attention operator. The result is the share of
-kept keys, over all layers and KV heads, that both keep, and goes to benchmarks/RESULTS.md.
+kvpress is not a dependency, and none of its code is here: install it beside longlens (`pip install --no-deps kvpress cachetools`). Its
+presses score the keys of each layer from a forward of transformers' own attention (sdpa); longlens decides from its attention operator.
+The result is the share of kept keys, over all layers and KV heads, that both keep, and goes to benchmarks/RESULTS.md.
 
     python benchmarks/agreement/kvpress.py --model smollm2 --tokens 1024
 """
@@ -91,8 +91,10 @@ def main() -> None:
         print(rows[-1], flush=True)
     table = "\n".join(rows)
     version = __import__("importlib.metadata").metadata.version("kvpress")
-    write_section("Policies: the same keys as kvpress", f"""{lm.name}, {len(ids):,} tokens, {100 * (1 - a.ratio):.0f} % of the keys kept, float32, kvpress {version}, \
-torch {torch.__version__}. What differs lies within rounding: keys whose scores are equal to the last digits. `python benchmarks/agreement/kvpress.py --model {a.model} --tokens {a.tokens} --ratio {a.ratio}`.
+    command = f"python benchmarks/agreement/kvpress.py --model {Path(a.model).name} --tokens {a.tokens} --ratio {a.ratio}"
+    write_section("Policies: the same keys as kvpress", f"""{Path(lm.name).name}, {len(ids):,} tokens, {100 * (1 - a.ratio):.0f} % of the \
+keys kept, float32, kvpress {version}, torch {torch.__version__}. What differs lies within rounding: keys whose scores are equal to the \
+last digits. `{command}`.
 
 | policy | keys kept by kvpress | by longlens | kept by both | in the layer that agrees least |
 |---|---:|---:|---:|---:|
