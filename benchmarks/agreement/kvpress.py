@@ -22,7 +22,6 @@ from results import write_section
 
 import longlens as ll
 from longlens.policies import attention, budgets, keys
-from longlens.prompts.haystack import Haystack
 
 
 def pairs(ratio: float) -> dict[str, tuple[Any, Any]]:
@@ -79,7 +78,7 @@ def main() -> None:
     a = p.parse_args()
     import kvpress
     lm = ll.load(a.model)
-    ids = ll.needle_context(lm, a.tokens, haystack=Haystack(), n_keys=1, seed=0).tokens.ids
+    ids = ll.needle_context(lm, a.tokens, n_keys=1, seed=0).tokens.ids
     budget = max(1, int(len(ids) * (1 - a.ratio)))
     rows = []
     for name, (press, policy) in pairs(a.ratio).items():
