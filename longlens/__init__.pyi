@@ -40,6 +40,7 @@ from .interventions.heads import scale_spans as scale_spans
 from .interventions.key_sets import keep_keys as keep_keys
 from .interventions.extend import extend_window as extend_window
 from .interventions.frequencies import other_frequencies as other_frequencies
+from .policies.use import use_policy as use_policy
 from .sweeps.sweep import sweep as sweep
 from .sweeps.speed import measure_speed as measure_speed
 from .charts.token_view import token_view as token_view
@@ -66,6 +67,8 @@ from .probes.traceback.scan import scan_context as scan_context
 from .probes.traceback.scan import ScanReport as ScanReport
 from .probes.traceback.evaluation.report import TracebackReport as TracebackReport
 from .probes.traceback.evaluation.evaluate import evaluate_traceback as evaluate_traceback
+from .probes.policies.report import PolicyReport as PolicyReport
+from .probes.policies.probe import policy_lens as policy_lens
 from .apps.reading import PromptReading as PromptReading
 from .apps.workbench import explore as explore
 

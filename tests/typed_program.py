@@ -102,6 +102,11 @@ print(ll.compare_reports(grid, "folder", names=["a", "b"]).differences.height)
 ll.compare_reports(grid, grid, name=["a", "b"])  # wrong
 print(grid.summary().verdict)
 print(grid.summary().sentence)  # wrong
+with ll.use_policy(lm, "snapkv", 64, "a text"): lm.generate("a text and more")
+ll.use_policy(lm, "snapkv", budgets=64, prompt="a text")  # wrong
+policies = ll.policy_lens(lm, [context], ["snapkv", "quest"], budgets=(0.1, 0.5), decide="question")
+print(policies.head_budgets(64).height)
+ll.policy_lens(lm, [context], budgets=0.1, decides="question")  # wrong
 ll.plan(ll.needle_grid, lm, lengths=(512,))
 ll.plan(ll.needle_grid, lm, lengths=512)  # wrong
 ll.needle_grid(lm, lengths=(256,), time_budget=ll.TimeBudget(4, ll.measure_speed(lm)))
