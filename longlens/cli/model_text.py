@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from longlens.prompts.questions import Question
 
 # %% auto #0
-__all__ = ['first_tokens', 'default_model', 'reads_english', 'sample_text', 'example_text', 'is_sample', 'check_size',
-           'text_haystack', 'prompt_room', 'prompt_lengths', 'question_size', 'document_questions', 'traced_prompt']
+__all__ = ['first_tokens', 'default_model', 'reads_english', 'example_text', 'is_sample', 'check_size', 'text_haystack',
+           'prompt_room', 'prompt_lengths', 'document_questions', 'traced_prompt']
 
 # %% ../../nbs/cli/02_model_text.ipynb #02740f15
 def first_tokens(
@@ -46,7 +46,7 @@ def reads_english(lm: LongModel) -> bool:
     return lm.card.wording != "facts"
 
 # %% ../../nbs/cli/02_model_text.ipynb #f2b3cb49
-def sample_text() -> str:
+def _sample_text() -> str:
     "The passages of the sample, with their titles"
     from longlens.prompts.questions import read_questions, title_and_text
     return "\n\n".join("\n".join(title_and_text(q.gold)) for q in read_questions("nq-sample"))
@@ -60,14 +60,14 @@ def example_text(
     from longlens.needle_lm.data import make_example
     n = n or min(2048, lm.max_length or 2048)
     if not reads_english(lm) or lm.tokenizer is None: return make_example(n_tokens=n, tokenizer=lm.tokenizer).prompt
-    text = sample_text()
-    while len(tokens := lm.tokens(text, allow_longer=True)) < n: text += f"\n\n{sample_text()}"
+    text = _sample_text()
+    while len(tokens := lm.tokens(text, allow_longer=True)) < n: text += f"\n\n{_sample_text()}"
     return first_tokens(tokens, n).text or text
 
 # %% ../../nbs/cli/02_model_text.ipynb #e83a39d6
 def is_sample(tokens: Tokens) -> bool:
     "Is it the text that is read where none was given?"
-    return bool(tokens.text) and sample_text().startswith((tokens.text or "")[:500])
+    return bool(tokens.text) and _sample_text().startswith((tokens.text or "")[:500])
 
 # %% ../../nbs/cli/02_model_text.ipynb #5e77397d
 def check_size(
@@ -109,7 +109,7 @@ def prompt_lengths(lm: LongModel, n: int) -> list[int]:
     return sorted({prompt_room(lm, n // k) for k in (4, 2, 1)})
 
 # %% ../../nbs/cli/02_model_text.ipynb #c801edd1
-def question_size(lm: LongModel, room: int) -> tuple[int, int]:
+def _question_size(lm: LongModel, room: int) -> tuple[int, int]:
     "Documents of a question, and sentences of each, that fill so many tokens"
     from longlens.prompts.multi_document import place_answer
     from longlens.prompts.questions import fact_questions
@@ -133,10 +133,10 @@ def document_questions(
     "Questions with documents that fill so many tokens"
     from longlens.prompts.questions import fact_questions, read_questions, with_distractors
     if not reads_english(lm):
-        size, sentences = question_size(lm, room)
+        size, sentences = _question_size(lm, room)
         return fact_questions(n, _enough(size, room), sentences=sentences), {}
     questions = read_questions("nq-sample")
-    each = _DOCUMENT * len(lm.tokens(sample_text(), allow_longer=True)) / len(questions)
+    each = _DOCUMENT * len(lm.tokens(_sample_text(), allow_longer=True)) / len(questions)
     size = _enough(min(20, int((room - 100) / each)), room)
     return with_distractors(questions, size)[:n], {"chat": lm.card.chat}
 

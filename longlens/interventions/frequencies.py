@@ -22,9 +22,8 @@ from .positions import RescaledPositions, lengthen, rotary_modules, set_until_cl
 from ..models.architecture import attention_layers
 
 # %% auto #0
-__all__ = ['FrequencyMethod', 'FREQUENCIES', 'Rotary', 'Turning', 'linear', 'ntk', 'another_base', 'ntk_by_parts', 'yarn',
-           'llama3', 'giraffe', 'disturbance', 'distributional', 'LogLength', 'entropy_abf', 'rotary_of',
-           'other_frequencies', 'angle_table']
+__all__ = ['FREQUENCIES', 'Rotary', 'Turning', 'linear', 'ntk', 'ntk_by_parts', 'yarn', 'llama3', 'giraffe', 'disturbance',
+           'distributional', 'LogLength', 'entropy_abf', 'rotary_of', 'other_frequencies', 'angle_table']
 
 # %% ../../nbs/interventions/06_frequencies.ipynb #88206130
 @dataclass(frozen=True)
@@ -57,8 +56,8 @@ class Turning:
     logits: Intervention | None = None  # what else changes, if anything
 
 
-FrequencyMethod = Callable[[Rotary], Turning]
-FREQUENCIES: dict[str, FrequencyMethod] = {}  # name -> method
+_Method = Callable[[Rotary], Turning]
+FREQUENCIES: dict[str, _Method] = {}  # name -> method
 
 
 # %% ../../nbs/interventions/06_frequencies.ipynb #82883f20
@@ -74,9 +73,9 @@ def ntk(r: Rotary) -> Turning:
 
 
 # %% ../../nbs/interventions/06_frequencies.ipynb #4fa7e414
-def another_base(
+def _another_base(
     base: float = 500_000.0,  # in place of the model's
-) -> FrequencyMethod:
+) -> _Method:
     """ABF (arXiv 2309.16039): another base, the same for all lengths"""
     if not (math.isfinite(base) and base > 1):
         raise ValueError(f"base is {base}: a number above 1, such as 500000")
@@ -171,13 +170,13 @@ class LogLength(Intervention):
 # %% ../../nbs/interventions/06_frequencies.ipynb #057f2a91
 def entropy_abf(r: Rotary) -> Turning:
     """Entropy-ABF (arXiv 2401.07004): base 500,000, and logits that grow with the logarithm of the position beyond the trained length"""
-    return replace(another_base()(r), logits=LogLength(r.length))
+    return replace(_another_base()(r), logits=LogLength(r.length))
 
 
 FREQUENCIES.update(
     linear=linear,
     ntk=ntk,
-    abf=another_base(),
+    abf=_another_base(),
     ntk_by_parts=ntk_by_parts,
     yarn=yarn,
     llama3=llama3,
@@ -195,7 +194,7 @@ class _OtherFrequencies(RescaledPositions):
     name: ClassVar[str] = "other_frequencies"
 
 
-def _find(method: str | FrequencyMethod) -> tuple[str, FrequencyMethod]:
+def _find(method: str | _Method) -> tuple[str, _Method]:
     if callable(method):
         return getattr(method, "__name__", "own"), method
     if method not in FREQUENCIES:
@@ -229,7 +228,7 @@ def rotary_of(
 @contextmanager
 def other_frequencies(
     model: AttachableModel,  # a LongModel or a transformers model with rotary positions
-    method: str | FrequencyMethod,  # one of FREQUENCIES, or a function from a Rotary to a Turning
+    method: str | _Method,  # one of FREQUENCIES, or a function from a Rotary to a Turning
     factor: float,  # how many times longer texts become, above 1
 ) -> Iterator[list[Intervention]]:  # the interventions as they act
     """Rotary frequencies made by a method for texts `factor` times as long as the trained ones, while the block runs."""

@@ -24,9 +24,9 @@ from .wording import word_list
 K = TypeVar("K", str, list)
 
 # %% auto #0
-__all__ = ['K', 'DocumentLike', 'SAMPLE', 'normalize_answer', 'title_and_text', 'check_answers', 'Question', 'KeyValue',
-           'question_file', 'open_maybe_gzip', 'unique_keys', 'json_field', 'read_questions', 'read_key_values',
-           'shuffled_numbers', 'holds_answer', 'with_distractors', 'fact_questions', 'fact_pairs']
+__all__ = ['K', 'DocumentLike', 'normalize_answer', 'title_and_text', 'check_answers', 'Question', 'KeyValue', 'question_file',
+           'open_maybe_gzip', 'unique_keys', 'json_field', 'read_questions', 'read_key_values', 'shuffled_numbers',
+           'holds_answer', 'with_distractors', 'fact_questions', 'fact_pairs']
 
 # %% ../../nbs/prompts/05_questions.ipynb #afdba3ea
 _DROPPED = str.maketrans("", "", string.punctuation)
@@ -116,14 +116,14 @@ class KeyValue:
 _LONGEST = 1 << 26  # bytes of a line; one that is longer is not of these files
 
 # %% ../../nbs/prompts/05_questions.ipynb #92a2e41c
-SAMPLE = "nq-sample"
+_SAMPLE = "nq-sample"
 
 
 def question_file(
     path: str | Path,  # of a file, or "nq-sample"
 ) -> Path:
     """The file that is meant; a file of that name comes first."""
-    if path == SAMPLE and not Path(path).exists(): return Path(str(files("longlens"))) / "data" / "nq_sample.jsonl"
+    if path == _SAMPLE and not Path(path).exists(): return Path(str(files("longlens"))) / "data" / "nq_sample.jsonl"
     return Path(path)
 
 # %% ../../nbs/prompts/05_questions.ipynb #908947ba

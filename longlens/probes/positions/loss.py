@@ -18,7 +18,7 @@ from ...measure.statistics import Entropy, SinkMass
 from ...models.forward import LongModel
 
 # %% auto #0
-__all__ = ['token_losses', 'window_losses', 'by_bins', 'attention_by_length']
+__all__ = ['window_losses', 'by_bins', 'attention_by_length']
 
 # %% ../../../nbs/probes/positions/00_loss.ipynb #61d88c28
 def _steps(n: int, step: int, edges: Sequence[int] = ()) -> list[int]:  # 1, ..., n
@@ -27,7 +27,7 @@ def _steps(n: int, step: int, edges: Sequence[int] = ()) -> list[int]:  # 1, ...
 
 
 @torch.no_grad()
-def token_losses(
+def _token_losses(
     lm: LongModel,  # may be changed by interventions
     ids: Tensor,  # a text, (n,)
     step: int = 1024,  # tokens whose logits exist together, at most
@@ -59,15 +59,15 @@ def window_losses(
     for start in range(0, len(ids), half):
         end = min(start + half, len(ids))
         if start == 0:
-            losses.append(token_losses(lm, ids[:end]))
+            losses.append(_token_losses(lm, ids[:end]))
         else:
-            losses.append(token_losses(lm, ids[start - half : end])[half - 1 :])
+            losses.append(_token_losses(lm, ids[start - half : end])[half - 1 :])
     return np.concatenate(losses)
 
 
 # %% ../../../nbs/probes/positions/00_loss.ipynb #4e120ea7
 def by_bins(
-    losses: np.ndarray,  # nats, (n - 1,), from `token_losses`
+    losses: np.ndarray,  # nats, (n - 1,), from `_token_losses`
     edges: Sequence[int],  # upper ends, in tokens, ascending; the last is n
 ) -> np.ndarray:  # mean loss of the tokens of each bin, (bins,); NaN where there are none
     """Mean losses of stretches of a text."""
@@ -86,7 +86,7 @@ def attention_by_length(
     """Losses, and how attention spreads, of one pass over a text."""
     step, keys = 1024, ["layer", "head", "context_length"]
     with capture(lm, Entropy(), SinkMass(1)) as seen:
-        losses = token_losses(lm, ids, step, edges)
+        losses = _token_losses(lm, ids, step, edges)
     at = _steps(len(ids), step, edges)
     ends = [next(e for e in (*edges, len(ids)) if end <= e) for end in at[1:]]
     calls = pl.DataFrame({"sample": range(1, len(at)), "context_length": ends, "queries": np.diff(at)})  # sample 0 is the first token
