@@ -3,22 +3,26 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
+import altair as alt
 import nbfiles
+import polars as pl
 import pytest
 
+import longlens as ll
 from longlens.models.gguf import has_packaged
 
 FOLDER = Path(__file__).resolve().parent.parent / "nbs/tutorials"
 SMALLER = {    # what stands in the place of each notebook's settings
     "01_sinks": """
-TOKENS, TEXTS, SHORT, SEQUENCES = 96, 2, 72, 1
+TOKENS, TEXTS, SHORT, SEQUENCES = 80, 2, 64, 1
 WINDOW, SILENCED, DRAWS = 24, (20,), 1
 """,
     "02_heads": """
-LENGTHS, DEPTHS, TRIALS = (160,), (0, 50, 100), 1
-ASKED, RANKED = 4, 1
-TOP, DRAWS = 4, 1
+LENGTHS, DEPTHS, TRIALS = (140,), (0, 100), 1
+ASKED, RANKED = 3, 1
+TOP, DRAWS = 2, 1
 """,
     "07_why_did_it_fail": """
 DOCUMENTS, PLACE, PLACES, FEWER = 2, 0, (0, 1), ()
@@ -39,9 +43,18 @@ def smaller(name: str) -> list[str]:
     return cells
 
 
+@pytest.fixture(scope="module")
+def smollm2() -> ll.LongModel: return ll.load("smollm2", device="cpu")
+
+
 @pytest.mark.parametrize("name", SMALLER)
-def test_tutorial(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    "All cells run, one after the other, where the notebook stands"
+def test_tutorial(name: str, smollm2: ll.LongModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    "All cells run, one after the other, where the notebook stands; the model is loaded once for all of them"
+    load = ll.load
+
+    def loaded(model: Any = None, **how: Any) -> ll.LongModel: return smollm2 if model == "smollm2" else load(model, **how)
+    monkeypatch.setattr(ll, "load", loaded)
     monkeypatch.chdir(FOLDER)
     space: dict[str, object] = {"__name__": "__main__"}
-    for code in smaller(name): exec(compile(code, f"{name}.ipynb", "exec"), space)    # noqa: S102
+    with pl.Config(), alt.renderers.enable(alt.renderers.active):    # both are as before when it has run
+        for code in smaller(name): exec(compile(code, f"{name}.ipynb", "exec"), space)    # noqa: S102
