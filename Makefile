@@ -35,7 +35,10 @@ bench: .venv/.for-work    ## measure what longlens costs, and write benchmarks/R
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
 
 matrix: .venv/.for-work    ## every feature on every architecture of the zoo (half an hour), and docs/models.md
-	@$(BIN)/python tests/matrix.py
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/matrix.py --fresh
+
+fuzz: .venv/.for-work    ## 10,000 random inputs for the public functions (an hour), and benchmarks/FUZZ.md; LONGLENS_FUZZ=number
+	@$(BIN)/python tests/fuzz.py
 
 docs: .venv/.for-work    ## the site, in _docs: works from any file server, and with no network
 	@$(BIN)/python tools/docs/build.py
@@ -71,4 +74,4 @@ clean:    ## remove what was made, except .venv
 	@$(PIP) install -c constraints.txt --config-settings editable_mode=compat -e '.[dev,bridge,embed]'
 	@touch $@
 
-.PHONY: help demo test lab bench matrix docs readme clean
+.PHONY: help demo test lab bench matrix fuzz docs readme clean

@@ -100,10 +100,11 @@ def main() -> None:
     plain = best["plain forward, longlens"]
     rows = "\n".join(f"| {name} | {t:.2f} s | {t / plain:.2f} |" for name, t in best.items())
     threads = os.environ.get("OMP_NUM_THREADS", "?")
-    write_section("Policies: what running under one costs", f"""A random Llama of SmolLM2-135M's shape with {a.layers} layers, {a.tokens:,} tokens, \
-float32, torch {torch.__version__}, {threads} CPU thread(s) ({platform.machine()}); processor seconds of one forward, the shortest of {a.repeats}, \
-interleaved. It says what a measurement costs here, and nothing of how fast a policy is where it is served. \
-`OMP_NUM_THREADS=1 python benchmarks/policy_cost.py --tokens {a.tokens} --layers {a.layers} --repeats {a.repeats}`.
+    command = f"OMP_NUM_THREADS=1 python benchmarks/policy_cost.py --tokens {a.tokens} --layers {a.layers} --repeats {a.repeats}"
+    write_section("Policies: what running under one costs", f"""A random Llama of SmolLM2-135M's shape with {a.layers} layers, \
+{a.tokens:,} tokens, float32, torch {torch.__version__}, {threads} CPU thread(s) ({platform.machine()}); processor seconds of one \
+forward, the shortest of {a.repeats}, interleaved. It says what a measurement costs here, and nothing of how fast a policy is where it \
+is served. `{command}`.
 
 | way | time | times the plain forward |
 |---|---:|---:|

@@ -2,6 +2,7 @@
 
 from .report import Report as Report
 from .run import Run as Run
+from .budget import TimeBudget as TimeBudget
 from .run import plan as plan
 from .models.load import load as load
 from .models.load import LongModel as LongModel
@@ -39,10 +40,13 @@ from .interventions.heads import scale_spans as scale_spans
 from .interventions.key_sets import keep_keys as keep_keys
 from .interventions.extend import extend_window as extend_window
 from .interventions.frequencies import other_frequencies as other_frequencies
+from .policies.use import use_policy as use_policy
 from .sweeps.sweep import sweep as sweep
+from .sweeps.speed import measure_speed as measure_speed
 from .charts.token_view import token_view as token_view
 from .probes.context_gain import context_gain as context_gain
 from .probes.context_gain import GainReport as GainReport
+from .probes.compare import compare_reports as compare_reports
 from .probes.sinks.report import SinkReport as SinkReport
 from .probes.sinks.probe import attention_sinks as attention_sinks
 from .probes.heads.duo_gates import duo_gates as duo_gates
@@ -50,6 +54,8 @@ from .probes.heads.report import HeadReport as HeadReport
 from .probes.heads.probe import retrieval_heads as retrieval_heads
 from .probes.middle.report import MiddleReport as MiddleReport
 from .probes.middle.probe import lost_in_the_middle as lost_in_the_middle
+from .probes.positions.report import PositionReport as PositionReport
+from .probes.positions.probe import position_lens as position_lens
 from .probes.grid.report import GridReport as GridReport
 from .probes.grid.probe import needle_grid as needle_grid
 from .probes.grid.probe import published_grid as published_grid
@@ -61,6 +67,8 @@ from .probes.traceback.scan import scan_context as scan_context
 from .probes.traceback.scan import ScanReport as ScanReport
 from .probes.traceback.evaluation.report import TracebackReport as TracebackReport
 from .probes.traceback.evaluation.evaluate import evaluate_traceback as evaluate_traceback
+from .probes.policies.report import PolicyReport as PolicyReport
+from .probes.policies.probe import policy_lens as policy_lens
 from .apps.reading import PromptReading as PromptReading
 from .apps.workbench import explore as explore
 

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from tqdm import tqdm as plain_bar
 
 # %% auto #0
-__all__ = ['watched', 'progress_bar']
+__all__ = ['progress_bar']
 
 # %% ../nbs/05_progress.ipynb #10141048
 class _Lines(plain_bar):
@@ -25,12 +25,16 @@ class _Lines(plain_bar):
             if state.strip(): print(state.strip(), file=file, flush=True)
         return show
 
+    def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
+        "What is done now; no line of its own"
+        super().set_postfix_str(s, refresh=False)
+
     def close(self) -> None:
         "The last line stays as it is"
         self.disable = True
 
 # %% ../nbs/05_progress.ipynb #e6086130
-def watched(file: TextIO) -> bool:
+def _watched(file: TextIO) -> bool:
     "Does somebody look at it while it is written: is it a terminal, or a notebook?"
     return file.isatty() or "ipykernel" in sys.modules
 
@@ -44,7 +48,7 @@ def progress_bar(
 ) -> Any:  # a bar of tqdm
     "A bar where somebody looks, lines in a log"
     file = file or sys.stderr
-    if watched(file):
+    if _watched(file):
         from tqdm.auto import tqdm
         return tqdm(items, file=file, **how)
     form = "{desc}: {percentage:.0f} % after {elapsed}, {remaining} left"

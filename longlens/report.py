@@ -12,10 +12,11 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from html import escape
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -27,9 +28,12 @@ from typing import Any, BinaryIO, ClassVar, Self, TypeVar
 
 import polars as pl
 
+from .text import visible
+
 # %% auto #0
 __all__ = ['MARK', 'FORMAT', 'HEAD', 'REPORTS', 'R', 'ReportError', 'atomic_write', 'free_place', 'new_folder', 'plain', 'stamp',
-           'check_name', 'Tables', 'Section', 'Report', 'open_explorer', 'report_html', 'write_report', 'load_report']
+           'check_name', 'Tables', 'Section', 'Measure', 'Summary', 'Report', 'open_explorer', 'report_html',
+           'write_report', 'load_report']
 
 # %% ../nbs/00_report.ipynb #76dafdee
 class ReportError(ValueError):
@@ -268,6 +272,33 @@ class Section:
     table: pl.DataFrame | None = None     # its first rows are on the page, folded
     view: Any = None                      # a text with shaded units: `TextData` of charts/token_view
 
+# %% ../nbs/00_report.ipynb #10b542ad
+@dataclass(frozen=True)
+class Measure:
+    "One of the main numbers of a report"
+    key: str                        # its name in code, and in the table of reference values
+    name: str                       # what people call it
+    value: float
+    unit: str = ""                  # "%", "tokens", ...
+    lower: float | None = None      # its 95 % interval, where there is one
+    upper: float | None = None
+    n: int | None = None            # how many measurements it is made of
+
+# %% ../nbs/00_report.ipynb #3152b874
+@dataclass
+class Summary:
+    "What a person can repeat of a report"
+    verdict: str                        # one sentence for people, with two numbers at most
+    draw: Callable[[], Any] | None = None    # makes the picture, a small Altair chart; None: the sentence says it all
+    compared: tuple[str, ...] = ()      # what is unusual, a sentence for each reference, with two numbers at most
+    untested: tuple[str, ...] = ()      # what was not tested
+    sure: str = ""                      # how sure this is: how many measurements, and the interval in words
+    measures: tuple[Measure, ...] = ()  # the main numbers
+    quote: str = ""                     # words of a text that the verdict is about
+
+    @cached_property
+    def picture(self) -> Any: return self.draw() if self.draw is not None else None    # an Altair chart, or None
+
 # %% ../nbs/00_report.ipynb #3b9ce071
 REPORTS: dict[str, type[Report]] = {}    # the classes that a folder can be loaded as, by name
 
@@ -280,13 +311,23 @@ class Report(Tables):
         super().__init_subclass__(**kwargs)
         REPORTS[cls.__name__] = cls
 
-    def findings(self) -> list[str]:
-        "What was found, a sentence each"
-        return _finding_shapes(self)
+    def summary(self) -> Summary:
+        "What a person can repeat: a sentence, a small picture, what is unusual, what was not tested, how sure it is"
+        return Summary(self.findings()[0])
 
-    def highlights(self) -> list[str]:
-        "Those of the findings that a page begins with"
-        return self.findings()[:2]
+    def findings(self) -> list[str]:
+        "What was found, in sentences for people: the verdict, and how it compares; two numbers a sentence at most"
+        if type(self).summary is Report.summary: return _finding_shapes(self)
+        s = self.summary()
+        return [s.verdict, *s.compared]
+
+    def details(self) -> list[str]:
+        "What was found, with every number"
+        return self.findings()
+
+    def paired(self) -> pl.DataFrame | None:
+        "measure, unit, value: a row for each question that another report may have too (and place, if it was asked at several); or None"
+        return None
 
     def chart(self) -> Any:
         "The report as an Altair chart"
@@ -325,10 +366,15 @@ def _finding_shapes(
     return [f"{name}: {f.height:,} rows of {', '.join(f.columns)}" for name, f in report.frames.items()]
 
 # %% ../nbs/00_report.ipynb #2efbe5e4
+def _named(place: str) -> Any:    # what is there
+    "What stands at module:name, loaded when it is needed"
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
+
+
 def _explorer_of(report: Report) -> Any:    # a function: (report, **what else there is) -> a widget
     "The function that a report names as its explorer"
-    module, _, name = report.explorer.partition(":")
-    if module and name: return getattr(import_module(module), name)
+    if all(report.explorer.partition(":")): return _named(report.explorer)
     raise TypeError(f"{type(report).__name__}.explorer is {report.explorer!r}: write module:function, as in {Report.explorer!r}")
 
 # %% ../nbs/00_report.ipynb #ed540eb9
@@ -345,16 +391,31 @@ def open_explorer(
     return make(report, **how)
 
 # %% ../nbs/00_report.ipynb #d7598094
+_PICTURE = "longlens.charts.small:picture_html"    # an Altair chart -> HTML, with no script
+
+
+def _found_html(report: Report) -> str:
+    "The verdict beside its picture, and what belongs to it"
+    s = report.summary()
+    picture = _named(_PICTURE)(s.picture) if s.picture is not None else ""
+    lines = [*s.compared, *([s.sure] if s.sure else [])] or report.findings()[1:]
+    shown = lambda text: escape(visible(text, 1000))
+    quote = f"<blockquote>{shown(s.quote)}</blockquote>" if s.quote else ""
+    words = f"<p><strong>{shown(s.verdict)}</strong></p>{quote}" + "".join(f"<div>{shown(line)}</div>" for line in lines)
+    return (f"<div style='display:flex;flex-wrap:wrap;gap:1em 2em;align-items:flex-start'><div style='flex:1 1 20em;max-width:40em'>{words}"
+            f"</div><div>{picture}</div></div>")
+
+# %% ../nbs/00_report.ipynb #8fcd3129
 def report_html(
     report: Report,     # any report
     rows: int = 6,      # rows of the main table to show
 ) -> str:               # HTML; everything in it is escaped
-    "A report as a notebook shows it"
-    found = "".join(f"<li>{escape(line)}</li>" for line in report.findings())
+    "A report as a notebook shows it: the verdict and its picture; the main table, folded"
     others = ", ".join(f"<code>{escape(name)}</code> {f.height:,} × {f.width}" for name, f in report.frames.items())
-    title = f"<strong>{escape(type(report).__name__)}</strong> {escape(str(report.meta.get('model', '')))}"
+    title = f"{escape(report.title or type(report).__name__)} · {escape(visible(str(report.meta.get('model', '')), 200))}"
     with pl.Config(tbl_hide_dataframe_shape=True): table = report.table.head(rows)._repr_html_()
-    return f"<div class='longlens-report'><p>{title}</p><ul>{found}</ul>{table}<p><small>frames: {others}</small></p></div>"
+    return (f"<div class='longlens-report'><small>{title}</small>{_found_html(report)}<details><summary>tables: {others}</summary>{table}"
+            "</details></div>")
 
 # %% ../nbs/00_report.ipynb #8a7e8d8f
 def write_report(

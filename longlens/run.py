@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields, replace
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, SupportsIndex, TypedDict, TypeVar
 
 if TYPE_CHECKING:
     from polars import DataFrame
@@ -36,6 +36,14 @@ class Run:
     seed: int = 0  # of everything that is drawn
     time_budget: TimeBudget | None = None  # minutes of wall clock; it ends with the last whole round that was finished; None: no limit
     allow_longer: bool | None = None  # go past the length the model was made for; None: as the model was loaded
+
+    def __post_init__(self) -> None:
+        for name, least in {"batch_size": 1, "max_memory": 0, "budget": 0, "seed": 0}.items():
+            n = getattr(self, name)
+            if n is None and name != "seed": continue
+            if isinstance(n, bool) or not isinstance(n, SupportsIndex):
+                raise TypeError(f"{name} is {n!r:.60}: give a whole number")
+            if n.__index__() < least: raise ValueError(f"{name} is {n}: it must be {least} or more")
 
 # %% ../nbs/03_run.ipynb #bd6427f8
 class RunOptions(TypedDict, total=False):

@@ -1,22 +1,26 @@
 """Every feature on every model of the zoo: right to 1e-4 against formed patterns and whole forward passes, or refused with a reason.
 
     python tests/matrix.py                          all of it, and docs/models.md is written
-    python tests/matrix.py jamba gemma4 --features capture chunked
+    python tests/matrix.py --fresh                  the same from the beginning: otherwise a run that was stopped goes on
+    python tests/matrix.py --only jamba gemma4 --feature capture chunked
 
-`make matrix` runs all of it. What a model is compared with does not go through
-longlens: patterns are those of transformers' own eager attention, logits those of one forward pass of the whole text, and
-changed heads those of the attention function `formed` below, which forms the matrix.
+Each cell is kept in out/matrix.jsonl when it is done. `make matrix` runs all of it afresh, and tests/test_matrix.py a random
+tenth. What a model is compared with does not go through longlens: patterns are those of transformers' own eager attention, logits those of
+one forward pass of the whole text, and changed heads those of the attention function `formed` below, which forms the matrix.
 """
 from __future__ import annotations
 
 import argparse
 import datetime
+import json
+import random
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -169,12 +173,18 @@ def prefix_continued(hf: PreTrainedModel) -> float:
     lm, ids = ll.load(hf), zoo.token_ids(N)[0]
     whole = hf(input_ids=ids[None], use_cache=False).logits[0]
     prefix = lm.prefill(ids[:25])
-    again = prefix.crop(20).extend(ids[20:30])
-    return max(off(prefix.logits_after(ids[25:]), whole[25:].float()), off(again.logits, whole[29].float()))
+    longer = prefix.extend(ids[25:30])
+    wrong = max(off(prefix.logits_after(ids[25:]), whole[25:].float()), off(longer.logits, whole[29].float()),
+                off(longer.logits_after(ids[30:]), whole[30:].float()))
+    try: again = prefix.crop(20).extend(ids[20:30])
+    except ValueError as e:    # a state that has taken tokens in cannot give them back
+        if "has forgotten what it would need" not in str(e): raise
+        return wrong
+    return max(wrong, off(again.logits, whole[29].float()))
 
 
 def ablate(hf: PreTrainedModel) -> float:
-    ids, layer = zoo.token_ids(N), layers_of(hf)[0]
+    ids, layer = zoo.token_ids(N), (layers_of(hf) or [0])[0]
     with ll.ablate(hf, [(layer, 1)]): inside = hf(input_ids=ids, use_cache=False)[0]
     module = next(m for name, m in hf.named_modules() if hasattr(m, "is_causal") and number_of(m, name) == layer)
     return changed(hf, ids, inside, ablate=(module, 1))
@@ -208,12 +218,15 @@ def generate(hf: PreTrainedModel) -> float:
     return float(lm.generate_ids(ids, 5).tolist() != right)
 
 
-def with_words(make: Callable[[], PreTrainedModel]) -> LongModel:
-    "The model with needle-lm's tokenizer, and as large a vocabulary"
+def large(make: Callable[[], PreTrainedModel]) -> tuple[PreTrainedModel, Any]:
+    "The model with as large a vocabulary as needle-lm, and needle-lm's tokenizer"
     small = ll.load()
     before, (zoo.VOCAB, zoo.POSITIONS) = (zoo.VOCAB, zoo.POSITIONS), (small.vocab_size, 1024)
-    try: return ll.load(make(), small.tokenizer)
+    try: return make(), small.tokenizer
     finally: zoo.VOCAB, zoo.POSITIONS = before
+
+
+def with_words(make: Callable[[], PreTrainedModel]) -> LongModel: return ll.load(*large(make))
 
 
 def sinks(lm: LongModel) -> float:
@@ -230,24 +243,24 @@ def sinks(lm: LongModel) -> float:
 
 
 def heads(lm: LongModel) -> float:
-    report = ll.retrieval_heads(lm, lengths=(160,), depths=(50,), ablation=None)
+    report = ll.retrieval_heads(lm, lengths=(160,), depths=(50,), ablation=None, max_new_tokens=4)
     report.findings()
     return layers_off(lm, report.table)
 
 
 def middle(lm: LongModel) -> float:
-    report = ll.lost_in_the_middle(lm, items_of(lm), positions=2)
+    report = ll.lost_in_the_middle(lm, items_of(lm), positions=2, max_new_tokens=4)
     report.findings()
     return layers_off(lm, report.frames["attention"])
 
 
 def items_of(lm: LongModel) -> list[Any]:
     from longlens.prompts.questions import fact_questions
-    return list(fact_questions(2, 3, seed=0, sentences=2))
+    return list(fact_questions(2, 2, seed=0, sentences=1))
 
 
 def grid(lm: LongModel) -> float:
-    report = ll.needle_grid(lm, lengths=(160,), depths=(50,), trials=1)
+    report = ll.needle_grid(lm, lengths=(160,), depths=(50,), trials=1, max_new_tokens=4)
     report.findings()
     return layers_off(lm, report.frames["attention"])
 
@@ -264,12 +277,40 @@ def trace(lm: LongModel) -> float:
     found = ll.trace_context(lm, question, answer=question.answer, method="attention", by="sentences")
     ll.trace_context(lm, question, answer=question.answer, method="loo", by="sentences").findings()
     found.findings()
-    return 0.0
+    k, answer = len(question.tokens), torch.tensor(found.frames["answer"]["id"].to_list())
+    P = patterns(lm.hf, torch.cat([question.tokens.ids, answer])[None])
+    want = torch.stack([p[0, :, k - 1:, :k].double().mean((0, 1)) for p in P.values()]).mean(0)
+    return off(found.frames["tokens"].sort("position")["attention"].to_torch(), want)
+
+
+def gain(lm: LongModel) -> float:
+    "The end of a text, with two lengths of context before it"
+    ids, targets = zoo.token_ids(70)[0], 8
+    report = ll.context_gain(lm, [ids.tolist()], windows=(16, 48), targets=targets)
+    report.findings()
+    worst = 0.0
+    for window in (16, 48):
+        part = ids[-window - targets:]
+        logits = lm.hf(input_ids=part[None], use_cache=False).logits[0, window - 1:-1].double()
+        want = logits.log_softmax(-1).gather(-1, part[window:, None]).mean()
+        got = report.frames["rows"].filter(window=window)["logprob"].to_torch()
+        worst = max(worst, off(got, want.expand(1)))
+    return worst
+
+
+def collapse(encoder: Any) -> float:
+    "Vectors of texts, against that of a plain forward"
+    report = ll.length_collapse(encoder, lengths=(16, 32), n_documents=8, taus=(), retrieval=())
+    report.findings()
+    text = "What the two of them had seen from the bridge was a boat, and nobody in it."
+    ids = torch.tensor([encoder.tokenizer(text)["input_ids"]])
+    return off(torch.as_tensor(encoder.encode([text]))[0], encoder.hf(input_ids=ids)[0][0].mean(0))
 
 
 MODEL = {"capture": capture, "padded left": padded_left, "padded right": padded_right, "chunked": chunked,
          "prefix continued": prefix_continued, "ablate": ablate, "streaming": streaming, "generate": generate}
-PROBES = {"sinks": sinks, "heads": heads, "middle": middle, "grid": grid, "trace": trace}
+PROBES = {"sinks": sinks, "heads": heads, "middle": middle, "grid": grid, "trace": trace, "gain": gain, "collapse": collapse}
+OF_ENCODERS = {"capture", "padded left", "padded right", "ablate", "collapse"}    # an encoder has no cache and writes nothing
 FEATURES: dict[str, Callable[[Any], float]] = {**MODEL, **PROBES}
 
 
@@ -282,6 +323,7 @@ class Result:
     feature: str
     kind: str    # "right", "refused", "wrong" or "error"
     text: str    # the error of a right or wrong one, the message of the others
+    seconds: float = 0.0
 
     @property
     def good(self) -> bool: return self.kind in ("right", "refused")
@@ -293,15 +335,26 @@ def names_itself(error: Exception, hf: PreTrainedModel) -> bool:
     return isinstance(error, UnsupportedModel | ValueError) and any(name in str(error) for name in own)
 
 
-@torch.no_grad()
 def cell(model: str, feature: str) -> Result:
+    "One feature on one model, and how long it took"
+    start = time.perf_counter()
+    return replace(tried(model, feature), seconds=round(time.perf_counter() - start, 2))
+
+
+def given(make: Callable[[], PreTrainedModel], probe: str) -> Any:
+    "What a probe measures"
+    return ll.load_encoder(*large(make), "mean") if probe == "collapse" else with_words(make)
+
+
+@torch.no_grad()
+def tried(model: str, feature: str) -> Result:
     "One feature on one model"
     make = zoo.EVERYTHING[model]
     hf = make()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            error = FEATURES[feature](with_words(make) if feature in PROBES else hf)
+            error = FEATURES[feature](given(make, feature) if feature in PROBES else hf)
     except Exception as e:
         if names_itself(e, hf): return Result(model, feature, "refused", str(e))
         last = traceback.extract_tb(e.__traceback__)[-1]
@@ -310,27 +363,68 @@ def cell(model: str, feature: str) -> Result:
 
 
 def cells() -> list[tuple[str, str]]:
-    "All pairs; an encoder has no cache and writes nothing"
-    only = {"capture", "padded left", "padded right", "ablate"}
-    return [(model, feature) for model in zoo.EVERYTHING for feature in FEATURES if model not in zoo.ENCODERS or feature in only]
+    "All pairs that have a meaning"
+    return [(model, feature) for model in zoo.EVERYTHING for feature in FEATURES
+            if (feature in OF_ENCODERS if model in zoo.ENCODERS else feature != "collapse")]
 
 
-def page(results: list[Result], seconds: float) -> str:
+def some_cells(seed: int, share: float = 0.1) -> list[tuple[str, str]]:
+    "A random part of them"
+    every = cells()
+    return random.Random(seed).sample(every, round(share * len(every)))
+
+
+# ---- what was found
+
+def kept(path: Path) -> dict[tuple[str, str], Result]:
+    "Results of a run that may have been stopped"
+    if not path.exists(): return {}
+    found = [Result(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    return {(r.model, r.feature): r for r in found}
+
+
+def keep_result(path: Path, r: Result) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as f: f.write(json.dumps(asdict(r)) + "\n")
+
+
+INTRO = """# Models
+
+> Every feature of longlens on small random models of every architecture
+
+Each cell compares what longlens gives with patterns formed by transformers' eager attention, or with one forward pass of the whole text.
+"""
+WHAT = {"capture": "five statistics of every head", "padded left": "of a batch with padding in front", "padded right": "or behind",
+        "chunked": "of a text that runs in chunks", "prefix continued": "logits after a prefix that goes on, and one that is cut",
+        "ablate": "logits with a head silenced", "streaming": "logits with streaming attention", "generate": "greedy tokens",
+        "sinks": "`attention_sinks`", "heads": "`retrieval_heads`", "middle": "`lost_in_the_middle`", "grid": "`needle_grid`",
+        "trace": "`trace_context`", "gain": "`context_gain`", "collapse": "`length_collapse`"}
+MARKS = {"right": "yes", "refused": "refused", "wrong": "WRONG", "error": "ERROR"}
+
+
+def special(model: str) -> str: return zoo.MORE[model][0] if model in zoo.MORE else (zoo.ZOO[model].__doc__ or "").strip().rstrip(".")
+
+
+def page(found: dict[tuple[str, str], Result]) -> str:
     "The table as a page of the site"
-    marks = {"right": "yes", "refused": "refused", "wrong": "WRONG", "error": "ERROR"}
-    found = {(r.model, r.feature): r for r in results}
-    lines = ["# Models", "", "What longlens was tried on, and what came out: small random models of every architecture, each feature "
-             "compared with patterns formed by eager attention, or with one forward pass of the whole text.", "",
-             f"Run on {datetime.date.today()} with transformers {transformers.__version__} and torch {torch.__version__.split('+')[0]}: "
-             f"{len({r.model for r in results})} architectures, {len(results)} cells in {seconds / 60:.0f} minutes (`make matrix`). "
-             "**yes**: within 1e-4. **refused**: one error, before anything is measured, that names the model and says why.", "",
+    results, models = list(found.values()), list(dict.fromkeys(model for model, _ in found))
+    count = {kind: sum(r.kind == kind for r in results) for kind in MARKS}
+    minutes = sum(r.seconds for r in results) / 60
+    versions = f"transformers {transformers.__version__} and torch {torch.__version__.split('+')[0]}"
+    lines = [INTRO, f"Run on {datetime.date.today()} with {versions} (`make matrix`, {minutes:.0f} minutes): {len(models)} architectures, "
+             f"{len(results)} cells. **yes** ({count['right']}): equal to 1e-4. **refused** ({count['refused']}): one error, before "
+             "anything is measured, that names the model and says why. Empty: the feature has no meaning for the model. `make test` tries "
+             "a random tenth again.", "",
+             "; ".join(f"**{name}**: {what}" for name, what in WHAT.items()) + ".", "",
              "| model | what is special | " + " | ".join(FEATURES) + " |", "|---|---|" + "---|" * len(FEATURES)]
-    for model in dict.fromkeys(r.model for r in results):
-        special = zoo.MORE[model][0] if model in zoo.MORE else (zoo.ZOO[model].__doc__ or "").strip().rstrip(".")
-        row = [marks[found[model, f].kind] if (model, f) in found else "" for f in FEATURES]
-        lines.append(f"| {model} | {special} | {' | '.join(row)} |")
-    refusals = dict.fromkeys((r.model, r.text.split("\n")[0]) for r in results if r.kind == "refused")
-    lines += ["", "## What is refused, and why", "", *(f"- **{model}**: {text}" for model, text in refusals)]
+    for model in models:
+        row = [MARKS[found[model, f].kind] if (model, f) in found else "" for f in FEATURES]
+        lines.append(f"| {model} | {special(model)} | {' | '.join(row)} |")
+    lines += ["", "## What is refused, and why", ""]
+    why: dict[tuple[str, str], list[str]] = {}
+    for r in results:
+        if r.kind == "refused": why.setdefault((r.model, r.text.split("\n")[0]), []).append(r.feature)
+    lines += [f"- **{model}** ({', '.join(features)}): {text}" for (model, text), features in why.items()]
     if bad := [r for r in results if not r.good]:
         lines += ["", "## What is not right yet", "", *(f"- **{r.model}, {r.feature}**: {r.text}" for r in bad)]
     return "\n".join(lines) + "\n"
@@ -339,22 +433,28 @@ def page(results: list[Result], seconds: float) -> str:
 def main() -> int:
     "Run the matrix, or a part of it"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", help="names in the zoo (default: all)")
-    parser.add_argument("--features", nargs="*", default=[*FEATURES], choices=[*FEATURES])
-    parser.add_argument("--out", type=Path, help="the page (default: docs/models.md, if all of it runs)")
+    parser.add_argument("--only", nargs="*", metavar="MODEL", help="names in the zoo (default: all)")
+    parser.add_argument("--feature", nargs="*", default=[*FEATURES], choices=[*FEATURES])
+    parser.add_argument("--results", type=Path, default=ROOT / "out/matrix.jsonl", help="where finished cells are kept")
+    parser.add_argument("--fresh", action="store_true", help="run cells again that are kept there")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/models.md", help="the page, which is written when no cell is missing")
     asked = parser.parse_args()
+    if odd := set(asked.only or ()) - zoo.EVERYTHING.keys(): parser.error(f"no model {min(odd)!r}: there are {', '.join(zoo.EVERYTHING)}")
     transformers.logging.set_verbosity_error()
-    start, results = datetime.datetime.now(), []
-    for model, feature in cells():
-        if (asked.models and model not in asked.models) or feature not in asked.features: continue
-        results.append(r := cell(model, feature))
-        print(f"{r.model:20} {r.feature:18} {r.kind:8} {r.text[:160]}", flush=True)
-    seconds = (datetime.datetime.now() - start).total_seconds()
-    out = asked.out or (ROOT / "docs/models.md" if len(results) == len(cells()) else None)
-    if out: out.write_text(page(results, seconds), encoding="utf-8")
-    bad = sum(not r.good for r in results)
-    print(f"{len(results)} cells, {bad} not right, {seconds:.0f} s")
-    return int(bad > 0)
+    wanted = [c for c in cells() if (not asked.only or c[0] in asked.only) and c[1] in asked.feature]
+    done = {} if asked.fresh and len(wanted) == len(cells()) else kept(asked.results)
+    if not done: asked.results.unlink(missing_ok=True)
+    left = wanted if asked.fresh or len(wanted) < len(cells()) else [c for c in wanted if c not in done]
+    if len(left) < len(wanted): print(f"{len(wanted) - len(left)} cells are in {asked.results} already: --fresh runs them again")
+    for c in left:
+        done[c] = r = cell(*c)
+        keep_result(asked.results, r)
+        print(f"{r.model:20} {r.feature:18} {r.kind:8} {r.seconds:6.1f} s  {r.text[:160]}", flush=True)
+    if all(c in done for c in cells()): asked.out.write_text(page({c: done[c] for c in cells()}), encoding="utf-8")
+    bad = [done[c] for c in wanted if not done[c].good]
+    print(f"{len(wanted)} cells, {len(bad)} not right, {sum(done[c].seconds for c in wanted):.0f} s")
+    for r in bad: print(f"NOT RIGHT: {r.model}, {r.feature}: {r.text}")
+    return int(bool(bad))
 
 
 if __name__ == "__main__": sys.exit(main())

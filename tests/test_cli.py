@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import longlens
+from longlens.budget import Speed
 from longlens.cli import main as cli
 from longlens.cli.encoder_text import load_asked_encoder
 from longlens.cli.report import chosen_probes
@@ -39,15 +40,19 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[object]:
         ends = [*(text.find(" ", i) for i in words[:-1]), len(text)]
         return Tokens(torch.arange(len(words)), text, torch.tensor([*zip(words, ends, strict=True)]))
 
-    def sinks(lm: object, texts: list[Tokens], progress: bool) -> StandIn:
+    def sinks(lm: object, texts: list[Tokens], **how: object) -> StandIn:
         read.extend(t.text for t in texts)
         return StandIn({"heads": pl.DataFrame({"layer": [0]})})
 
     page = ModuleType("longlens.charts.page")
-    page.write_page = lambda reports, path, title: Path(path).write_text(title)  # type: ignore[attr-defined]
+    page.write_page = lambda reports, path, title, overwrite: Path(path).write_text(title)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "longlens.charts.page", page)
     monkeypatch.setitem(sys.modules, "longlens.charts", ModuleType("longlens.charts"))
     model = SimpleNamespace(name="tiny", tokens=tokens, tokenizer=tokens, max_length=99)
+    quickly = Speed((1e-5, 0), (1e-5, 0), 1e-5)
+    monkeypatch.setattr("longlens.sweeps.speed.measure_speed", lambda lm: quickly)
+    monkeypatch.setattr("longlens.sweeps.speed.measure_encoder_speed", lambda enc: quickly)
+    monkeypatch.setattr("longlens.sweeps.cells.fingerprint", lambda model: "0" * 32)
     monkeypatch.setitem(vars(longlens), "load", lambda *where, **given: model)
     monkeypatch.setitem(vars(longlens), "attention_sinks", sinks)
     monkeypatch.setitem(vars(longlens), "retrieval_heads", lambda lm, **given: StandIn({"heads": pl.DataFrame({"layer": [1]})}))
@@ -62,7 +67,7 @@ def run(*args: str) -> int: return cli.main(["report", "--probes", "sinks,heads"
 def test_page_tables_and_text(quick: list[object], capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--text", "words.txt", "--out", "out") == 0
     assert quick == [WORDS]
-    assert sorted(p.name for p in Path("out").iterdir()) == [".longlens", "heads", "index.html", "sinks", "text.txt"]
+    assert sorted(p.name for p in Path("out").iterdir()) == [".longlens", "heads", "index.html", "run.json", "sinks", "text.txt", "time"]
     assert isinstance(Report.load("out/sinks"), StandIn)
     said = capsys.readouterr().out
     tables = f"tables: {Path('out/sinks')}, {Path('out/heads')}"
@@ -87,6 +92,7 @@ def test_context_reads_the_beginning(quick: list[object]) -> None:
     (["--text", "words.txt", "--context", "0"], "at least one token"),
     (["./nowhere"], "there is no model folder ./nowhere"),
     (["--probes", "sinks,tails"], "there is no probe 'tails', only sinks, heads, middle, grid"),
+    (["--minutes", "0"], "--minutes 0: more than 0 are needed"),
     (["--out", "taken"], "taken exists: choose another folder, or replace it with --overwrite"),
     (["--out", "taken", "--overwrite"], "taken holds something that longlens did not write"),
     (["--out", "words.txt"], "words.txt is a file"),
@@ -121,6 +127,21 @@ def test_an_unexpected_error_is_one_line_too(
     assert not Path("out").exists()
 
 
+def test_what_was_to_be_replaced_comes_back(quick: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("--text", "words.txt", "--out", "out") == 0
+    def broken(*args: object, **kwargs: object) -> None: raise ValueError("odd")
+    monkeypatch.setitem(vars(longlens), "attention_sinks", broken)
+    assert run("--text", "words.txt", "--out", "out", "--overwrite") == 2
+    assert isinstance(Report.load("out/sinks"), StandIn) and [p.name for p in Path().iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_dry_run_writes_nothing(quick: list[object], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--text", "words.txt", "--minutes", "2", "--dry-run") == 0
+    shown = capsys.readouterr().out
+    assert "planned for 2 min" in shown and "attention sinks" in shown and not quick
+    assert [p.name for p in Path().iterdir()] == ["words.txt"]
+
+
 def test_interrupted(quick: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*args: object, **kwargs: object) -> None: raise KeyboardInterrupt
     monkeypatch.setitem(vars(longlens), "attention_sinks", stop)
@@ -128,8 +149,12 @@ def test_interrupted(quick: list[object], monkeypatch: pytest.MonkeyPatch) -> No
     assert not Path("out").exists()
 
 
-def test_overwrite_replaces_what_longlens_wrote(quick: list[object]) -> None:
-    assert [run("--text", "words.txt", "--out", "out", *more) for more in ([], [], ["--overwrite"])] == [0, 2, 0]
+def test_the_same_again_goes_on_and_overwrite_begins_anew(quick: list[object], capsys: pytest.CaptureFixture[str]) -> None:
+    assert [run("--text", "words.txt", "--out", "out", *more) for more in ([], [], ["--overwrite"])] == [0, 0, 0]
+    assert len(quick) == 2    # the second time nothing was measured
+    assert "finished before: sinks, heads" in capsys.readouterr().out
+    assert run("--text", "words.txt", "--context", "66", "--out", "out") == 2
+    assert "out holds a report of something else: context is 66 (there: nothing). Start anew with --overwrite" in capsys.readouterr().err
 
 
 def test_no_browser_without_a_desktop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -157,7 +182,7 @@ def test_an_encoder_alone(quick: list[object], monkeypatch: pytest.MonkeyPatch) 
     assert cli.main(["report", "--encoder", "--text", "story.txt", "--context", "32", "--results", "kept", "--out", "out"]) == 0
     assert (asked["lengths"], asked["out"]) == ((8, 16, 32), Path("kept"))
     assert len(asked["texts"]) >= 8 and len(asked["natural"]) == 60  # type: ignore[arg-type]
-    assert sorted(p.name for p in Path("out").iterdir()) == [".longlens", "collapse", "index.html", "text.txt"]
+    assert sorted(p.name for p in Path("out").iterdir()) == [".longlens", "collapse", "index.html", "run.json", "text.txt", "time"]
     assert Path("out/index.html").read_text() == "all-MiniLM-L6-v2"
     with pytest.raises(pytest.fail.Exception): cli.main(["report", "--probes", "sinks,collapse", "--out", "both"])  # takes one
 
@@ -210,6 +235,27 @@ def test_demo_without_the_package_of_minilm(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ImportError, match=r"pip install longlens\[embed\]"): load_asked_encoder(plain)
 
 
+def test_model_and_text_where_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    "SmolLM2 and real passages, if its package is there; else needle-lm and the text that it was made for"
+    from longlens.cli import model_text
+    from longlens.models import gguf
+    monkeypatch.setattr(gguf, "find_spec", lambda name: None)
+    assert model_text.default_model() is None
+    monkeypatch.setattr(gguf, "find_spec", lambda name: name)
+    assert model_text.default_model() == "smollm2"
+    needle = longlens.load(device="cpu")
+    own = needle.tokens(model_text.example_text(needle, 200))
+    assert not model_text.reads_english(needle) and not model_text.is_sample(own)
+    assert model_text.document_questions(needle, 600, 2)[1] == {}
+    other = longlens.load(needle.hf, needle.tokenizer)    # without the card, it is a model like any other
+    tokens = other.tokens(model_text.example_text(other, 300))
+    assert model_text.is_sample(tokens) and len(tokens) == 300
+    asked, how = model_text.document_questions(other, 1500, 2)
+    assert len(asked) == 2 and how == {"chat": False} and 3 <= len(asked[0].others) + 1 <= 10
+    assert len(model_text.traced_prompt(other, 1500, 1).sources) == len(asked[0].others) + 1
+    with pytest.raises(ValueError, match="no room for three documents"): model_text.document_questions(other, 200, 2)
+
+
 def test_real_encoder(tmp_path: Path) -> None:
     "MiniLM, offline, in a process of its own"
     asked = [COMMAND, "report", "--encoder", "--context", "32", "--out", tmp_path / "out"]
@@ -226,7 +272,7 @@ def test_short_and_unpunctuated_texts(tmp_path: Path) -> None:
     "What a text of 30 tokens cannot show is said, and the way out that is named is one; a text without sentences is a haystack too"
     (tmp_path / "short.txt").write_text("The boat came home. It was late and dark, and nobody was there to see it. The lamp was lit.")
     (tmp_path / "table.txt").write_text("word other thing\n" * 120)
-    asked = [COMMAND, "report", "--text", tmp_path / "short.txt", "--out", tmp_path / "out"]
+    asked = [COMMAND, "report", "needle-lm", "--text", tmp_path / "short.txt", "--out", tmp_path / "out"]
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
     refused = subprocess.run([*asked, "--probes", "sinks,grid,trace"], env=env, capture_output=True, text=True)
     assert refused.returncode == 2 and not (tmp_path / "out").exists()
@@ -240,7 +286,7 @@ def test_short_and_unpunctuated_texts(tmp_path: Path) -> None:
 
 def test_real_run(tmp_path: Path) -> None:
     "needle-lm, offline, in a process of its own; then again over it"
-    asked = [COMMAND, "report", "--context", "256", "--out", tmp_path / "out", "--overwrite"]
+    asked = [COMMAND, "report", "needle-lm", "--context", "256", "--out", tmp_path / "out", "--overwrite"]
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
     for _ in range(2):
         done = subprocess.run(asked, env=env, capture_output=True, text=True)
@@ -255,7 +301,7 @@ def test_real_run(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT to a process")
 def test_control_c_leaves_nothing(tmp_path: Path) -> None:
-    asked = [COMMAND, "report", "--out", tmp_path / "out"]
+    asked = [COMMAND, "report", "needle-lm", "--out", tmp_path / "out"]
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(asked, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env, text=True) as command:
         assert command.stdout is not None

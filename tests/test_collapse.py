@@ -245,7 +245,7 @@ def test_decoder_embedder(pooling: str) -> None:
     got = r.frames["similarity"].filter(condition="none", context_length=64)["mean_cosine"].item()
     assert got == pytest.approx((c.sum() - 8) / 56, abs=1e-4)
     assert r.frames["layers"]["layer"].n_unique() == enc.n_layers
-    assert r.meta["positions"] == "rotary" and r.findings() and r.chart() is not None
+    assert r.meta["positions"] == "rotary" and r.details() and r.chart() is not None
 
 
 def test_windows_read_past_the_end_and_are_left_again() -> None:
@@ -262,8 +262,8 @@ def test_windows_read_past_the_end_and_are_left_again() -> None:
     with extend_window(enc, "grouped", length=192): c = pair_cosines(enc.encode(texts))
     got = r.frames["similarity"].filter(condition="grouped", context_length=192)["mean_cosine"].item()
     assert got == pytest.approx((c.sum() - 8) / 56, abs=1e-5)
-    assert sum("positions at 192 tokens" in s for s in r.findings()) == 3
-    assert any("8 documents of retrieval tasks were cut at 96 tokens (cut off)" in s for s in r.findings())
+    assert sum("positions at 192 tokens" in s for s in r.details()) == 3
+    assert any("8 documents of retrieval tasks were cut at 96 tokens (cut off)" in s for s in r.details())
     assert "Past the encoder's length" in [s.title for s in r.sections()]
 
 
@@ -276,8 +276,8 @@ def test_windows_are_compared_with_all_that_positions_reach() -> None:
     assert short.max_length == 64 and (r.meta["max_length"], r.meta["reach"]) == (64, 96)
     past = [x.frames["queries"].filter(condition="cut off") for x in (r, whole)]
     assert_frame_equal(*past)
-    assert any("against documents cut at 96" in s for s in r.findings())
-    assert any("documents of retrieval tasks were cut at 96 tokens (cut off)" in s for s in r.findings())
+    assert any("against documents cut at 96" in s for s in r.details())
+    assert any("documents of retrieval tasks were cut at 96 tokens (cut off)" in s for s in r.details())
     planned = plan(length_collapse, short, **how)
     assert planned["tokens"].sum() == r.meta["tokens"] == whole.meta["tokens"]
 
@@ -310,13 +310,13 @@ def test_the_encoders_own_prompts_are_used_as_everywhere(tmp_path: Path) -> None
     named = length_collapse(tiny(), **how, query_prompt="question: ", document_prompt="passage: ")
     for name in ("similarity", "layers", "queries", "shortened"): assert_frame_equal(r.frames[name], named.frames[name], abs_tol=1e-6)
     assert (r.meta["settings"]["query_prompt"], r.meta["settings"]["document_prompt"]) == ("question: ", "passage: ")
-    assert "prompts: 'question: ' before queries, 'passage: ' before documents" in r.findings()
+    assert "prompts: 'question: ' before queries, 'passage: ' before documents" in r.details()
     kept = lambda e, **more: plan(length_collapse, e, **{**how, **more}, out=tmp_path / "kept")["finished"].sum()
     assert kept(enc) == r.meta["parts"] and kept(enc, document_prompt="") == kept(own_prompts(query="question: ")) == 0
     none = length_collapse(enc, **how, query_prompt="", document_prompt="")
     plain = length_collapse(tiny(), **how)
     assert_frame_equal(none.frames["queries"], plain.frames["queries"], abs_tol=1e-6)
-    assert not any(s.startswith("prompts") for s in [*none.findings(), *plain.findings()])
+    assert not any(s.startswith("prompts") for s in [*none.details(), *plain.details()])
     with pytest.raises(ValueError, match="of which its prompt takes 3: take 93 at most"):
         length_collapse(enc, **{**how, "lengths": (16, 95)})
 
@@ -334,7 +334,7 @@ def test_the_lengths_do_not_choose_the_questions() -> None:
     assert one[64].queries == one[96].queries == other[96].queries and one[96].documents == other[96].documents
     assert tasks(at=(96,))[96].queries != other[96].queries
     r = length_collapse(enc, questions=asked, **how, max_passage=32)
-    assert any("passages (6 queries, 6 documents, passages of up to 32 tokens)" in s for s in r.findings())
+    assert any("passages (6 queries, 6 documents, passages of up to 32 tokens)" in s for s in r.details())
     with pytest.raises(ValueError, match="retrieval_lengths begin at 64 tokens, and passages have up to max_passage=80: ask for longer"):
         length_collapse(enc, questions=asked, **how, max_passage=80)
 
@@ -356,7 +356,7 @@ def test_geometry_past_the_end_is_compared_with_the_cut_text() -> None:
     grouped = r.frames["similarity"].filter(condition="grouped")["mean_cosine"].item()
     assert x["difference"] == pytest.approx(grouped - got["mean_cosine"].item(), abs=1e-6)
     said = f"grouped positions at 192 tokens, against documents cut at 96: cosine {got['mean_cosine'].item():.2f} → {grouped:.2f}, "
-    assert any(s.startswith(said) for s in r.findings())
+    assert any(s.startswith(said) for s in r.details())
     section = next(s for s in r.sections() if s.title == "Past the encoder's length")
     assert "cut off" in section.chart.to_json() and "as it is, 64 tokens" not in section.chart.to_json()
     assert {*r.frames["separability"]["condition"]} == {"none"}  # of these all lengths are the same
@@ -409,7 +409,7 @@ def test_without_a_look_at_the_attention(name: str, monkeypatch: pytest.MonkeyPa
     changed = name == "Albert"  # its layers share one module, which can be changed
     assert r.meta["settings"]["taus"] == ([0.5, 0.75] if changed else [])
     assert "heads" not in r.frames and {*r.frames["layers"]["measure"]} == {"high_frequency", "token_similarity"}
-    said = next(s for s in r.findings() if s.startswith("not measured: sigma_a and entropy of attention"))
+    said = next(s for s in r.details() if s.startswith("not measured: sigma_a and entropy of attention"))
     assert ("temperatures" in said) != changed and "TransformerBridge" not in said
     assert [s.title for s in r.sections()].count("Head by head") == 0 and r.chart() is not None
     assert page_html([r], "Length collapse") and r.widget(encoder=enc) is not None
@@ -439,7 +439,7 @@ def test_no_layers_at_all() -> None:
     assert {"layers", "heads", "layer_effects"}.isdisjoint(r.frames) and r.meta["unmeasured"] == {}
     titles = [s.title for s in r.sections()]
     assert "Temperature" in titles and {"Layer by layer", "Head by head"}.isdisjoint(titles)
-    assert not any("sigma_a" in s for s in r.findings()) and r.widget() is not None
+    assert not any("sigma_a" in s for s in r.details()) and r.widget() is not None
     whole = measured()[1].frames["similarity"]
     assert_frame_equal(r.frames["similarity"], whole, abs_tol=1e-6)
 
@@ -602,13 +602,13 @@ def test_long_and_short_texts_are_counted() -> None:
     r = length_collapse(enc, texts, **{**how, "n_documents": 11})
     assert (r.meta["too_short"], r.meta["too_long"], r.meta["natural"], r.meta["n_truncated"]) == (10, 2, 19, 0)
     left = "10 texts were too short to be cut to the longest length; 2 texts were too long to be read whole"
-    assert any(s.startswith(left) for s in r.findings())
+    assert any(s.startswith(left) for s in r.details())
     assert r.frames["similarity"].filter(kind="cut")["documents"].unique().to_list() == [11]
     assert r.frames["similarity"].filter(kind="natural")["documents"].to_list() == [10, 9]
-    assert any("19 documents as they are, in 2 groups of 9 to 10 by length" in s for s in r.findings())
+    assert any("19 documents as they are, in 2 groups of 9 to 10 by length" in s for s in r.details())
     cut = length_collapse(enc, texts, **how, truncate=True)
     assert (cut.meta["natural"], cut.meta["n_truncated"]) == (21, 2)
-    assert "2 documents of natural length were cut at 96 tokens" in " ".join(cut.findings())
+    assert "2 documents of natural length were cut at 96 tokens" in " ".join(cut.details())
     same_length = length_collapse(enc, long_texts(17, enc, 100), **how, truncate=True).frames["similarity"].filter(kind="natural")
     assert same_length.select("context_length", "documents").rows() == [(96, 17)]  # none is lost where all are cut
 
@@ -622,7 +622,7 @@ def test_a_copy_is_no_document_of_its_own() -> None:
         assert_frame_equal(once.frames[name], twice.frames[name], abs_tol=1e-6)
     assert (once.meta["copies"], twice.meta["copies"], twice.meta["natural"], twice.meta["natural_copies"]) == (0, 4, 9, 4)
     left = "4 texts were the same as others as far as they are read, and left out; 4 of natural length were the same as others, and left"
-    assert any(s.startswith(left) for s in twice.findings())
+    assert any(s.startswith(left) for s in twice.details())
     longer = [t + f" And then number {i}." for i in (1, 2) for t in texts]  # alike up to the longest length
     assert length_collapse(enc, longer, **how).meta["copies"] == 9
 
@@ -640,8 +640,8 @@ def test_cut_queries_are_counted() -> None:
     with pytest.raises(ValueError, match="reads 96"): length_collapse(enc, texts, questions=asked, **how)
     r = length_collapse(enc, texts, questions=asked, **how, truncate=True)
     assert r.frames["retrieval"]["queries_truncated"].unique().to_list() == [n] and 0 < n < 8
-    assert any(f"{n} of 8 queries of passages were cut at 96 tokens (none, tau 0.5)" in s for s in r.findings())
-    assert not any("queries" in s and "were cut" in s for s in measured()[1].findings())
+    assert any(f"{n} of 8 queries of passages were cut at 96 tokens (none, tau 0.5)" in s for s in r.details())
+    assert not any("queries" in s and "were cut" in s for s in measured()[1].details())
 
 
 def test_temperatures_of_one_name_are_one() -> None:
@@ -656,7 +656,7 @@ def test_report_comes_back(tmp_path: Path) -> None:
     report.save(tmp_path / "kept")
     back = ll.Report.load(tmp_path / "kept")
     assert type(back) is CollapseReport
-    assert back.findings() == report.findings()
+    assert back.details() == report.details()
     same(back, report)
     assert len(back.sections()) == len(report.sections()) == 8
 
@@ -664,7 +664,7 @@ def test_report_comes_back(tmp_path: Path) -> None:
 def test_sentences_say_what_the_tables_say() -> None:
     "Numbers and directions; and other tables, other sentences"
     report = measured()[1]
-    said = report.findings()[0]
+    said = report.details()[0]
     f = report.frames["similarity"].filter(condition="none")
     first, last = (f.filter(context_length=n)["mean_cosine"].item() for n in (16, 64))
     assert f"a cosine of {first:.2f} at 16 and {last:.2f} at 64 tokens" in said
@@ -675,7 +675,7 @@ def test_sentences_say_what_the_tables_say() -> None:
         hit = (pl.col("measure") == "mean_cosine") & (pl.col("condition") == "none")
         effects = report.frames["effects"].with_columns(lower=pl.when(hit).then(lower).otherwise("lower"),
                                                         upper=pl.when(hit).then(upper).otherwise("upper"))
-        assert word in CollapseReport({**report.frames, "effects": effects}, report.meta).findings()[0]
+        assert word in CollapseReport({**report.frames, "effects": effects}, report.meta).details()[0]
 
 
 def test_a_curve_that_falls_and_rises_is_not_said_to_stand_still() -> None:
@@ -686,13 +686,13 @@ def test_a_curve_that_falls_and_rises_is_not_said_to_stand_still() -> None:
                for n, push in ((16, 4.0), (32, 0.0), (64, 4.0))}
     frames = {**report.frames, "similarity": similarity_frame(vectors), "changes": changes_frame(vectors),
               "effects": effects_frame(vectors, pl.DataFrame(schema={"measure": pl.String}), pl.DataFrame())}
-    said = CollapseReport(frames, report.meta).highlights()[0]
+    said = CollapseReport(frames, report.meta).details()[0]
     assert "no sign of a change between the ends, but it falls from 16 to 32 tokens, -" in said
     assert "and rises from 32 to 64 tokens, +" in said and said.endswith("(intervals for all 3 pairs at once)")
     f = report.frames["changes"]
     assert f.select("short", "context_length").rows() == [(16, 32), (16, 64), (32, 64)]
     old = CollapseReport({k: v for k, v in report.frames.items() if k != "changes"}, report.meta)  # kept by an earlier version
-    assert old.findings()[1:] == report.findings()[1:]
+    assert old.details()[1:] == report.details()[1:]
 
 
 def test_a_task_that_words_alone_solve_is_said_to_be_one() -> None:
@@ -701,7 +701,7 @@ def test_a_task_that_words_alone_solve_is_said_to_be_one() -> None:
     input_, last = (pl.col("measure") == "ndcg_10") & (pl.col("layer") == 0), (pl.col("measure") == "ndcg_10") & (pl.col("layer") == 2)
     for value, told in ((0.9, True), (0.5, False)):
         made = f.with_columns(value=pl.when(input_).then(value).when(last).then(0.92).otherwise("value"))
-        said = next(s for s in CollapseReport({**report.frames, "shortened": made}, report.meta).findings() if s.startswith("cut short"))
+        said = next(s for s in CollapseReport({**report.frames, "shortened": made}, report.meta).details() if s.startswith("cut short"))
         assert ("words in common are enough" in said) == told
 
 
@@ -713,7 +713,7 @@ def test_rounding_is_no_direction() -> None:
               "effects": effects_frame(vectors, pl.DataFrame(schema={"measure": pl.String}), pl.DataFrame())}
     x = frames["effects"].filter(measure="mean_cosine").row(0, named=True)
     assert x["lower"] > 0 or x["upper"] < 0  # what a look at the signs alone would take for a direction
-    assert ": no sign of a change between any two of the lengths" in CollapseReport(frames, report.meta).highlights()[0]
+    assert ": no sign of a change between any two of the lengths" in CollapseReport(frames, report.meta).details()[0]
 
 
 def test_layer_sentences_name_the_right_layers() -> None:
@@ -725,15 +725,15 @@ def test_layer_sentences_name_the_right_layers() -> None:
     for documents, p, words in ((8, 0.01, "rises in layer 1; falls in layer 0"), (8, 0.2, "no sign of a change in all 2 layers"),
                                 (4, 0.125, "too few documents to say")):
         told = made.with_columns(documents=pl.lit(documents), p=pl.lit(p))
-        said = CollapseReport({**report.frames, "layer_effects": told}, report.meta).findings()
+        said = CollapseReport({**report.frames, "layer_effects": told}, report.meta).details()
         assert any(s.startswith(f"sigma_a, 16 to 64 tokens: {words} (") for s in said)
 
 
 def test_generated_texts_are_said_to_be_no_evidence() -> None:
     enc, report = measured()
-    assert sum("generated filler says the same few things" in s for s in report.findings()) == 1
+    assert sum("generated filler says the same few things" in s for s in report.details()) == 1
     own = length_collapse(enc, long_texts(8, enc, 64), **{**SMALL, "taus": (), "retrieval": ()})
-    assert not any("filler" in s for s in own.findings())
+    assert not any("filler" in s for s in own.details())
 
 
 def test_effects_match_the_values_they_compare() -> None:
@@ -783,7 +783,7 @@ def test_one_length_and_no_retrieval() -> None:
     "The least that can be measured still makes a report"
     r = length_collapse(tiny(), lengths=(32,), n_documents=8, layer_documents=1, taus=(), retrieval=())
     assert {"retrieval", "queries"}.isdisjoint(r.frames)
-    assert re.match(r"8 documents \(generated filler\) cut to 32 tokens: two of them have a cosine of -?[\d.]+ \(", r.findings()[0])
+    assert re.match(r"8 documents \(generated filler\) cut to 32 tokens: two of them have a cosine of -?[\d.]+ \(", r.details()[0])
     assert len(r.sections()) == 6
 
 

@@ -89,7 +89,7 @@ def test_a_model_that_forgets_reaches_as_far_as_it_remembers(lm: ll.LongModel) -
     assert r.frames["effective"].select("threshold", "effective_length").row(0) == (.856, 128)
     score = {(n, d): s for n, d, s in r.frames["grid"].select("context_length", "depth_percent", "score").iter_rows()}
     assert score == {(128, 0): 1, (128, 50): 1, (128, 100): 1, (512, 0): 0, (512, 50): 0, (512, 100): 1}
-    f = r.findings()
+    f = r.details()
     assert "1.00 at 128, 0.33 at 512 tokens" in f[0] and "effective length (score 0.856 or more up to there): 128 tokens" in f[0]
     assert "worst depth 0 % (0.50)" in f[1] or "worst depth 50 % (0.50)" in f[1]
     gone = r.frames["answers"].filter(context_length=512, depth_percent=50)["needle_attention"]
@@ -98,7 +98,7 @@ def test_a_model_that_forgets_reaches_as_far_as_it_remembers(lm: ll.LongModel) -
     both = own.frames["answers"].filter(remedy="short").sort("depth_percent", "trial")
     want = r.frames["answers"].filter(context_length=512).sort("depth_percent", "trial")
     np.testing.assert_allclose(both["logprob"], want["logprob"], atol=1e-4)
-    assert any(x.startswith("with short: 0.33 over all measurements (-0.67)") for x in own.findings())
+    assert any(x.startswith("with short: 0.33 over all measurements (-0.67)") for x in own.details())
 
 
 def test_remedies_are_the_blocks_of_their_names(lm: ll.LongModel) -> None:
@@ -227,7 +227,7 @@ def test_published_grids(name: str, tmp_path: Path) -> None:
         reached.append(published_grid(path, threshold=threshold).frames["effective"]["effective_length"][0])
         assert reached[-1] == reach(want["mean"], threshold), threshold
     assert len({*reached}) > 1
-    f = r.findings()
+    f = r.details()
     assert f[0].startswith(f"published: {want['all']:.2f} over all measurements, ") and "None" not in " ".join(f)
     worst = min(want["depth"], key=lambda d: want["depth"][d])
     assert f"({want['depth'][worst]:.2f}), best" in f[1] and len(f) == 2
@@ -235,7 +235,7 @@ def test_published_grids(name: str, tmp_path: Path) -> None:
     drawn = r.sections()[0].chart.to_dict()
     assert max(map(len, drawn["datasets"].values())) == len(want["cell"])
     again = ll.Report.load(r.save(tmp_path / "r"))
-    assert isinstance(again, GridReport) and again.findings() == f
+    assert isinstance(again, GridReport) and again.details() == f
     page_html([r], "A page")
 
 
@@ -251,7 +251,7 @@ def test_grids_of_ones_own_files(tmp_path: Path) -> None:
     bad = "</title><script>alert(1)</script>"
     (path := tmp_path / "one.json").write_text(json.dumps([{"token_limit": 1000, "depth_percent": 50, "score": 7}]))
     r = published_grid(path, bad)
-    said, = r.findings()
+    said, = r.details()
     assert said == ("published: 0.70 over all measurements, 0.70 at 1,000 tokens; effective length (score 0.856 or more up to there): "
                     "none of the lengths")
     assert [s.title for s in r.sections()] == ["Needles found"] and r.chart().to_dict()
@@ -326,13 +326,13 @@ def test_remedies_of_documents_need_documents(lm: ll.LongModel) -> None:
 ])
 def test_small_reports_read_well(lm: ll.LongModel, args: Any, kw: dict[str, Any], tmp_path: Path) -> None:
     r = needle_grid(lm, *args, max_new_tokens=2, **kw)
-    f = r.findings()
+    f = r.details()
     assert f and not [x for x in f if "nan" in x or "None" in x or "inf " in x], f
     if len(args[0]) == 1: assert f[0].count(" at 128") == 1
     drawn = [(s.title, s.text, s.chart.to_dict()) for s in r.sections()]
     assert not any(w in d[1] for d in drawn for w in "{}")
     again = ll.Report.load(r.save(tmp_path / "r"))
-    assert isinstance(again, GridReport) and again.findings() == f and all(again.frames[k].equals(v) for k, v in r.frames.items())
+    assert isinstance(again, GridReport) and again.details() == f and all(again.frames[k].equals(v) for k, v in r.frames.items())
     assert [s.title for s in again.sections()] == [d[0] for d in drawn]
 
 

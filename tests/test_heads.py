@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -20,7 +22,7 @@ from longlens.probes.heads.duo_gates import GateSettings, duo_gates
 from longlens.probes.heads.files import read_retrieval_scores, write_retrieval_scores
 from longlens.probes.heads.probe import retrieval_heads
 from longlens.probes.heads.report import HeadReport
-from longlens.probes.heads.scores import Watch, pattern_scores, qr_scores, run_trials
+from longlens.probes.heads.scores import Watch, _line_ended, pattern_scores, qr_scores, run_trials
 from longlens.probes.heads.views import METHODS
 from longlens.prompts.compose import Piece
 
@@ -110,6 +112,11 @@ def test_both_modes_agree_step_by_step() -> None:
         assert torch.equal(forced.retrieval_score, free.retrieval_score)
 
 
+def test_a_new_line_in_front_of_an_answer_does_not_end_it() -> None:
+    lm: Any = SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids: "".join("\nab "[i] for i in ids)))
+    assert [_line_ended(lm, reply) for reply in ([0], [0, 3, 0, 1], [0, 1, 0], [1, 0])] == [False, False, True, True]
+
+
 def test_patterns_name_the_heads() -> None:
     p = pattern_scores(known(), period=24, sequences=16)
     assert divmod(int(p["induction"].argmax()), 2) == COPIES and p["induction"][COPIES] > .4  # words repeat within a period by chance
@@ -163,7 +170,7 @@ def test_no_copying_heads_means_none(model: str) -> None:
     lm = ll.load(hf, words())
     report = retrieval_heads(lm, [question(lm, s) for s in range(6)], methods=("patterns",))
     assert report.found == [] and report.meta["counted"] == 0 and "ablation" not in report.frames
-    assert "nothing can be said" in report.findings()[0]
+    assert "nothing can be said" in report.details()[0]
     counted = retrieval_heads(lm, [question(lm, s) for s in range(6)], methods=(), keep_all=True, ablation=None)
     assert counted.found == [] and counted.frames["heads"]["retrieval_score"].max() < .1
 
@@ -172,7 +179,7 @@ def test_report_survives_its_folder(tmp_path: Path) -> None:
     lm = known()
     report = retrieval_heads(lm, [question(lm, s) for s in range(4)], methods=("patterns",), n_random=2)
     again = ll.Report.load(report.save(tmp_path / "heads"))
-    assert isinstance(again, HeadReport) and again.found == report.found == [COPIES] and again.findings() == report.findings()
+    assert isinstance(again, HeadReport) and again.found == report.found == [COPIES] and again.details() == report.details()
     assert [s.title for s in again.sections()] == [s.title for s in report.sections()]
     assert again.chart().to_json() == report.chart().to_json()
 

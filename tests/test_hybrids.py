@@ -93,7 +93,7 @@ def test_sinks_carry_the_layers_of_the_model(name: str) -> None:
     hf, ids = zoo.EVERYTHING[name](), zoo.token_ids(80)
     P = patterns(hf, ids)
     r = ll.attention_sinks(ll.load(hf), [ids[0].tolist()], sequences=3)
-    assert r.findings()
+    assert r.details()
     for frame in ("heads", "positions", "lengths", "values", "residual"): assert set(r.frames[frame]["layer"]) == set(P), frame
     assert set(r.frames["tokens"]["layer"]) <= set(P)
     for layer, p in P.items():
@@ -115,13 +115,13 @@ def jamba() -> LongModel: return with_words(zoo.EVERYTHING["jamba"])
 def test_probes_of_a_hybrid(jamba: LongModel) -> None:
     assert jamba.attention_layers == (1, 3) and "4 layers (2 with attention) x 4 heads" in repr(jamba)
     heads = ll.retrieval_heads(jamba, lengths=(160,), depths=(50,), ablation=None)
-    assert heads.findings() and list(heads.table.sort("layer", "head").select("layer", "head").iter_rows()) == HEADS
+    assert heads.details() and list(heads.table.sort("layer", "head").select("layer", "head").iter_rows()) == HEADS
     assert set(heads.frames["scores"]["layer"]) <= {1, 3}
     assert heads.meta["attention_layers"] == [1, 3]
     grid = ll.needle_grid(jamba, lengths=(160,), depths=(50,), trials=1)
-    assert set(grid.frames["attention"]["layer"]) == {1, 3} and grid.findings()
+    assert set(grid.frames["attention"]["layer"]) == {1, 3} and grid.details()
     middle = ll.lost_in_the_middle(jamba, matrix.items_of(jamba), positions=2)
-    assert set(middle.frames["attention"]["layer"]) == {1, 3} and middle.findings()
+    assert set(middle.frames["attention"]["layer"]) == {1, 3} and middle.details()
 
 
 @torch.no_grad()
@@ -150,7 +150,7 @@ def test_layers_without_heads_are_refused_by_number(jamba: LongModel) -> None:
     question = ll.needle_context(jamba, 160, 50, wording="facts")
     how: dict[str, Any] = dict(answer=question.answer, by="sentences", progress=False)
     with pytest.raises(ValueError, match=says): ll.trace_context(jamba, question, method="attention", layers=[0], **how)
-    assert ll.trace_context(jamba, question, method="attention", layers=[3], **how).findings()
+    assert ll.trace_context(jamba, question, method="attention", layers=[3], **how).details()
     with pytest.raises(UnsupportedModel, match="layers 0, 2 of JambaForCausalLM mix tokens without it"):
         ll.trace_context(jamba, question, method="rollout", **how)
 
@@ -218,7 +218,7 @@ def test_kv_heads_that_differ_by_layer() -> None:
     with pytest.raises(ValueError, match="no one number of KV heads"), ll.intervene(lm, Gated(torch.ones(4, 2))): pass
     with pytest.raises(IndexError, match="kv_heads 0 to 0"), ll.streaming_attention(lm, kv_heads=[(1, 1)]): pass
     r = ll.attention_sinks(lm, [zoo.token_ids(80)[0].tolist()], sequences=3)
-    assert r.meta["kv_heads"] == [2, 1, 2, 1] and r.findings()
+    assert r.meta["kv_heads"] == [2, 1, 2, 1] and r.details()
     assert r.frames["values"].group_by("layer").len().sort("layer")["len"].to_list() == [2, 1, 2, 1]
 
 

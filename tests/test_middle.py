@@ -149,7 +149,7 @@ def test_what_the_model_is_meanwhile_is_what_is_measured(what: Streaming, said: 
     with ll.streaming_attention(lm, what.sink, what.recent):
         r = lost_in_the_middle(lm, listed(5, 6), positions=5, max_new_tokens=1, baselines=False)
     assert [i["intervention"] for i in r.meta["interventions"]] == ["streaming"] and interventions(lm) == []
-    line, = (x for x in r.findings() if x.startswith("ends against middle"))
+    line, = (x for x in r.details() if x.startswith("ends against middle"))
     assert said in line, line
     same = {"same": Remedy("", Changed((what,)))}
     own = lost_in_the_middle(lm, listed(5, 1), positions=5, max_new_tokens=1, baselines=False, remedies=same)
@@ -525,7 +525,7 @@ def test_published_pairs() -> None:
     s = r.meta["settings"]
     assert (s["n"], s["metric"], s["stop"], s["what"]) == (8, "kv_match", [], "pairs")  # the whole reply counts, line breaks and all
     assert r.frames["curve"]["gold_index"].to_list() == [0, 4, 7] and "baselines" not in r.frames
-    assert "2 questions with 8 pairs" in r.findings()[0]
+    assert "2 questions with 8 pairs" in r.details()[0]
 
 
 @pytest.mark.parametrize(("item", "score"), [("pairs", 1), ("documents", 0)])
@@ -560,7 +560,7 @@ def test_another_call_resumes(tmp_path: Path) -> None:
     assert finished(remedies={"renamed": one["sharp"]}) == 20  # a name is no setting
     assert finished(remedies={"sharp": Remedy("", Changed((Temperature(.6),)))}) == 12
     again = lost_in_the_middle(lm, gold_only, n_questions=2, **kw)
-    assert again.frames["answers"].equals(first.frames["answers"]) and again.findings() == first.findings()
+    assert again.frames["answers"].equals(first.frames["answers"]) and again.details() == first.details()
     with ll.temperature(lm, .9): assert finished() == 0
     assert finished() == 12
 
@@ -655,10 +655,10 @@ def odd(findings: list[str]) -> list[str]:
 ])
 def test_small_reports_read_well(n: int, count: int, positions: Any, more: dict[str, Any], tmp_path: Path) -> None:
     r = lost_in_the_middle(known(), listed(n, count), positions=positions, max_new_tokens=1, **more)
-    assert not odd(r.findings()) and r.findings(), r.findings()
+    assert not odd(r.details()) and r.details(), r.details()
     drawn = [(s.title, s.text, s.chart.to_dict()) for s in r.sections()]
     again = ll.Report.load(r.save(tmp_path / "r"))
-    assert isinstance(again, MiddleReport) and again.findings() == r.findings() and again.meta == r.meta
+    assert isinstance(again, MiddleReport) and again.details() == r.details() and again.meta == r.meta
     assert all(again.frames[k].equals(f) for k, f in r.frames.items()) and [s.title for s in again.sections()] == [d[0] for d in drawn]
     assert r.chart().to_dict() and not any(w in d[1] for d in drawn for w in "{}")
 
@@ -667,17 +667,17 @@ def test_one_question_claims_nothing() -> None:
     lm = known()
     with ll.streaming_attention(lm, ENDS.sink, ENDS.recent):
         r = lost_in_the_middle(lm, listed(5, 1), positions=5, max_new_tokens=1, remedies=["reordering"])
-    line, = (x for x in r.findings() if x.startswith("ends against middle"))
+    line, = (x for x in r.details() if x.startswith("ends against middle"))
     assert "+1.000 (one question, so no interval): no sign of it" in line
     with ll.streaming_attention(lm, ENDS.sink, ENDS.recent): r = lost_in_the_middle(lm, listed(5, 3), positions=5, max_new_tokens=1)
-    line, = (x for x in r.findings() if x.startswith("ends against middle"))
+    line, = (x for x in r.details() if x.startswith("ends against middle"))
     assert "p = 0.25): no sign of it" in line  # three questions that agree are as likely as three coins
 
 
 def test_ends_are_only_called_ends_where_they_are() -> None:
     lm = known()
     with ll.streaming_attention(lm, ENDS.sink, ENDS.recent): r = lost_in_the_middle(lm, listed(5, 2), positions=(1, 2, 4), max_new_tokens=1)
-    assert any(x.startswith("positions 2 and 5 against middle: ") for x in r.findings())
+    assert any(x.startswith("positions 2 and 5 against middle: ") for x in r.details())
     parts = parts_frame(r.frames["answers"].filter(pl.col("gold_index").is_not_null()))
     assert dict(parts.select("part", "score").iter_rows()) == {"ends": .5, "middle": 0}
 

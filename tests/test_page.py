@@ -173,6 +173,7 @@ def opened(request: pytest.FixtureRequest, browser: Any, page: Path) -> Iterator
     tab.on("request", lambda r: tab.outside.append(r.url) if not r.url.startswith(("file:", "data:", "blob:")) else None)
     context.route(re.compile("^https?:"), lambda route: route.abort())
     tab.goto(page.as_uri())
+    tab.evaluate("document.querySelectorAll('details.report').forEach(d => { d.open = true; })")    # they are folded
     tab.wait_for_function("() => [...document.querySelectorAll('[data-chart]')].every(c => c.dataset.drawn)")
     yield tab
     context.close()
@@ -243,15 +244,18 @@ def test_pairs_stay_pairs_until_there_is_no_room(opened: Any, width: int, beside
 
 
 @pytest.mark.browser
-def test_links_lead_from_findings_to_their_report(opened: Any) -> None:
-    "Two findings of each report, each beside a link; all of them are one click away, where the report begins"
-    assert opened.locator(".findings .probe").count() == 2
-    assert opened.locator(".findings .probe").first.locator("li").count() == 2
-    link = opened.locator(".findings a").first
+def test_links_lead_from_the_summary_to_their_report(opened: Any) -> None:
+    "A verdict of each report, each beside a link; the rest is where the link leads, folded until then"
+    assert opened.locator(".summary .row").count() == 2
+    assert opened.locator(".summary .row").first.locator(".verdict").count() == 1
+    opened.evaluate("document.querySelectorAll('details.report').forEach(d => { d.open = false; })")
+    link = opened.locator(".summary a").first
     part = opened.locator(link.get_attribute("href"))
-    assert part.inner_text() == link.inner_text() == "Hostile report"
-    rest = opened.locator("details.found")
-    assert rest.count() == 1 and rest.locator("li").count() == len(HOSTILE) and not rest.locator("li").last.is_visible()
+    assert part.locator("h2").inner_text() == link.inner_text() == "Hostile report"
+    rest = part.locator("details.found")
+    assert rest.count() == 1 and rest.locator("li").count() == len(HOSTILE) and not rest.is_visible()
+    link.click()
+    assert rest.is_visible() and not rest.locator("li").last.is_visible()
     rest.locator("summary").click()
     assert rest.locator("li").last.is_visible()
 
@@ -277,5 +281,5 @@ def test_every_report_has_a_title_that_a_reader_understands() -> None:
     own = {name: kind for name, kind in REPORTS.items() if kind.__module__.startswith("longlens.") and kind is not Report}
     assert {"SinkReport", "MiddleReport", "TracebackReport", "PromptReading", "GainReport", "TracePage"} <= own.keys()
     untitled = [name for name, kind in own.items() if not kind.title]
-    assert not set(untitled) - {"Trace"}    # called by its method on a page
+    assert not untitled
     assert len({kind.title for kind in own.values() if kind.title}) == len(own) - len(untitled)

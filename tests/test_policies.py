@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from zoo import token_ids, zoo_model
 
-from longlens import keep_keys, load
+from longlens import PolicyReport, keep_keys, load, use_policy
 from longlens.attention.kernels import attend
 from longlens.attention.masks import NEVER, KeyChoice, KeySet
 from longlens.attention.operator import AttentionOperator
@@ -20,6 +20,8 @@ from longlens.interventions.heads import scale_spans
 from longlens.measure.capture import capture
 from longlens.measure.statistics import Entropy, Rows
 from longlens.models.architecture import attention_modules
+from longlens.policies.base import Replacement, Selection
+from longlens.policies.use import POLICIES
 
 N, SINCE = 40, 26
 MODELS = ("llama", "mistral", "gemma2", "gemma3", "gpt_oss", "gpt_neox")  # grouped heads, windows, soft caps, learned sinks
@@ -97,7 +99,7 @@ def kept_keys(hf: Any, seed: int = 0) -> dict[int, Tensor]:
 
 
 def seen_of(hf: Any, kept: dict[int, Tensor]) -> Any:
-    layers, n_heads, n_kv = head_sizes(hf)
+    _, n_heads, n_kv = head_sizes(hf)
 
     def seen(layer: int) -> Tensor:
         keys = torch.nn.functional.pad(kept[layer], (0, N - SINCE), value=True).repeat_interleave(n_heads // n_kv, 0)
@@ -178,3 +180,94 @@ def test_other_keys_stand_in() -> None:
         torch.testing.assert_close(lm.logits(ids)[SINCE:], wanted, atol=1e-4, rtol=0)
         torch.testing.assert_close(lm.logits(ids)[:SINCE], lm.logits(ids[:SINCE]), atol=1e-4, rtol=0)
         with pytest.raises(UnsupportedModel, match="enter keep_keys after it"), scale_spans(lm, {"a": (0, 3)}, .5): lm.logits(ids)
+
+
+# ---- policies
+
+def prompts(lm: Any, n: int = 48) -> dict[int, Any]:
+    from longlens.probes.policies.inputs import PolicyCase
+    from longlens.probes.policies.measures import read_prompts
+    return read_prompts(lm, PolicyCase(token_ids(n + 2)[0], n, 1), list(POLICIES.values()), chunk=20)[1]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@torch.no_grad()
+def test_every_policy_keeps_its_budget(name: str) -> None:
+    "Over all heads and layers as many keys as an even budget has, and no more"
+    lm = load(zoo_model(name))
+    found = prompts(lm)
+    for key, policy in POLICIES.items():
+        if key == "full" or (key == "expected_attention" and name == "gemma2"): continue
+        ready = policy.ready({layer: policy.read(p) for layer, p in found.items()}) if policy.reads else policy
+        total = 0.
+        for p in found.values():
+            if isinstance(ready, Selection):
+                kept = ready.select(p, ready.index(p, 12), p.op.call.q[0][:, -3:], 12)
+                assert kept.sum(-1).unique().tolist() == [12], key
+                total += 12 * p.n_kv
+            else:
+                kept = ready.change(p, 12)[0] if isinstance(ready, Replacement) else ready.keep(p, 12)
+                assert kept.shape in ((p.n_kv, p.n), (1, p.n)), key
+                total += float(kept.expand(p.n_kv, -1).sum())
+        wanted = 12 * sum(p.n_kv for p in found.values())
+        assert .85 * wanted <= total <= wanted, (key, total, wanted)
+
+
+@torch.no_grad()
+def test_mass_kept_is_that_of_eager_attention() -> None:
+    "Against transformers' own attention weights, and the oracle above everything"
+    from longlens.probes.policies.inputs import PolicyCase
+    from longlens.probes.policies.measures import measure_case
+    hf, ids = zoo_model("llama"), token_ids(60)[0]
+    lm = load(hf)
+    case = PolicyCase(ids, 48, 4, {"needle": range(10, 14)})
+    chosen = {k: POLICIES[k] for k in ("full", "random", "streaming", "oracle", "snapkv", "quest", "look_m")}
+    found = measure_case(lm, case, chosen, [.25])
+    hf.set_attn_implementation("eager")
+    weights = hf(ids[None, :-1], output_attentions=True).attentions
+    kept = found.kept.filter(policy="snapkv")
+    for layer, w in enumerate(weights):
+        seen = torch.ones(2, 59, dtype=torch.bool)
+        seen[:, :48] = False
+        mine = kept.filter(layer=layer)
+        seen[mine["kv_head"].to_list(), mine["position"].to_list()] = True
+        want = (w[0, :, 48:] * seen.repeat_interleave(2, 0)[:, None]).sum(-1).mean(-1)
+        got = found.heads.filter(policy="snapkv", layer=layer).sort("head")["mass_kept"].to_list()
+        torch.testing.assert_close(torch.tensor(got), want, atol=1e-4, rtol=0)
+    rows = {r["policy"]: r for r in found.rows.to_dicts()}
+    assert rows["full"]["running_error"] < 1e-4 and rows["full"]["mass_kept"] == pytest.approx(1, abs=1e-4)
+    assert all(rows["oracle"]["mass_kept"] >= r["mass_kept"] - 1e-6 for k, r in rows.items() if k != "full")
+    lost = sum(found.heads.filter(policy="snapkv")[f"lost_{p}"] for p in ("sink", "spans", "recent", "rest"))
+    torch.testing.assert_close(torch.tensor(lost.to_list()), 1 - torch.tensor(found.heads.filter(policy="snapkv")["mass_kept"].to_list()),
+                               atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_policy_in_force() -> None:
+    "In one piece, over a cache, token by token: what `keep` says, and nothing before the prompt has been read"
+    lm, ids = load(zoo_model("gpt_oss")), token_ids(N)[0]
+    for policy in ("snapkv", "quest", "look_m", "duo_attention"):
+        with use_policy(lm, policy, 8, ids[:SINCE]):
+            whole = lm.logits(ids)
+            chunked = lm.prefill(ids[:SINCE], chunk=10).logits_after(ids[SINCE:], 3)
+        torch.testing.assert_close(chunked, whole[SINCE:], atol=2e-3, rtol=1e-3)
+        torch.testing.assert_close(whole[:SINCE], lm.logits(ids[:SINCE]), atol=2e-3, rtol=1e-3)
+    with use_policy(lm, "tova", 8, ids[:SINCE]), pytest.raises(UnsupportedModel, match="one text at a time"):
+        lm.hf(ids[None].expand(2, -1))
+    before = lm.prefill(ids[:SINCE])
+    with use_policy(lm, "tova", 8, ids[:SINCE]), pytest.raises(ValueError, match="read them inside"): before.extend(ids[SINCE:])
+
+
+def test_the_lens_and_the_command(tmp_path: Any, capsys: Any) -> None:
+    "Tables of one policy beside the controls, files for serving code, a page"
+    from longlens.cli.main import main
+    asked = ["--policies", "tova", "--budgets", "0.2", "--contexts", "2", "--tokens", "200", "--out", str(tmp_path / "out")]
+    assert main(["policies", *asked]) == 0
+    text = capsys.readouterr().out
+    assert "quality and not speed" in text and (tmp_path / "out/index.html").exists()
+    assert len((tmp_path / "out/head_budgets.tsv").read_text().splitlines()) == load().n_layers
+    report = PolicyReport.load(tmp_path / "out/policies")
+    assert report.table["policy"].to_list() == ["full", "random", "streaming", "oracle", "tova"]
+    assert report.frames["paired"].filter(policy="oracle", control="random", measure="mass_kept")["lower"][0] > 0
+    assert main(["policies", "--policies", "tofu", "--dry-run"]) == 2
+    assert "there is no policy 'tofu'" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from matrix import attention_is, patterns
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import longlens as ll
+from longlens.attention.hf_interface import UnsupportedModel
 from longlens.models.forward import LongModel
 from longlens.models.prefix import WholeText, continuation, continue_cache, start_cache
 from longlens.probes.generate import greedy
@@ -172,7 +173,7 @@ def test_a_model_in_training_is_measured_in_eval_mode_and_stays_in_training():
     with ll.capture(hf, ll.Entropy()) as plain, torch.no_grad(): hf(ids[None])
     close(seen.frame("entropy")["entropy"].to_torch(), plain.frame("entropy")["entropy"].to_torch())
     with ll.ablate(hf, [(0, 1)]), torch.no_grad(): close(ablated, hf(ids[None]).logits[0])
-    assert report.findings() == ll.attention_sinks(lm, [ids.tolist() * 2]).findings()
+    assert report.details() == ll.attention_sinks(lm, [ids.tolist() * 2]).details()
 
 
 def test_what_raises_leaves_the_mode():
@@ -200,3 +201,37 @@ def test_a_text_is_shown_with_its_model():
 def test_an_adapter_folder_names_the_way_out(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="PEFT adapter: merge it"): ll.load(tmp_path)
+
+
+# ---- encoders with attention of their own
+
+def sparse(name: str, **kw) -> PreTrainedModel:
+    import transformers
+    sizes = dict(vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                 max_position_embeddings=512, pad_token_id=0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**sizes, **kw)).eval()
+
+
+@pytest.mark.parametrize("name, kw", [("BigBird", {"attention_type": "original_full"}), ("Longformer", {"attention_window": 8}),
+                                      ("BigBird", {"attention_type": "block_sparse", "block_size": 4, "num_random_blocks": 1})], ids=str)
+def test_encoders_with_attention_of_their_own_are_refused_by_name(name, kw):
+    "and the way out that is named exists"
+    hf, ids = sparse(name, **kw), zoo.token_ids(60)
+    for block in (lambda: ll.capture(hf, ll.Entropy()), lambda: ll.ablate(hf, [(0, 0)]), lambda: ll.temperature(hf, 2.0)):
+        with pytest.raises(UnsupportedModel, match=rf"^{name}Model computes .* of its own .*output_attentions=True.*load_encoder"):
+            with block(): pass
+    if kw.get("attention_type") == "block_sparse": hf.set_attention_type("original_full")    # rows of the others do not sum to 1
+    with torch.no_grad(): given = hf(ids, output_attentions=True).attentions
+    assert len(given) == 2 and all(torch.allclose(a.sum(-1), torch.ones(()), atol=1e-4) for a in given)
+    enc = ll.load_encoder(hf, ll.load_encoder().tokenizer, pooling="mean")
+    with torch.no_grad(): states = hf(ids).last_hidden_state[0]
+    close(torch.as_tensor(enc.encode_tokens(ids[0])), states.mean(0))
+
+
+def test_a_short_text_is_cut_by_words_into_several_sources():
+    lm, text = ll.load(device="cpu"), "A stone lies in the river. The code for Eve is seven. Rain falls on the old green boat."
+    found = ll.trace_context(lm, text, "What is the code for Eve?", " seven", by="words")
+    assert 8 <= found.table.height <= 10 and "".join(found.table["text"]) == text
+    assert ll.trace_context(lm, text, "What is the code for Eve?", " seven", by="words", size=100).table.height == 1

@@ -67,7 +67,7 @@ def test_value_vectors_are_compared_in_the_heads_that_hold_a_sink(lm: ll.LongMod
     told = report.frames["values"].filter(pl.col("heads") > 0).sort("layer", "kv_head")
     assert told.select("layer", "kv_head").rows() == [tuple(x) for x in held.nonzero().tolist()] and held.sum() >= 5
     torch.testing.assert_close(torch.tensor(told["own_ratio"].to_numpy()), own[held], rtol=1e-3, atol=1e-6)
-    assert f"in the {held.sum()} of the 40 heads that hold one: {np.median(own[held]):.2g} times" in report.findings()[-1]
+    assert f"in the {held.sum()} of the 40 heads that hold one: {np.median(own[held]):.2g} times" in report.details()[-1]
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -80,13 +80,13 @@ def test_every_architecture_gets_a_report(name: str) -> None:
     torch.testing.assert_close(got, alpha[..., 0].ravel(), rtol=1e-4, atol=1e-6)
     group = alpha[..., :judged(150)].unflatten(1, (lm.n_kv_heads, -1)) > .3
     assert r.frames["values"].sort("layer", "kv_head")["heads"].to_list() == group.any(-1).sum(-1).ravel().tolist()
-    assert len(r.findings()) == 5
-    assert ("learned sinks" in " ".join(r.findings())) == (name == "gpt_oss")
+    assert len(r.details()) == 5
+    assert ("learned sinks" in " ".join(r.details())) == (name == "gpt_oss")
 
 
 def test_saved_loaded_and_drawn(report: ll.SinkReport, tmp_path) -> None:
     again = ll.Report.load(report.save(tmp_path / "sinks"))
-    assert isinstance(again, ll.SinkReport) and again.findings() == report.findings()
+    assert isinstance(again, ll.SinkReport) and again.details() == report.details()
     assert all(again.frames[n].equals(f) for n, f in report.frames.items())
     page = write_page(again, tmp_path / "page.html").read_text(encoding="utf-8")
     assert "&lt;bos&gt;" in page and "published metric" in page

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 import subprocess
 import sys
@@ -346,15 +347,22 @@ def test_every_subset_is_a_leaf_once(sets: set[frozenset[int]]) -> None:
     assert tokens == len(prefixes)  # every shared beginning is computed exactly once
 
 
-def test_logit_sums_are_contextcites(lm: ll.LongModel, prompt: TracePrompt) -> None:
+def test_log_odds_are_contextcites(lm: ll.LongModel, prompt: TracePrompt) -> None:
     p = trace_prompt(lm, DOCUMENTS, ASK, " stone and the river")
     scorer, kept = SubsetScorer(lm, p), some_subsets(6, 2)
-    for mask, mine in zip(kept, scorer.logit_sums(kept), strict=True):
+    for mask, mine in zip(kept, scorer.log_odds(kept), strict=True):
         ids = subset_ids(p, mask)
-        logits = lm.logits(torch.cat([ids, p.answer.ids])).double()[len(ids) - 1 : -1]
-        own = logits.gather(-1, p.answer.ids[:, None])[:, 0]
-        rest = logits.scatter(-1, p.answer.ids[:, None], -torch.inf).logsumexp(-1)
-        assert mine == pytest.approx(float((own - rest).sum()), abs=1e-3)
+        logp = lm.logits(torch.cat([ids, p.answer.ids])).double()[len(ids) - 1 : -1].log_softmax(-1)
+        whole = logp.gather(-1, p.answer.ids[:, None]).sum()
+        assert mine == pytest.approx(float(whole - torch.log1p(-whole.exp())), abs=1e-3)
+
+
+def test_log_odds_of_the_answer_are_not_its_tokens_together(lm: ll.LongModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = SubsetScorer(lm, trace_prompt(lm, DOCUMENTS, ASK, " stone and the river"))
+    odds = np.array([[40.0, 40.0], [0.0, 0.0], [-5.0, 40.0], [-np.inf, 1.0], [np.inf, np.inf]])
+    monkeypatch.setattr(scorer, "measures", lambda kept: np.stack([odds, odds], 1))
+    want = [40 - math.log(2), math.log(1 / 3), -5.0, -1000.0, 1000.0]  # two even chances are one in four
+    np.testing.assert_allclose(scorer.log_odds([[True] * 6] * 5), want, atol=1e-9)
 
 
 def test_a_killed_run_goes_on(lm: ll.LongModel, prompt: TracePrompt, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -576,7 +584,7 @@ def test_equal_passages_stay_two(lm: ll.LongModel) -> None:
     assert f["source"].to_list() == [0, 1, 2, 3] and set(t.top(2)["source"]) == {0, 2}
     assert ll.trace_context(lm, twice, ASK, method="tracllm").frames["sources"]["score"].null_count() == 0
     spared = ll.trace_context(lm, [DOCUMENTS[2]] * 3 + DOCUMENTS[:2], ASK, "stone")
-    assert spared.findings()[2].startswith("without any one of the sources the answer loses less than 0.01 nats: several say the same")
+    assert spared.details()[2].startswith("without any one of the sources the answer loses less than 0.01 nats: several say the same")
     assert not ll.trace_context(lm, DOCUMENTS, ASK).meta["notes"]
 
 
@@ -634,7 +642,7 @@ def test_an_answer_without_any_probability(lm: ll.LongModel) -> None:
     try: t = ll.trace_context(lm, DOCUMENTS, "What is the code for Bob?", "river", method="stc")
     finally: with_hook.remove()
     assert t.frames["sources"]["score"].to_list() == [0.0] * 6  # all of them -1000, as nothing is
-    assert "no source speaks for the answer" in t.findings()[1] and f"count as {FLOOR:g} nats" in t.findings()[2]
+    assert "no source speaks for the answer" in t.details()[1] and f"count as {FLOOR:g} nats" in t.details()[2]
 
 
 def test_lines_of_a_log(lm: ll.LongModel) -> None:
@@ -642,7 +650,7 @@ def test_lines_of_a_log(lm: ll.LongModel) -> None:
     t = ll.trace_context(lm, log, ASK, " stone", by="lines", k=50)
     assert "".join(t.frames["sources"]["text"]) == log and len(t.top()) == 6 and t.top(1)["source"].item() == 2
     one = ll.trace_context(lm, log, ASK, " stone", by="paragraphs")
-    assert "there is one source by paragraphs" in one.findings()[1] and "cut finer" in one.findings()[1]
+    assert "there is one source by paragraphs" in one.details()[1] and "cut finer" in one.details()[1]
 
 
 def test_a_method_of_ones_own(lm: ll.LongModel) -> None:
@@ -665,7 +673,7 @@ def test_a_level_on_which_nothing_stands_out_says_so(lm: ll.LongModel) -> None:
     "Two sentences say the same, so none is missed when it is left out"
     text = "The code for Eve is stone. The river is long. The code for Eve is stone. Glass was here.\n\nNothing was said of it."
     t = ll.trace_context(lm, text, "What is the code for Eve?", " stone", method="coarse_to_fine", levels="sentences")
-    said = t.findings()
+    said = t.details()
     assert any(x.startswith("none of the 5 sentences in the best of those stands out") for x in said), said
     assert any("without any one of the sources" in x for x in said)
     assert not any(x.startswith(("the best of", "where that is")) for x in said)
@@ -702,9 +710,9 @@ def test_what_coarse_to_fine_ends_at_is_shown(lm: ll.LongModel, tmp_path: Any) -
     inside = next(s for s in back.sections() if s.title == "Inside the best")
     tokens = t.frames["levels"].filter(level=2)
     assert inside.table.equals(t.finer()) and len(tokens) == len(inside.view.context["starts"]) // 4
-    assert any(f"{f['start'][1]:,} to {f['end'][1]:,} (best of the tokens)" in line for line in back.findings())
+    assert any(f"{f['start'][1]:,} to {f['end'][1]:,} (best of the tokens)" in line for line in back.details())
     flat = ll.trace_context(lm, DOCUMENTS, ASK)
-    assert all("finer" not in line for line in flat.findings())
+    assert all("finer" not in line for line in flat.details())
     with pytest.raises(ValueError, match="of one level only"): flat.finer()
 
 
@@ -755,7 +763,7 @@ def test_hostile_text_is_shown_and_does_nothing(lm: ll.LongModel) -> None:
     bad = ("<script>alert", "<img src=x", "\x1b", "\u202e", "\u2066", "\u200b", "<i>", "<u>loo", "a" * 1000)
     assert not [b for b in bad for html in (page, here) if b in html]
     assert not [b for b in bad[2:6] if b in str(t.top())]  # a terminal does what it is told
-    assert t.context == texts and "\x1b" not in "".join(t.findings())
+    assert t.context == texts and "\x1b" not in "".join(t.details())
     assert "\\x1b" in str(t.chart().to_dict())
 
 
@@ -763,7 +771,7 @@ def test_a_trace_comes_back_from_its_folder(lm: ll.LongModel, tmp_path: Any) -> 
     t = ll.trace_context(lm, DOCUMENTS, ASK, method="shapley", out=tmp_path / "scores")
     t.save(tmp_path / "trace")
     back = ll.Report.load(tmp_path / "trace")
-    assert type(back) is ll.Trace and back.findings() == t.findings() and back.top().equals(t.top()) and back.context == t.context
+    assert type(back) is ll.Trace and back.details() == t.details() and back.top().equals(t.top()) and back.context == t.context
     made = prompt_of_trace(lm, back)  # the explorer of a trace that was kept can ask the model further
     assert made.ids.tolist() == trace_prompt(lm, DOCUMENTS, ASK).ids.tolist() and made.answer.text == t.meta["answer"]
     again = ll.trace_context(lm, DOCUMENTS, ASK, method="shapley", out=tmp_path / "scores")

@@ -122,14 +122,14 @@ def test_ties_are_said_and_an_empty_ceiling_is_not() -> None:
     cases = pl.DataFrame({"case": [0, 1, 2], "sources": [4] * 3, "true_sources": [1] * 3, "kept": [True] * 3, "why": [None] * 3},
                          schema_overrides={"why": pl.String})
     report = make_traceback_report(runs, cases, runs, {"k": 1, "model": "x"})
-    said = report.findings()
+    said = report.details()
     cost = "30 tokens through the model a case"
     assert said[1] == f"cheap and dear find most, each with F1 1.00 (0.44 to 1.00); the cheapest is cheap, with {cost}"
     assert said[2] == "a guess has F1 0.25"
     assert "none and never find least: F1 0.00 (0.00 to 0.56)" in said
-    assert "no method can have more than 0.40" in make_traceback_report(runs, cases, runs, {"k": 5, "model": "x"}).findings()[2]
+    assert "no method can have more than 0.40" in make_traceback_report(runs, cases, runs, {"k": 5, "model": "x"}).details()[2]
     alike = make_traceback_report(runs.filter(pl.col("f1") == 1), cases, runs, {"k": 1, "model": "x"})
-    assert not any("least" in line for line in alike.findings())
+    assert not any("least" in line for line in alike.details())
 
 
 # putting in and taking out
@@ -269,7 +269,7 @@ def test_a_failure_is_a_row_with_its_reason(lm: Any, cases: list[TraceCase], tmp
     assert (fails["cases"], fails["failed"]) == (1, 2) and fails["error"].startswith("OSError: no luck")
     assert report.frames["methods"].filter(method="stc")["f1"].item() == 1
     assert report.frames["runs"].filter(pl.col("error").is_not_null())["f1"].null_count() == 2
-    assert any(line.startswith("fails failed in 2 of 3 cases: OSError: no luck") for line in report.findings())
+    assert any(line.startswith("fails failed in 2 of 3 cases: OSError: no luck") for line in report.details())
     page = write_page(report, tmp_path / "x.html", "x").read_text(encoding="utf-8")
     assert "<script>window.pwned" not in page and "\x1b" not in page and "\u202e" not in page
     with pytest.raises(RuntimeError, match="fails failed on case 1: OSError"):
@@ -351,7 +351,7 @@ def test_reports_are_kept(lm: Any, cases: list[TraceCase], tmp_path: Path) -> No
     report = ll.evaluate_traceback(lm, cases, ["stc", "attention", "self_citation"], k=None, by="sentences")
     report.save(tmp_path / "kept")
     again = Report.load(tmp_path / "kept")
-    assert type(again) is ll.TracebackReport and again.findings() == report.findings()
+    assert type(again) is ll.TracebackReport and again.details() == report.details()
     assert len(again.sections()) == 3 and again.chart() is not None
 
 
@@ -385,12 +385,12 @@ def test_a_detector_that_fails(lm: Any, tmp_path: Path) -> None:
     assert f["error"][1].startswith("ConnectionError: offline")
     assert found.flagged["excerpt"].to_list() == ["The code for Ada is lamb."]
     assert found.frames["sources"]["text"][0] == "The code for Ada is lamb.\n\n"  # whole
-    assert any("the detector failed on source 1 (rank 1), which may be anything" in line for line in found.findings())
+    assert any("the detector failed on source 1 (rank 1), which may be anything" in line for line in found.details())
     page = write_page(found, tmp_path / "x.html", "x").read_text(encoding="utf-8")
     for shown in (page, found._repr_html_()):
         assert "<script>window.pwned" not in shown and "<img src=x" not in shown and "\x1b" not in shown and "\u202e" not in shown
     found.save(tmp_path / "kept")
-    assert Report.load(tmp_path / "kept").findings() == found.findings()
+    assert Report.load(tmp_path / "kept").details() == found.details()
 
 
 def test_thresholds_and_odd_verdicts(lm: Any) -> None:

@@ -98,11 +98,26 @@ ll.scan_context(lm, context)  # wrong
 cases = fact_cases(2, conflict="later")
 print(ll.evaluate_traceback(lm, cases, methods=["loo"], seed=3).findings())
 ll.evaluate_traceback(lm, cases, methods=3)  # wrong
+print(ll.compare_reports(grid, "folder", names=["a", "b"]).differences.height)
+ll.compare_reports(grid, grid, name=["a", "b"])  # wrong
+print(grid.summary().verdict)
+print(grid.summary().sentence)  # wrong
+with ll.use_policy(lm, "snapkv", 64, "a text"): lm.generate("a text and more")
+ll.use_policy(lm, "snapkv", budgets=64, prompt="a text")  # wrong
+policies = ll.policy_lens(lm, [context], ["snapkv", "quest"], budgets=(0.1, 0.5), decide="question")
+print(policies.head_budgets(64).height)
+ll.policy_lens(lm, [context], budgets=0.1, decides="question")  # wrong
 ll.plan(ll.needle_grid, lm, lengths=(512,))
 ll.plan(ll.needle_grid, lm, lengths=512)  # wrong
+ll.needle_grid(lm, lengths=(256,), time_budget=ll.TimeBudget(4, ll.measure_speed(lm)))
+ll.needle_grid(lm, lengths=(256,), time_budget=4)  # wrong
+ll.measure_speed(lm, patience="4")  # wrong
 ll.sweep(lm, [], Task(), out="results")
 ll.sweep(lm, [], Task(), outs="results")  # wrong
 ll.token_view(lm.tokens("a text"), {})
 ll.token_view()  # wrong
 ll.explore(lm, context)
 ll.explore(lm, contexts=context)  # wrong
+ll.position_lens(lm, (64,), (), n_texts=1).findings()
+ll.position_lens(lm, (64,), method="yarn")  # wrong
+ll.PositionReport({}, {}).chart()

@@ -355,6 +355,10 @@ def _more(name: str, **kw) -> Callable[[], PreTrainedModel]:
         import transformers
 
         given = dict(kw)
+        sizes = dict(
+            max_position_embeddings=POSITIONS, n_positions=POSITIONS, max_seq_len=POSITIONS, vocab_size_per_layer_input=VOCAB
+        )
+        given |= {k: v for k, v in sizes.items() if k in given}  # as they are now: a probe needs words and more positions
         return _build(
             getattr(transformers, f"{name}Config")(
                 **(_base(**given) if given.pop("base", True) else dict(vocab_size=VOCAB) | given)

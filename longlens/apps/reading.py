@@ -23,7 +23,7 @@ from ..measure.statistics import Distance, DistanceProfile, Entropy, Received, R
 from ..models.prefix import croppable, Prefix, continuation, continue_cache, rope_regime, start_cache
 from ..probes.heads.scores import copy_scores, pattern_scores
 from ..probes.sinks.metrics import heads_frame, judged, mean_received
-from ..report import Report, plain
+from ..report import Measure, Report, Summary, plain
 from ..patch import patch
 from ..models.forward import LongModel
 from ..models.load import ModelLike, load
@@ -137,17 +137,29 @@ class PromptReading(Report):
         "Named parts of the text"
         return {name: range(a, b) for name, a, b in self.frames["spans"].iter_rows()}
 
-    if TYPE_CHECKING: findings, chart = _reading.findings, _reading.chart    # written below
+    if TYPE_CHECKING: summary, details, chart = _reading.summary, _reading.details, _reading.chart    # written below
 
 # %% ../../nbs/apps/04_reading.ipynb #39c00256
 @patch
-def findings(self: PromptReading) -> list[str]:
+def details(self: PromptReading) -> list[str]:
     "How long the text is, what the model replied, and which kinds of heads there are"
     kinds = {rule.label: sum(rule.holds(h) for h in self.frames["heads"].iter_rows(named=True)) for rule in RULES}
     answer = self.meta["answer"]
     known = f", and {answer['target']!r} is right" if answer["right"] is not None else ""
     return [f"{len(self.strings):,} tokens; the model says {answer['reply']!r}{known} (log-probability {answer['logprob']:.3f})",
             "heads: " + ", ".join(f"{n} {name}" for name, n in kinds.items()) + f", of {len(self.frames['heads'])}"]
+
+# %% ../../nbs/apps/04_reading.ipynb #47b21f04
+@patch
+def summary(self: PromptReading) -> Summary:
+    "Is the answer right, and which kind of head is there most?"
+    heads, answer = self.frames["heads"], self.meta["answer"]
+    kinds = {rule.label: sum(rule.holds(h) for h in heads.iter_rows(named=True)) for rule in RULES}
+    most = max(kinds, key=lambda k: kinds[k])
+    right = {True: "The model answers right", False: "The model does not give the right answer", None: "The model answers"}[answer["right"]]
+    measures = Measure("most_heads", most, kinds[most]), Measure("heads", "Heads", len(heads))
+    return Summary(f"{right}; the kind of most heads is {most}, {kinds[most]:,} of {len(heads):,}.", untested=("other texts",),
+                   sure="One text, so there is no interval.", measures=measures, quote=str(answer["reply"]))
 
 # %% ../../nbs/apps/04_reading.ipynb #8d0cad78
 @patch

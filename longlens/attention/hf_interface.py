@@ -28,6 +28,7 @@ from ..models.text_model import TextModel, eval_mode
 from ..models.tokens import HFModel
 
 NAME = "longlens"
+_BESIDE = "longlens_beside"  # computes each call twice, for the comparison when attaching
 WAY_OUT = "For short inputs its patterns may be had through a TransformerBridge (lm.bridge.run_with_cache)"
 T = TypeVar("T")
 
@@ -51,18 +52,17 @@ def _least(bounds: Iterable[int | None]) -> int | None:
     return min((b for b in bounds if b is not None), default=None)
 
 # %% ../../nbs/attention/09_hf_interface.ipynb #ec826180
-def _band_of(f: Callable) -> tuple[int | None, int | None] | None:
-    "What a mask function says as a band (left, right); None: it is not a band"
+def _band_of(f: Callable) -> tuple[int | None, int | None, bool]:
+    "A band (left, right) that holds all that a mask function shows, and whether it shows all of it"
     from transformers import masking_utils as mu
-    if f is mu.causal_mask_function: return None, 0
-    if f is mu.bidirectional_mask_function: return None, None
-    if parts := _closure(f, "sliding_window_overlay"): return parts["sliding_window"] - 1, None
-    if parts := _closure(f, "sliding_window_bidirectional_overlay"): return parts["sliding_window"], parts["sliding_window"]
+    if f is mu.causal_mask_function: return None, 0, True
+    if f is mu.bidirectional_mask_function: return None, None, True
+    if parts := _closure(f, "sliding_window_overlay"): return parts["sliding_window"] - 1, None, True
+    if parts := _closure(f, "sliding_window_bidirectional_overlay"): return parts["sliding_window"], parts["sliding_window"], True
     parts = _closure(f, "and_masks")
-    if parts is None: return None
+    if parts is None: return None, None, False
     bands = [_band_of(g) for g in parts["mask_functions"]]
-    known = [b for b in bands if b is not None]
-    return (_least(b[0] for b in known), _least(b[1] for b in known)) if len(known) == len(bands) else None
+    return _least(b[0] for b in bands), _least(b[1] for b in bands), all(b[2] for b in bands)
 
 # %% ../../nbs/attention/09_hf_interface.ipynb #776019a5
 def _hole(
@@ -87,9 +87,8 @@ def longlens_mask(
     "The `AttentionMaskInterface` entry: a `Mask`, never an n x n tensor"
     from transformers.masking_utils import causal_mask_function
     f = mask_function or causal_mask_function
-    band, start = _band_of(f), int(kv_offset)
-    left, right = (None, None) if band is None else band
-    mask = Mask(left, right, offset=int(q_offset) - start, rule=f if band is None else None, start=start)
+    (left, right, all_of_it), start = _band_of(f), int(kv_offset)
+    mask = Mask(left, right, offset=int(q_offset) - start, rule=None if all_of_it else f, start=start)
     if attention_mask is None or attention_mask.all(): return mask
     keep = attention_mask.bool()
     mask = replace(mask, hole=_hole(keep))
@@ -274,7 +273,7 @@ def _recorders_of(
     return [r for a in _ATTACHED.get(module, ()) for r in a.recorders]
 
 # %% ../../nbs/attention/09_hf_interface.ipynb #4854c801
-_QUIET = threading.local()  # .on: this thread compares outputs, and nobody takes part
+_QUIET = threading.local()  # .on: this thread compares outputs, and nobody takes part; .beside: what it finds
 
 
 def _taking_part(module: nn.Module, mask: Mask) -> tuple[list[Editor], list[Recorder]]:
@@ -334,6 +333,8 @@ def install() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     AttentionInterface.register(NAME, longlens_attention)
     AttentionMaskInterface.register(NAME, longlens_mask)
+    AttentionInterface.register(_BESIDE, _two_attentions)
+    AttentionMaskInterface.register(_BESIDE, _two_masks)
 
 # %% ../../nbs/attention/09_hf_interface.ipynb #30ea169a
 AttachableModel: TypeAlias = TextModel | HFModel  # a LongModel, an Encoder, or a transformers.PreTrainedModel
@@ -352,9 +353,26 @@ def hf_model(
     return hf
 
 # %% ../../nbs/attention/09_hf_interface.ipynb #7a1da92f
+_OWN_CODE = {  # kinds of models whose attention is no one softmax over a mask: why
+    "longformer": "a window, and global tokens with queries and keys of their own",
+    "led": "a window, and global tokens with queries and keys of their own",
+    "big_bird": "blocks of neighbours, of both ends and drawn at random, or all tokens after set_attention_type('original_full')",
+    "bigbird_pegasus": "blocks of neighbours, of both ends and drawn at random, or all tokens after set_attention_type('original_full')",
+}
+
+
+def _own_code(hf: Any) -> str | None:
+    "Why a model of one of these kinds is refused"
+    if not (why := _OWN_CODE.get(getattr(hf.config, "model_type", ""))): return None
+    return (f"{type(hf).__name__} computes its attention in code of its own ({why}), not through transformers' AttentionInterface, so "
+            "longlens cannot see it. For short inputs the model itself gives its patterns, with output_attentions=True (not exact for "
+            "random blocks); its embeddings can be read with load_encoder, where nothing is measured inside")
+
+
 def _check(hf: Any) -> None:
     name = type(hf).__name__
     if not hf._can_set_attn_implementation():
+        if own := _own_code(hf): raise UnsupportedModel(own)
         raise UnsupportedModel(f"{name} does not route its attention through transformers' AttentionInterface, so longlens cannot "
                                f"see it. {WAY_OUT}, or load a class of the model that uses the interface")
     if hf.training: raise UnsupportedModel(f"{name} is in training mode (dropout, gradient checkpointing): call .eval() first")
@@ -492,9 +510,112 @@ def _apart(hf: Any, inside: Tensor, outside: Tensor) -> str | None:
     worst, limit = (off.median(), .1) if loose else (off.max(), 1e-3)
     return None if worst <= limit else f"differ by {float(worst):.2g} of the largest number, where rounding allows {limit}"
 
+# %% ../../nbs/attention/09_hf_interface.ipynb #8259f7af
+@dataclass(eq=False)
+class _Beside:
+    "What a forward finds in which each call is computed twice"
+    hf: Any  # the model
+    configs: tuple[tuple[Any, Any], ...]  # its configs, and the attention that they named
+    left: set[nn.Module]  # what is still to be compared; with nothing left the forward may stop
+    calls: int = 0  # how many were compared
+    untried: bool = False  # was there one that could not be?
+    wrong: str | None = None  # the first that differs, and how
+
+    def name_of(self, config: Any) -> str | None:
+        "The attention that a config named"
+        return next((name for c, name in self.configs if c is config), None)
+
+    def seen(self, module: nn.Module) -> None:
+        "A call of a layer was compared"
+        self.calls += 1
+        if self.left == {module}: raise _Enough
+        self.left.discard(module)
+
+# %% ../../nbs/attention/09_hf_interface.ipynb #d26f3215
+@dataclass(frozen=True)
+class _TwoMasks(Mask):
+    "A mask of longlens, and beside it the one of the attention that the model names"
+    theirs: Any = None
+
+
+def _two_masks(*args: Any, **kwargs: Any) -> Mask:
+    "The mask function of such a forward"
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    ours, beside = longlens_mask(*args, **kwargs), getattr(_QUIET, "beside", None)
+    if beside is None: return ours  # another thread
+    make = ALL_MASK_ATTENTION_FUNCTIONS.get(beside.name_of(kwargs.get("config")))
+    if make is None: beside.untried = True
+    return _TwoMasks(**vars(ours), theirs=None if make is None else make(*args, **kwargs))
+
+# %% ../../nbs/attention/09_hf_interface.ipynb #cbf7f9f7
+def _own_attention(module: nn.Module, name: str | None) -> Callable | None:
+    "The function that a layer calls if its config names an attention"
+    scope = inspect.unwrap(type(module).forward).__globals__
+    book = scope.get("ALL_ATTENTION_FUNCTIONS")
+    return None if book is None or name is None else book.get(name, scope.get("eager_attention_forward"))
+
+# %% ../../nbs/attention/09_hf_interface.ipynb #fe410352
+def _two_attentions(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any) -> Any:
+    "The attention function of such a forward"
+    ours, beside = longlens_attention(module, query, key, value, attention_mask, *args, **kwargs), getattr(_QUIET, "beside", None)
+    if beside is None: return ours
+    own = _own_attention(module, beside.name_of(getattr(module, "config", None)))
+    mask = attention_mask.theirs if isinstance(attention_mask, _TwoMasks) else attention_mask
+    try: theirs = own(module, query, key, value, mask, *args, **kwargs)[0]  # type: ignore[misc]
+    except Exception: beside.untried = True
+    else:
+        if off := _apart(beside.hf, ours[0].float(), theirs.float()): beside.wrong = beside.wrong or f"{off} in {type(module).__name__}"
+        beside.seen(module)
+    return ours
+
+# %% ../../nbs/attention/09_hf_interface.ipynb #7ca42d8d
+class _Enough(Exception):
+    "All that is to be compared was"
+
+
+def _kind(module: nn.Module) -> Any:
+    "Equal for layers that run the same code with the same settings"
+    settings = {k: v for k, v in vars(module).items() if k != "layer_idx" and isinstance(v, int | float | str | None)}
+    return type(module), id(getattr(module, "config", None)), frozenset(settings.items()), tuple(p.shape for p in module.parameters())
+
+
+def _first_of_kinds(hf: nn.Module) -> set[nn.Module]:
+    "The first attention module of every kind; none where forwards were put on modules, whose ends must be reached"
+    if any("forward" in vars(m) for m in hf.modules()): return set()
+    having = {t: "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(t.forward).__code__.co_names for t in {type(m) for m in hf.modules()}}
+    first: dict[Any, nn.Module] = {}
+    for m in hf.modules():
+        if having[type(m)]: first.setdefault(_kind(m), m)
+    return set(first.values())
+
+# %% ../../nbs/attention/09_hf_interface.ipynb #9e94d133
+def _side_by_side(hf: Any, at: Attachment, given: dict[str, Any]) -> _Beside:
+    "One short forward, with each call computed twice"
+    _QUIET.beside = beside = _Beside(hf, at.configs, _first_of_kinds(hf))
+    try:
+        hf.set_attn_implementation(_BESIDE)
+        _output(hf.base_model, given)
+    except _Enough: pass
+    except Exception: beside.untried = True
+    finally:
+        _QUIET.beside = None
+        _put_back(at)
+    return beside
+
+# %% ../../nbs/attention/09_hf_interface.ipynb #9f559bcd
+def _forwards(hf: nn.Module) -> set[Any]:
+    "The forward functions of a model's modules"
+    found = {vars(m).get("forward") or type(m).forward for m in hf.modules()}
+    return {f.func if isinstance(f, functools.partial) else f for f in found}
+
+
+def _patched(forwards: Iterable[Any]) -> bool:
+    "Is there a forward that is not of the libraries?"
+    return any((_maker(f) or "").split(".")[0] not in _LIBRARIES for f in forwards)
+
 # %% ../../nbs/attention/09_hf_interface.ipynb #f6de90fb
-def _compare(hf: Any, at: Attachment, given: dict[str, Any]) -> str | None:
-    "Why longlens cannot stand in for the attention of a model; None: it can, or it cannot be tried"
+def _outputs_apart(hf: Any, at: Attachment, given: dict[str, Any]) -> str | None:
+    "How the outputs of a model inside and outside differ; None: they do not, or it cannot be tried"
     try: outside = _output(hf, given)
     except Exception: return None  # it needs other inputs
     if outside is None: return None
@@ -518,21 +639,38 @@ def _put_back(at: Attachment) -> None:
     "The attention that the configs named before"
     for config, name in at.configs: config._attn_implementation_internal = name
 
+# %% ../../nbs/attention/09_hf_interface.ipynb #7c76735d
+def _compare(hf: Any, at: Attachment, forwards: Iterable[Any]) -> str | None:
+    "Why longlens cannot stand in for the attention of a model; None: it can, or it cannot be tried"
+    given = _short_input(hf, [c for c, _ in at.configs])
+    if given is None: return None
+    with _quiet(hf):
+        if not _patched(forwards):
+            found = _side_by_side(hf, at, {k: v[:, :3] if isinstance(v, Tensor) else v for k, v in given.items()})
+            if found.wrong: return f"for a short text inside and outside of longlens' attention, numbers {found.wrong}"
+            if found.calls and not found.untried: return None
+        return _outputs_apart(hf, at, given)
+
+# %% ../../nbs/attention/09_hf_interface.ipynb #1a371cfe
+def _depends_on(hf: Any, at: Attachment, forwards: set[Any]) -> tuple[Any, ...]:
+    "What a comparison depends on"
+    names = tuple(name for _, name in at.configs)
+    files = {id(scope): scope for f in forwards if (scope := getattr(inspect.unwrap(f), "__globals__", None))}
+    eager = [f for scope in files.values() if (f := scope.get("eager_attention_forward"))]
+    listed = [f for name in set(names) if name for _, f, _ in _registered(hf, name)]
+    return names, hf.dtype, hf.device, frozenset(id(f) for f in [*forwards, *eager, *listed])
+
 # %% ../../nbs/attention/09_hf_interface.ipynb #3fbf50f4
 _COMPARED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str | None]] = weakref.WeakKeyDictionary()  # model -> what was compared, result
 
 
 def _check_outputs(hf: Any, at: Attachment) -> None:
-    "The first time: are the outputs of a model inside the same as outside?"
-    names = tuple(name for _, name in at.configs)
-    if NAME in names: return  # attached to already, as a part of another model
-    key = names, hf.dtype, hf.device
+    "The first time: does a model compute the same inside and outside?"
+    if NAME in [name for _, name in at.configs]: return  # attached to already, as a part of another model
+    key = _depends_on(hf, at, forwards := _forwards(hf))
     known, wrong = _COMPARED.get(hf, (None, None))
     if known != key:
-        wrong = None
-        given = _short_input(hf, [c for c, _ in at.configs])
-        if given is not None:
-            with _quiet(hf): wrong = _compare(hf, at, given)
+        wrong = _compare(hf, at, forwards)
         _COMPARED[hf] = key, wrong
     if wrong: raise UnsupportedModel(f"longlens cannot stand in for the attention of {type(hf).__name__}: {wrong}. {WAY_OUT}")
 

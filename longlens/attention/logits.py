@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .masks import KeySet, Mask, Stream, band_tile, cut, inside_band, key_range, key_set_tile, narrow_key_set
 from .masks import narrow_mask, of_sample, stream_tile, visible_tile
+from ..models.tokens import real_number
 from ..patch import patch
 
 if TYPE_CHECKING:
@@ -91,6 +92,9 @@ def _check_shapes(
 ) -> None:
     "Raise a ValueError that names the shapes if queries, keys and values do not belong together"
     given = [t for t in (q, k, v) if t is not None]
+    for t in given:
+        if not isinstance(t, Tensor):
+            raise TypeError(f"queries, keys and values are tensors, and one is a {type(t).__name__}: torch.as_tensor makes one")
     shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in zip(("queries", "keys", "values"), given, strict=False))
     if any(t.ndim != 4 for t in given): raise ValueError(f"attention takes (batch, heads, tokens, d_head): {shapes}")
     if any(0 in t.shape for t in given): raise ValueError(f"attention needs at least one query and one key: {shapes}")
@@ -100,6 +104,8 @@ def _check_shapes(
     for t in given:
         if (t.dtype, t.device) != (q.dtype, q.device):
             raise ValueError(f"queries are {q.dtype} on {q.device}, keys or values {t.dtype} on {t.device}: move them together first")
+    if not q.is_floating_point():
+        raise ValueError(f"queries, keys and values are {q.dtype}: attention is computed with floats, .float() makes them")
 
 # %% ../../nbs/attention/01_logits.ipynb #1fd67ae1
 def _fits(t: Tensor, shape: tuple[int, ...]) -> bool:
@@ -132,12 +138,22 @@ def _check_set(s: KeySet, shape: tuple[int, int, int, int], n_kv: int) -> None:
     raise ValueError(f"a key set has queries, and then keys, of {found}, but there are {batch} samples of {n_q} queries and "
                      f"{n_kv} KV heads of {n_k} keys")
 
+# %% ../../nbs/attention/01_logits.ipynb #w5numb
+def _check_numbers(call: AttentionCall) -> None:
+    "Raise if the scale, the soft cap or the learned sinks cannot be those of this call"
+    if not math.isfinite(real_number(call.scale, "the scale")): raise ValueError(f"the scale is {call.scale}: it must be finite")
+    if call.softcap is not None and not 0 < real_number(call.softcap, "the soft cap") < math.inf:
+        raise ValueError(f"the soft cap is {call.softcap}: logits are capped at a finite number above 0, or by None not at all")
+    if call.sinks is not None and call.sinks.shape != (call.q.shape[1],):
+        raise ValueError(f"learned sinks are {tuple(call.sinks.shape)}, and there are {call.q.shape[1]} query heads: give each a logit")
+
 # %% ../../nbs/attention/01_logits.ipynb #fca79c59
 @patch
 def check(self: AttentionCall) -> None:
     "Raise a ValueError if its parts do not belong together"
     _check_shapes(self.q, self.k, self.v)
     _check_mask(self.mask, self.shape, self.bias)
+    _check_numbers(self)
     for s in self.sets: _check_set(s, self.shape, self.k.shape[1])
 
 # %% ../../nbs/attention/01_logits.ipynb #12b19501
@@ -155,8 +171,14 @@ def make_call(
 ) -> AttentionCall:
     "An attention call, checked"
     _check_shapes(q, k, v)
+    if mask is not None and not isinstance(mask, Mask):
+        raise TypeError(f"a mask is a Mask, such as causal_mask() or full_mask(), and this is a {type(mask).__name__}: "
+                        "Mask(None, None, rule=tensor) takes a tensor (batch|1, heads|1, queries, keys)")
     if mask is None: mask = Mask(offset=k.shape[2] - q.shape[2])
-    call = AttentionCall(q, k, v, q.shape[-1] ** -.5 if scale is None else scale, mask, softcap, sinks, bias, streams, sets)
+    scale = q.shape[-1] ** -.5 if scale is None else real_number(scale, "the scale")
+    # fused kernels would multiply hidden logits by it: 0 times infinity
+    if abs(scale) < torch.finfo(torch.float32).tiny: q, scale = torch.zeros_like(q), 1.0
+    call = AttentionCall(q, k, v, scale, mask, softcap, sinks, bias, streams, sets)
     call.check()
     return call
 

@@ -33,6 +33,12 @@ class Mask:
         "Only transformers' generate() asks for this, when it prepares masks as tensors for a static cache"
         raise TypeError("longlens keeps masks as numbers, so generate() cannot prepare them for a static cache: use its default cache")
 
+    def __getitem__(self, part: object) -> Mask:
+        "Only models ask for this that leave queries out of their later layers: with all queries, it is the same mask"
+        if part == (slice(None), slice(None), slice(0, None), slice(None)): return self
+        raise TypeError(f"a Mask is numbers, and has no part {part}: a model that leaves queries out of its later layers (Gemma 4) is "
+                        "measured with logits_to_keep as a tensor of positions, not as a number")
+
 # %% ../../nbs/attention/00_masks.ipynb #0c2b9fe3
 def causal_mask(
     offset: int = 0,  # tokens that precede the first query (the length of the cache)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from .masks import KeySet, Mask, Stream, seen_by
 from longlens.attention.reducers import (
     DistanceSum, EntropySum, Product, ReceivedSum, Reducer, SquareSum, TransposedProduct, WindowMass,
 )
-from ..models.tokens import Span, span_ends
+from ..models.tokens import Span, read_spans, whole_number, whole_numbers
 from ..patch import patch
 
 if TYPE_CHECKING:
@@ -225,12 +225,17 @@ def narrow(
     queries: range,  # which queries to keep, by index
 ) -> AttentionOperator:
     "The operator of some queries only"
+    n = self.shape[2]
+    if not isinstance(queries, range) or queries.step != 1 or not 0 <= queries.start < queries.stop <= n:
+        raise ValueError(f"queries are {queries!r:.60}, and they must be a range in steps of 1 within 0 to {n}")
     return AttentionOperator.of(self.call.narrow(queries), self.lse[:, :, queries.start:queries.stop])
 
 # %% ../../nbs/attention/08_operator.ipynb #01eb6186
 def _four(op: AttentionOperator, x: Tensor, n: int, what: str) -> Tensor:  # (batch|1, heads|1, n, columns)
     "x with batch and heads in front, if it has the right shape"
     b, h, _, _ = op.shape
+    if not isinstance(x, Tensor): raise TypeError(f"columns are a tensor, and this is a {type(x).__name__}: torch.as_tensor makes one")
+    if 0 in x.shape: raise ValueError(f"there is nothing in the columns given, {tuple(x.shape)}: give one column or more")
     if x.ndim == 2: x = x[None, None]
     elif x.ndim == 3: x = x[:, None]
     if x.ndim != 4: raise ValueError(f"expected (tokens, columns), or with batch and heads before, got {tuple(x.shape)}")
@@ -323,9 +328,9 @@ def _span_columns(
     dtype: torch.dtype = torch.float32,  # of the columns
 ) -> Tensor:  # (n_keys, spans), 1 inside the span
     "Indicator columns of spans; a span that is not in the tokens is an error"
-    out = torch.zeros(n_keys, len(spans), dtype=dtype)
-    for c, (name, span) in enumerate(spans.items()):
-        start, stop = span_ends(name, span)
+    ends = read_spans(spans, "span_mass")
+    out = torch.zeros(n_keys, len(ends), dtype=dtype)
+    for c, (name, (start, stop)) in enumerate(ends.items()):
         if stop > n_keys:
             raise ValueError(f"span {name!r} is [{start}, {stop}), but there are {n_keys} tokens: "
                              "spans must hold at least one token and lie within them")
@@ -378,7 +383,9 @@ def distance_profile(
 # %% ../../nbs/attention/08_operator.ipynb #a44dec1c
 def _row_numbers(op: AttentionOperator, queries: Sequence[int] | int) -> list[int]:
     n = op.shape[2]
-    picked = [queries] if isinstance(queries, int) else list(queries)
+    one = isinstance(queries, SupportsIndex) and not isinstance(queries, Tensor)
+    picked = [whole_number(queries, "query")] if one else list(whole_numbers(queries, "queries"))
+    if not picked: raise ValueError("no query was asked for: give one index or more")
     for r in picked:
         if not -n <= r < n:
             raise IndexError(f"query {r} is not among the {n} queries of this operator (0 to {n - 1}, or negative from the end)")
@@ -422,7 +429,7 @@ def topk(
 ) -> tuple[Tensor, Tensor]:  # weights and key indices, both (batch, heads, len(queries), k)
     "The most attended keys of chosen queries, a few rows at a time; weight 0 fills up where a query sees fewer than k"
     picked, (batch, _, _, n) = _row_numbers(self, queries), self.shape
-    if not 1 <= k <= n: raise ValueError(f"k is {k}, but a row has {n} keys: use 1 to {n}")
+    if not 1 <= whole_number(k, "k") <= n: raise ValueError(f"k is {k}, but a row has {n} keys: use 1 to {n}")
     weights, keys = [], []
     for b in range(batch):
         with torch.no_grad(): best = [self._log_rows(b, r).topk(k, -1) for r in _runs(self, picked)]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .masks import Mask
 from .logits import Tile
+from ..models.tokens import whole_numbers
 
 # %% auto #0
 __all__ = ['Pattern', 'Reducer', 'EntropySum', 'SquareSum', 'ReceivedSum', 'Product', 'TransposedProduct', 'DistanceSum',
@@ -150,9 +151,10 @@ class DistanceSum(Reducer):
 class WindowMass(Reducer):
     "sum of p over keys with |i - j| < w, for every w"
     def __init__(self, windows: Sequence[int]):  # window widths in tokens
-        self.windows, self.key = tuple(windows), ("window", tuple(windows))
-        if not windows or min(windows) < 1:
-            raise ValueError(f"windows are {list(windows)}: each holds at least the token itself, so 1 or more")
+        self.windows = tuple(whole_numbers(windows, "windows"))
+        self.key = ("window", self.windows)
+        if not self.windows or min(self.windows) < 1:
+            raise ValueError(f"windows are {list(self.windows)}: each holds at least the token itself, so 1 or more")
 
     def start(self, op: Pattern) -> None:
         self.acc, self.offset = op.per_query(len(self.windows)), op.mask.offset

@@ -20,8 +20,8 @@ from ..text import visible
 
 # %% auto #0
 __all__ = ['COLOURS', 'SEQUENTIAL', 'SHAPES', 'WIDTH', 'HEIGHT', 'PAD', 'FONT', 'ABOVE', 'ChartError', 'need_columns', 'drawable',
-           'inline_data', 'shown_text', 'label', 'Labels', 'LabelOptions', 'axis_style', 'legend_style', 'titled',
-           'short_number', 'tooltips', 'axis_span', 'log_ticks', 'y_axis']
+           'inline_data', 'length_colours', 'shown_text', 'label', 'Labels', 'LabelOptions', 'axis_style',
+           'legend_style', 'titled', 'short_number', 'tooltips', 'axis_span', 'log_ticks', 'y_axis']
 
 # %% ../../nbs/charts/00_base.ipynb #ac276d7a
 class ChartError(ValueError):
@@ -61,6 +61,21 @@ WIDTH, HEIGHT, PAD = 680, 260, 12    # of a plot, and left free at its sides, in
 def inline_data(frame: pl.DataFrame) -> alt.InlineData:
     floats = [c for c, t in frame.schema.items() if t.is_float()]
     return alt.InlineData(values=frame.with_columns(pl.col(floats).round_sig_figs(6)).to_dicts())
+
+# %% ../../nbs/charts/00_base.ipynb #38c0428b
+_LENGTHS = ("#471365", "#3b528b", "#287d8e", "#21918c", "#44bf70", "#a5db36")    # of viridis, without its darkest and its lightest end
+
+
+def length_colours(
+    lengths: Sequence[float],    # tokens, in any order
+) -> list[str]:                  # a colour for each
+    "One sequential scale for lengths, from the shortest to the longest, by their logarithm"
+    at = [math.log(max(n, 1)) for n in lengths]
+    low, span = min(at), max(at) - min(at)
+    places = [(x - low) / span * (len(_LENGTHS) - 1) if span else 0.0 for x in at]
+    rgb = [[int(c[i:i + 2], 16) for i in (1, 3, 5)] for c in _LENGTHS]
+    mix = lambda p, k: rgb[int(p)][k] + (p - int(p)) * (rgb[min(int(p) + 1, len(rgb) - 1)][k] - rgb[int(p)][k])
+    return ["#" + "".join(f"{round(mix(p, k)):02x}" for k in range(3)) for p in places]
 
 # %% ../../nbs/charts/00_base.ipynb #7ad9c2bf
 def shown_text(column: pl.Series, limit: int = 24) -> pl.Series:    # as text in which nothing is hidden

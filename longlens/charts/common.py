@@ -15,7 +15,7 @@ from altair.typing import ChartType
 
 from longlens.charts.base import (
     ABOVE, COLOURS, HEIGHT, PAD, SEQUENTIAL, SHAPES, WIDTH, ChartError, LabelOptions, Labels, axis_span, axis_style, drawable, inline_data,
-    label, legend_style, need_columns, short_number, shown_text, titled, tooltips, y_axis,
+    label, legend_style, length_colours, need_columns, short_number, shown_text, titled, tooltips, y_axis,
 )
 from ..run import settings_of
 
@@ -271,10 +271,16 @@ def _series_legend(title: str | None, series: Sequence[str]) -> alt.Legend:    #
     return legend_style(title=title, columns=columns, **{**ABOVE, "labelLimit": room - 34})
 
 # %% ../../nbs/charts/01_common.ipynb #c6f77b9c
+def _series_colours(series: Sequence[str], by: str | None) -> list[str]:    # one sequential scale, if they are lengths
+    numbers = [s.replace(",", "") for s in series]
+    if by == "context_length" and all(n.replace(".", "", 1).isdigit() for n in numbers): return length_colours([float(n) for n in numbers])
+    return list(COLOURS[:len(series)])
+
+
 def line_layers(points: pl.DataFrame, x: alt.X, y_how: dict[str, Any], tips: list[alt.Tooltip], by: str | None) -> list[alt.Chart]:
     series = points["series"].unique(maintain_order=True).to_list()
     legend = _series_legend(by and label(by), series) if len(series) > 1 else None
-    names = dict(color=alt.Color("series:N", scale=alt.Scale(domain=series, range=list(COLOURS[:len(series)])), legend=legend))
+    names = dict(color=alt.Color("series:N", scale=alt.Scale(domain=series, range=_series_colours(series, by)), legend=legend))
     shape = dict(shape=alt.Shape("series:N", scale=alt.Scale(domain=series, range=list(SHAPES[:len(series)])), legend=legend))
     base, y = alt.Chart(inline_data(points)), alt.Y("mean:Q", **y_how)
     band = dict(x=x, y=alt.Y("low:Q", **y_how), y2="high:Q", **names)

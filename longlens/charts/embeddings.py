@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 
 from longlens.charts.base import (
-    ABOVE, axis_style, ChartError, COLOURS, inline_data, drawable, HEIGHT, label, legend_style, PAD, SEQUENTIAL, axis_span, tooltips,
+    ABOVE, axis_style, ChartError, COLOURS, inline_data, drawable, HEIGHT, label, legend_style, length_colours, PAD, axis_span, tooltips,
     titled, WIDTH, y_axis,
 )
 from .common import colour_scale, line_layers, line_series, summarise
@@ -114,7 +114,7 @@ def embedding_map(
     x, y = alt.X("x:Q", **how[0]), alt.Y("y:Q", **how[1])
     lengths = rows["context_length"].unique().sort().to_list()
     legend = legend_style(title="tokens", columns=8, **ABOVE)
-    colour = alt.Color("context_length:O", scale=alt.Scale(scheme=SEQUENTIAL, domain=lengths), legend=legend)
+    colour = alt.Color("context_length:O", scale=alt.Scale(range=length_colours(lengths), domain=lengths), legend=legend)
     tips = tooltips(("document", "nominal", "document"), ("context_length", "quantitative", "tokens"))
     dots = alt.Chart(inline_data(rows)).mark_point(filled=True, size=45, opacity=0.65).encode(x=x, y=y, color=colour, tooltip=tips)
     marks = alt.Chart(inline_data(middle)).mark_point(filled=True, size=260, opacity=1, stroke="white", strokeWidth=1.5, shape="diamond")

@@ -19,12 +19,14 @@ import altair as alt
 import polars as pl
 from altair.typing import ChartType
 
-from ..report import Report, Section as Section, atomic_write
+from ..reference import reference_values
+from ..report import Report, Section as Section, Summary, atomic_write
 from ..text import visible
 
 # %% auto #0
 __all__ = ['PAGE', 'Part', 'say', 'paragraphs', 'table_html', 'as_json', 'drawing', 'apart', 'beside', 'figure', 'facts',
-           'leaves', 'vega_script', 'static', 'policy', 'page_html', 'write_page']
+           'leaves', 'notes_html', 'words_html', 'picture_place', 'vega_script', 'static', 'policy', 'document_html',
+           'page_html', 'write_page']
 
 # %% ../../nbs/charts/06_page.ipynb #8997233f
 def say(
@@ -54,6 +56,7 @@ def table_html(
     frame: pl.DataFrame,    # any table
     name: str = "table",    # what it is, for its caption
     rows: int = 12,         # how many to show
+    label: str = "The numbers",    # what is written on it while it is folded
 ) -> str:                   # HTML
     "The first rows of a table, folded"
     right = [' class="number"' if t.is_numeric() else "" for t in frame.dtypes]
@@ -61,7 +64,7 @@ def table_html(
     line = lambda row: "".join(f"<td{r}>{_cell(v)}</td>" for v, r in zip(row, right, strict=True))
     body = "".join(f"<tr>{line(row)}</tr>" for row in frame.head(rows).iter_rows())
     some = f"the first {rows} of {frame.height:,} rows" if frame.height > rows else f"{frame.height} row{'s' * (frame.height != 1)}"
-    return (f"<details><summary>The numbers: {some}</summary><div class='scroll'><table><caption>{say(name, 200)}: {some}</caption>"
+    return (f"<details><summary>{label}: {some}</summary><div class='scroll'><table><caption>{say(name, 200)}: {some}</caption>"
             f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></details>")
 
 # %% ../../nbs/charts/06_page.ipynb #a032f015
@@ -133,11 +136,11 @@ def figure(
 ) -> str:                          # HTML
     "Places for the charts of a section"
     places = []
-    pairs = "pairs" if beside(section.chart) else ""
-    for chart in apart(section.chart):
-        drawings.append(drawing(chart))
-        described = drawings[-1]["spec"].get("description") or section.title
-        places.append(f'<div class="chart" data-chart="{len(drawings) - 1}" role="group" aria-label="{say(described, 600)}"></div>')
+    charts = apart(section.chart)
+    pairs = "pairs" if beside(section.chart) else "many" * (len(charts) > 1)
+    for chart in charts:
+        title = getattr(chart, "description", alt.Undefined)
+        places.append(picture_place(chart, drawings, section.title if title is alt.Undefined else str(title)))
     return f'<figure class="{pairs}" aria-label="{say(section.title, 200)}">{"".join(places)}</figure>'
 
 # %% ../../nbs/charts/06_page.ipynb #9c8b1727
@@ -153,19 +156,33 @@ def _section_html(
     table = table_html(section.table, section.title) if section.table is not None else ""
     place = f'<div class="text" data-texts="{len(texts)}"></div>' if section.view is not None else ""
     if section.view is not None: texts.append(section.view.page())
-    head = f"<h{level}>{say(section.title, 200)}</h{level}>"
-    return f'<section id="{anchor}">{head}{paragraphs(section.text)}{chart}{place}{table}</section>'
+    words = f"<div class='about'><h{level}>{say(section.title, 200)}</h{level}>{paragraphs(section.text)}</div>"
+    single = section.chart is not None and len(apart(section.chart)) == 1 and section.view is None
+    return f'<section id="{anchor}" class="{"single" if single else "several"}">{words}{chart}{place}{table}</section>'
 
 # %% ../../nbs/charts/06_page.ipynb #84e4263a
 def facts(
     meta: Mapping[str, Any],    # a report's
 ) -> list[str]:                 # model, length, date: those that are known
-    "The line below a page's title"
-    lengths = meta.get("lengths") or meta.get("context_length")
-    longest = max(lengths) if isinstance(lengths, Sequence) and not isinstance(lengths, str) else lengths
+    "What a report was made of"
+    settings = meta["settings"] if isinstance(meta.get("settings"), Mapping) else {}
+    lengths = meta.get("lengths") or meta.get("context_length") or settings.get("lengths")
+    longest = max(lengths) if lengths and isinstance(lengths, Sequence) and not isinstance(lengths, str) else lengths
     made = str(meta.get("created", ""))[:16].replace("T", " ")
     return [*([str(meta["model"])] if meta.get("model") else []), *([f"{longest:,} tokens"] if isinstance(longest, int) else []),
             *([f"{made} UTC" if "+00:00" in str(meta["created"]) else made] if made else [])]
+
+# %% ../../nbs/charts/06_page.ipynb #c435365d
+def _line_html(reports: Sequence[Report]) -> str:
+    "The line below a page's title"
+    each = [facts(r.meta) for r in reports]
+    models = [str(r.meta["model"]) for r in reports if r.meta.get("model")]
+    tokens = max((f for fs in each for f in fs if f.endswith(" tokens") and f not in models), default=None,
+                 key=lambda f: int("".join(filter(str.isdigit, f)) or 0))
+    made = max((fs[-1] for fs, r in zip(each, reports, strict=True) if r.meta.get("created") and fs), default=None)
+    run = [", ".join(_name(r) for r in reports)] if len(reports) > 1 else []
+    shown = [*dict.fromkeys(models), *([tokens] if tokens else []), *([made] if made else []), *run]
+    return "".join(f"<span>{say(fact, 300)}</span>" for fact in shown)
 
 # %% ../../nbs/charts/06_page.ipynb #91bb887f
 def leaves(
@@ -202,26 +219,87 @@ def _name(report: Report) -> str:    # its title, or ToyReport: Toy report; with
 def _list(lines: Sequence[str]) -> str: return f'<ul>{"".join(f"<li>{say(line)}</li>" for line in lines)}</ul>'
 
 # %% ../../nbs/charts/06_page.ipynb #d22edd62
-def _all_findings_html(
+def _details_html(
     report: Report,    # any report
-) -> str:              # HTML; nothing, where its highlights are all
-    "The findings that a page does not begin with, with those that it does, folded"
-    found = report.findings()
-    if not [line for line in found if line not in report.highlights()]: return ""
-    return f"<details class='found'><summary>All {len(found)} findings</summary>{_list(found)}</details>"
+) -> str:              # HTML; nothing, where the summary has said all of it
+    "What was found with every number, folded"
+    found, short = report.details(), report.summary()
+    if not [line for line in found if line not in (short.verdict, *short.compared)]: return ""
+    many = f"All {len(found)} findings, with every number" if len(found) > 1 else "The finding, with every number"
+    return f"<details class='found'><summary>{many}</summary>{_list(found)}</details>"
 
 # %% ../../nbs/charts/06_page.ipynb #8e5a958d
-def _findings_html(
-    reports: Sequence[Report],    # those of the page
-    few: int = 6,                 # so many of a single report are all shown
-) -> str:                         # HTML
-    "The findings that matter most, with links to what stands behind them"
-    def part(i: int, report: Report) -> str:
-        return f'<div class="probe"><h3><a href="#report-{i}">{say(_name(report))}</a></h3>{_list(report.highlights())}</div>'
-    if len(reports) > 1: main = "".join(part(i, r) for i, r in enumerate(reports, 1))
-    elif len(found := reports[0].findings()) <= few: main = _list(found)
-    else: main = _list(reports[0].highlights()) + _all_findings_html(reports[0])
-    return f'<section class="findings"><h2>Main findings</h2>{main}</section>'
+def _numbers_html(
+    report: Report,    # any report
+) -> str:              # HTML; nothing, where its summary has no measures
+    "The main numbers as a table, and the reference values that they were compared with"
+    measures = report.summary().measures
+    if not measures: return ""
+    rows = [{"what": m.name, "value": float(m.value), "unit": m.unit, "lower": m.lower, "upper": m.upper, "n": m.n} for m in measures]
+    caption = "The main numbers, with 95 % intervals where there are any"
+    made = table_html(pl.DataFrame(rows, infer_schema_length=None), caption, 40, "Main numbers")
+    others = reference_values().filter(pl.col("key").is_in([m.key for m in measures]))
+    names = {m.key: m.name for m in measures}
+    if others.is_empty(): return made
+    f = others.select(pl.col("key").replace(names).alias("what"), "model", "value", "unit", "kind", "source", "documents", "tokens")
+    f = f.select(c for c in f.columns if f[c].null_count() < f.height)
+    return made + table_html(f, "Reference values and their sources", 80, "Reference values")
+
+# %% ../../nbs/charts/06_page.ipynb #85898a99
+def _whole(text: str) -> str:    # of HTML
+    "A number and its unit stay in one line"
+    return text.replace(" %", "&nbsp;%")
+
+
+def _note(name: str, lines: Sequence[str]) -> str:    # HTML; nothing without lines
+    "One of the small columns below a verdict"
+    if not lines: return ""
+    shown = _whole(say(lines[0]) if len(lines) == 1 else _list(lines))
+    return f"<div><dt>{name}</dt><dd>{shown}</dd></div>"
+
+
+def notes_html(
+    s: Summary,
+) -> str:    # HTML
+    "What is unusual, what was not tested, how sure it is"
+    parts = _note("Against other models", s.compared) + _note("Not tested", s.untested) + _note("How sure", [s.sure] if s.sure else [])
+    return f"<dl class='notes'>{parts}</dl>" if parts else ""
+
+# %% ../../nbs/charts/06_page.ipynb #0a58ad09
+def words_html(
+    s: Summary,
+) -> str:    # HTML
+    "The verdict, and the words of a text that it is about"
+    quote = f"<blockquote dir='auto'>{say(s.quote, 400)}</blockquote>" if s.quote else ""
+    return f"<p class='verdict'>{_whole(say(s.verdict))}</p>{quote}"
+
+
+def picture_place(
+    chart: ChartType,
+    drawings: list[dict[str, Any]],    # all charts of the page so far; this one is added
+    label: str,                        # what it shows
+) -> str:                              # HTML
+    "A place for one chart"
+    drawings.append(drawing(chart))
+    return f'<div class="chart" data-chart="{len(drawings) - 1}" role="group" aria-label="{say(label, 600)}"></div>'
+
+# %% ../../nbs/charts/06_page.ipynb #8617fd51
+def _row_html(
+    report: Report,
+    number: int,                       # on its page, from 1
+    drawings: list[dict[str, Any]],    # all charts of the page so far
+) -> str:                              # HTML
+    "One report of the summary"
+    s = report.summary()
+    picture = f"<figure>{picture_place(s.picture, drawings, s.verdict)}</figure>" if s.picture is not None else ""
+    head = f'<h3><a href="#report-{number}">{say(_name(report))}</a></h3>'
+    return f"<article class='row'><div class='words'>{head}{words_html(s)}{notes_html(s)}</div>{picture}</article>"
+
+
+def _summary_html(reports: Sequence[Report], drawings: list[dict[str, Any]]) -> str:
+    "The first part of a page"
+    rows = "".join(_row_html(r, i, drawings) for i, r in enumerate(reports, 1))
+    return f'<section class="summary" id="summary"><h2>In short</h2>{rows}</section>'
 
 # %% ../../nbs/charts/06_page.ipynb #2f6a90d4
 Part = tuple[str, list[tuple[str, str]]]    # what a report is called; anchor and title of each of its sections
@@ -229,15 +307,15 @@ Part = tuple[str, list[tuple[str, str]]]    # what a report is called; anchor an
 
 def _contents_html(
     parts: Sequence[Part],    # of the page
-    least: int = 4,           # fewer sections need no list
 ) -> str:                     # HTML
-    "Links to the sections of a page that is long; folded where there are several reports"
+    "Links to every report and section; beside the page where there is room"
     links = lambda titles: f"<ol>{''.join(f'<li><a href=#{a}>{say(t, 200)}</a></li>' for a, t in titles)}</ol>"
-    n = sum(len(titles) for _, titles in parts)
-    if n < least: return ""
-    if len(parts) == 1: return f'<nav aria-label="Contents">{links(parts[0][1])}</nav>'
-    inner = "".join(f"<div><h3>{say(name)}</h3>{links(titles)}</div>" for name, titles in parts)
-    return f'<nav aria-label="Contents"><details><summary>All {n} sections</summary><div class="parts">{inner}</div></details></nav>'
+    one = lambda i, name, titles: (f'<li><a href="#report-{i}">{say(name)}</a><details><summary>{len(titles)} '
+                                   f"section{'s' * (len(titles) != 1)}</summary>{links(titles)}</details></li>")
+    whole = len(parts) > 1
+    inner = "".join(one(i, *part) for i, part in enumerate(parts, 1)) if whole else links(parts[0][1])[4:-5]
+    first, last = '<li><a href="#summary">In short</a></li>', '<li><a href="#run">What was run</a></li>'
+    return f'<nav aria-label="Contents"><ol>{first}{inner}{last}</ol></nav>'
 
 # %% ../../nbs/charts/06_page.ipynb #4f292552
 @lru_cache(1)
@@ -277,32 +355,35 @@ def _scripts_html(
 # %% ../../nbs/charts/06_page.ipynb #194ce08f
 def _part_html(
     report: Report,                    # what to show
-    number: int,                       # of the report on its page, from 1; 0: it is the only one
+    number: int,                       # of the report on its page, from 1
     drawings: list[dict[str, Any]],    # all charts; filled here
     texts: list[dict[str, Any]],       # all texts; filled here
+    alone: bool = False,               # is it the only one? Then it is not folded
 ) -> tuple[str, Part]:                 # HTML, and what stands in it
-    "Every section of a report"
-    sections = [(f"section-{number or 1}-{i}", s) for i, s in enumerate(report.sections(), 1)]
-    head = f'<h2 id="report-{number}">{say(_name(report))}</h2>{_all_findings_html(report)}' if number else ""
-    body = "".join(_section_html(s, anchor, 3 if number else 2, drawings, texts) for anchor, s in sections)
-    return head + body, (_name(report), [(anchor, s.title) for anchor, s in sections])
+    "Every section of a report, folded"
+    sections = [(f"section-{number}-{i}", s) for i, s in enumerate(report.sections(), 1)]
+    body = "".join(_section_html(s, anchor, 3, drawings, texts) for anchor, s in sections)
+    many = f"{len(sections)} section{'s' * (len(sections) != 1)}"
+    inner = f"{_details_html(report)}{_numbers_html(report)}{body}"
+    head = f"<summary><h2>{say(_name(report))}</h2><span>{many}</span></summary>"
+    html = f'<details class="report" id="report-{number}"{" open" * alone}>{head}{inner}</details>'
+    return html, (_name(report), [(anchor, s.title) for anchor, s in sections])
 
 # %% ../../nbs/charts/06_page.ipynb #772aa488
 _NO_SCRIPT = "<noscript><p class='note'>The pictures need JavaScript, which is off here. Words and tables do not.</p></noscript>"
 
 
-def page_html(
-    reports: Sequence[Report],    # what to show, in this order
-    title: str,                   # heading of the page
-) -> str:                         # HTML
-    "Reports as one HTML page that needs no network"
-    drawings: list[dict[str, Any]] = []
-    texts: list[dict[str, Any]] = []
-    parts = [_part_html(r, i if len(reports) > 1 else 0, drawings, texts) for i, r in enumerate(reports, 1)]
-    body = "".join(html for html, _ in parts)
+def document_html(
+    title: str,                        # heading of the page
+    line: str,                         # HTML below it
+    nav: str,                          # HTML beside it
+    main: str,                         # HTML
+    drawings: list[dict[str, Any]],    # all charts of the page
+    texts: list[dict[str, Any]],       # all shaded texts
+) -> str:                              # HTML
+    "A whole page with its styles, scripts and policy"
     code, scripts = _scripts_html(drawings, texts)
     style = static("page.css") + static("tokens.css") * bool(texts)
-    line = "".join(f"<span>{say(fact, 120)}</span>" for fact in facts(reports[0].meta))
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{policy(scripts)}">
@@ -310,12 +391,26 @@ def page_html(
 <title>{say(title, 200)}</title><link rel="icon" href="data:,">
 <style>{style}</style></head>
 <body><header><h1>{say(title, 200)}</h1><p class="facts">{line}</p></header>{_NO_SCRIPT if scripts else ""}
-<main>{_findings_html(reports)}{_contents_html([part for _, part in parts])}{body}
-<section id="run"><h2>What was run</h2>{_folded(reports)}</section></main>
+<div class="sheet">{nav}<main>{main}</main></div>
 <footer>Made by longlens. This page is one file: nothing is loaded, nothing is sent.</footer>
 {code}
 </body></html>
 """
+
+# %% ../../nbs/charts/06_page.ipynb #0aab1c2e
+def page_html(
+    reports: Sequence[Report],    # what to show, in this order
+    title: str,                   # heading of the page
+) -> str:                         # HTML
+    "Reports as one HTML page that needs no network"
+    drawings: list[dict[str, Any]] = []
+    texts: list[dict[str, Any]] = []
+    summary = _summary_html(reports, drawings)
+    parts = [_part_html(r, i, drawings, texts, len(reports) == 1) for i, r in enumerate(reports, 1)]
+    body = "".join(html for html, _ in parts)
+    run = f'<section id="run"><h2>What was run</h2>{_folded(reports)}</section>'
+    nav = _contents_html([part for _, part in parts])
+    return document_html(title, _line_html(reports), nav, summary + body + run, drawings, texts)
 
 # %% ../../nbs/charts/06_page.ipynb #86000436
 def write_page(

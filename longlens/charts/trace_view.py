@@ -15,7 +15,7 @@ import altair as alt
 import numpy as np
 import polars as pl
 
-from ..report import Report
+from ..report import Report, Summary
 from longlens.charts.base import (
     axis_style, ChartError, COLOURS, inline_data, drawable, FONT, label, PAD, log_ticks, tooltips, titled, WIDTH,
 )
@@ -161,7 +161,12 @@ class TracePage(Report):
     title: ClassVar[str] = "Sources of an answer"
     section: Any = None    # what is shown
 
-    def findings(self) -> list[str]:
+    def summary(self) -> Summary:
+        best = self.frames["sources"].sort("score", descending=True, nulls_last=True).row(0, named=True)
+        text = self.section.view.context["text"][best["start"]:best["end"]].strip()
+        return Summary(f"One of {self.frames['sources'].height:,} sources carries the answer most.", quote=visible(text, 160))
+
+    def details(self) -> list[str]:
         best = self.frames["sources"].sort("score", descending=True, nulls_last=True).row(0, named=True)
         return [f"the strongest of {self.frames['sources'].height:,} sources are the characters {best['start']:,} to {best['end']:,}, "
                 f"score {best['score']:.4g}: {visible(self.section.view.context['text'][best['start']:best['end']].strip(), 120)}"]

@@ -74,6 +74,7 @@ class Command:
     options: Sequence[Option]
     run: Callable[[argparse.Namespace], Path | None]    # what was asked for -> the page, if one was written
     usage: str | None = None    # None: made of the options
+    examples: str | None = None # shown below the options
 
 # %% ../../nbs/cli/00_common.ipynb #203cb0de
 def add_command(
@@ -81,7 +82,8 @@ def add_command(
     command: Command,
 ) -> argparse.ArgumentParser:
     "A command and its options, to be understood by a parser"
-    parser = commands.add_parser(command.name, help=command.help, usage=command.usage)
+    parser = commands.add_parser(command.name, help=command.help, usage=command.usage, epilog=command.examples,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     for o in command.options: parser.add_argument(o.name, help=o.help, **o.how)
     return parser
 

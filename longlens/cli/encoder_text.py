@@ -13,9 +13,10 @@ from .common import check_place
 
 if TYPE_CHECKING:
     from longlens.encoders.encoder import Encoder
+    from longlens.prompts.questions import Question
 
 # %% auto #0
-__all__ = ['load_asked_encoder', 'text_documents', 'collapse_lengths', 'window_ways', 'readable_texts']
+__all__ = ['load_asked_encoder', 'text_documents', 'collapse_lengths', 'window_ways', 'readable_texts', 'sample_questions']
 
 # %% ../../nbs/cli/03_encoder_text.ipynb #5c3fc204
 def load_asked_encoder(
@@ -78,3 +79,16 @@ def readable_texts(enc: Encoder, paragraphs: list[str]) -> list[str] | None:
     counts = token_counts(enc, paragraphs) if paragraphs else []
     fit = [p for p, n in zip(paragraphs, counts, strict=True) if most is None or n <= most]
     return fit if len(fit) >= 8 else None
+
+# %% ../../nbs/cli/03_encoder_text.ipynb #7836dc76
+def sample_questions(
+    enc: Encoder,
+    n: int,    # tokens of all documents together
+) -> list[Question] | None:
+    "Real questions with their passages; None where these are too few, or the encoder has no tokenizer to count them"
+    from longlens.probes.collapse.inputs import token_counts
+    from longlens.prompts.questions import read_questions, title_and_text
+    questions = read_questions("nq-sample")
+    if enc.tokenizer is None: return None
+    held = sum(token_counts(enc, [title_and_text(q.gold)[1] for q in questions]))
+    return questions if held >= 1.3 * n else None

@@ -8,15 +8,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from longlens.models.forward import LongModel
     from longlens.models.tokens import Tokens
+    from longlens.probes.traceback.sources import TracePrompt
     from longlens.prompts.haystack import Haystack
+    from longlens.prompts.questions import Question
 
 # %% auto #0
-__all__ = ['first_tokens', 'example_text', 'check_size', 'text_haystack', 'prompt_room', 'prompt_lengths', 'question_size']
+__all__ = ['first_tokens', 'default_model', 'reads_english', 'sample_text', 'example_text', 'is_sample', 'check_size',
+           'text_haystack', 'prompt_room', 'prompt_lengths', 'question_size', 'document_questions', 'traced_prompt']
 
 # %% ../../nbs/cli/02_model_text.ipynb #02740f15
 def first_tokens(
@@ -32,13 +35,39 @@ def first_tokens(
     return replace(tokens, ids=tokens.ids[:n], offsets=tokens.offsets[:n], text=tokens.text[:int(tokens.offsets[n - 1, 1])])
 
 # %% ../../nbs/cli/02_model_text.ipynb #3ff9450e
+def default_model() -> str | None:    # None: needle-lm
+    "The model that is measured where none is named: SmolLM2, if its package is installed"
+    from longlens.models.gguf import has_packaged
+    return "smollm2" if has_packaged("smollm2") else None
+
+# %% ../../nbs/cli/02_model_text.ipynb #0fd0b973
+def reads_english(lm: LongModel) -> bool:
+    "Can it be asked about any text?"
+    return lm.card.wording != "facts"
+
+# %% ../../nbs/cli/02_model_text.ipynb #f2b3cb49
+def sample_text() -> str:
+    "The passages of the sample, with their titles"
+    from longlens.prompts.questions import read_questions, title_and_text
+    return "\n\n".join("\n".join(title_and_text(q.gold)) for q in read_questions("nq-sample"))
+
+# %% ../../nbs/cli/02_model_text.ipynb #d8c59b2d
 def example_text(
     lm: LongModel,          # whose tokens are counted
     n: int | None = None,   # tokens, about; None: 2,048, or as many as the model can read
 ) -> str:                   # always the same for the same model and number
     "A text that needs no file"
     from longlens.needle_lm.data import make_example
-    return make_example(n_tokens=n or min(2048, lm.max_length or 2048), tokenizer=lm.tokenizer).prompt
+    n = n or min(2048, lm.max_length or 2048)
+    if not reads_english(lm) or lm.tokenizer is None: return make_example(n_tokens=n, tokenizer=lm.tokenizer).prompt
+    text = sample_text()
+    while len(tokens := lm.tokens(text, allow_longer=True)) < n: text += f"\n\n{sample_text()}"
+    return first_tokens(tokens, n).text or text
+
+# %% ../../nbs/cli/02_model_text.ipynb #e83a39d6
+def is_sample(tokens: Tokens) -> bool:
+    "Is it the text that is read where none was given?"
+    return bool(tokens.text) and sample_text().startswith((tokens.text or "")[:500])
 
 # %% ../../nbs/cli/02_model_text.ipynb #5e77397d
 def check_size(
@@ -91,3 +120,47 @@ def question_size(lm: LongModel, room: int) -> tuple[int, int]:
         n = min(20, int((room - few) / each) + 2)
         if n >= 10: break
     return n, sentences
+
+# %% ../../nbs/cli/02_model_text.ipynb #e4f9c01a
+_DOCUMENT = 1.2    # of the tokens of a passage: what is written around it, and that some are longer
+
+
+def document_questions(
+    lm: LongModel,
+    room: int,      # tokens of a prompt
+    n: int,         # questions
+) -> tuple[list[Question], dict[str, Any]]:    # and how they are asked
+    "Questions with documents that fill so many tokens"
+    from longlens.prompts.questions import fact_questions, read_questions, with_distractors
+    if not reads_english(lm):
+        size, sentences = question_size(lm, room)
+        return fact_questions(n, _enough(size, room), sentences=sentences), {}
+    questions = read_questions("nq-sample")
+    each = _DOCUMENT * len(lm.tokens(sample_text(), allow_longer=True)) / len(questions)
+    size = _enough(min(20, int((room - 100) / each)), room)
+    return with_distractors(questions, size)[:n], {"chat": lm.card.chat}
+
+# %% ../../nbs/cli/02_model_text.ipynb #f02a38ad
+def _enough(documents: int, room: int) -> int:
+    "Raise if there is no room for three"
+    if documents < 3: raise ValueError(f"{room:,} tokens have no room for three documents: leave middle out of --probes")
+    return documents
+
+# %% ../../nbs/cli/02_model_text.ipynb #94a2207e
+def traced_prompt(
+    lm: LongModel,
+    room: int,      # tokens of a prompt
+    tries: int = 5,    # questions that are asked, at most
+) -> TracePrompt:   # the documents are its sources
+    "A question of the sample with its documents, and the model's answer"
+    from longlens.probes.answer_scores import best_subspan_em
+    from longlens.probes.traceback.prompts import trace_prompt
+    from longlens.prompts.questions import title_and_text
+    asked, how = document_questions(lm, room, tries)
+    made = []
+    for q in asked:
+        half = len(q.others) // 2
+        documents = ["\n".join(title_and_text(d)) for d in (*q.others[:half], q.gold, *q.others[half:])]
+        made.append(trace_prompt(lm, documents, f"{q.question}?", max_new_tokens=32, stop="\n", **how))
+        if best_subspan_em(made[-1].answer.text or "", q.answers): return made[-1]
+    return made[0]

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .encoder_text import collapse_lengths, readable_texts, text_documents, window_ways
-from .model_text import prompt_lengths, prompt_room, question_size, text_haystack
+from .encoder_text import collapse_lengths, readable_texts, sample_questions, text_documents, window_ways
+from .model_text import document_questions, first_tokens, is_sample, prompt_lengths, prompt_room, text_haystack, traced_prompt
+from .sizes import CollapseSize, GridSize, HeadsSize, MiddleSize, SinksSize, TraceSize
 
 if TYPE_CHECKING:
     from longlens.encoders.encoder import Encoder
@@ -22,90 +23,109 @@ if TYPE_CHECKING:
     from longlens.probes.middle.report import MiddleReport
     from longlens.probes.sinks.report import SinkReport
     from longlens.probes.traceback.report import Trace
+    from longlens.prompts.questions import Question
     from longlens.report import Report
 
 # %% auto #0
-__all__ = ['MODEL_SECTIONS', 'ENCODER_SECTIONS', 'collapse_section']
+__all__ = ['MODEL_SECTIONS', 'ENCODER_SECTIONS']
 
 # %% ../../nbs/cli/04_sections.ipynb #cc43fbe1
 def _sinks(
     lm: LongModel,
     tokens: Tokens,    # the text
-    **_: Any,
+    size: SinksSize,   # how much of it, and how many sequences
+    **how: Any,        # out, time_budget, progress
 ) -> SinkReport:
     "Attention sinks in the text"
     import longlens
-    return longlens.attention_sinks(lm, [tokens], progress=True)
+    how.pop("engine", None)
+    return longlens.attention_sinks(lm, [first_tokens(tokens, min(size.tokens, len(tokens)))], sequences=size.sequences, **how)
 
 # %% ../../nbs/cli/04_sections.ipynb #b1145065
 def _heads(
     lm: LongModel,
     tokens: Tokens,    # the text
-    **how: Any,        # out, engine, progress
+    size: HeadsSize,   # lengths, depths, trials, ablation
+    **how: Any,        # out, engine, time_budget, progress
 ) -> HeadReport:
     "Retrieval heads, on needles in the text"
     import longlens
-    return longlens.retrieval_heads(lm, lengths=prompt_lengths(lm, len(tokens)), depths=(0, 25, 50, 75, 100),
-                                    haystack=text_haystack(lm, tokens, "heads"), control=tokens.ids[:512], **how)
+    return longlens.retrieval_heads(
+        lm, lengths=prompt_lengths(lm, size.tokens), depths=size.placed, trials=size.trials, haystack=text_haystack(lm, tokens, "heads"),
+        methods=("patterns", "qr") if size.qr else ("patterns",), control=tokens.ids[:min(512, max(64, size.tokens))],
+        n_answers=size.answers, n_random=size.draws, **how)
+
+# %% ../../nbs/cli/04_sections.ipynb #3ca8f444
+def _short(most: int | None, usual: int | None) -> dict[str, Any]:
+    "The longest reply, where it is limited: what the model's card says, if that is less"
+    return {} if most is None else {"max_new_tokens": min(most, usual or most)}
 
 # %% ../../nbs/cli/04_sections.ipynb #68db0e80
 def _middle(
     lm: LongModel,
-    tokens: Tokens,    # the text, of which the length counts
-    **how: Any,        # out, engine, progress
+    tokens: Tokens,    # the text
+    size: MiddleSize,  # tokens of a prompt, places, questions
+    **how: Any,        # out, engine, time_budget, progress
 ) -> MiddleReport:
     "Answers by the place of the right document"
     import longlens
-    from longlens.prompts.questions import fact_questions
     text_haystack(lm, tokens, "middle")    # raises where nothing can be asked
-    room = prompt_room(lm, len(tokens))
-    n, sentences = question_size(lm, room)
-    if n < 3: raise ValueError(f"{room:,} tokens have no room for three documents: leave middle out of --probes")
-    return longlens.lost_in_the_middle(lm, fact_questions(10, n, sentences=sentences), positions=5, **how)
+    asked, put = document_questions(lm, prompt_room(lm, size.tokens), size.questions)
+    places = min(1 + len(asked[0].others), size.positions)
+    return longlens.lost_in_the_middle(lm, asked, positions=places, **put, **_short(size.reply, lm.card.short_answer), **how)
 
 # %% ../../nbs/cli/04_sections.ipynb #f08bcc53
 def _grid(
     lm: LongModel,
     tokens: Tokens,    # the text
-    **how: Any,        # out, engine, progress
+    size: GridSize,    # lengths, depths, trials
+    **how: Any,        # out, engine, time_budget, progress
 ) -> GridReport:
     "Needles in the text, by depth and length"
     import longlens
     haystack = text_haystack(lm, tokens, "grid")
-    return longlens.needle_grid(lm, prompt_lengths(lm, len(tokens)), (0, 25, 50, 75, 100), trials=2, haystack=haystack, **how)
+    return longlens.needle_grid(lm, prompt_lengths(lm, size.tokens), size.placed, trials=size.trials, haystack=haystack,
+                                **_short(size.reply, lm.card.max_new_tokens), **how)
 
 # %% ../../nbs/cli/04_sections.ipynb #e4017c90
 def _trace(
     lm: LongModel,
-    tokens: Tokens,                  # the text
-    out: Path | None = None,         # a folder for scores
-    progress: bool = False,          # show a bar
-    **_: Any,
+    tokens: Tokens,    # the text
+    size: TraceSize,   # tokens of the prompt
+    **how: Any,        # out, time_budget, progress
 ) -> Trace:
     "Where the answer to a question about a needle in the text comes from"
     import longlens
     haystack = text_haystack(lm, tokens, "trace")
-    asked = longlens.needle_context(lm, prompt_room(lm, len(tokens)) - 40, 50,
+    how.pop("engine", None)
+    if is_sample(tokens): return longlens.trace_context(lm, traced_prompt(lm, prompt_room(lm, size.tokens)), **how)
+    asked = longlens.needle_context(lm, prompt_room(lm, size.tokens) - 40, 50,
                                     wording=lm.card.wording, n_keys=4, haystack=haystack, chat=False)
-    size = max(20, len(asked.text.split()) // 20)
-    return longlens.trace_context(lm, asked, by="words", size=size, max_new_tokens=32, stop=(".", "\n"), out=out, progress=progress)
+    words = max(20, len(asked.text.split()) // 20)
+    return longlens.trace_context(lm, asked, by="words", size=words, max_new_tokens=32, stop=(".", "\n"), **how)
 
 # %% ../../nbs/cli/04_sections.ipynb #49678b6f
-def collapse_section(
+_WHOLE = CollapseSize(0)
+
+
+def _collapse(
     enc: Encoder,
     text: str | None = None,       # documents are made of it; None: of generated filler
     context: int | None = None,    # tokens of the longest documents; None: 512, or as many as it reads
-    quick: bool = False,           # fewer documents: this is one probe of several
-    questions: Path | None = None,    # a file of real ones, with passages
+    size: CollapseSize = _WHOLE,    # documents, and tokens of the longest where `context` is not given
+    questions: Path | list[Question] | None = None,    # real ones, with passages, or a file; None: the sample, if it suffices
     windows: str | None = None,    # ways to read past the encoder's length, with commas
     **how: Any,                    # out, progress
 ) -> CollapseReport:
     "What length does to embeddings"
     import longlens
-    lengths, ways = collapse_lengths(enc, context), window_ways(windows)
+    from longlens.probes.collapse.inputs import room
+    short = min(size.tokens, room(enc, None) or size.tokens) or None
+    lengths, ways = collapse_lengths(enc, context or short), window_ways(windows)
     longest = 2 * (enc.positions_limit or enc.max_length or 0) if ways else lengths[-1]
     texts, paragraphs = (None, []) if text is None else text_documents(enc, text, longest)
-    if quick: how |= dict(n_documents=24, n_candidates=50)
+    how |= dict(n_documents=size.documents, n_candidates=size.candidates)
+    if questions is None and text is None: questions = sample_questions(enc, longest * size.documents)
     if questions is not None: how["questions"] = questions
     if ways: how["windows"] = "all" if ways == ["all"] else ways
     return longlens.length_collapse(enc, texts, lengths, natural=readable_texts(enc, paragraphs), **how)
@@ -113,4 +133,4 @@ def collapse_section(
 # %% ../../nbs/cli/04_sections.ipynb #90bbf176
 MODEL_SECTIONS: dict[str, Callable[..., Report]] = {
     "sinks": _sinks, "heads": _heads, "middle": _middle, "grid": _grid, "trace": _trace}
-ENCODER_SECTIONS: dict[str, Callable[..., Report]] = {"collapse": collapse_section}
+ENCODER_SECTIONS: dict[str, Callable[..., Report]] = {"collapse": _collapse}

@@ -220,7 +220,7 @@ def _run_trace(
     made = _traces(asked, job)
     for r in made.values(): r.meta["files"] = [str(f) for f in asked.context or ()]    # a source is known by its number only
     first = next(iter(made.values()))
-    findings = ["\n".join(f"  {n}: {advice(line, _FLAGS)}" for line in r.findings()) for n, r in made.items()]
+    findings = ["\n".join(f"  {n}: {advice(line, _FLAGS)}" for line in [*r.findings(), *r.details()]) for n, r in made.items()]
     return write_results(asked, made, first.meta["question"], {"context.txt": first.context}, findings)
 
 # %% ../../nbs/cli/01_trace.ipynb #66d3701c

@@ -17,7 +17,7 @@ from .encoder import Encoder
 from ..patch import patch
 from ..models.forward import pad_rows
 from ..models.architecture import first_setting
-from ..models.tokens import TokenIds, Tokens, as_ids
+from ..models.tokens import TokenIds, Tokens, as_ids, check_unicode
 
 # %% auto #0
 __all__ = ['TokenRows']
@@ -34,6 +34,7 @@ def _check_texts(texts: str | Iterable[str]) -> list[str]:
             raise TypeError(f"text {i} is not a string but {type(text).__name__}: texts are strings (for token ids: encode_tokens)")
         if not text.strip():
             raise ValueError(f"text {i} is empty: leave it out")
+        check_unicode(text, f"text {i}")
     return out
 
 # %% ../../nbs/encoders/02_inputs.ipynb #fd6b99fd

@@ -17,6 +17,7 @@ from longlens.attention.hf_interface import (
     WAY_OUT, LayerCall, UnsupportedModel, acting, attach, attachment_of, editing, editors_of, hf_model,
 )
 from ..attention.hf_interface import AttachableModel
+from ..models.tokens import read_pairs
 
 # %% auto #0
 __all__ = ['head_sizes', 'check_layer', 'check_heads', 'served_heads', 'Intervention', 'intervene', 'active_interventions',
@@ -39,7 +40,8 @@ def check_layer(
     n, some = int(text_config(hf).num_hidden_layers), attention_layers(hf)
     if not 0 <= layer < n: raise IndexError(f"there is no layer {layer}: the model has layers 0 to {n - 1}")
     if layer not in some:
-        raise ValueError(f"layer {layer} of {type(hf).__name__} has no heads: those with attention are {', '.join(map(str, some))}")
+        those = f"those with attention are {', '.join(map(str, some))}" if some else "no layer has attention"
+        raise ValueError(f"layer {layer} of {type(hf).__name__} has no heads: {those}")
 
 # %% ../../nbs/interventions/00_base.ipynb #88a93153
 def check_heads(
@@ -49,7 +51,8 @@ def check_heads(
 ) -> tuple[tuple[int, int], ...]:  # the same, each once, in order
     "Raise if a head is not in the model"
     hf, count_of = hf_model(model), count_query_heads if kind == "head" else count_kv_heads
-    if not len(heads): raise ValueError(f"no {kind} was given: pass pairs (layer, {kind}), such as [(2, 1)]")
+    heads = read_pairs(heads, f"{kind}s")
+    if not heads: raise ValueError(f"no {kind} was given: pass pairs (layer, {kind}), such as [(2, 1)]")
     for layer in sorted({layer for layer, _ in heads}): check_layer(hf, layer)
     counts = {layer: count_of(hf, layer) for layer, _ in heads}
     for layer, head in heads:
@@ -130,8 +133,8 @@ def _put(hf: Any, what: Intervention, stack: ExitStack) -> None:
         stack.callback(m.register_forward_hook(edit.check).remove)
         found.add(layer)
     if (wanted is None and not found) or (wanted is not None and wanted - found):
-        raise UnsupportedModel(f"{type(hf).__name__} has no attention modules that {what.name!r} could change in layers "
-                               f"{sorted((wanted or set()) - found)}")
+        where = f"in layers {sorted(wanted - found)}" if wanted else "in any layer"
+        raise UnsupportedModel(f"{type(hf).__name__} has no attention modules that {what.name!r} could change {where}")
     stack.enter_context(acting(hf, what))
 
 # %% ../../nbs/interventions/00_base.ipynb #1e38312d

@@ -22,6 +22,7 @@ from .base import Intervention, active_interventions, intervene
 from .heads import Turner
 from .positions import exchange_rotary, rotary_modules, set_until_closed, without_bridge
 from ..attention.hf_interface import AttachableModel
+from ..models.tokens import real_number, whole_number
 
 # %% auto #0
 __all__ = ['WINDOWS', 'Extension', 'LearnedExtension', 'Recurrent', 'Grouped', 'Interpolated', 'NTK', 'group_distances',
@@ -42,7 +43,8 @@ class Extension(Intervention):
     def prepare(self, model: AttachableModel) -> Extension:
         try: most = self.limit(hf := hf_model(model))
         except UnsupportedModel as e: raise UnsupportedModel(f"{self.name}: {e}. {_other_ways(hf)}") from None
-        trained = most if self.trained is None else self.trained
+        trained = most if self.trained is None else whole_number(self.trained, "trained")
+        whole_number(self.length, "length")
         if not 1 <= trained <= most: raise ValueError(f"trained is {trained}: {type(hf).__name__} has positions for 1 to {most:,} tokens")
         if self.length <= trained:
             raise ValueError(f"length is {self.length:,}, and {trained:,} tokens are read as it is: ask for more, or say trained= if the "
@@ -203,7 +205,7 @@ class NTK(Extension):
         return _rotary_limit(hf)
 
     def prepare(self, model: AttachableModel) -> Extension:
-        if not (math.isfinite(self.theta_factor) and self.theta_factor > 1):
+        if not (math.isfinite(real_number(self.theta_factor, "theta_factor")) and self.theta_factor > 1):
             raise ValueError(f"theta_factor is {self.theta_factor}: the base grows by a factor above 1")
         return super().prepare(model)
 
@@ -239,7 +241,7 @@ def _check_far(hf: Any) -> None:
 # %% ../../nbs/interventions/03_extend.ipynb #c036f7b7
 def _check_groups(what: SelfExtend) -> None:
     "Raise if the distances of a long text are more than those that are known"
-    if what.group < 2 or not 1 <= what.window < what.known:
+    if whole_number(what.group, "group") < 2 or not 1 <= whole_number(what.window, "window") < what.known:
         raise ValueError(f"group is {what.group} and window {what.window}: 2 or more, and 1 up to {what.known - 1}")
     room = what.known - what.window + what.window // what.group  # groups that have distances of their own
     if (what.length - 1) // what.group >= room:

@@ -20,7 +20,7 @@ from ..attention.hf_interface import LayerCall, UnsupportedModel, hf_model
 from ..attention.masks import Stream, positions, real_queries
 from ..models.architecture import text_config
 from .base import Intervention, check_heads, intervene, interventions_at, served_heads
-from ..models.tokens import span_ends
+from ..models.tokens import read_spans, real_number, span_ends, whole_number
 from ..patch import patch
 
 if TYPE_CHECKING:
@@ -137,7 +137,8 @@ class Streaming(Intervention):
     name: ClassVar[str] = "streaming"
 
     def prepare(self, model: AttachableModel) -> Streaming:
-        if self.sink < 0 or self.recent < 1: raise ValueError(f"sink {self.sink} and recent {self.recent}: use 0 or more, and 1 or more")
+        if whole_number(self.sink, "sink") < 0 or whole_number(self.recent, "recent") < 1:
+            raise ValueError(f"sink {self.sink} and recent {self.recent}: use 0 or more, and 1 or more")
         return self if self.heads is None else replace(self, heads=check_heads(model, self.heads))
 
     def layers(self) -> set[int] | None: return None if self.heads is None else {layer for layer, _ in self.heads}
@@ -148,7 +149,8 @@ class Streaming(Intervention):
 # %% ../../nbs/interventions/01_heads.ipynb #a3efacac
 def _mine(heads: Sequence[tuple[int, int]] | None, call: LayerCall, layer: int) -> Tensor:
     "Which heads of a call are meant, bool, (heads,)"
-    if call.mask.right != 0: raise UnsupportedModel(f"layer {layer} is not causal: only heads that look back can stream")
+    if call.mask.right != 0:
+        raise UnsupportedModel(f"layer {layer} ({type(call.module).__name__}) is not causal: only heads that look back can stream")
     out = torch.full((call.q.shape[1],), heads is None)
     if heads is not None: out[[h for l, h in heads if l == layer]] = True
     return out
@@ -245,6 +247,7 @@ class LambdaMask(Intervention):
 
     def prepare(self, model: AttachableModel) -> LambdaMask:
         ceiling = self.recent if self.ceiling is None else self.ceiling
+        for name, n in (("sink", self.sink), ("recent", self.recent), ("ceiling", ceiling)): whole_number(n, name)
         if self.sink < 1 or self.recent < 1 or ceiling < 1:
             raise ValueError(f"sink {self.sink}, recent {self.recent} and ceiling {ceiling}: each is 1 token or more")
         return replace(self, ceiling=ceiling, turner=Turner(model))
@@ -278,7 +281,8 @@ class Temperature(Intervention):
     name: ClassVar[str] = "temperature"
 
     def prepare(self, model: AttachableModel) -> Temperature:
-        if not (math.isfinite(self.tau) and self.tau > 0): raise ValueError(f"the temperature is {self.tau}: it must be above 0")
+        if not (math.isfinite(real_number(self.tau, "tau")) and self.tau > 0):
+            raise ValueError(f"the temperature is {self.tau}: it must be above 0")
         return self if self.heads is None else replace(self, heads=check_heads(model, self.heads))
 
     def layers(self) -> set[int] | None: return None if self.heads is None else {layer for layer, _ in self.heads}
@@ -347,10 +351,9 @@ class ScaleSpans(Intervention):
     name: ClassVar[str] = "scale_spans"
 
     def prepare(self, model: AttachableModel) -> ScaleSpans:
-        if not self.spans: raise ValueError("scale_spans() needs spans: {name: range(start, stop)} in token positions")
-        for name, span in self.spans.items():
-            span_ends(name, span)
-            if not (c := _factor(self, name)) >= 0 or math.isinf(c): raise ValueError(f"the factor of span {name!r} is {c}: 0 or more")
+        for name in read_spans(self.spans, "scale_spans()"):
+            if not (c := real_number(_factor(self, name), f"the factor of span {name!r}")) >= 0 or math.isinf(c):
+                raise ValueError(f"the factor of span {name!r} is {c}: 0 or more")
         return self if self.heads is None else replace(self, heads=check_heads(model, self.heads))
 
     def layers(self) -> set[int] | None: return None if self.heads is None else {layer for layer, _ in self.heads}

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 from ..attention.hf_interface import AttachableModel
 
 # %% auto #0
-__all__ = ['POSITION_SCALINGS', 'check_causal', 'MsPoE', 'ms_poe', 'SetBased', 'set_based', 'rotary_modules', 'exchange_rotary',
-           'set_until_closed', 'without_bridge', 'rescaled_positions']
+__all__ = ['POSITION_SCALINGS', 'check_causal', 'MsPoE', 'ms_poe', 'SetBased', 'set_based', 'RescaledPositions', 'rotary_modules',
+           'exchange_rotary', 'set_until_closed', 'lengthen', 'without_bridge', 'rescaled_positions']
 
 # %% ../../nbs/interventions/02_positions.ipynb #bedfafd6
 def check_causal(
@@ -293,7 +293,7 @@ POSITION_SCALINGS = ("linear", "ntk", "dynamic", "yarn")
 
 
 @dataclass(frozen=True)
-class _Rescaled(Intervention):
+class RescaledPositions(Intervention):
     "Rescaled positions, as `interventions` shows them"
     kind: str
     factor: float
@@ -344,7 +344,7 @@ def set_until_closed(x: Any, name: str, value: Any, stack: ExitStack) -> None:
     setattr(x, name, value)
 
 # %% ../../nbs/interventions/02_positions.ipynb #648d4954
-def _lengthen(model: AttachableModel, config: Any, kind: str, factor: float, stack: ExitStack) -> None:
+def lengthen(model: AttachableModel, config: Any, kind: str, factor: float, stack: ExitStack) -> None:
     "Let texts be longer; dynamic scaling goes by the trained length, so there the config keeps it"
     if kind != "dynamic": set_until_closed(config, "max_position_embeddings", int(config.max_position_embeddings * factor), stack)
     if model is hf_model(model): return
@@ -367,14 +367,14 @@ def rescaled_positions(
     "Rotary positions stretched over `factor` times the trained length, while the block runs"
     if kind not in POSITION_SCALINGS: raise ValueError(f"kind is {', '.join(POSITION_SCALINGS)}, not {kind!r}")
     if not (math.isfinite(factor) and factor > 1): raise ValueError(f"factor is {factor}: texts become longer by a factor above 1")
-    hf, what = hf_model(model), _Rescaled(kind, factor)
+    hf, what = hf_model(model), RescaledPositions(kind, factor)
     config = hf.config.get_text_config()
     modules = rotary_modules(hf, config)
-    if any(isinstance(i, _Rescaled) for i in active_interventions(hf)):
+    if any(isinstance(i, RescaledPositions) for i in active_interventions(hf)):
         raise ValueError("positions are rescaled already: leave that block first, or use one larger factor")
     with ExitStack() as stack:
         set_until_closed(config, "rope_parameters", _new_rope(hf, config, modules[0], kind, factor), stack)
-        _lengthen(model, config, kind, factor, stack)
+        lengthen(model, config, kind, factor, stack)
         for m in modules: exchange_rotary(m, config, stack)
         stack.enter_context(acting(hf, what))
         yield [what]

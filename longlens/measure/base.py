@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import polars as pl
@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ..attention.operator import AttentionOperator
 from ..attention.reducers import Reducer
+from ..models.tokens import whole_numbers
 
 # %% auto #0
-__all__ = ['STATISTICS', 'MAX_ROWS', 'Call', 'Statistic', 'register', 'check_rows', 'tidy', 'layer_table', 'check_queries',
+__all__ = ['STATISTICS', 'MAX_ROWS', 'Call', 'Statistic', 'register', 'check_rows', 'tidy', 'layer_table', 'read_queries',
            'missing_queries', 'RowStatistic']
 
 # %% ../../nbs/measure/00_base.ipynb #520f72d5
@@ -172,16 +173,21 @@ def _of_heads(statistic: Statistic, axes: dict, arrays: dict, heads: Sequence[in
     return axes | {name: picked}, {key: a[:, picked] for key, a in arrays.items()}
 
 # %% ../../nbs/measure/00_base.ipynb #68d96179
-def check_queries(
-    queries: Sequence[int] | None,  # positions in the text; None: all
+_Q = TypeVar("_Q", bound=Sequence[int] | None)
+
+
+def read_queries(
+    queries: _Q,  # positions in the text, in any form; None: all
     who: str,  # named in the error
-) -> None:
-    "Raise if these cannot be positions"
-    if queries is None: return
-    if len(queries) == 0: raise ValueError(f"{who} needs queries: the positions whose attention is wanted")
-    if min(queries) < 0:
-        raise ValueError(f"{who}: query {min(queries)}, but positions count from the start of the text, "
+) -> _Q:  # the same; of an array or a tensor, a list
+    "Positions that are wanted, checked"
+    if queries is None: return queries
+    numbers: Any = whole_numbers(queries, f"{who}: queries")
+    if len(numbers) == 0: raise ValueError(f"{who} needs queries: the positions whose attention is wanted")
+    if min(numbers) < 0:
+        raise ValueError(f"{who}: query {min(numbers)}, but positions count from the start of the text, "
                          "0 or more (the last of n tokens is n - 1)")
+    return numbers
 
 # %% ../../nbs/measure/00_base.ipynb #6e73b663
 def missing_queries(
@@ -208,8 +214,8 @@ class RowStatistic(Statistic):
     label: str | None = field(default=None, kw_only=True)  # name of the frame
 
     def __post_init__(self) -> None:
-        check_queries(self.queries, self.title)
-        _check_bins(self.bins, self.title)
+        object.__setattr__(self, "queries", read_queries(self.queries, self.title))
+        object.__setattr__(self, "bins", _read_bins(self.bins, self.title))
 
     def values(self, call: Call) -> dict[str, Tensor]:
         "Column name -> (batch, heads, n_queries) or (batch, heads, n_queries, categories); NaN: leave this query out"
@@ -228,10 +234,12 @@ class RowStatistic(Statistic):
     def check(self, sample: int, n_tokens: int, ran: np.ndarray) -> None: missing_queries(self.queries, self.title, sample, ran)
 
 # %% ../../nbs/measure/00_base.ipynb #2b85112b
-def _check_bins(bins: Sequence[int] | None, who: str) -> None:
-    edges = [1] if bins is None else list(bins)
+def _read_bins(bins: Sequence[int] | None, who: str) -> Sequence[int] | None:
+    if bins is None: return None
+    edges = list(whole_numbers(bins, f"{who}: bins"))
     if not edges or edges[0] < 1 or edges != sorted(set(edges)):
         raise ValueError(f"{who}: bins are {edges}, but upper edges of context lengths increase, from 1 token on")
+    return edges
 
 # %% ../../nbs/measure/00_base.ipynb #34a7aef6
 def _wanted(stat: RowStatistic, pos: Tensor) -> Tensor:  # bool, (batch, n_queries)

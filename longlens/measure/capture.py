@@ -5,8 +5,9 @@
 # %% ../../nbs/measure/02_capture.ipynb #07544d10
 from __future__ import annotations
 
+import inspect
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from ..attention.hf_interface import WAY_OUT, UnsupportedModel, attach, hf_model, recording
 from ..attention.masks import positions, visible_keys
 from ..models.architecture import layer_number
+from ..models.tokens import read_pairs
 from ..attention.operator import AttentionOperator
 from .base import Call, Statistic, check_rows
 from ..patch import patch
@@ -293,6 +295,13 @@ def _hook_block(self: Capture, name: str, module: nn.Module, stack: ExitStack) -
     def after(block: nn.Module, args: tuple, output: Any) -> None: self._residual(layer, output)
     stack.callback(block.register_forward_hook(after).remove)
 
+# %% ../../nbs/measure/02_capture.ipynb #w5opts
+def _check_options(stat: Statistic, options: Mapping[str, Any]) -> None:
+    "Raise if a frame is asked for in a way that its statistic does not know"
+    known = [p for p in inspect.signature(stat.table).parameters if p != "state"]
+    if odd := [name for name in options if name not in known]:
+        raise TypeError(f"the frame {stat.title!r} takes {', '.join(['heads', *known])}, and {odd[0]!r} was given")
+
 # %% ../../nbs/measure/02_capture.ipynb #3636fcd7
 @patch
 def frame(
@@ -303,6 +312,7 @@ def frame(
 ) -> pl.DataFrame:  # sample, layer, head (or kv_head), then the statistic's own columns
     "The tidy table of one statistic over all samples and layers"
     stat, parts = self.statistic(name), self.parts(name)
+    _check_options(stat, options)
     self._check_texts(stat)
     if not parts: raise ValueError(f"nothing was measured for {name!r}: no layer of {type(self.hf).__name__} gave it anything")
     wanted = None if heads is None else _by_layer(heads, stat, parts)
@@ -344,14 +354,14 @@ def _check_texts(self: Capture, stat: Statistic) -> None:
 # %% ../../nbs/measure/02_capture.ipynb #05bd3bf0
 def _by_layer(heads: Sequence[tuple[int, int]], stat: Statistic, parts: list[tuple[int, int, dict]]) -> dict[int, list[int]]:
     "Layer -> its chosen heads"
-    if not heads: raise ValueError("heads is empty: give pairs (layer, head), or None for all")
+    if not len(heads): raise ValueError("heads is empty: give pairs (layer, head), or None for all")
     sizes = {}
     for _, layer, state in parts:
         name, labels = next(iter(stat.labels(state).items()))
         sizes[layer] = len(labels) if name in ("head", "kv_head") else 0
     if not any(sizes.values()): raise ValueError(f"{stat.title!r} has no heads to choose from")
     wanted: dict[int, list[int]] = {}
-    for layer, head in heads:
+    for layer, head in read_pairs(heads, "heads"):
         if layer not in sizes: raise IndexError(f"layer {layer} was not measured; measured: {min(sizes)} to {max(sizes)}")
         if not 0 <= head < sizes[layer]: raise IndexError(f"layer {layer} has no head {head}: it has {sizes[layer]} of them")
         wanted.setdefault(layer, []).append(head)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .capture import Capture, capture
-from .base import Call, Statistic, check_queries, missing_queries, register
+from .base import Call, Statistic, missing_queries, read_queries, register
 from .statistics import grow_last, note_places
 from ..models.forward import LongModel
 from ..models.prefix import croppable
@@ -30,6 +30,12 @@ def _by_sample(queries: Sequence) -> bool: return len(queries) > 0 and not isins
 def _each_sample(queries: Sequence) -> list[Sequence[int]]:
     "The queries of every sample of a batch; of one entry: the same for all"
     return list(queries) if _by_sample(queries) else [queries]
+
+# %% ../../nbs/measure/03_mean_rows.ipynb #w5each
+def _read_each(queries: Any, who: str) -> Sequence:
+    "The queries of all samples or of each, checked"
+    plain = queries.tolist() if hasattr(queries, "tolist") else queries
+    return [read_queries(q, who) for q in plain] if isinstance(plain, Sequence) and _by_sample(plain) else read_queries(plain, who)
 
 # %% ../../nbs/measure/03_mean_rows.ipynb #fcd120cd
 def asked_queries(queries: Sequence, pos: Tensor, batch: int) -> Tensor:  # bool, (batch, n_queries)
@@ -73,7 +79,7 @@ class MeanRows(Statistic):
     name: ClassVar[str] = "mean_rows"
 
     def __post_init__(self) -> None:
-        for q in _each_sample(self.queries): check_queries(q, self.title)
+        object.__setattr__(self, "queries", _read_each(self.queries, self.title))
         if self.by not in ("head", "layer"): raise ValueError(f'{self.title}: by is "head" or "layer", not {self.by!r}')
         if self.weights is None: return
         if self.by == "head": raise ValueError(f'{self.title}: weights are for the average over heads: say by="layer"')

@@ -16,9 +16,9 @@ from torch import Tensor
 from .mean_rows import asked_queries
 from ..attention.operator import AttentionOperator
 from .spectral import check_whole
-from .base import Call, Statistic, check_queries, missing_queries, register
-from .statistics import inside_spans, missing_spans, read_spans
-from ..models.tokens import Span
+from .base import Call, Statistic, missing_queries, read_queries, register
+from .statistics import inside_spans, missing_spans
+from ..models.tokens import Span, read_spans, real_number
 
 # %% auto #0
 __all__ = ['rolled', 'Rollout']
@@ -52,9 +52,10 @@ class Rollout(Statistic):
     _last: tuple[int, dict] | None = field(default=None, init=False, repr=False)  # layer that ran last, and its state
 
     def __post_init__(self) -> None:
-        check_queries(self.queries, self.title)
+        self.queries = read_queries(self.queries, self.title)
         self.spans = read_spans(self.spans, "Rollout")
-        if not 0 <= self.skip <= 1: raise ValueError(f"{self.title}: skip is {self.skip}, but it is a share, 0 to 1")
+        if not 0 <= real_number(self.skip, f"{self.title}: skip") <= 1:
+            raise ValueError(f"{self.title}: skip is {self.skip}, but it is a share, 0 to 1")
 
     def select(self, call: Call) -> Call:
         if not self.in_chunks: check_whole(call.op, f"{self.title} of layer {call.layer}")

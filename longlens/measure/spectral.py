@@ -17,6 +17,7 @@ from ..attention.logits import TILE, Tile
 from ..attention.operator import AttentionOperator
 from ..attention.reducers import ReceivedSum, TransposedProduct
 from .base import Call, Statistic, register
+from ..models.tokens import real_number, whole_number
 from ..patch import patch
 
 if TYPE_CHECKING:
@@ -128,8 +129,9 @@ class TopSingular(NamedTuple):
 
 # %% ../../nbs/measure/04_spectral.ipynb #893beb45
 def _check_settings(iterations: int, tol: float) -> None:
-    if iterations < 1: raise ValueError(f"iterations is {iterations}: take 1 step or more")
-    if not 0 < tol < 1: raise ValueError(f"tol is {tol}, but it is a share of the singular value: between 0 and 1, such as 1e-4")
+    if whole_number(iterations, "iterations") < 1: raise ValueError(f"iterations is {iterations}: take 1 step or more")
+    if not 0 < real_number(tol, "tol") < 1:
+        raise ValueError(f"tol is {tol}, but it is a share of the singular value: between 0 and 1, such as 1e-4")
 
 # %% ../../nbs/measure/04_spectral.ipynb #4632bc34
 def check_whole(

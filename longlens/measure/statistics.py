@@ -16,15 +16,14 @@ from torch import Tensor
 
 from ..attention.operator import log_windows
 from .base import STATISTICS as STATISTICS  # which is filled here
-from .base import Call, RowStatistic, Statistic, check_queries, check_rows, missing_queries, register, tidy
+from .base import Call, RowStatistic, Statistic, check_rows, missing_queries, read_queries, register, tidy
 from ..attention.masks import seen_by, visible_keys, visible_tile
-from ..models.tokens import Span, span_ends
+from ..models.tokens import Span, read_spans, whole_number
 from ..attention.reducers import DistanceSum, EntropySum, Product, ReceivedSum, Reducer, SquareSum, WindowMass
 
 # %% auto #0
-__all__ = ['Entropy', 'Support', 'SinkMass', 'read_spans', 'SpanMass', 'inside_spans', 'missing_spans', 'Distance',
-           'DistanceProfile', 'grow_last', 'note_places', 'Received', 'Rows', 'ValueNorm', 'ResidualNorm',
-           'MassiveActivations']
+__all__ = ['Entropy', 'Support', 'SinkMass', 'SpanMass', 'inside_spans', 'missing_spans', 'Distance', 'DistanceProfile',
+           'grow_last', 'note_places', 'Received', 'Rows', 'ValueNorm', 'ResidualNorm', 'MassiveActivations']
 
 # %% ../../nbs/measure/01_statistics.ipynb #5582b3f4
 @register
@@ -61,7 +60,7 @@ class SinkMass(RowStatistic):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.k < 1: raise ValueError(f"SinkMass({self.k}): a sink has at least one token")
+        if whole_number(self.k, "SinkMass: k") < 1: raise ValueError(f"SinkMass({self.k}): a sink has at least one token")
 
     def _first(self, call: Call) -> Product:
         is_first = (call.key_pos >= 0) & (call.key_pos < self.k)
@@ -72,16 +71,6 @@ class SinkMass(RowStatistic):
     def values(self, call: Call) -> dict[str, Tensor]:
         mass, = call.op.reduce(self._first(call))
         return {"sink_mass": mass[..., 0], "learned_sink": 1 - call.op.key_mass()}
-
-# %% ../../nbs/measure/01_statistics.ipynb #5a9e11d0
-def read_spans(
-    spans: Mapping[Any, Span],  # name -> range or (start, stop), token positions
-    who: str,  # named in the error
-) -> dict[Any, tuple[int, int]]:  # name -> [start, stop)
-    "Named spans, checked, such as those of a Context"
-    if not isinstance(spans, Mapping): raise TypeError(f"{who} takes spans by name, {{name: range(start, stop)}}, not {spans!r:.80}")
-    if not spans: raise ValueError(f"{who} needs spans: {{name: range(start, stop)}} in token positions")
-    return {name: span_ends(name, span) for name, span in spans.items()}
 
 # %% ../../nbs/measure/01_statistics.ipynb #6419de1d
 @register
@@ -145,7 +134,7 @@ class DistanceProfile(RowStatistic):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        WindowMass(self.windows)  # raises if a width cannot be
+        object.__setattr__(self, "windows", WindowMass(self.windows).windows)  # raises if a width cannot be
 
     def categories(self) -> dict[str, Sequence]: return {"window": list(self.windows)}
 
@@ -179,7 +168,7 @@ class Received(Statistic):
     def __post_init__(self) -> None:
         if self.queries is not None and not (isinstance(self.queries, range) and self.queries.step == 1):
             raise ValueError(f"Received takes consecutive queries, such as range(10, 20), not {self.queries!r}")
-        check_queries(self.queries, self.title)
+        read_queries(self.queries, self.title)
 
     def select(self, call: Call) -> Call | None:
         if self.queries is None: return call
@@ -233,9 +222,10 @@ class Rows(Statistic):
     name: ClassVar[str] = "rows"
 
     def __post_init__(self) -> None:
-        check_queries(self.queries, "Rows")
+        object.__setattr__(self, "queries", read_queries(self.queries, "Rows"))
         for name in ("top", "bins"):
-            if (m := getattr(self, name)) is not None and m < 1: raise ValueError(f"Rows: {name} is {m}: 1 or more")
+            if (m := getattr(self, name)) is not None and whole_number(m, f"Rows: {name}") < 1:
+                raise ValueError(f"Rows: {name} is {m}: 1 or more")
 
     def update(self, state: dict, call: Call) -> None:
         _, n_heads, _, n_keys = call.op.shape
@@ -355,7 +345,7 @@ class MassiveActivations(Statistic):
     residual: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.top < 1: raise ValueError(f"MassiveActivations(top={self.top}): keep 1 or more")
+        if whole_number(self.top, "MassiveActivations: top") < 1: raise ValueError(f"MassiveActivations(top={self.top}): keep 1 or more")
 
     def update_residual(self, state: dict, hidden: Tensor, pos: Tensor, start: int) -> None:
         pos = pos.expand(len(hidden), -1)

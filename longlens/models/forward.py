@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..patch import patch
 from .architecture import first_setting, count_kv_heads
 from .text_model import check_length, eval_mode, TextModel
-from .tokens import TokenIds, Tokens, as_ids
+from .tokens import TokenIds, Tokens, as_ids, whole_number, whole_numbers
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -130,11 +130,20 @@ def check_logits(
 # %% ../../nbs/models/04_forward.ipynb #3911e735
 def _wanted(positions: int | Sequence[int] | Tensor | None, n: int) -> Tensor:
     """Positions as an index counted from the start, (k,)."""
-    rows = torch.arange(n) if positions is None else torch.as_tensor(positions).long().flatten().cpu()
+    if positions is None: return torch.arange(n)
+    one = isinstance(positions, SupportsIndex) and not (isinstance(positions, Tensor) and positions.ndim)
+    rows = torch.tensor([whole_number(positions, "position")] if one else list(whole_numbers(positions, "positions")), dtype=torch.long)
     bad = rows[(rows < -n) | (rows >= n)]
     if len(bad):
         raise IndexError(f"position {int(bad[0])} is not in a text of {n} tokens")
     return rows % n
+
+# %% ../../nbs/models/04_forward.ipynb #8a51c118
+def _there(lm: LongModel) -> torch.device:
+    """Where a model works; raises where it has no weights."""
+    if lm.device.type == "meta":
+        raise ValueError(f"the weights of {lm.name} are on the meta device, which holds no numbers: load or offload them (accelerate)")
+    return lm.device
 
 # %% ../../nbs/models/04_forward.ipynb #efcfbe88
 @patch
@@ -149,14 +158,19 @@ def __call__(
 ) -> Any:  # what the Hugging Face model returns
     """Run the model."""
     kw.setdefault("use_cache", "past_key_values" in kw)
+    inputs, k = self.inputs(x, padding=padding, allow_longer=allow_longer), kw.get("logits_to_keep", 0)
+    if isinstance(k, int) and k > 0:  # as a number, it makes Gemma 4 leave the other tokens out of its last layers
+        n = inputs["input_ids"].shape[1]
+        kw["logits_to_keep"] = torch.arange(max(n - k, 0), n, device=self.device)
+    _there(self)
     with torch.set_grad_enabled(grad), eval_mode(self.hf):
-        return self.hf(**self.inputs(x, padding=padding, allow_longer=allow_longer), **kw)
+        return self.hf(**inputs, **kw)
 
 # %% ../../nbs/models/04_forward.ipynb #4741605d
 @patch
 def logits_at(self: LongModel, rows: Tensor, **inputs: Any) -> Tensor:
     """Logits at the rows (k,) of each input, or at rows (batch, k) of its own; (batch, k, vocab)."""
-    rows, keep = rows.to(self.device), self.accepts("logits_to_keep")
+    rows, keep = rows.to(_there(self)), self.accepts("logits_to_keep")
     with eval_mode(self.hf):
         out = self.hf(**{"use_cache": False, **inputs}, **({"logits_to_keep": rows} if keep else {})).logits
     if keep:

@@ -14,7 +14,7 @@ from ..patch import patch
 from .forward import LongModel
 from .prefix import Prefix
 from .text_model import check_length
-from .tokens import TokenIds, Tokens
+from .tokens import TokenIds, Tokens, whole_number
 
 # %% auto #0
 __all__ = ['end_ids', 'stop_texts', 'cut_at_stops']
@@ -54,6 +54,7 @@ def generate_ids(
     allow_longer: bool | None = None,  # go past `max_length`; None: as the model was loaded
 ) -> Tensor:  # new token ids, (k,), without the end token
     """The greedy continuation, token by token."""
+    whole_number(max_new_tokens, "max_new_tokens", 0)
     stops = stop_texts(stop)
     p = prompt if isinstance(prompt, Prefix) else self.prefill(prompt, chunk, allow_longer=allow_longer)
     check_length(self, len(p) + max_new_tokens, p.allow_longer if allow_longer is None else allow_longer)

@@ -114,6 +114,14 @@ def display_name(model: object) -> str | None:
         return str(model) if not Path(model).expanduser().is_dir() else Path(model).expanduser().resolve().name
     return getattr(getattr(model, "cfg", None), "model_name", None)
 
+# %% ../../nbs/models/13_load.ipynb #a9a5f85b
+def _with_adapter(model: Any) -> HFModel:  # a peft.PeftModel
+    """The transformers model in which an adapter is at work."""
+    if any(config.is_prompt_learning for config in model.peft_config.values()):
+        raise ValueError(f"{type(model).__name__} puts learned tokens in front of every text, where positions would mean two things: "
+                         "only adapters in the model's layers, such as LoRA, can be measured")
+    return model.get_base_model()
+
 # %% ../../nbs/models/13_load.ipynb #bb766fb6
 def _given(
     model: HFModel | TransformerBridge,
@@ -127,6 +135,8 @@ def _given(
         raise TypeError(f"{', '.join(unused)}: this is for models that are read from files, and {type(model).__name__} is loaded already")
     if type(model).__module__.startswith("transformer_lens"):
         model, tokenizer = unbridge(model), tokenizer or model.tokenizer
+    if type(model).__module__.split(".")[0] == "peft":
+        model = _with_adapter(model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"load takes a folder, a hub id, a Hugging Face model or a TransformerBridge, not {type(model).__name__}")
     check_causal(model.config, type(model).__name__)

@@ -22,7 +22,7 @@ from ..patch import patch
 from .forward import LongModel, check_logits
 from .memory import size_text
 from .text_model import check_length
-from .tokens import HFCache, HFConfig, HFModel, TokenIds, Tokens
+from .tokens import HFCache, HFConfig, HFModel, TokenIds, Tokens, whole_number
 
 if TYPE_CHECKING:
     from longlens.models import prefix as _kv_cache
@@ -361,7 +361,7 @@ def crop(
     n: int,  # tokens to keep, from the start
 ) -> Prefix:
     """The first `n` tokens. This one stays as it is."""
-    if not 1 <= n <= len(self):
+    if not 1 <= whole_number(n, "n") <= len(self):
         raise ValueError(f"a prefix of {len(self)} tokens can be cropped to 1 to {len(self)}, not {n}")
     if rope_regime(self.lm.config, n) != rope_regime(self.lm.config, len(self)):
         return self.lm.prefill(self.ids[:n], keep=self.keep, allow_longer=self.allow_longer)
@@ -390,7 +390,7 @@ def _step(
         return max(new, 1)
     if chunk is None:
         chunk = new if new <= 32 and done else m.best_chunk(n, cached=done)
-    if chunk < 1:
+    if whole_number(chunk, "chunk") < 1:
         raise ValueError(f"a chunk has one token or more, not {chunk}")
     return chunk if rope_regime(m.config, n) == rope_regime(m.config, min(done + chunk, n)) else n
 

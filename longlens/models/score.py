@@ -15,7 +15,7 @@ from ..patch import patch
 from .forward import LongModel, check_logits, pad_rows
 from .prefix import continuation, Prefix
 from .text_model import check_length
-from .tokens import TokenIds, Tokens
+from .tokens import TokenIds, Tokens, whole_number
 
 # %% auto #0
 __all__ = ['Score']
@@ -124,6 +124,9 @@ def score_many(
     allow_longer: bool | None = None,  # go past `max_length`; None: as the model was loaded
 ) -> list[Score]:
     """`score` for many pairs, in padded batches."""
+    whole_number(batch_size, "batch_size", 1)
     ps, qs = _pairs(self, prompts, answers, allow_longer)
+    if getattr(self.config, "index_topk", None):  # an indexer chooses keys for each query, and padding changes its choice
+        batch_size = 1
     at = range(0, len(ps), batch_size)
     return [s for i in at for s in _score_batch(self, ps[i : i + batch_size], qs[i : i + batch_size])]

@@ -24,6 +24,16 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['TextModel', 'eval_mode', 'check_length']
 
+# %% ../../nbs/models/03_text_model.ipynb #67266a7a
+def _where_it_works(hf: HFModel) -> torch.device:
+    """The device of a model; of an offloaded one (accelerate), the device on which its layers are computed."""
+    if hf.device.type != "meta":
+        return hf.device
+    put = (hook for m in hf.modules() if (hook := getattr(m, "_hf_hook", None)) is not None)
+    each = (getattr(h, "execution_device", None) for hook in put for h in getattr(hook, "hooks", (hook,)))
+    found = next((d for d in each if d is not None), hf.device)
+    return torch.device("cuda", found) if isinstance(found, int) else torch.device(found)
+
 # %% ../../nbs/models/03_text_model.ipynb #46a656fa
 class TextModel:
     """A transformers model with its tokenizer: what its config says, and texts into tokens. `LongModel` and `Encoder` are made of it."""
@@ -57,8 +67,8 @@ class TextModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the inputs go: the device of the model, or of its first layer."""
-        return self.hf.device
+        """Where the inputs go: the device of the model, of its first layer, or of its work while the weights are elsewhere."""
+        return _where_it_works(self.hf)
 
     @property
     def dtype(self) -> torch.dtype:

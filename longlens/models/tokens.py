@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from longlens.models import tokens as _tokens
 
 # %% auto #0
-__all__ = ['TokenIds', 'Span', 'span_ends', 'Tokens', 'as_ids', 'as_tokens', 'check_unicode', 'HFCache', 'HFConfig', 'HFModel',
-           'HFTokenizer']
+__all__ = ['TokenIds', 'Span', 'span_ends', 'read_spans', 'whole_numbers', 'whole_number', 'read_pairs', 'real_number', 'Tokens',
+           'as_ids', 'as_tokens', 'check_unicode', 'HFCache', 'HFConfig', 'HFModel', 'HFTokenizer']
 
 # %% ../../nbs/models/00_tokens.ipynb #1e403b2f
 if TYPE_CHECKING:
@@ -65,6 +65,68 @@ def _ends(name: object, span: Span, what: str) -> tuple[int, int]:
         raise TypeError(f"{what} {name!r} is {span!r:.80}: give a range, or a pair of whole numbers (start, stop)") from e
     return a, b
 
+# %% ../../nbs/models/00_tokens.ipynb #w5spans
+def read_spans(
+    spans: Mapping[Any, Span],  # name -> range or (start, stop), token positions
+    who: str,  # named in the error
+) -> dict[Any, tuple[int, int]]:  # name -> [start, stop)
+    "Named spans, checked, such as those of a Context"
+    if not isinstance(spans, Mapping): raise TypeError(f"{who} takes spans by name, {{name: range(start, stop)}}, not {spans!r:.80}")
+    if not spans: raise ValueError(f"{who} needs spans: {{name: range(start, stop)}} in token positions")
+    return {name: span_ends(name, span) for name, span in spans.items()}
+
+# %% ../../nbs/models/00_tokens.ipynb #w5numbers
+def whole_numbers(
+    given: Any,  # a list, a range, an array or a tensor, with one axis
+    what: str,  # what the error calls them
+) -> Sequence[int]:  # a list of ints where an array was given; else what was given
+    """Whole numbers, in whatever form they are given; anything else is an error."""
+    numbers: Any = given.tolist() if hasattr(given, "tolist") else given
+    if isinstance(numbers, range): return numbers
+    try:
+        if isinstance(numbers, (str, bytes, Mapping, Set)) or any(isinstance(v, bool) for v in numbers): raise TypeError
+        for v in numbers: index(v)
+    except TypeError as e:
+        raise TypeError(f"{what} are whole numbers, such as [0, 5, 9] or range(3, 7), not {given!r:.80}") from e
+    return numbers
+
+# %% ../../nbs/models/00_tokens.ipynb #w5number
+def whole_number(
+    given: Any,
+    what: str,  # what the error calls it
+    least: int | None = None,  # the smallest that can be; None: any
+) -> int:
+    """One whole number, checked."""
+    try:
+        if isinstance(given, bool): raise TypeError
+        n = index(given)
+    except TypeError as e:
+        raise TypeError(f"{what} is {given!r:.60}, and it must be a whole number") from e
+    if least is not None and n < least: raise ValueError(f"{what} is {n}: it must be {least} or more")
+    return n
+
+# %% ../../nbs/models/00_tokens.ipynb #w5pairs
+def read_pairs(
+    given: Any,  # pairs, in whatever holds them
+    what: str,  # "heads" or "kv_heads"
+) -> list[tuple[int, int]]:  # (layer, head)
+    """Heads as pairs of whole numbers; anything else is an error."""
+    try: return [(whole_number(layer, "layer"), whole_number(head, "head")) for layer, head in given]
+    except (TypeError, ValueError) as e:
+        raise TypeError(f"{what} are pairs (layer, {what[:-1]}), such as [(2, 1), (3, 0)], not {given!r:.80}") from e
+
+# %% ../../nbs/models/00_tokens.ipynb #w5real
+def real_number(
+    given: Any,
+    what: str,  # what the error calls it
+) -> float:
+    """One number, checked; infinite ones and not-a-number are left to the caller."""
+    try:
+        if isinstance(given, (bool, str, bytes)): raise TypeError
+        return float(given)
+    except (TypeError, ValueError) as e:
+        raise TypeError(f"{what} is {given!r:.60}, and it must be a number") from e
+
 # %% ../../nbs/models/00_tokens.ipynb #cd5a2ab2
 def _covering(
     offsets: Tensor,  # (n, 2), characters
@@ -85,6 +147,7 @@ def _occurrence(
     nth: int | None,  # which one, from 0; None: the only one
 ) -> int:
     """The character at which the wanted occurrence of `part` starts."""
+    if nth is not None and whole_number(nth, "nth") < 0: raise ValueError(f"nth is {nth}: occurrences count from 0")
     starts = [m.start() for m in re.finditer(f"(?={re.escape(part)})", text)] if part else []
     if not starts or (nth is not None and nth >= len(starts)):
         raise ValueError(f"{part!r} stands {len(starts)} times in the text" + ("" if nth is None else f": there is no nth={nth}"))
@@ -133,7 +196,7 @@ def span(
     """Positions of the tokens that cover the characters `start` to `end` of the text."""
     if self.text is None or self.offsets is None:
         raise ValueError("these tokens carry no character offsets: make them from a text, with a fast tokenizer")
-    if not 0 <= start < end <= len(self.text):
+    if not 0 <= whole_number(start, "start") < whole_number(end, "end") <= len(self.text):
         raise ValueError(f"characters {start} to {end} are not a span of the text, which has {len(self.text)}")
     return _covering(self.offsets, start, end)
 
@@ -151,12 +214,22 @@ def find(
     return self.span(start, start + len(part))
 
 # %% ../../nbs/models/00_tokens.ipynb #7324905a
+def _as_tensor(x: Any) -> Tensor:
+    """What was given as token ids, as a tensor of some kind."""
+    try: return torch.as_tensor(x)
+    except (TypeError, ValueError, RuntimeError) as e:
+        rows = isinstance(x, Sequence) and any(isinstance(v, (Sequence, Tensor)) and not isinstance(v, str) for v in x)
+        way = ("rows of one length, one below the other (several texts of different lengths: a list of Tokens, lm.tokens(ids) each)"
+               if rows else "a list of whole numbers, an array or a tensor")
+        raise TypeError(f"token ids are {way}, and these are {x!r:.80}") from e
+
+
 def as_ids(
     x: Any,  # integers: a tensor, an array or a list
     rows: int,  # how many embeddings the model has
 ) -> Tensor:  # (n,) or (batch, n), int64, on the CPU
     """`x` as checked token ids."""
-    ids = torch.as_tensor(x)
+    ids = _as_tensor(x)
     if ids.numel() == 0:
         raise ValueError("no tokens: the text or the list of ids is empty")
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype is torch.bool:

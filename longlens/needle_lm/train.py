@@ -372,4 +372,5 @@ def main(
 
 # %% ../../nbs/needle_lm/03_train.ipynb #a3d84fd2
 #| eval: false
+#| eval: false
 if __name__ == "__main__" and "__file__" in globals(): raise SystemExit(main())

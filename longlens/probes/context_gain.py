@@ -17,7 +17,7 @@ from ..models.forward import LongModel
 from ..models.load import ModelLike, load
 from ..models.tokens import TokenIds, Tokens
 from .answer_scores import bootstrap_interval
-from ..report import Report, Section
+from ..report import Measure, Report, Section, Summary
 from ..run import Run, RunOptions, run_of
 
 if TYPE_CHECKING:
@@ -115,8 +115,12 @@ class GainReport(Report):
     main: ClassVar[str] = "gain"
     title: ClassVar[str] = "How much a longer context helps"
 
-    def findings(self) -> list[str]:
-        """What was found, a sentence each"""
+    def summary(self) -> Summary:
+        """How much context is enough"""
+        return _gain_summary(self)
+
+    def details(self) -> list[str]:
+        """What was found, with every number"""
         return [_gain_sentence(self)]
 
     def sections(self) -> list[Section]:
@@ -138,6 +142,27 @@ def _gain_sentence(r: GainReport) -> str:
     reach = f"no window below the largest, {n:,} tokens, is enough" if n == f["window"].max() else f"{n:,} tokens are enough"
     return (f"with {first['window']:,} tokens of context {first['missing']:.2f} nats a token are missing ({first['lower']:.2f} to "
             f"{first['upper']:.2f}, {first['texts']} texts); {reach} (within {s['tolerance']:g} nats of {f['window'].max():,})")
+
+# %% ../../nbs/probes/03_context_gain.ipynb #9e1f02aa
+def _gain_summary(r: GainReport) -> Summary:
+    """What a person can repeat."""
+    f, s = r.frames["gain"], r.meta["settings"]
+    n, largest, first = enough(f, s["tolerance"]), f["window"].max(), f.row(0, named=True)
+    verdict = f"{n:,} tokens of context are enough: more, up to {largest:,}, predict no better."
+    if n == largest: verdict = f"More context keeps helping, up to the {largest:,} tokens that were tried."
+    missing = first["missing"], "nats a token", first["lower"], first["upper"], first["texts"]
+    measures = (Measure("enough", "Context that is enough", n, "tokens", n=first["texts"]),
+                Measure("largest", "Largest context", largest, "tokens"),
+                Measure("missing", f"Missing with {first['window']:,} tokens", *missing))
+    sure = (f"{first['texts']} text{'s' * (first['texts'] > 1)}, {s['targets']} tokens predicted in each; enough is within "
+            f"{s['tolerance']:g} nats a token.")
+    untested = f"contexts longer than {largest:,} tokens", "other texts"
+    return Summary(verdict, (lambda: _gain_picture(f)) if f.height > 1 else None, (), untested, sure, measures)
+
+
+def _gain_picture(f: pl.DataFrame) -> alt.TopLevelMixin:
+    from longlens.charts.small import small_curve
+    return small_curve(f, "window", "missing", ("tokens of context", "nats a token missing"), log=True)
 
 # %% ../../nbs/probes/03_context_gain.ipynb #c512c57f
 def _checked(

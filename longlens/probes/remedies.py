@@ -18,7 +18,8 @@ from ..sweeps.cells import Cell, Changed, Condition
 from ..attention.hf_interface import attach
 from ..measure.capture import capture
 from ..interventions.heads import Temperature, Turner
-from ..interventions.positions import ms_poe, rescaled_positions, set_based
+from ..interventions.frequencies import FREQUENCIES, other_frequencies
+from ..interventions.positions import POSITION_SCALINGS, ms_poe, rescaled_positions, set_based
 from ..interventions.calibrate import redistribute
 from ..measure.statistics import SpanMass
 from .answer_scores import rag_order
@@ -33,17 +34,18 @@ __all__ = ['REMEDIES', 'Rescaled', 'PerHead', 'document_spans', 'AsSet', 'releva
 class Rescaled(Condition):
     """Rotary positions stretched over `factor` times the trained length"""
 
-    kind: str  # "linear", "ntk" or "yarn"
+    kind: str  # "linear", "ntk" or "yarn", as transformers has them, or another of FREQUENCIES
     factor: float = 2.0  # how many times longer texts become
 
     def __post_init__(self) -> None:
-        if self.kind not in ("linear", "ntk", "yarn"): raise ValueError(f'kind is "linear", "ntk" or "yarn", not {self.kind!r}')
+        if self.kind not in FREQUENCIES: raise ValueError(f"kind is {', '.join(FREQUENCIES)}, not {self.kind!r}")
 
     def check(self, lm: LongModel, cell: Cell) -> None: Turner(lm)
 
     @contextmanager
     def apply(self, lm: LongModel, cell: Cell) -> Iterator[None]:
-        with rescaled_positions(lm, self.kind, self.factor): yield
+        stretch = rescaled_positions if self.kind in POSITION_SCALINGS else other_frequencies
+        with stretch(lm, self.kind, self.factor): yield
 
 # %% ../../nbs/probes/02_remedies.ipynb #297a8974
 @dataclass(frozen=True)
@@ -166,6 +168,13 @@ REMEDIES: dict[str, Remedy] = {
     "linear": Remedy("rotary positions halved", Rescaled("linear")),
     "ntk": Remedy("rotary base raised for twice the length (NTK-aware)", Rescaled("ntk")),
     "yarn": Remedy("rotary frequencies scaled by parts for twice the length (YaRN, arXiv 2309.00071)", Rescaled("yarn")),
+    "ntk_by_parts": Remedy("as yarn, without its sharper attention (arXiv 2309.00071)", Rescaled("ntk_by_parts")),
+    "llama3": Remedy("rotary frequencies of fewer than four rounds slowed for twice the length, as Llama 3.1", Rescaled("llama3")),
+    "giraffe": Remedy("slow rotary frequencies cut off (Giraffe, arXiv 2308.10882)", Rescaled("giraffe")),
+    "abf": Remedy("rotary base 500,000 (arXiv 2309.16039)", Rescaled("abf")),
+    "entropy_abf": Remedy("rotary base 500,000, and logits that grow with the position (arXiv 2401.07004)", Rescaled("entropy_abf")),
+    "distributional": Remedy("each rotary frequency halved or left alone, whichever disturbs its angles less (arXiv 2410.01490)",
+                             Rescaled("distributional")),
     "temperature": Remedy("attention logits divided by 0.8: sharper attention (arXiv 2410.24200)", Changed((Temperature(0.8),))),
 }
 

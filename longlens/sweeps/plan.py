@@ -25,8 +25,7 @@ from ..budget import Speed, minutes_text
 from .store import Store
 
 # %% auto #0
-__all__ = ['branch_points', 'Batch', 'make_batches', 'same_condition', 'chain_tokens', 'tokens_of', 'batch_seconds', 'Plan',
-           'make_plan']
+__all__ = ['branch_points', 'Batch', 'make_batches', 'same_condition', 'chain_tokens', 'tokens_of', 'Plan', 'make_plan']
 
 # %% ../../nbs/sweeps/02_plan.ipynb #2cd294ad
 def _common(ids: Sequence[np.ndarray]) -> np.ndarray:  # (k - 1,)
@@ -149,7 +148,7 @@ def tokens_of(
     return [(b.n - b.shared) * len(b.cells) + c for b, c in zip(batches, chain_tokens(batches, cells), strict=True)]
 
 # %% ../../nbs/sweeps/02_plan.ipynb #aa60d488
-def batch_seconds(
+def _batch_seconds(
     batches: Sequence[Batch],  # in the order in which they run
     cells: Sequence[Cell],  # all cells
     task: Task,  # what is done with them
@@ -201,7 +200,7 @@ class Plan:
     @property
     def seconds(self) -> float | None:
         """What is left takes about so long; None: the speed is not known."""
-        return None if self.speed is None else sum(batch_seconds(self.left, self.cells, self.task, self.speed))
+        return None if self.speed is None else sum(_batch_seconds(self.left, self.cells, self.task, self.speed))
 
     @property
     def frame(self) -> pl.DataFrame:

@@ -23,7 +23,8 @@ from outputs import WIDGET, chart_of
 from longlens.charts.page import as_json
 
 BESIDE = {    # files of the repository that have a page: file -> page, its navigation title
-    "benchmarks/RESULTS.md": "benchmarks", "CHANGELOG.md": "changelog", "CONTRIBUTING.md": "contributing",
+    "benchmarks/RESULTS.md": "benchmarks", "benchmarks/AGREEMENT.md": "agreement", "CHANGELOG.md": "changelog",
+    "CONTRIBUTING.md": "contributing",
 }
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 LOADER = re.compile(r"<script\b(?:(?!</script).)*?(?:https?:)?//(?:(?!</script).)*</script>|<link\b[^>]*>", re.DOTALL | re.IGNORECASE)

@@ -28,6 +28,20 @@
   const one = (rest) => { if (rest.length) draw(rest[0]).then(() => setTimeout(one, 0, rest.slice(1))); };
   one(all);
 
+  // what is linked to is unfolded, and so is everything where the page is printed
+  const unfold = (place) => { for (let e = place; e; e = e.parentElement) if (e.tagName === "DETAILS") e.open = true; };
+  const arrive = () => {
+    const place = location.hash.length > 1 && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    if (place) { unfold(place); place.scrollIntoView(); }
+  };
+  addEventListener("hashchange", arrive);
+  document.addEventListener("click", (e) => {    // also a link to where one already is
+    const link = e.target.closest?.("a[href^='#']");
+    if (link && link.getAttribute("href") === location.hash) arrive();
+  });
+  addEventListener("beforeprint", () => document.querySelectorAll("details.report").forEach((d) => { d.open = true; }));
+  arrive();
+
   // an SVG follows the colours of the page by itself; a canvas has to be drawn again
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change",
     () => all.filter((place) => place.dataset.drawn === "canvas").forEach(draw));

@@ -135,8 +135,14 @@ class Part:
     kind: str  # of texts: "cut", "natural", or the name of a task
     s: CollapseDesign
 
-    def texts(self) -> Sequence[str]: raise NotImplementedError
-    def run(self, enc: Encoder, batch_size: int, advance: Callable[[int], Any]) -> Tables: raise NotImplementedError
+    def texts(self) -> Sequence[str]:
+        """What is read."""
+        raise NotImplementedError(f"{type(self).__name__} must define texts(), the texts that it reads")
+
+    def run(self, enc: Encoder, batch_size: int, advance: Callable[[int], Any]) -> Tables:
+        """Read them; what comes of it."""
+        raise NotImplementedError(f"{type(self).__name__} must define run(enc, batch_size, advance), which returns tables")
+
     def more(self) -> list[Any]: return []  # what else decides its tables
 
     def longest(self, enc: Encoder) -> int | None:

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import polars as pl
+
+from .report_common import direction, effect_of, ends
 from .report_directions import direction_section, rank_sentence
 from .report_layers import head_section, layer_section, layer_sentences
 from .report_retrieval import retrieval_section, retrieval_sentences
@@ -17,7 +20,8 @@ from longlens.probes.collapse.report_similarity import (
 )
 from .report_temperature import temperature_section, temperature_sentences
 from .report_windows import window_section, window_sentences
-from ...report import Report, Section
+from ...reference import compare_to
+from ...report import Measure, Report, Section, Summary
 
 # %% auto #0
 __all__ = ['CollapseReport']
@@ -34,16 +38,16 @@ class CollapseReport(Report):
     title: ClassVar[str] = "Length collapse"
     explorer: ClassVar[str] = "longlens.apps.collapse:explore_collapse"
 
-    def findings(self) -> list[str]:
-        """What was found, a sentence each"""
+    def summary(self) -> Summary:
+        """Do longer texts look more alike?"""
+        return _collapse_summary(self)
+
+    def details(self) -> list[str]:
+        """What was found, with every number"""
         made = [cosine_sentence(self), average_sentence(self), filler_sentence(self), natural_sentence(self), rank_sentence(self),
                 *layer_sentences(self), *temperature_sentences(self), *retrieval_sentences(self), *window_sentences(self),
                 shortened_sentence(self), unmeasured_sentence(self), prompt_sentence(self), left_out_sentence(self), cost_sentence(self)]
         return [s for s in made if s]
-
-    def highlights(self) -> list[str]:
-        """Whether there is a collapse, and what else could look like one"""
-        return [s for s in (cosine_sentence(self), filler_sentence(self) or average_sentence(self)) if s]
 
     def sections(self) -> list[Section]:
         """The report as a page shows it"""
@@ -53,3 +57,66 @@ class CollapseReport(Report):
         """All pictures"""
         from longlens.charts.common import arrange
         return arrange([s.chart for s in self.sections()], columns=1)
+
+# %% ../../../nbs/probes/collapse/13_report.ipynb #19464479
+def _cosines(r: CollapseReport) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
+    """Rows of the shortest and the longest texts as the encoder is, and the effect of length."""
+    short, long = ends(r)
+    f = r.frames["similarity"].filter(kind="cut", condition="none")
+    a, b = (f.filter(context_length=n).row(0, named=True) for n in (short, long))
+    return a, b, None if short == long else effect_of(r, "mean_cosine", "none", long, "none", short)
+
+# %% ../../../nbs/probes/collapse/13_report.ipynb #aa26c5fd
+def _collapse_measures(r: CollapseReport) -> list[Measure]:
+    """The main numbers."""
+    a, b, x = _cosines(r)
+    short, long = ends(r)
+    made = [Measure(f"cosine_{key}", f"Cosine of two texts at {n:,} tokens", v["mean_cosine"], "", v["lower"], v["upper"], v["documents"])
+            for key, n, v in (("short", short, a), ("long", long, b))]
+    if x is None: return made[:1]
+    return [*made, Measure("cosine_rise", "Rise of the cosine", x["difference"], "", x["lower"], x["upper"], x["n"])]
+
+# %% ../../../nbs/probes/collapse/13_report.ipynb #d51c467f
+_WAYS = {1: "Longer texts look more alike", -1: "Longer texts look less alike", 0: "No sign of length collapse"}
+
+
+def _collapse_verdict(r: CollapseReport) -> str:
+    """Do longer texts look more alike?"""
+    a, b, x = _cosines(r)
+    if x is None: return f"Two texts of {ends(r)[0]:,} tokens have a cosine of {a['mean_cosine']:.2f}; no other length was measured."
+    filler = ", but these were made texts, which grow alike by themselves" if r.meta["documents_from"] == "generated filler" else ""
+    way = direction(x)
+    verb = {1: "rises", -1: "falls", 0: "goes"}[way]
+    values = f"from {a['mean_cosine']:.2f} to {b['mean_cosine']:.2f}"
+    return f"{_WAYS[way]}: the cosine of two of them {verb} {values}{filler if way > 0 else ''}."
+
+# %% ../../../nbs/probes/collapse/13_report.ipynb #ec5cb12b
+def _collapse_untested(r: CollapseReport) -> tuple[str, ...]:
+    """What is not known of this encoder."""
+    made = [f"texts longer than {ends(r)[1]:,} tokens"]
+    if r.meta["documents_from"] == "generated filler": made.append("real texts")
+    if "retrieval" not in r.frames: made.append("whether retrieval suffers")
+    return tuple(made)
+
+# %% ../../../nbs/probes/collapse/13_report.ipynb #5575d753
+def _collapse_sure(r: CollapseReport) -> str:
+    """How many documents, and the interval."""
+    a, _, x = _cosines(r)
+    text = f"{a['documents']:,} documents"
+    if x is None or x["lower"] is None or x["lower"] != x["lower"]: return f"{text}; too few for an interval."
+    return f"{text}; the cosine changes by {x['difference']:+.2f}, 95 % interval {x['lower']:+.2f} to {x['upper']:+.2f}."
+
+# %% ../../../nbs/probes/collapse/13_report.ipynb #44902b18
+def _collapse_summary(r: CollapseReport) -> Summary:
+    """What a person can repeat."""
+    measures = _collapse_measures(r)
+    known = measures[-1:] if r.meta["documents_from"] == "generated filler" and len(measures) > 1 else []
+    draw = (lambda: _collapse_picture(r)) if len(measures) > 1 else None
+    return Summary(_collapse_verdict(r), draw, compare_to(known, str(r.meta.get("model", "")), tokens=ends(r)[1]), _collapse_untested(r),
+                   _collapse_sure(r), tuple(measures))
+
+
+def _collapse_picture(r: CollapseReport) -> Any:  # an Altair chart
+    from longlens.charts.small import small_curve
+    f = r.frames["similarity"].filter(pl.col("kind") == "cut", pl.col("condition") == "none")
+    return small_curve(f, "context_length", "mean_cosine", ("tokens of a text", "cosine of two texts"), log=True)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, ClassVar
 import polars as pl
 
 from ..generate import cost_sentence, cut_sentence
-from ...report import Report, Section
+from ...reference import compare_to
+from ...report import Measure, Report, Section, Summary
 
 if TYPE_CHECKING:
     import altair as alt
@@ -27,14 +28,18 @@ class GridReport(Report):
     title: ClassVar[str] = "Needles in a haystack"
     explorer: ClassVar[str] = "longlens.apps.needle:explore_grid"
 
-    def findings(self) -> list[str]:
-        """What was found, a sentence each"""
+    def summary(self) -> Summary:
+        """How many needles are found, and up to which length"""
+        return _grid_summary(self)
+
+    def paired(self) -> pl.DataFrame | None:
+        """Every needle: how much of it was found?"""
+        return _found_needles(self.frames["answers"])
+
+    def details(self) -> list[str]:
+        """What was found, with every number"""
         cut, cost = cut_sentence(self.frames["answers"]), cost_sentence(self.meta)
         return [s for s in (*_kind_sentences(self), _depth_sentence(self), *_remedy_sentences(self), cut, cost) if s]
-
-    def highlights(self) -> list[str]:
-        """How far it reaches, and where it is worst"""
-        return [s for s in (*_kind_sentences(self)[:2], _depth_sentence(self)) if s]
 
     def sections(self) -> list[Section]:
         """The report as a page shows it"""
@@ -78,6 +83,72 @@ def _remedy_sentences(r: GridReport) -> list[str]:
     none = f.filter(remedy="none")["score"][0]
     return [f"with {x['remedy']}: {x['score']:.2f} over all measurements ({x['score'] - none:+.2f})"
             for x in f.filter(pl.col("remedy") != "none").iter_rows(named=True)]
+
+# %% ../../../nbs/probes/grid/02_report.ipynb #162500f5
+def _found_needles(answers: pl.DataFrame) -> pl.DataFrame | None:    # measure, unit, value
+    """The score of every needle without a remedy; the same needle at the same place is the same unit."""
+    if "answers" not in answers.columns: return None
+    f = answers.filter(remedy="none")
+    unit = pl.format("{}, {} tokens, {} %, trial {}, {}", "kind", "context_length", "depth_percent", "trial", "answers")
+    return f.select(measure=pl.lit("all_needles"), unit=unit, value=100 * pl.col("score"))
+
+# %% ../../../nbs/probes/grid/02_report.ipynb #9cac5b7e
+def _reach_of_all(r: GridReport) -> float | None:    # tokens
+    """The effective length of the kind that reaches least; None: one of them is good enough at no length."""
+    f = r.frames["effective"].filter(remedy="none")["effective_length"]
+    return None if f.null_count() else f.min()
+
+# %% ../../../nbs/probes/grid/02_report.ipynb #84fcfe5a
+def _grid_measures(r: GridReport) -> list[Measure]:
+    """All needles, those in the longest contexts, and how far it reaches."""
+    f = r.frames["lengths"].filter(remedy="none")
+    last = f.filter(pl.col("context_length") == f["context_length"].max())
+    mean = lambda g, c: float((g[c] * g["cells"]).sum() / g["cells"].sum())
+    low, high = (100 * last[c][0] if last.height == 1 else None for c in ("lower", "upper"))
+    made = [Measure("all_needles", "Needles found", 100 * mean(f, "score"), "%", n=int(f["cells"].sum())),
+            Measure("needles_found", "Needles found in its longest context", 100 * mean(last, "score"), "%", low, high,
+                    int(last["cells"].sum()))]
+    reach = _reach_of_all(r)
+    return made if reach is None else [*made, Measure("effective_length", "Effective length", float(reach), "tokens")]
+
+# %% ../../../nbs/probes/grid/02_report.ipynb #d14fe425
+def _grid_verdict(r: GridReport) -> str:
+    """How many needles are found, and up to where."""
+    scores, longest, reach = r.frames["lengths"].filter(remedy="none")["score"], max(r.meta["settings"]["lengths"]), _reach_of_all(r)
+    if scores.min() == 1: return f"Every needle is found, in contexts of up to {longest:,} tokens."
+    if scores.max() == 0: return f"No needle is found, in contexts of up to {longest:,} tokens."
+    all_ = f"{_grid_measures(r)[0].value:.0f} % of the needles are found"
+    if reach is None: return f"{all_}, and at no length reliably."
+    return f"{all_}, reliably in contexts of up to {reach:,.0f} tokens."
+
+# %% ../../../nbs/probes/grid/02_report.ipynb #be3e0218
+def _grid_untested(r: GridReport) -> tuple[str, ...]:
+    """What is not known of this model."""
+    s, most = r.meta["settings"], r.meta.get("max_length")
+    longest = max(s["lengths"])
+    beyond = f"contexts longer than {longest:,} tokens" + (f", of the {most:,} that it was made for" if most and most > longest else "")
+    made = [beyond, "questions that need more than one look-up"]
+    if not any(k in ("multikey", "multivalue", "multiquery") or "multi" in k for k in s["kinds"]): made.append("several needles at once")
+    return tuple([*made, "remedies"] if len(s["remedies"]) < 2 else made)
+
+# %% ../../../nbs/probes/grid/02_report.ipynb #f103c598
+def _grid_summary(r: GridReport) -> Summary:
+    """What a person can repeat."""
+    s, measures = r.meta["settings"], _grid_measures(r)
+    single = {*s["kinds"]} <= {"single", "niah_single_1", "niah_single_2", "published"}
+    compared = compare_to(measures[1:2], str(r.meta.get("model", "")), tokens=max(s["lengths"])) if single else ()
+    last = measures[1]
+    sure = f"{measures[0].n:,} needles, {last.n:,} of them in the longest contexts"
+    if last.lower is not None and last.upper is not None:
+        sure += f", where the share of all such needles lies between {last.lower:.0f} and {last.upper:.0f} % (95 % interval)"
+    flat = r.frames["lengths"].filter(remedy="none")["score"].n_unique() == 1 and measures[0].value in (0, 100)
+    return Summary(_grid_verdict(r), None if flat else lambda: _grid_picture(r), compared, _grid_untested(r), f"{sure}.", tuple(measures))
+
+
+def _grid_picture(r: GridReport) -> object:    # an Altair chart
+    from longlens.charts.small import small_map
+    f = r.frames["grid"].filter(remedy="none").with_columns(pl.col("depth_percent").round(0))
+    return small_map(f, "context_length", "depth_percent", "score", ("context length, tokens", "depth, %", "share found"), (0, 1))
 
 # %% ../../../nbs/probes/grid/02_report.ipynb #b5af845f
 _GRID_EXPLAINED = {

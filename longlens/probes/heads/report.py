@@ -12,7 +12,8 @@ import numpy as np
 import polars as pl
 
 from .frames import VIEWS
-from ...report import Report, Section
+from ...reference import compare_to
+from ...report import Measure, Report, Section, Summary
 
 if TYPE_CHECKING:
     import altair as alt
@@ -40,14 +41,18 @@ class HeadReport(Report):
         "The retrieval heads, (layer, head), the strongest first; none if no trial counted"
         return _found(self)
 
-    def findings(self) -> list[str]:
-        "What was found, a sentence each"
+    def summary(self) -> Summary:
+        "How many heads copy, and what is lost without them"
+        return _head_summary(self)
+
+    def paired(self) -> pl.DataFrame:
+        "Every needle: was it found?"
+        return _found_needles(self.frames["trials"])
+
+    def details(self) -> list[str]:
+        "What was found, with every number"
         made = _found_sentence(self), _share_sentence(self), _sure_sentence(self), _kind_sentence(self), _proof_sentence(self)
         return [s for s in made if s]
-
-    def highlights(self) -> list[str]:
-        "How many were found, and what is lost without them"
-        return [s for s in (_found_sentence(self), _proof_sentence(self)) if s]
 
     def sections(self) -> list[Section]:
         "The report as a page shows it"
@@ -133,6 +138,71 @@ _HEADS_EXPLAINED = {
     "proof": "The strongest heads are silenced ({mode}), and as many others drawn at random. Accuracy is the share of questions whose "
              "whole answer stays the model's first choice; the control is the perplexity of ordinary text.",
 }
+
+# %% ../../../nbs/probes/heads/08_report.ipynb #77b1d49c
+def _found_needles(trials: pl.DataFrame) -> pl.DataFrame:    # measure, unit, value
+    "1 where the needle was found, 0 where not; the same needle at the same place is the same unit"
+    unit = pl.format("{} tokens, {} %, trial {}, {}", "context_length", "depth_percent", "trial", "answer")
+    return trials.select(measure=pl.lit("needles_kept"), unit=unit, value=100 * pl.col("kept").cast(pl.Float64))
+
+# %% ../../../nbs/probes/heads/08_report.ipynb #b72d015b
+def _head_measures(r: HeadReport) -> list[Measure]:
+    "The main numbers"
+    kept = r.frames["trials"]["kept"]
+    made = [Measure("needles_kept", "Needles found", 100 * kept.mean(), "%", n=len(kept))]
+    if not r.meta["counted"]: return made
+    f = r.frames["heads"].sort("retrieval_score", descending=True)
+    score, error = f["retrieval_score"][0], f["standard_error"][0]
+    low, high = (score + k * error if error == error else None for k in (-1.96, 1.96))
+    return [*made, Measure("retrieval_heads", "Retrieval heads", 100 * len(r.found) / f.height, "%", n=f.height),
+            Measure("top_retrieval_score", "Score of the strongest head", score, "", low, high, r.meta["counted"])]
+
+# %% ../../../nbs/probes/heads/08_report.ipynb #e114ebd5
+def _without_them(r: HeadReport) -> str:
+    "What silencing them costs, against as many others"
+    if "ablation" not in r.frames or not r.found: return ""
+    f, k = r.frames["ablation"], r.meta["shown_count"]
+    base = f.filter(silenced=0)["accuracy"].mean()
+    top, others = (base - f.filter(which=which, silenced=k)["accuracy"].mean() for which in ("top", "random"))
+    if not base: return ""
+    if top >= base / 2 and others <= base / 4: return "; without them the model loses the needle, without others it does not"
+    if top - others > 0.05: return "; silencing them costs more answers than silencing others"
+    return "; silencing them costs no more than silencing others"
+
+# %% ../../../nbs/probes/heads/08_report.ipynb #2546ac64
+def _head_verdict(r: HeadReport) -> str:
+    "How many heads copy"
+    if not r.frames["trials"]["kept"].any() and not r.meta["counted"]:
+        return "The model does not find the needle, so nothing can be said of its heads."
+    n = f"{len(r.frames['heads']):,}"
+    if not r.found: return f"None of {n} heads copies the answer out of the context."
+    many = len(r.found)
+    return f"{many:,} of {n} heads cop{'y' if many > 1 else 'ies'} the answer out of the context{_without_them(r)}."
+
+# %% ../../../nbs/probes/heads/08_report.ipynb #65649458
+def _head_sure(r: HeadReport) -> str:
+    "How many needles, and do two halves agree?"
+    counted, all_, f = r.meta["counted"], r.frames["trials"].height, r.frames["stability"]
+    text = f"{counted:,} of {all_:,} needles count"
+    if f.is_empty(): return f"{text}; too few to compare two halves of them."
+    alike = f["spearman"].mean()
+    word = next(w for least, w in ((0.7, "alike"), (0.4, "roughly alike"), (-2, "differently: more needles are needed")) if alike >= least)
+    return f"{text}; two halves of them rank the heads {word} (rank correlation {alike:.2f})."
+
+# %% ../../../nbs/probes/heads/08_report.ipynb #0192f773
+def _head_summary(r: HeadReport) -> Summary:
+    "What a person can repeat"
+    s, measures = r.meta["settings"], _head_measures(r)
+    known = measures[1:] if s["threshold"] == 0.1 else []
+    untested = [f"contexts longer than {max(s['lengths']):,} tokens", "real questions: all answers were needles"]
+    if "ablation" not in r.frames: untested.append("what the model loses without these heads")
+    draw = (lambda: _head_picture(r)) if r.found and r.meta["counted"] else None
+    return Summary(_head_verdict(r), draw, compare_to(known, str(r.meta.get("model", ""))), tuple(untested), _head_sure(r), tuple(measures))
+
+
+def _head_picture(r: HeadReport) -> object:    # an Altair chart
+    from longlens.charts.small import small_map
+    return small_map(r.frames["heads"], "head", "layer", "retrieval_score", ("head", "layer", "share of the needle copied"))
 
 # %% ../../../nbs/probes/heads/08_report.ipynb #6634d4fc
 def _section(title: str, key: str, charts: Sequence[alt.TopLevelMixin], table: pl.DataFrame, **words: str) -> Section:

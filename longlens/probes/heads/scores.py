@@ -96,6 +96,11 @@ def _teacher_forced(
     looked = [seen.top_keys(sample=i)[0][..., 0] for i in range(len(cells))]
     return [(r, at.masked_fill(r != w, -1)) for r, at, w in zip(replies, looked, want, strict=True)]
 
+# %% ../../../nbs/probes/heads/00_scores.ipynb #d147d5b5
+def _line_ended(lm: LongModel, reply: Sequence[int]) -> bool:
+    "Is there a new line behind the first words of a reply?"
+    return lm.tokenizer is not None and "\n" in lm.tokenizer.decode(list(reply)).lstrip()
+
 # %% ../../../nbs/probes/heads/00_scores.ipynb #d147d5b4
 def _decoded(
     lm: LongModel,  # the model
@@ -114,8 +119,8 @@ def _decoded(
         for _ in range(steps):
             made.append(token := continue_cache(lm, torch.tensor([0]), token, cache).argmax(-1).cpu())
             for i in list(going):
-                replies[i].append(t := int(token[i]))
-                if t in end or (lm.tokenizer is not None and "\n" in lm.tokenizer.decode([t])): going.remove(i)
+                replies[i].append(int(token[i]))
+                if replies[i][-1] in end or _line_ended(lm, replies[i]): going.remove(i)
             if not going: break
     if seen is None: seen = _seen_at_once(lm, start, torch.cat(made[:-1], 1))
     return [(torch.tensor(r), _looked(seen, i, len(r))) for i, r in enumerate(replies)]

@@ -10,10 +10,12 @@ from typing import Any
 
 import polars as pl
 
-from ...report import Report
+from ...reference import compare_to
+from ...report import Measure, Report, Summary
 
 # %% auto #0
-__all__ = ['plain_rows', 'what_of', 'score_sentence', 'shape_sentence', 'attention_sentence', 'remedy_sentences']
+__all__ = ['plain_rows', 'what_of', 'score_sentence', 'shape_sentence', 'attention_sentence', 'remedy_sentences',
+           'middle_summary']
 
 # %% ../../../nbs/probes/middle/02_findings.ipynb #c2b0da43
 def plain_rows(
@@ -115,3 +117,79 @@ def remedy_sentences(
     f = r.frames["effects"].filter(variant=r.meta["settings"]["variants"][0], measure="score").filter(pl.col("remedy") != "none")
     return [f"with {x['remedy']}: {x['mean']:.2f} right, {x['difference']:+.3f} ({_spread(x)})"
             for x in f.sort("mean", descending=True, maintain_order=True).iter_rows(named=True)]
+
+# %% ../../../nbs/probes/middle/02_findings.ipynb #7a61368c
+def _ends_and_middle(r: Report) -> tuple[float, float]:
+    """Shares right at the first and last position, and between them, percent."""
+    f = plain_rows(r).sort("gold_index")["score"]
+    return 50 * float(f[0] + f[-1]), 100 * float(f[1:-1].mean())
+
+# %% ../../../nbs/probes/middle/02_findings.ipynb #50082d89
+def _middle_measures(r: Report) -> list[Measure]:
+    """The main numbers of a MiddleReport."""
+    f, n = plain_rows(r), r.meta["settings"]["questions"]
+    made = [Measure("share_right", "Right answers", 100 * f["score"].mean(), "%", n=n)]
+    if "indices" in r.frames:
+        u = plain_rows(r, "indices").filter(measure="score", index="u_shape").row(0, named=True)
+        low, high = (100 * u[c] if u[c] == u[c] else None for c in ("lower", "upper"))
+        made.append(Measure("ends_less_middle", "Ends less middle", 100 * u["value"], "points", low, high, u["n"]))
+    names = {"closed_book": "Closed book", "oracle": "Right document alone"}
+    for x in r.frames["baselines"].iter_rows(named=True) if "baselines" in r.frames else ():
+        key = "right_document_only" if x["setting"] == "oracle" else x["setting"]
+        made.append(Measure(key, names[x["setting"]], 100 * x["score"], "%", 100 * x["lower"], 100 * x["upper"], n=x["questions"]))
+    return made
+
+# %% ../../../nbs/probes/middle/02_findings.ipynb #248d2421
+_SHAPES = {"better at both ends": "Lost in the middle", "better at the ends": "Lost in the middle",
+           "no sign of it": "No sign of lost in the middle",
+           "better at the beginning": "Best where the right one stands first", "better at the end": "Best where the right one stands last",
+           "better in the middle": "Better in the middle than at the ends"}
+
+
+def _middle_verdict(r: Report) -> str:
+    """Is something lost in the middle?"""
+    scores, what = plain_rows(r)["score"], what_of(r)[:-1]
+    if scores.max() == 0: return "No question is answered right at any place, so nothing can be said of the middle."
+    if scores.min() == 1: return f"Every question is answered right, wherever the right {what} stands."
+    if "indices" not in r.frames: return f"{100 * scores.mean():.0f} % of the answers are right; too few places have no middle."
+    f = {x["index"]: x for x in plain_rows(r, "indices").filter(measure="score").iter_rows(named=True)}
+    ends, middle = _ends_and_middle(r)
+    shares = f"{ends:.0f} % right at the ends, {middle:.0f} % in the middle"
+    if f["u_shape"]["lower"] != f["u_shape"]["lower"]: return f"One question shows no shape: {shares}."
+    return f"{_SHAPES[_shape(f['u_shape'], f['primacy'], f['recency'])]}: {shares}."
+
+# %% ../../../nbs/probes/middle/02_findings.ipynb #d784a352
+_MADE = "own questions"
+
+
+def _middle_sure(r: Report) -> str:
+    """How many questions, and what difference they can show."""
+    m = next((m for m in _middle_measures(r) if m.key == "ends_less_middle"), None)
+    n = r.meta["settings"]["questions"]
+    many = f"{n:,} question{'s' * (n > 1)}, each at {len(r.meta['settings']['positions'])} places"
+    if m is None or m.lower is None or m.upper is None or plain_rows(r)["score"].n_unique() == 1: return f"{many}; no place differs."
+    return f"{many}; the ends are better by {m.value:+.0f} points, 95 % interval {m.lower:+.0f} to {m.upper:+.0f}."
+
+# %% ../../../nbs/probes/middle/02_findings.ipynb #874437b8
+def middle_summary(
+    r: Report,  # a MiddleReport
+) -> Summary:
+    """What a person can repeat of it."""
+    s, measures, scores = r.meta["settings"], _middle_measures(r), plain_rows(r)["score"]
+    real = s["what"] == "documents" and s["task"] not in (_MADE, "documents")
+    untested = [f"more than {s['n']:,} {what_of(r)}"]
+    if not real: untested.append("real questions and passages: these were made or given")
+    if len(s["remedies"]) < 2: untested.append("remedies")
+    known = measures[1:] if real and scores.max() > 0 else []
+    draw = None if scores.max() == 0 or scores.min() == 1 or len(scores) < 2 else lambda: _middle_picture(r)
+    return Summary(_middle_verdict(r), draw, compare_to(known, str(r.meta.get("model", "")), documents=s["n"]), tuple(untested),
+                   _middle_sure(r), tuple(measures))
+
+# %% ../../../nbs/probes/middle/02_findings.ipynb #8a0704b3
+def _middle_picture(r: Report) -> object:  # an Altair chart
+    from longlens.charts.small import small_curve
+    names = {"closed_book": "closed book", "oracle": "right one alone"}
+    lines = {names[k]: v for k, v in r.frames["baselines"].select("setting", "score").iter_rows()} if "baselines" in r.frames else {}
+    lines = {k: v for k, v in lines.items() if 0 < v < 1}  # a line along the edge shows nothing
+    f = plain_rows(r).with_columns(place=pl.col("gold_index") + 1)
+    return small_curve(f, "place", "score", (f"place of the right {what_of(r)[:-1]}", "share right"), (0, 1), lines=lines)

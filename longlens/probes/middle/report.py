@@ -12,9 +12,9 @@ import polars as pl
 from ..generate import cost_sentence, cut_sentence
 from ..answer_scores import bootstrap_interval
 from longlens.probes.middle.findings import (
-    attention_sentence, plain_rows, remedy_sentences, score_sentence, shape_sentence, what_of,
+    attention_sentence, middle_summary, plain_rows, remedy_sentences, score_sentence, shape_sentence, what_of,
 )
-from ...report import Report, Section
+from ...report import Report, Section, Summary
 
 if TYPE_CHECKING:
     import altair as alt
@@ -30,8 +30,18 @@ class MiddleReport(Report):
     title: ClassVar[str] = "Lost in the middle"
     explorer: ClassVar[str] = "longlens.apps.needle:explore_middle"
 
-    def findings(self) -> list[str]:
-        """What was found, a sentence each"""
+    def summary(self) -> Summary:
+        """Is something lost in the middle?"""
+        return middle_summary(self)
+
+    def paired(self) -> pl.DataFrame:
+        """Every question at every place, asked in the first way and without a remedy"""
+        f = self.frames["answers"].filter(variant=self.meta["settings"]["variants"][0], remedy="none").drop_nulls("gold_index")
+        unit = pl.format("question {}, {}", "question", "answers")
+        return f.select(measure=pl.lit("share_right"), unit=unit, place="gold_index", value=100 * pl.col("score"))
+
+    def details(self) -> list[str]:
+        """What was found, with every number"""
         made = [score_sentence(self), shape_sentence(self), attention_sentence(self), *remedy_sentences(self),
                 cut_sentence(self.frames["answers"]), cost_sentence(self.meta)]
         return [s for s in made if s]

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import polars as pl
 
-from ...report import Report
+from ...reference import compare_to
+from ...report import Measure, Report, Summary
 
 # %% auto #0
-__all__ = ['mean_heads', 'head_sentence', 'metric_sentence', 'token_sentence', 'shape_sentence', 'why_sentence']
+__all__ = ['mean_heads', 'head_sentence', 'metric_sentence', 'token_sentence', 'shape_sentence', 'why_sentence', 'sink_summary']
 
 # %% ../../../nbs/probes/sinks/01_findings.ipynb #84967a52
 def mean_heads(
@@ -83,3 +84,64 @@ def _values_clause(r: Report) -> str:
     ends = f" ({held.min():.2g} to {held.max():.2g})" if len(held) > 1 else ""
     lengths = f"value vectors of sinks, in the {len(held)} of {of} that hold one: {held.median():.2g} times as long as the median{ends}"
     return lengths + (f", in the others {rest.median():.2g}" if len(rest) else "")
+
+# %% ../../../nbs/probes/sinks/01_findings.ipynb #eeac8f94
+def _sink_measures(r: Report) -> dict[str, Measure]:    # by key
+    "The main numbers of a SinkReport"
+    h, s = mean_heads(r), r.meta["settings"]
+    rates = {f"sink_rate_{kind}": (f"Sink rate on {kind} tokens", rate, n)
+             for kind, rate, n in r.frames["metric"].filter(k=1).select("kind", "sink_rate", "sequences").rows()}
+    texts = len(r.meta["lengths"])
+    made = [Measure("sink_heads", "Heads with a sink at the first token", 100 * (h["alpha_first"] > s["epsilon"]).mean(), "%", n=h.height),
+            Measure("first_tokens", f"Attention on the first {s['first']} tokens", 100 * h["sink_mass"].mean(), "%", n=texts),
+            Measure("massive_ratio", "Largest activation", r.frames["massive"]["ratio"].max(), "times the median", n=texts),
+            *(Measure(key, name, rate, "%", n=n) for key, (name, rate, n) in rates.items())]
+    return {m.key: m for m in made}
+
+# %% ../../../nbs/probes/sinks/01_findings.ipynb #6d5de18a
+def _sink_verdict(r: Report, heads: Measure) -> str:
+    "Which token is a sink, in how many heads"
+    if not heads.value: return _other_sinks(r)
+    first = r.frames["massive"].filter((pl.col("position") == 0) & pl.col("massive"))
+    marked = "and a massive activation marks it" if first.height else "without a massive activation"
+    n = heads.n or 0
+    who = f"{heads.value * n / 100:,.0f} of {n:,} heads" if heads.value < 100 else f"all {n:,} heads"
+    return f"The first token is an attention sink in {who}, {marked}."
+
+# %% ../../../nbs/probes/sinks/01_findings.ipynb #600202d9
+def _other_sinks(r: Report) -> str:
+    "Of a model without a sink at the first token"
+    t = r.frames["tokens"].filter((pl.col("heads") > 0) & (pl.col("position") > 0))
+    if t.is_empty(): return "There is no attention sink: no head rests on a single token."
+    most = t.sort("heads", descending=True).row(0, named=True)
+    heads = f"{most['heads']:,} head{'s' * (most['heads'] > 1)}"
+    return f"The first token is no attention sink; the strongest is at position {most['position']:,}, in {heads}."
+
+# %% ../../../nbs/probes/sinks/01_findings.ipynb #5f0bd927
+def _sink_sure(r: Report) -> str:
+    "How many texts and sequences"
+    n, m = len(r.meta["lengths"]), r.frames["metric"].filter(k=1)
+    texts = "one text, so there is no interval" if n == 1 else f"{n} texts"
+    few, many = m["sequences"].min(), m["sequences"].max()
+    rates = f"{few:,}" if few == many else f"{few:,} to {many:,}"
+    return f"Heads were counted on {texts}; the sink rates are means over {rates} sequences of {m['T'][0]} tokens."
+
+# %% ../../../nbs/probes/sinks/01_findings.ipynb #5e7c35be
+def sink_summary(
+    r: Report,  # a SinkReport
+) -> Summary:
+    "What a person can repeat of it"
+    measures, s, longest = _sink_measures(r), r.meta["settings"], max(r.meta["lengths"])
+    published = (s["T"], s["epsilon"]) == (64, 0.3)
+    known = [m for key, m in measures.items() if key == "massive_ratio" or (key.startswith("sink_rate") and published)]
+    untested = [f"contexts longer than {longest:,} tokens", "whether the model needs its sinks (silence them, or mask the first token)"]
+    if len(r.meta["lengths"]) == 1: untested.insert(1, "other texts than this one")
+    if not published: untested.append("the sink rate as published, with T = 64 and epsilon 0.3")
+    draw = (lambda: _sink_picture(r)) if measures["sink_heads"].value else None
+    return Summary(_sink_verdict(r, measures["sink_heads"]), draw, compare_to(known, str(r.meta.get("model", ""))), tuple(untested),
+                   _sink_sure(r), tuple(measures.values()))
+
+# %% ../../../nbs/probes/sinks/01_findings.ipynb #044bdfc7
+def _sink_picture(r: Report) -> object:    # an Altair chart
+    from longlens.charts.small import small_map
+    return small_map(mean_heads(r), "head", "layer", "alpha_first", ("head", "layer", "attention on the first token"), (0, 1))

@@ -20,7 +20,7 @@ from longlens.measure.statistics import (
     Distance, Entropy, MassiveActivations, Received, ResidualNorm, SinkMass, Support, ValueNorm,
 )
 from ...models.forward import LongModel
-from ...models.tokens import Tokens
+from ...models.tokens import Tokens, whole_number
 
 # %% auto #0
 __all__ = ['SinkSettings', 'sink_rate', 'natural_sequences', 'made_sequences', 'mean_received', 'metric_frame', 'judged',
@@ -39,9 +39,10 @@ class SinkSettings:
 
     def __post_init__(self) -> None:
         if not 0 < self.epsilon < 1: raise ValueError(f"epsilon is {self.epsilon}: it is a share of attention, between 0 and 1")
-        if self.T < 2: raise ValueError(f"T is {self.T}: a sequence needs 2 tokens or more")
+        whole_number(self.seed, "seed", 0)
+        if whole_number(self.T, "T") < 2: raise ValueError(f"T is {self.T}: a sequence needs 2 tokens or more")
         for name in ("sequences", "first"):
-            if getattr(self, name) < 1: raise ValueError(f"{name} is {getattr(self, name)}: it must be 1 or more")
+            if whole_number(getattr(self, name), name) < 1: raise ValueError(f"{name} is {getattr(self, name)}: it must be 1 or more")
 
 # %% ../../../nbs/probes/sinks/00_metrics.ipynb #feed1ca3
 def sink_rate(

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, ClassVar
 import polars as pl
 
 from longlens.probes.sinks.findings import (
-    head_sentence, mean_heads, metric_sentence, shape_sentence, token_sentence, why_sentence,
+    head_sentence, mean_heads, metric_sentence, shape_sentence, sink_summary, token_sentence, why_sentence,
 )
 from .metrics import judged
-from ...report import Report, Section
+from ...report import Report, Section, Summary
 
 if TYPE_CHECKING:
     import altair as alt
@@ -29,8 +29,12 @@ class SinkReport(Report):
     title: ClassVar[str] = "Attention sinks"
     explorer: ClassVar[str] = "longlens.apps.heads:explore_sinks"
 
-    def findings(self) -> list[str]:
-        "What was found, in five sentences"
+    def summary(self) -> Summary:
+        "Which token is a sink, in how many heads, and is that unusual"
+        return sink_summary(self)
+
+    def details(self) -> list[str]:
+        "What was found, in five sentences with every number"
         return [head_sentence(self), metric_sentence(self), token_sentence(self), shape_sentence(self), why_sentence(self)]
 
     def sections(self) -> list[Section]:

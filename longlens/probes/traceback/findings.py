@@ -10,11 +10,11 @@ from typing import Any
 import polars as pl
 
 from .frames import best_sources, excerpt, excerpt_around, finer_levels, finer_sources
-from ...report import Report
+from ...report import Measure, Report, Summary
 from ...text import probability_text
 
 # %% auto #0
-__all__ = ['trace_findings']
+__all__ = ['trace_findings', 'trace_summary']
 
 # %% ../../../nbs/probes/traceback/06_findings.ipynb #c019x5
 def _on_answer(r: Report) -> str:
@@ -67,3 +67,63 @@ def trace_findings(
 ) -> list[str]:
     """What a trace found, a sentence each."""
     return [s for s in (_on_answer(r), _on_top(r), *r.meta["notes"], _on_finer(r), _on_costs(r)) if s]
+
+# %% ../../../nbs/probes/traceback/06_findings.ipynb #a204921c
+def _guess(r: Report) -> str:
+    """That the model is guessing, with the answer's probability; "" where it is not."""
+    f = r.frames["answer"].filter("traced")["logprob"].drop_nulls()
+    if not len(f) or f.mean() > -0.7 or f.sum() > -4.6: return ""    # half a token's probability, or one in a hundred for all
+    return f"The model is guessing: its answer has a probability of {probability_text(float(f.sum()))}"
+
+# %% ../../../nbs/probes/traceback/06_findings.ipynb #9885615b
+def _source_verdict(r: Report) -> str:
+    """Which source carries the answer, and how clearly."""
+    f = best_sources(r.frames["sources"], 2).drop_nulls("score")
+    n, best = r.frames["sources"].height, f.row(0, named=True)
+    if n == 1: return "There is one source only, and none to compare it with"
+    if best["score"] <= 0 and r.meta["signed"]: return f"None of {n:,} sources speaks for the answer"
+    if f.height == 1: return f"Source {best['source']} of {n:,} is the only one with a score"
+    second = f.row(1, named=True)
+    noise = 2 * ((best["error"] or 0) ** 2 + (second["error"] or 0) ** 2) ** 0.5
+    if best["score"] - second["score"] <= noise: return "No source stands out: the best two differ by less than their errors"
+    clear = second["score"] <= best["score"] / 2
+    return f"Source {best['source']} carries the answer{', clearly ahead of the others' if clear else ', with others close behind'}"
+
+# %% ../../../nbs/probes/traceback/06_findings.ipynb #7f935826
+def _carried(r: Report) -> str:
+    """The words of the best source that matter, where one speaks for the answer."""
+    best = best_sources(r.frames["sources"], 1).row(0, named=True)
+    if best["score"] is None or (best["score"] <= 0 and r.meta["signed"]): return ""
+    text = str(r.frames["sources"].filter(source=best["source"])["text"].item())
+    return excerpt_around(text, r.meta["traced"].strip(), 160)
+
+# %% ../../../nbs/probes/traceback/06_findings.ipynb #9d480b36
+def _trace_sure(r: Report) -> str:
+    """By which method, in how many runs, with which error."""
+    c = r.frames["costs"].filter(pl.col("stage") != "answer")["evaluations"].sum()
+    runs = f"{c:,} run{'s' * (c != 1)} of the model" if c else "no run of the model but the answer's own"
+    drawn = r.frames["sources"]["error"].drop_nulls().len() > 0
+    errors = "scores have a standard error of the draws" if drawn else "scores have no error from drawing"
+    return f"Method {r.meta['method']}, {runs}; {errors}." + "".join(f" {n[:1].upper()}{n[1:]}." for n in r.meta["notes"][:1])
+
+# %% ../../../nbs/probes/traceback/06_findings.ipynb #c4e37f05
+def trace_summary(
+    r: Report,  # a trace
+) -> Summary:
+    """What a person can repeat of it."""
+    total = float(r.frames["answer"].filter("traced")["logprob"].sum())
+    guess, source = _guess(r), _source_verdict(r)
+    verdict = f"{guess}. {source}." if guess else f"{source}."
+    measures = [Measure("answer_logprob", "Log-probability of the answer", total, "nats"),
+                Measure("sources", "Sources", r.frames["sources"].height)]
+    untested = ["whether other methods name the same source", "whether the answer is right"]
+    draw = (lambda: _trace_picture(r)) if r.frames["sources"]["score"].drop_nulls().n_unique() > 1 else None
+    return Summary(verdict, draw, (), tuple(untested), _trace_sure(r), tuple(measures), _carried(r))
+
+# %% ../../../nbs/probes/traceback/06_findings.ipynb #3c0a5a66
+def _trace_picture(r: Report) -> Any:  # an Altair chart
+    from longlens.charts.small import small_bars
+    f = best_sources(r.frames["sources"], min(6, r.frames["sources"].height)).drop_nulls("score")
+    f = f.with_columns(name=pl.format("{}: {}", "source", "excerpt"))
+    errors = "error" if f["error"].null_count() < f.height else None
+    return small_bars(f, "name", "score", f"score, {r.meta['unit']}" if r.meta["unit"] != "score" else "score", errors)

@@ -264,7 +264,7 @@ def trace_context(
     method: str | Tracer = "loo",  # a name in TRACERS, or a method
     *,
     by: str | Sequence[Sequence[int]] | None = None,  # "words", "lines", "sentences", "paragraphs", "documents", "tokens", or spans
-    size: int | None = None,  # words, sentences, ... that make one source; None: 100 words, one of everything else
+    size: int | None = None,  # words, sentences, ... that make one source; None: 100 words (a tenth of fewer), one of all others
     span: Sequence[int] | None = None,  # the context is a whole prompt, and these characters of it are traced
     answer_span: Span = None,  # trace only this part of the answer: a text in it, or characters (start, end)
     k: int = 5,  # sources that are shown

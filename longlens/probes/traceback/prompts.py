@@ -207,7 +207,7 @@ def trace_prompt(
     answer: str | TokenIds | None = None,  # that is traced; None: the model answers
     *,
     by: str | Sequence[Sequence[int]] | None = None,  # one of SEGMENTERS, "tokens", or spans; None: "words", a list: "documents"
-    size: int | None = None,  # words, sentences, ... that make one source; None: 100 words, one of everything else
+    size: int | None = None,  # words, sentences, ... that make one source; None: 100 words (a tenth of fewer), one of all others
     answer_span: str | Sequence[int] | range | None = None,  # the part of the answer that is traced
     allow_longer: bool | None = None,  # go past the model's `max_length`; None: as it was loaded
     settings: AskSettings | None = None,  # template, chat, stop, ... together

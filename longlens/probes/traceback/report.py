@@ -12,12 +12,12 @@ import numpy as np
 import polars as pl
 
 from ...patch import patch
-from .findings import trace_findings
+from .findings import trace_findings, trace_summary
 from .frames import answer_frame, best_sources, excerpts, finer_levels, finer_sources, scored_frame
 from .page import source_bars, trace_sections
 from .sources import TracePrompt
 from .tracer import TraceScores
-from ...report import Report, report_html
+from ...report import Report, Summary, report_html
 
 if TYPE_CHECKING:
     from longlens.report import Section
@@ -31,6 +31,7 @@ class Trace(Report):
     """Which sources of a context made the model say that"""
 
     main: ClassVar[str] = "sources"
+    title: ClassVar[str] = "Where the answer comes from"
     explorer: ClassVar[str] = "longlens.apps.trace:explore_trace"
 
     if TYPE_CHECKING:  # added below
@@ -42,8 +43,12 @@ class Trace(Report):
         """The whole context; `start` and `end` of the sources are characters of it."""
         return str(self.frames["context"]["text"][0])
 
-    def findings(self) -> list[str]:
-        """What was found, a sentence each"""
+    def summary(self) -> Summary:
+        """Which source carries the answer"""
+        return trace_summary(self)
+
+    def details(self) -> list[str]:
+        """What was found, with every number"""
         return trace_findings(self)
 
     def sections(self) -> list[Section]:

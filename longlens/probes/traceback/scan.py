@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Unpack
 
 import polars as pl
@@ -20,7 +21,7 @@ from .report import Trace
 from .sources import TracePrompt
 from .tracer import TraceCost, Tracer
 from ...prompts.compose import Context
-from ...report import report_html
+from ...report import Measure, Summary, report_html
 from ...run import PLANNERS, Run
 
 # %% auto #0
@@ -61,9 +62,19 @@ class ScanReport(Trace):
 
     def _repr_html_(self) -> str: return report_html(self)
 
-    def findings(self) -> list[str]:
-        """What was found, a sentence each"""
-        return [*_on_scan(self), *super().findings()]
+    def summary(self) -> Summary:
+        """How many of the sources are flagged"""
+        f = self.frames["scan"]
+        hits, n = f.filter("flagged").height, f.height
+        verdict = f"{hits:,} of the {n:,} sources that the answer rests on most {'is' if hits == 1 else 'are'} flagged."
+        unseen = self.frames["sources"].height - n
+        untested = [f"{unseen:,} sources that were not shown to the detector"] * bool(unseen) + ["the detector itself"]
+        measures = Measure("flagged", "Flagged", hits), Measure("looked_at", "Looked at", n)
+        return replace(super().summary(), verdict=verdict, untested=tuple(untested), measures=measures)
+
+    def details(self) -> list[str]:
+        """What was found, with every number"""
+        return [*_on_scan(self), *super().details()]
 
     def sections(self) -> list[Any]:
         """The report as a page shows it"""

@@ -61,7 +61,7 @@ def _answer_measures(
     logits: Tensor,  # of the rows before each token, (b, t, vocab), float32
     ids: Tensor,  # the tokens, (t,)
 ) -> np.ndarray:  # (b, 2, t), float64
-    """Of each token: log p, and log(p / (1 - p)), which is its logit less the log-sum-exp of all others (ContextCite)."""
+    """Of each token: log p, and log(p / (1 - p)), which is its logit less the log-sum-exp of all others."""
     at = ids.to(logits.device)[None, :, None].expand(len(logits), -1, 1)
     own = logits.gather(-1, at)
     others = logits.scatter(-1, at, -torch.inf).logsumexp(-1)
@@ -141,7 +141,7 @@ class SubsetScorer:
 
     if TYPE_CHECKING:  # added below
         measures = _here.measures
-        logit_sums = _here.logit_sums
+        log_odds = _here.log_odds
         plan = _here.plan
         expect = _here.expect
         held = _here.held
@@ -151,9 +151,10 @@ class SubsetScorer:
 
 # %% ../../../nbs/probes/traceback/03_scorer.ipynb #72c88d29
 @patch
-def logit_sums(self: SubsetScorer, kept: ArrayLike) -> np.ndarray:  # (m,)
-    """Sum over the traced tokens of log(p / (1 - p)), for each subset (ContextCite's target)."""
-    return np.clip(self.measures(kept)[:, 1].sum(-1), FLOOR, -FLOOR)
+def log_odds(self: SubsetScorer, kept: ArrayLike) -> np.ndarray:  # (m,)
+    """log(P / (1 - P)) of the traced tokens together, for each subset (ContextCite's target)."""
+    logp = -np.logaddexp(0, -self.measures(kept)[:, 1]).sum(-1)  # out of each token's log-odds, which are exact near p = 1, too
+    with np.errstate(divide="ignore"): return np.clip(logp - np.log(-np.expm1(logp)), FLOOR, -FLOOR)
 
 # %% ../../../nbs/probes/traceback/03_scorer.ipynb #72c88d2a
 @patch

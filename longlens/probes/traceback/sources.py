@@ -134,11 +134,17 @@ def _joined_documents(documents: Any, sep: str) -> tuple[str, list[tuple[int, in
     parts = [d + sep * (i < len(documents) - 1) for i, d in enumerate(documents)]
     return "".join(parts), list(pairwise([0, *accumulate(map(len, parts))]))
 
+# %% ../../../nbs/probes/traceback/00_sources.ipynb #w5words
+def _by_words(text: str) -> list[tuple[int, int]]:
+    """Spans of 100 words; of a text that would be one source, about ten spans."""
+    spans = segment_spans(text, "words", None)
+    return spans if len(spans) > 1 else segment_spans(text, "words", -(-len(text.split()) // 10))
+
 # %% ../../../nbs/probes/traceback/00_sources.ipynb #528ab149
 def cut_context(
     context: str | Sequence[str],  # a text, or documents
     by: str | Sequence[Sequence[int]] | None = None,  # one of SEGMENTERS, or spans (start, end); None: "words", a list: "documents"
-    size: int | None = None,  # words, sentences, ... that make one source; None: 100 words, one of everything else
+    size: int | None = None,  # words, sentences, ... that make one source; None: 100 words (a tenth of fewer), one of all others
     sep: str = "\n\n",  # between two documents
 ) -> Sources:
     """The sources of a context."""
@@ -149,6 +155,7 @@ def cut_context(
     if not isinstance(by, str) and size is not None:
         raise TypeError(f"size is {size!r}, and by gives spans of your own, which are sources as they are: leave size out, or name a way")
     if by == "documents": spans = _several(documents, checked_size(1 if size is None else size, by))
+    elif by == "words" and size is None and len(documents) == 1: spans = _by_words(text)
     elif isinstance(by, str): spans = [(a + x, a + y) for a, b in documents for x, y in segment_spans(text[a:b], by, size)]
     else: spans = _own(text, by)
     if not spans: raise ValueError("there are no sources: give at least one span of the context")

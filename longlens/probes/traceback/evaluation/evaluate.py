@@ -345,7 +345,7 @@ def evaluate_traceback(
     k: int | None = 5,  # sources that are taken, those with the highest scores; None: as many as are true
     *,
     by: str | None = None,  # how contexts are cut; None: words, and documents where there are some
-    size: int | None = None,  # words, sentences, ... that make one source; None: 100 words, one of everything else
+    size: int | None = None,  # words, sentences, ... that make one source; None: 100 words (a tenth of fewer), one of all others
     settings: Mapping[str, Mapping[str, Any]] | None = None,  # of some methods, by name
     keep: str = "changed",  # which cases count: those whose answer was changed, or all in which the target is said ("said")
     on_error: str = "row",  # a method that fails becomes a row with the reason; "raise": stop

@@ -11,10 +11,10 @@ import polars as pl
 
 from .metrics import case_interval
 from ..frames import excerpt
-from ....report import Report
+from ....report import Measure, Report, Summary
 
 # %% auto #0
-__all__ = ['f1_ceiling', 'evaluation_findings']
+__all__ = ['f1_ceiling', 'evaluation_findings', 'evaluation_summary']
 
 # %% ../../../../nbs/probes/traceback/evaluation/03_findings.ipynb #fa6a5aa7
 def _on_cases(r: Report) -> str:
@@ -89,3 +89,34 @@ def evaluation_findings(
 ) -> list[str]:
     """What an evaluation found, a sentence each."""
     return [s for s in (_on_cases(r), _on_target(r), *_on_methods(r), *_on_failures(r)) if s]
+
+# %% ../../../../nbs/probes/traceback/evaluation/03_findings.ipynb #e649497c
+def _methods_verdict(r: Report) -> str:
+    """Which method finds most of what was injected."""
+    f = r.frames["methods"].drop_nulls("f1").sort("f1", "forward_tokens", descending=[True, False], maintain_order=True)
+    if f.is_empty(): return "No method could be run."
+    best = f.row(0, named=True)
+    values = f"F1 {best['f1']:.2f}, where a guess has {r.meta['f1_guess']:.2f}"
+    if len(f) > 1 and f["f1"].n_unique() == 1: return f"All methods find the same: {values}."
+    return f"{_they_find(_named_alike(f, best))} {'most of ' if len(f) > 1 else ''}what was injected: {values}."
+
+# %% ../../../../nbs/probes/traceback/evaluation/03_findings.ipynb #20b8fcbd
+def evaluation_summary(
+    r: Report,  # of an evaluation
+) -> Summary:
+    """What a person can repeat of it."""
+    f, kept = r.frames["methods"].drop_nulls("f1").sort("f1", descending=True, maintain_order=True), int(r.frames["cases"]["kept"].sum())
+    measures = [Measure("f1_guess", "F1 of a guess", r.meta["f1_guess"])]
+    if f.height:
+        best = f.row(0, named=True)
+        measures.insert(0, Measure("f1", f"F1 of {best['method']}", best["f1"], "", best["lower"], best["upper"], n=best["cases"]))
+    sure = f"{kept:,} of {r.frames['cases'].height:,} cases were traced, those in which the model said what it was made to say."
+    if f.height: sure += f" The interval of the best F1 is {f['lower'][0]:.2f} to {f['upper'][0]:.2f}."
+    draw = (lambda: _methods_picture(f)) if f.height > 1 and f["f1"].n_unique() > 1 else None
+    untested = "attacks other than those of these cases", "other models and prompts"
+    return Summary(_methods_verdict(r), draw, (), untested, sure, tuple(measures))
+
+# %% ../../../../nbs/probes/traceback/evaluation/03_findings.ipynb #3bd57c4a
+def _methods_picture(f: pl.DataFrame) -> Any:  # an Altair chart
+    from longlens.charts.small import small_bars
+    return small_bars(f, "method", "f1", "F1")

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import polars as pl
 
-from .findings import evaluation_findings, f1_ceiling
+from .findings import evaluation_findings, evaluation_summary, f1_ceiling
 from .frames import interval_table, method_table
 from .metrics import f1_range
-from ....report import Report
+from ....report import Report, Summary
 
 if TYPE_CHECKING:
     from longlens.report import Section
@@ -27,8 +27,12 @@ class TracebackReport(Report):
     main: ClassVar[str] = "methods"
     title: ClassVar[str] = "Methods of context traceback"
 
-    def findings(self) -> list[str]:
-        """What was found, a sentence each"""
+    def summary(self) -> Summary:
+        """Which method finds most"""
+        return evaluation_summary(self)
+
+    def details(self) -> list[str]:
+        """What was found, with every number"""
         return evaluation_findings(self)
 
     def sections(self) -> list[Section]:

@@ -159,7 +159,7 @@ class ContextCite(Tracer):
     def run(self, job: Job) -> TraceScores:
         masks, k = self.masks(job), self.ablations
         tokens = len(job.prompt.traced) if isinstance(job, TraceJob) else 1
-        true = (job.scorer.logit_sums if isinstance(job.scorer, SubsetScorer) else job.scorer)(masks)
+        true = (job.scorer.log_odds if isinstance(job.scorer, SubsetScorer) else job.scorer)(masks)
         with unsettled_fits() as late:
             fitted = fit_surrogate(masks[:k], true[:k], tokens, self.alpha)
             errors = surrogate_errors(masks[:k], true[:k], tokens, self.alpha, self.draws, job.seed)
