@@ -235,3 +235,18 @@ def test_query_heads_that_differ_by_layer_are_refused_at_load() -> None:
     hf = zoo.EVERYTHING["llama"]()
     hf.config.num_attention_heads_per_layer = [4, 2]
     with pytest.raises(ValueError, match=r"LlamaForCausalLM has no one number of query heads: layers differ \(4, 2\)"): ll.load(hf)
+
+
+def test_a_plan_counts_what_a_cache_that_cannot_be_continued_runs_again() -> None:
+    "Bamba gives other logits in any other way: every word of an answer runs the whole text"
+    lm, ran = with_words(zoo.EVERYTHING["bamba"]), 0
+
+    def count(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        nonlocal ran
+        ran += kwargs["input_ids"].numel()
+    plan = ll.plan(ll.needle_grid, lm, lengths=(160,), depths=(50,), trials=1)
+    hook = lm.hf.register_forward_pre_hook(count, with_kwargs=True)
+    ll.needle_grid(lm, lengths=(160,), depths=(50,), trials=1)
+    hook.remove()
+    assert ran <= plan.tokens < 1.05 * ran and plan.again > 100 * plan.naive
+    assert "cannot be continued" in repr(plan)

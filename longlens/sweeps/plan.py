@@ -18,7 +18,7 @@ import torch
 
 from ..patch import patch
 from ..models.forward import LongModel
-from ..models.prefix import can_share, rope_regime, shared_length
+from ..models.prefix import can_share, continuation, rope_regime, shared_length
 from ..models.memory import MemoryEstimate, size_text
 from .cells import Cell, Condition, Task, content
 from ..budget import Speed, minutes_text
@@ -168,6 +168,12 @@ def _answer_seconds(cell: Cell, task: Task, speed: Speed) -> float:
     return task.written(cell) * speed.word + (speed.reading(forced, len(cell), captured=True) if forced else 0.0)
 
 # %% ../../nbs/sweeps/02_plan.ipynb #1aa781ba
+def _run_again(cell: Cell, task: Task) -> int:
+    """Tokens that an answer runs again where a cache cannot be continued: the text and all that was written, for every token."""
+    n, written, forced = len(cell), task.written(cell), len(cell.completion)
+    return written * n + written * (written + 1) // 2 + (n + forced if forced else 0)
+
+
 @dataclass(frozen=True, repr=False)
 class Plan:
     """What a sweep is going to do."""
@@ -180,6 +186,7 @@ class Plan:
     folder: str | None = None  # where results are kept
     chunk: int = 4096  # tokens a step
     speed: Speed | None = None  # of the model; None: not measured
+    whole: bool = False  # does every continuation run its text again, because the model's cache cannot be continued?
 
     @property
     def left(self) -> list[Batch]:
@@ -194,8 +201,13 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """Tokens of them that will be computed."""
-        return sum(tokens_of(self.left, self.cells))
+        """Tokens of them that will be computed, and those that answers run again."""
+        return sum(tokens_of(self.left, self.cells)) + self.again
+
+    @property
+    def again(self) -> int:
+        """Tokens that run again for answers, at most: none, unless the model's cache cannot be continued."""
+        return sum(_run_again(self.cells[i], self.task) for b in self.left for i in b.cells) if self.whole else 0
 
     @property
     def seconds(self) -> float | None:
@@ -234,8 +246,9 @@ def _time_text(seconds: float | None) -> str:
 def __repr__(self: Plan) -> str:
     lines = [f"{len(self.cells):,} cells" + f", {len(self.finished):,} of them finished" * bool(self.finished)]
     if self.left:
-        share = f" ({100 * self.tokens / self.naive:.0f} % of {self.naive:,} without shared beginnings)"
+        share = f" ({100 * (self.tokens - self.again) / self.naive:.0f} % of {self.naive:,} without shared beginnings)"
         lines.append(f"{self.tokens:,} tokens to compute{share}, in {len(self.left):,} batches" + _time_text(self.seconds))
+        if self.whole: lines.append(f"{self.again:,} of these for answers: the cache cannot be continued, so every word runs all again")
         if self.memory is not None: lines.append(_memory_line(self.memory))
     lines.append(f"results in {self.folder}" if self.folder else "results in memory only (out= keeps them)")
     return "Plan: " + "\n      ".join(lines)
@@ -276,4 +289,4 @@ def make_plan(
     size = min(chunk or lm.best_chunk(n, many), n)
     finished = frozenset(i for i, k in enumerate(keys) if store is not None and k in store.rows)
     folder = str(store.folder) if store is not None and store.folder else None
-    return Plan(cells, task, batches, finished, lm.memory(n, size, many), folder, size, speed)
+    return Plan(cells, task, batches, finished, lm.memory(n, size, many), folder, size, speed, continuation(lm) == "whole")
