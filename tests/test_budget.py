@@ -182,7 +182,7 @@ def test_every_section_has_a_ladder_and_a_share() -> None:
 # ---- the command
 
 def started(out: Path) -> subprocess.Popen[str]:
-    asked = [COMMAND, "report", "--probes", "sinks,grid", "--context", "400", "--out", out]
+    asked = [COMMAND, "report", "needle-lm", "--probes", "sinks,grid", "--context", "400", "--out", out]
     return subprocess.Popen([*map(str, asked)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENV, text=True)
 
 
@@ -222,7 +222,7 @@ def test_killed_and_interrupted_reports_go_on(tmp_path: Path) -> None:
 
 
 def test_minutes_of_wall_clock(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["report", "--probes", "sinks,grid", "--minutes", "0.2", "--out", str(tmp_path / "out")]) == 0
+    assert cli.main(["report", "needle-lm", "--probes", "sinks,grid", "--minutes", "0.2", "--out", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
     assert "planned for 12 s: about" in shown and re.search(r"1 of 2 · attention sinks · [\d.]+ s of 12 s", shown)
     made = Report.load(tmp_path / "out/time")

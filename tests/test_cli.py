@@ -196,6 +196,7 @@ def test_real_questions_and_longer_windows(quick: list[object], monkeypatch: pyt
         return StandIn({"similarity": pl.DataFrame({"layer": [0]})})
 
     monkeypatch.setitem(vars(longlens), "length_collapse", collapse)
+    Path("asked.jsonl").write_text("its content counts: a run goes on with the same questions only", encoding="utf-8")
     more = ["--questions", "asked.jsonl", "--windows", "grouped, recurrent", "--max-length", "512"]
     assert cli.main(["report", "--encoder", *more, "--out", "out"]) == 0
     assert (asked["questions"], asked["windows"], asked["texts"]) == (Path("asked.jsonl"), ["grouped", "recurrent"], None)

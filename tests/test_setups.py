@@ -121,6 +121,7 @@ def test_torch_quantises_linear_layers() -> None:
 
 # ---- compiled
 
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True to a scalar:UserWarning")    # said by torch
 def test_a_compiled_model_is_measured_as_it_is_written() -> None:
     "Without a compiler: what torch.compile wraps is found, and attention is refused or measured, never missed"
     hf = zoo.ZOO["llama"]()

@@ -19,14 +19,13 @@ from .common import (
 from .encoder_text import load_asked_encoder
 from .model_text import check_size, default_model, example_text, first_tokens
 from ..budget import Speed, minutes_text
-from .run_folder import RunFolder, check_folder
-from .runner import SectionRunner, Stopped
 from .sections import ENCODER_SECTIONS, MODEL_SECTIONS
 from .sizes import Size, size_facts
-from .time_plan import SHARES, ReportPlan, plan_sections
-from ..report import atomic_write
 
 if TYPE_CHECKING:
+    from longlens.cli.run_folder import RunFolder
+    from longlens.cli.runner import SectionRunner
+    from longlens.cli.time_plan import ReportPlan
     from longlens.encoders.encoder import Encoder
     from longlens.models.forward import LongModel
     from longlens.models.tokens import Tokens
@@ -179,6 +178,7 @@ def _speeds(x: Inputs) -> dict[str, Speed]:
 
 def _seconds_for(asked: argparse.Namespace, names: list[str], todo: list[str], x: Inputs) -> float | None:
     "Seconds for the sections that are not finished; None: no limit"
+    from longlens.cli.time_plan import SHARES
     if asked.minutes is None: return None
     whole = 60 * asked.minutes * sum(SHARES[n] for n in todo) / sum(SHARES[n] for n in names)
     return max(.5 * whole, whole - (time.monotonic() - x.begun) - min(_FOR_PAGE, .1 * whole))
@@ -211,6 +211,9 @@ def _show_plan(plan: ReportPlan, asked: argparse.Namespace, finished: Mapping[st
 # %% ../../nbs/cli/10_report.ipynb #3cf11569
 def _run_in(folder: RunFolder | None, asked: argparse.Namespace, names: list[str], x: Inputs) -> Path | None:
     "Plan, show the plan, run it"
+    from longlens.cli.runner import SectionRunner
+    from longlens.cli.time_plan import plan_sections
+    from longlens.report import atomic_write
     before = _finished(folder, asked, names)
     todo = [n for n in names if n not in before]
     most = len(x.tokens) if x.tokens is not None else 0
@@ -241,6 +244,8 @@ def _run_report(
     asked: argparse.Namespace,    # the arguments
 ) -> Path | None:                 # the page; None: it was a dry run
     "Say what is going to be measured, measure it, write the page and the tables"
+    from longlens.cli.run_folder import RunFolder, check_folder
+    from longlens.cli.runner import Stopped
     if not asked.dry_run: check_folder(asked.out, asked.overwrite)
     names = chosen_probes(asked)
     x = _read_inputs(asked, names)

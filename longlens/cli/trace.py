@@ -134,7 +134,7 @@ def _way_to_cut(
     "As it was asked for; by sentences, where 100 words would make too few sources of a text"
     from longlens.probes.traceback.sources import cut_context
     if asked.by is not None or asked.size is not None or not isinstance(context, str): return asked.by
-    few, finer = len(cut_context(context)), len(cut_context(context, "sentences"))
+    few, finer = len(cut_context(context, "words", 100)), len(cut_context(context, "sentences"))
     if few >= _FEWEST or finer <= few: return None
     many = "one source" if few == 1 else f"{few} sources"
     print(f"every sentence is a source, {finer:,} in all: 100 words each would make {many} (--by words cuts so)", flush=True)
