@@ -97,7 +97,7 @@ def test_a_short_text_is_cut_into_sentences(capsys: pytest.CaptureFixture[str]) 
     assert run(*asked, "--out", "out") == 0
     said = capsys.readouterr().out
     assert "every sentence is a source, 4 in all: 100 words each would make one source" in said and "of 4 sources by sentences" in said
-    assert run(*asked, "--by", "words", "--out", "words") == 0
+    assert run(*asked, "--by", "words", "--size", "100", "--out", "words") == 0
     assert "none to compare it with: cut finer (--by)\n" in capsys.readouterr().out
 
 

@@ -137,7 +137,7 @@ def _way_to_cut(
     few, finer = len(cut_context(context, "words", 100)), len(cut_context(context, "sentences"))
     if few >= _FEWEST or finer <= few: return None
     many = "one source" if few == 1 else f"{few} sources"
-    print(f"every sentence is a source, {finer:,} in all: 100 words each would make {many} (--by words cuts so)", flush=True)
+    print(f"every sentence is a source, {finer:,} in all: 100 words each would make {many} (--by words --size 100 cuts so)", flush=True)
     return "sentences"
 
 # %% ../../nbs/cli/01_trace.ipynb #eb2040e1

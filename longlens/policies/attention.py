@@ -58,7 +58,7 @@ class SnapKV(Eviction):
 
     def keep(self, prompt: Prompt, budget: int) -> Tensor:
         small = replace(self, window=min(self.window, max(1, budget // 2)))
-        return super(SnapKV, small).keep(prompt, budget)
+        return Eviction.keep(small, prompt, budget)
 
     def scored(self, prompt: Prompt, w: int) -> Tensor:  # (kv_heads, n)
         "Scores by the last w queries; these have the highest"
