@@ -14,8 +14,8 @@ export PYTHONUTF8 := 1
 help:    ## what there is to make
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 14
 
-demo: .venv/.for-use    ## measure the small models that come with longlens, and write the report as a page
-	@$(BIN)/longlens report --out $(DEMO) --overwrite --open
+demo: .venv/.for-use    ## measure SmolLM2 and MiniLM on real text in three minutes, and write the report as a page
+	@$(BIN)/longlens report --minutes 3 --out $(DEMO) --overwrite --open
 
 test: .venv/.for-work    ## every check: repository, lint, types, notebooks, tests
 	@failed=""; step() { echo "== $$1"; shift; "$$@" || failed=yes; }; \
