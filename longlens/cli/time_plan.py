@@ -115,10 +115,10 @@ def _share_of(names: Sequence[str], speeds: Mapping[str, Speed], left: float) ->
 def slowness(
     plan: ReportPlan,
 ) -> float:
-    "How many times as long as expected the sections took: 0.5 to 10; one that was stopped would have taken half as long again, at least"
+    "How many times as long as expected the sections took: 0.5 to 10; one that was stopped counts three times"
     done = [s for s in plan.sections if s.tried and s.size is not None]
     expected = sum(_seconds(s.name, s.size, plan.speeds) for s in done if s.size is not None)
-    taken = sum((s.taken or 0) * (1.5 if s.state == "stopped" else 1) for s in done)
+    taken = sum((s.taken or 0) * (3 if s.state == "stopped" else 1) for s in done)
     return 1.0 if not expected else min(10.0, max(.5, taken / expected))
 
 # %% ../../nbs/cli/06_time_plan.ipynb #791da201

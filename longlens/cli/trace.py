@@ -157,6 +157,7 @@ def _prepare(asked: argparse.Namespace) -> _Job:
     import longlens
     (context, question), methods = _trace_inputs(asked), _methods_asked(asked)
     heads = None if asked.heads is None else longlens.Report.load(asked.heads)
+    if _example(asked): asked.model = "needle-lm"    # what the example was made for
     lm = load_model(asked)
     put = dict(by=_way_to_cut(context, asked), size=asked.size, template=asked.template, chat=asked.chat or None, system=asked.system)
     how = dict(k=asked.top, budget=asked.budget, heads=heads, out=asked.results, progress=True)
