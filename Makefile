@@ -25,7 +25,7 @@ test: .venv/.for-work    ## every check: repository, lint, types, notebooks, tes
 	step "imports" $(BIN)/lint-imports --no-logo; \
 	step "notebooks" env OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing; \
 	step "tests" env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not browser"; \
-	step "tests in a browser" $(BIN)/python -m pytest -m browser; \
+	step "tests in a browser" $(BIN)/python -m pytest -n 2 --dist loadfile -m browser; \
 	test -z "$$failed"
 
 lab: .venv/.for-work    ## JupyterLab on the tutorials

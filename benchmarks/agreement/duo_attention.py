@@ -13,7 +13,7 @@ import torch
 from common import Comparison, apart, arguments, commit_of, functions, smollm2
 
 LLAMA, STREAM, UTILS, LOSS = "duo_attn/patch/llama.py", "duo_attn/patch/streaming_attn.py", "duo_attn/utils.py", "duo_attn/loss.py"
-TOKENS, SINK, RECENT = 700, 64, 128
+TOKENS, SINK, RECENT = 1900, 64, 128
 
 
 def full(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, dropout_p: float) -> torch.Tensor:

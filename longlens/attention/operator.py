@@ -79,6 +79,8 @@ class AttentionOperator:
         rmatmul = _operator.rmatmul
         entropy = _operator.entropy
         key_mass = _operator.key_mass
+        mass_sums = _operator.mass_sums
+        _summed_mass = _operator._summed_mass
         support = _operator.support
         received = _operator.received
         alpha = _operator.alpha
@@ -292,11 +294,24 @@ def key_mass(self: AttentionOperator) -> Tensor:  # (batch, heads, n_queries)
     if self.sinks is None: return sees.to(self.dtype)
     return torch.where(sees, -torch.expm1(self.sinks.to(self.lse)[None, :, None] - self.lse), 0).to(self.dtype)
 
+# %% ../../nbs/attention/08_operator.ipynb #b1c5a912
+@patch
+def mass_sums(self: AttentionOperator) -> list[Reducer]:
+    "What must be added up to know, to the last digit, what a row gives to keys: nothing, if there is no learned sink"
+    return [] if self.sinks is None else [WindowMass([self.shape[2] + self.shape[3]])]    # a window that holds everything
+
+
+@patch
+def _summed_mass(self: AttentionOperator) -> Tensor:  # (batch, heads, n_queries)
+    "`key_mass`, exact to the last digit"
+    sums = self.mass_sums()
+    return self.reduce(*sums)[0][..., 0] if sums else self.key_mass()
+
 # %% ../../nbs/attention/08_operator.ipynb #f2fa1149
 @patch
 def support(self: AttentionOperator) -> Tensor:  # tokens, (batch, heads, n_queries)
     "Effective number of attended tokens, (sum p)^2 / sum p^2: 1 if all on one key, m if shared equally by m"
-    return self.key_mass() ** 2 / self.reduce(SquareSum())[0].clamp_min(torch.finfo(self.dtype).tiny)
+    return self._summed_mass() ** 2 / self.reduce(SquareSum(), *self.mass_sums())[0].clamp_min(torch.finfo(self.dtype).tiny)
 
 # %% ../../nbs/attention/08_operator.ipynb #b78b34bc
 @patch
@@ -360,7 +375,7 @@ def log_windows(
 @patch
 def mean_distance(self: AttentionOperator) -> Tensor:  # tokens, (batch, heads, n_queries)
     "Mean distance |i - j| between a query and what it attends to, over the keys' share of the attention"
-    return self.reduce(DistanceSum())[0] / self.key_mass().clamp_min(torch.finfo(self.dtype).tiny)
+    return self.reduce(DistanceSum(), *self.mass_sums())[0] / self._summed_mass().clamp_min(torch.finfo(self.dtype).tiny)
 
 # %% ../../nbs/attention/08_operator.ipynb #37efefb3
 @patch

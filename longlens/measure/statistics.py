@@ -46,7 +46,7 @@ class Support(RowStatistic):
     "Effective number of attended tokens, (sum p)^2 / sum p^2"
     name: ClassVar[str] = "support"
 
-    def reducers(self, call: Call) -> list[Reducer]: return [SquareSum()]
+    def reducers(self, call: Call) -> list[Reducer]: return [SquareSum(), *call.op.mass_sums()]
 
     def values(self, call: Call) -> dict[str, Tensor]: return {"support": call.op.support()}
 
@@ -120,7 +120,7 @@ class Distance(RowStatistic):
     "Mean distance between a query and what it attends to, in tokens"
     name: ClassVar[str] = "distance"
 
-    def reducers(self, call: Call) -> list[Reducer]: return [DistanceSum()]
+    def reducers(self, call: Call) -> list[Reducer]: return [DistanceSum(), *call.op.mass_sums()]
 
     def values(self, call: Call) -> dict[str, Tensor]: return {"mean_distance": call.op.mean_distance()}
 
