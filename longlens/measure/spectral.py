@@ -167,6 +167,9 @@ def top_singular(
     return _run(CenteredLanczos(_in_full(op), seed), iterations, tol, samples)
 
 # %% ../../nbs/measure/04_spectral.ipynb #f9f77ffe
+_LEAST = 10    # steps before a value counts: where the first vector has little of the largest, a smaller one is met first
+
+
 def _run(lanczos: CenteredLanczos, iterations: int, tol: float, samples: Sequence[int] | None = None) -> TopSingular:
     active = torch.zeros(lanczos.op.shape[:2], dtype=torch.bool)
     active[slice(None) if samples is None else list(samples)] = True
@@ -178,7 +181,7 @@ def _run(lanczos: CenteredLanczos, iterations: int, tol: float, samples: Sequenc
         now = lanczos.top()
         value, residual = torch.where(active, now[0], value), torch.where(active, now[1], residual)
         steps[active] = k
-        active &= ~(residual <= torch.maximum(tol * value, floor))
+        active &= ~((residual <= floor) | (k >= _LEAST) & (residual <= tol * value))
         if not active.any(): break
     return TopSingular(value, residual + floor + _ROUNDING * eps * value, steps, ~active)
 
