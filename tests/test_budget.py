@@ -64,7 +64,7 @@ def test_a_plan_of_every_model_and_machine() -> None:
         for n in (70, 256, 2048):
             plan = plan_sections(NAMES, {"model": MODEL.slower(slow)}, 60, n)
             assert plan.expected <= 60 and all(s.size or "smallest size takes about" in s.why for s in plan.sections)
-            assert all(s.size is None or s.size.tokens <= max(256, n) for s in plan.sections)
+            assert all(s.size is None or s.size.tokens <= max(LADDERS[s.name][0].tokens, n) for s in plan.sections)
 
 
 def test_the_speed_of_a_model_is_that_of_its_forwards(lm: ll.LongModel) -> None:

@@ -131,7 +131,7 @@ def document_questions(
         return fact_questions(n, _enough(size, room), sentences=sentences), {}
     questions = read_questions("nq-sample")
     each = _DOCUMENT * len(lm.tokens(_sample_text(), allow_longer=True)) / len(questions)
-    size = _enough(min(20, int((room - 100) / each)), room)
+    size = min(20, max(3, int((room - 100) / each)))    # with fewer than three there is no middle
     return with_distractors(questions, size)[:n], {"chat": lm.card.chat}
 
 # %% ../../nbs/cli/02_model_text.ipynb #f02a38ad

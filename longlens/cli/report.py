@@ -227,7 +227,9 @@ def _run_in(folder: RunFolder | None, asked: argparse.Namespace, names: list[str
     if text: atomic_write(folder.path / "text.txt", text)
     measure = partial(_measure, asked, x)
     runner = SectionRunner(folder, plan, measure, x.title(), asked.minutes, x.begun, asked.results, before, names)
-    return _show_found(runner, runner.run())
+    page = _show_found(runner, runner.run())
+    for error in runner.failed.values(): raise error
+    return page
 
 # %% ../../nbs/cli/10_report.ipynb #0238208f
 def _show_found(runner: SectionRunner, page: Path) -> Path:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..budget import Speed, TimeBudget, TimeIsUp, minutes_text
+from .common import one_line
 from .run_folder import RunFolder
 from .sizes import LADDERS, size_facts
 from .time_plan import TITLES, PlannedSection, ReportPlan, plan_again, slowness, waiting
@@ -60,6 +61,7 @@ class SectionRunner:
     before: dict[str, Report] = field(default_factory=dict)  # sections that were finished before
     order: Sequence[str] = ()  # of the sections on the page; () as they are planned
     reports: dict[str, Report] = field(default_factory=dict)
+    failed: dict[str, Exception] = field(default_factory=dict)  # sections that ended with an error; the others go on
     began: float = field(default_factory=time.monotonic)  # when the first section began
 
     @property
@@ -79,8 +81,9 @@ class SectionRunner:
                 for at in range(len(self.plan.sections)): self.section(at)
                 for at, s in enumerate(self.plan.sections):
                     if s.state in ("stopped", "left out"): self.section(at)
-                if not self.reports and self.plan.sections: _measure_least(self)
+                if not self.reports and not self.failed and self.plan.sections: _measure_least(self)
         except KeyboardInterrupt as e: raise Stopped(_stop(self)) from e
+        if self.failed and not self.reports: raise next(iter(self.failed.values()))
         return _write_page(self)
 
     def section(self, at: int) -> None:
@@ -136,6 +139,7 @@ def _measure_section(r: SectionRunner, at: int, clock: TimeBudget | None) -> Non
         r.reports[s.name] = r.measure(s.name, s.size, time_budget=clock, out=r.parts or r.folder.parts)
         s.state, s.why = "finished", ""
     except TimeIsUp as e: s.state, s.why = "stopped", str(e)
+    except Exception as e: s.state, s.why, r.failed[s.name] = "failed", one_line(e), e
     finally: s.taken = time.monotonic() - begun
     if s.state == "finished": r.folder.save(s.name, r.reports[s.name], _facts(s))
     else: r.folder.note(s.name, _facts(s))
