@@ -234,3 +234,12 @@ def test_a_step_is_kept_at_once(tmp_path: Path) -> None:
     def make(i: int) -> dict[str, pl.DataFrame]: return {"tokens": pl.DataFrame({"i": [i]})}
     for i in range(3): Store(tmp_path).once(["step", i], partial(make, i))
     assert Store(tmp_path).once(["step", 2], lambda: pytest.fail("it was made again"))["tokens"]["i"].to_list() == [2]
+
+
+def test_the_smallest_collapse_runs() -> None:
+    "As the encoder's section of a slow machine: fewer candidates than queries are asked for otherwise"
+    from longlens.cli.encoder_text import load_asked_encoder
+    from longlens.cli.sections import ENCODER_SECTIONS
+    enc = load_asked_encoder(cli.parser().parse_args(["report", "--encoder", "--out", "x"]))
+    report = ENCODER_SECTIONS["collapse"](enc, None, None, LADDERS["collapse"][0])
+    assert report.findings() and report.frames["retrieval"]["value"].null_count() == 0

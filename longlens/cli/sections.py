@@ -124,7 +124,7 @@ def _collapse(
     lengths, ways = collapse_lengths(enc, context or short), window_ways(windows)
     longest = 2 * (enc.positions_limit or enc.max_length or 0) if ways else lengths[-1]
     texts, paragraphs = (None, []) if text is None else text_documents(enc, text, longest)
-    how |= dict(n_documents=size.documents, n_candidates=size.candidates)
+    how |= dict(n_documents=size.documents, n_candidates=size.candidates, n_queries=min(50, size.candidates))
     if questions is None and text is None: questions = sample_questions(enc, longest * size.documents)
     if questions is not None: how["questions"] = questions
     if ways: how["windows"] = "all" if ways == ["all"] else ways
