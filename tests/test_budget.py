@@ -153,7 +153,7 @@ def test_a_report_keeps_to_its_minutes(tmp_path: Path, monkeypatch: pytest.Monke
     if slow <= 2: assert [s.state for s in plan.sections] == ["finished"] * 5
     if slow == .3: assert sum(s.size.seconds(MODEL) > b.seconds(MODEL) for s, b in zip(plan.sections, before, strict=True) if s.size and b)
     made = Report.load(tmp_path / "out/time")
-    assert made.table["taken_seconds"].drop_nulls().sum() <= 252 and made.findings()[0].startswith("planned for 4 min, took")
+    assert made.table["taken_seconds"].drop_nulls().sum() <= 252 and made.findings()[0].startswith("Planned for 4 min, took")
     assert all(s.state == "finished" or any(s.why in line for line in made.findings()) for s in plan.sections)
     assert any(re.match(r"with 20 min: ", line) for line in made.findings())
 

@@ -41,7 +41,7 @@ class TimeReport(Report):
 def _taken_sentence(r: TimeReport) -> str:
     "Time planned and taken"
     limit, taken = r.meta["minutes"], minutes_text(r.meta["seconds"])
-    return f"planned for {minutes_text(60 * limit)}, took {taken}" if limit else f"took {taken}, with no limit"
+    return f"Planned for {minutes_text(60 * limit)}, took {taken}." if limit else f"Took {taken}, with no limit."
 
 
 def _missing_sentences(r: TimeReport) -> list[str]:

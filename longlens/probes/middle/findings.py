@@ -178,7 +178,7 @@ def middle_summary(
     s, measures, scores = r.meta["settings"], _middle_measures(r), plain_rows(r)["score"]
     real = s["what"] == "documents" and s["task"] not in (_MADE, "documents")
     untested = [f"more than {s['n']:,} {what_of(r)}"]
-    if not real: untested.append("real questions and passages: these were made or given")
+    if s["what"] != "documents" or s["task"] == _MADE: untested.append("real questions and passages: these were made")
     if len(s["remedies"]) < 2: untested.append("remedies")
     known = measures[1:] if real and scores.max() > 0 else []
     draw = None if scores.max() == 0 or scores.min() == 1 or len(scores) < 2 else lambda: _middle_picture(r)
