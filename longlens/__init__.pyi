@@ -71,6 +71,8 @@ from .probes.traceback.scan import scan_context as scan_context
 from .probes.traceback.scan import ScanReport as ScanReport
 from .probes.traceback.evaluation.report import TracebackReport as TracebackReport
 from .probes.traceback.evaluation.evaluate import evaluate_traceback as evaluate_traceback
+from .probes.tasks.report import TaskReport as TaskReport
+from .probes.tasks.probe import evaluate_tasks as evaluate_tasks
 from .probes.policies.report import PolicyReport as PolicyReport
 from .probes.policies.probe import policy_lens as policy_lens
 from .apps.reading import PromptReading as PromptReading
