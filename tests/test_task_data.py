@@ -117,11 +117,13 @@ def test_a_question_goes_through_every_probe(lm: ll.LongModel) -> None:
     ctx = q.prompt(lm)
     assert set(ctx.spans) >= {"context", "gold", "question", "document_0"}
     assert lm.decode(ctx.tokens.ids[list(ctx.spans["gold"])]).strip() == q.context[slice(*q.gold[0])]
+    assert ll.explore(lm, q).report is not None
     with ll.capture(lm, ll.SpanMass({"gold": (ctx.spans["gold"].start, ctx.spans["gold"].stop)})) as seen: lm(ctx.tokens)
     assert seen.frame("span_mass").height
-    assert plan(ll.trace_context, lm, ctx, by="documents") is not None
-    assert plan(ll.policy_lens, lm, [ctx], ["snapkv"], budgets=.5).height == 1
-    asked = [x.document_question() for x in document_tasks(fact_questions(2, 3), "middle")]
+    assert plan(ll.trace_context, lm, q).tokens > 0
+    assert plan(ll.policy_lens, lm, [q], ["snapkv"], budgets=.5).height == 1
+    assert ll.trace_context(lm, q, answer=" " + q.answers[0], method="attention", by="documents").table.height == 4
+    asked = document_tasks(fact_questions(2, 3), "middle")
     assert ll.lost_in_the_middle(lm, asked, positions=2, baselines=False, max_new_tokens=4).table.height == 2
 
 
