@@ -15,10 +15,13 @@ from matrix import patterns
 
 import longlens as ll
 from longlens.cli.main import main
+from longlens.probes.tasks.readings import READINGS, quotes_first, reading_curve, segments_in_turn
 from longlens.prompts.compose import PromptSettings
-from longlens.prompts.questions import fact_questions
+from longlens.prompts.questions import fact_questions, read_questions, title_and_text
 from longlens.run import plan
+from longlens.task_data import made
 from longlens.task_data.files import read_rows
+from longlens.task_data.haystacks import bm25_scores
 from longlens.task_data.load import DATASETS, tasks
 from longlens.task_data.made import document_tasks
 from longlens.task_data.metrics import TASK_METRICS, score_reply
@@ -108,6 +111,44 @@ def test_every_metric_is_a_share() -> None:
         if name.endswith("_zh") or name == "rouge_l_zh_keywords": continue    # they need jieba
         for reply in ("", "no", q.answers[0], "[1, 2, 3, 4]", "A1", "Paragraph 2"):
             assert 0 <= score_reply(replace(q, metric=name, answers=(own.get(name, q.answers[0]),), meta=extra), reply) <= 1, name
+
+
+# ---- made questions
+
+MADE = {"common": lambda s: made.common_words(60, n_common=4, seed=s), "frequent": lambda s: made.frequent_words(120, seed=s),
+        "unlike": lambda s: made.unlike_needle(9, 50, seed=s), "repeated": lambda s: made.repeated_requests(6, 2, 1, seed=s),
+        "sorted": lambda s: made.sort_paragraphs(2, seed=s), "best": lambda s: made.best_answer(5, seed=s),
+        "labels": lambda s: made.labels_by_place(12, "end", seed=s), "wrong": lambda s: made.wrong_ones(7, (1, 3), seed=s),
+        "ranked": lambda s: made.rank_documents(5, seed=s)}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_made_question_is_answered_by_its_answer(name: str) -> None:
+    for seed in range(5):
+        q, again = MADE[name](seed), MADE[name](seed)
+        assert q == again and q.gold and score_reply(q, ", ".join(q.answers) if q.metric == "all_in" else q.answers[0]) == 1
+        assert all(q.context[a:b].strip() for a, b in (*q.gold, *q.parts))
+    assert MADE[name](0).context != MADE[name](1).context
+
+
+def test_an_order_is_read_out_of_a_reply() -> None:
+    assert made.named_order("[3] > [1]", 4) == [2, 0, 1, 3]
+    q = made.rank_task("x", ["a", "b", "c"], [0, 2, 1])
+    assert score_reply(q, "2 > 3 > 1") == 1 > score_reply(q, "1 > 3 > 2")
+
+
+def test_bm25_ranks_the_passage_that_answers_first() -> None:
+    nq = read_questions("nq-sample", limit=40, drop_empty=True)
+    texts = [" ".join(title_and_text(q.gold)) for q in nq]
+    assert sum(int(bm25_scores(q.question, texts).argmax()) == i for i, q in enumerate(nq)) > 30
+
+
+def test_readings_keep_the_evidence(lm: ll.LongModel) -> None:
+    assert [*READINGS][:3] == ["plain", "structured", "recycled"]
+    q = document_tasks(fact_questions(1, 4), "middle", 1)[0]
+    assert quotes_first(lm, q).meta["quotes"] >= 0 and "notes" in segments_in_turn(lm, q).meta
+    f = reading_curve(lm, fact_questions(1, 3), ("plain", "recycled"), places=(0,), form="middle", max_new_tokens=4)
+    assert f["questions"].to_list() == [1, 1] and f["tokens"][1] > f["tokens"][0]
 
 
 # ---- through the probes
