@@ -176,7 +176,7 @@ def test_scores_attention_and_bins(lm: ll.LongModel) -> None:
     ctx = asked[0].prompt(lm)
     full = torch.cat([ctx.tokens.ids, ctx.completion_ids])
     rows, gold = range(len(ctx) - 1, len(full) - 1), ctx.spans["gold"]
-    formed = patterns(lm.hf, full[None])
+    with torch.no_grad(): formed = patterns(lm.hf, full[None])
     mass = torch.stack([p[0, :, rows.start:rows.stop, gold.start:gold.stop].sum(-1).mean(-1) for p in formed.values()])
     assert abs(float(mass.mean()) - f["gold_attention"][0]) < 1e-4
     found = r.frames["located"].select("right", "wrong").sum().row(0)
