@@ -14,6 +14,10 @@ from .prompts.haystack import Haystack as Haystack
 from .prompts.compose import Context as Context
 from .prompts.compose import compose_prompt as compose_prompt
 from .prompts.needle import needle_context as needle_context
+from .task_data.load import tasks as tasks
+from .task_data.load import register as register
+from .task_data.load import Tasks as Tasks
+from .task_data.load import Dataset as Dataset
 from .attention.kernels import attend as attend
 from .attention.operator import AttentionOperator as AttentionOperator
 from .measure.statistics import SinkMass as SinkMass
@@ -67,6 +71,8 @@ from .probes.traceback.scan import scan_context as scan_context
 from .probes.traceback.scan import ScanReport as ScanReport
 from .probes.traceback.evaluation.report import TracebackReport as TracebackReport
 from .probes.traceback.evaluation.evaluate import evaluate_traceback as evaluate_traceback
+from .probes.tasks.report import TaskReport as TaskReport
+from .probes.tasks.probe import evaluate_tasks as evaluate_tasks
 from .probes.policies.report import PolicyReport as PolicyReport
 from .probes.policies.probe import policy_lens as policy_lens
 from .apps.reading import PromptReading as PromptReading

@@ -1390,6 +1390,54 @@ def middle(draw: Draw) -> None:
     assert report.table.height > 0
 
 
+@case("tasks", "Tasks", "Dataset", "register", "evaluate_tasks", "TaskReport", weight=0.3)
+def published_tasks(draw: Draw) -> None:
+    from longlens.task_data.base import DATASETS
+
+    lm, longs = needle_lm(), st.lists(st.one_of(plain_sentence, sentence), min_size=1, max_size=4)
+    good = st.fixed_dictionaries(
+        {
+            "input": sentence,
+            "context": longs.map("\n".join),
+            "answers": st.lists(plain_sentence, min_size=1, max_size=2),
+            "dataset": st.just("qasper"),
+        },
+        optional={"length": st.integers(0, 9999), "language": st.sampled_from(["en", "zh"]), "_id": st.one_of(st.none(), any_text)},
+    )
+    odd = st.one_of(
+        st.just({"input": "?"}), st.just([1]), st.fixed_dictionaries({"context": any_text, "answers": st.none(), "dataset": any_text})
+    )
+    rows = draw(st.lists(st.one_of(good, good, good, odd), min_size=0, max_size=3))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / draw(st.sampled_from(["qasper.jsonl", "qasper.json", "qasper.csv", "qasper.parquet"]))
+        path.write_text("\n".join(json.dumps(r) for r in rows) if draw(st.booleans()) else json.dumps(rows), encoding="utf-8")
+        with clear():
+            found = ll.tasks(
+                draw(st.sampled_from(["longbench:qasper", "longbench", "longbench:qasper", "odd"])),
+                path,
+                draw(st.sampled_from([None, 1, 0])),
+            )
+            assert found.frame().height == len(found) <= len(rows)
+            d = ll.Dataset(draw(st.sampled_from(["own", "a:b", ""])), "Own", lambda files, part: iter(found.questions))
+            try:
+                assert len(ll.tasks(ll.register(d).name, path)) == len(found)
+            finally:
+                DATASETS.pop("own", None)
+            options = draw(
+                st.fixed_dictionaries(
+                    {},
+                    optional={
+                        "truncate": st.sampled_from([None, 150, 400, 3]),
+                        "max_new_tokens": st.integers(0, 3),
+                        "metric": st.sampled_from([None, "any_in", "odd", "judged"]),
+                        "seed": st.integers(-1, 3),
+                    },
+                )
+            )
+            _page(report := ll.evaluate_tasks(lm, found, **options))
+    assert report.frames["answers"]["score"].is_between(0, 1).all() and report.table.height == len(found)
+
+
 @case("needle_grid", "GridReport", "plan", weight=0.3)
 def grid(draw: Draw) -> None:
     lm = draw(st.sampled_from([needle_lm(), needle_lm(), with_words("llama")]))

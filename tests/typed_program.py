@@ -107,6 +107,14 @@ ll.use_policy(lm, "snapkv", budgets=64, prompt="a text")  # wrong
 policies = ll.policy_lens(lm, [context], ["snapkv", "quest"], budgets=(0.1, 0.5), decide="question")
 print(policies.head_budgets(64).height)
 ll.policy_lens(lm, [context], budgets=0.1, decides="question")  # wrong
+questions = ll.tasks("longbench:hotpotqa", "hotpotqa.jsonl", limit=3)
+print(questions.frame().height, questions[0].scope)
+ll.tasks("longbench:hotpotqa", "hotpotqa.jsonl", limits=3)  # wrong
+ll.register(ll.Dataset("mine", "My set", lambda files, part: iter(())))
+ll.register("mine")  # wrong
+answered = ll.evaluate_tasks(lm, questions, metric="qa_f1", truncate=2000, out="results")
+print(answered.frames["place"].height)
+ll.evaluate_tasks(lm, questions, truncated=2000)  # wrong
 ll.plan(ll.needle_grid, lm, lengths=(512,))
 ll.plan(ll.needle_grid, lm, lengths=512)  # wrong
 ll.needle_grid(lm, lengths=(256,), time_budget=ll.TimeBudget(4, ll.measure_speed(lm)))

@@ -22,6 +22,7 @@ ORDER = (  # the scripts, as the table has them
     "qrhead",
     "duo_attention",
     "longembed",
+    "task_scorers",
 )
 HEAD = """# Agreement with the reference code
 

@@ -15,12 +15,13 @@ from pathlib import Path
 from entries import Entry, entries, ordered
 from nbfiles import Cell, directives, read, source, without_directives
 
-ROOMS = ("tutorials", "", "models", "encoders", "needle_lm", "prompts", "attention", "measure", "interventions", "retrieval_eval",
+ROOMS = ("tutorials", "", "models", "encoders", "needle_lm", "prompts", "task_data", "attention", "measure", "interventions",
+         "retrieval_eval",
          "sweeps", "charts", "probes", "apps", "cli")
 GROUND = ("Ground floor", "What every room stands on, and nothing of longlens below it: reports, texts, methods, runs.")
 PARTS = {    # part of the public reference -> the rooms whose public names it lists; the rest goes to the last
     "models": ("Models and encoders", ("models", "encoders", "needle_lm")),
-    "prompts": ("Prompts", ("prompts", "retrieval_eval")),
+    "prompts": ("Prompts", ("prompts", "task_data", "retrieval_eval")),
     "measuring": ("Attention and its statistics", ("attention", "measure")),
     "interventions": ("Interventions", ("interventions",)),
     "probes": ("Probes and reports", ("probes", "report", "run", "sweeps")),
