@@ -23,6 +23,7 @@ from ..models.forward import LongModel
 from ..models.load import ModelLike, load
 from ..models.tokens import TokenIds, Tokens
 from ..prompts.compose import Context
+from ..task_data.question import TaskQuestion
 from ..report import Report, load_report
 
 if TYPE_CHECKING:
@@ -115,13 +116,14 @@ def explore_reading(
 # %% ../../nbs/apps/14_workbench.ipynb #a10c3d2a
 def explore(
     model: ModelLike,           # a LongModel, or whatever `load` takes
-    text: str | Tokens | TokenIds | Context | Path,    # a Context's question, answer and spans are used; the Path of a kept view is opened
+    text: str | Tokens | TokenIds | Context | TaskQuestion | Path,    # a Context's question, answer, spans are used; a Path: a kept view
     encoder: EncoderLike | None = None,    # an Encoder, or whatever `load_encoder` takes: adds a tab on length collapse
     question: str = "",         # asked about a text; it can be asked in the workbench, too
     answer: str = "",           # to the question; "": the model's own
 ) -> Workbench:
     "Open the whole workbench on one input"
     lm, enc = load(model), None if encoder is None else load_encoder(encoder)
+    if isinstance(text, TaskQuestion): text = text.prompt(lm)
     if question or answer:
         if not isinstance(text, str): raise TypeError(f"a question is asked about a text, and this is a {type(text).__name__}")
         return explore_reading(read_asked(lm, text, question, answer), lm, enc)

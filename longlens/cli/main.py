@@ -16,6 +16,7 @@ from .. import __version__
 from .cache import CACHE
 from .common import MENDABLE, add_command, flags_of, one_line
 from .compare import COMPARE
+from .eval import EVAL
 from .policies import POLICIES
 from .report import REPORT
 from .trace import TRACE
@@ -24,7 +25,7 @@ from .trace import TRACE
 __all__ = ['parser', 'show', 'main']
 
 # %% ../../nbs/cli/20_main.ipynb #e2b0fcfa
-_COMMANDS = {c.name: c for c in (REPORT, TRACE, COMPARE, CACHE, POLICIES)}
+_COMMANDS = {c.name: c for c in (REPORT, TRACE, COMPARE, CACHE, POLICIES, EVAL)}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -20,6 +20,7 @@ from longlens.prompts.questions import (
     fact_pairs, fact_questions, KeyValue, Question, question_file, read_key_values, read_questions, with_distractors,
 )
 from ...sweeps.cells import Cell
+from ...task_data.question import TaskQuestion
 
 # %% auto #0
 __all__ = ['POSITIONS', 'Item', 'Questions', 'gold_positions', 'get_items', 'MiddleDesign', 'question_cell', 'middle_cells',
@@ -76,7 +77,7 @@ def _uuid_pairs(n: int, rng: Random) -> KeyValue:
     return KeyValue(tuple(zip(drawn[::2], drawn[1::2], strict=True)), drawn[0], drawn[1])
 
 # %% ../../../nbs/probes/middle/00_inputs.ipynb #0d0fa7c1
-Questions = str | Path | Sequence[Item]  # made ones: "documents" or "kv"; a file as published, or "nq-sample"; or the questions themselves
+Questions = str | Path | Sequence[Item] | Sequence[TaskQuestion]  # "documents", "kv"; a file, "nq-sample"; questions, or `ll.tasks`
 
 
 def get_items(
@@ -92,6 +93,7 @@ def get_items(
                          "or more")
     if isinstance(task, str) and task in ("documents", "kv"):
         return _made(lm, task, n_documents or (20 if task == "documents" else 75), n_questions, seed)
+    if not isinstance(task, (str, Path)): task = [q.document_question() if isinstance(q, TaskQuestion) else q for q in task]
     items: list[Item] = _from_file(question_file(task), n_questions) if isinstance(task, (str, Path)) else list(task)[:n_questions]
     return _sized(items, task, n_documents, seed)
 

@@ -15,12 +15,13 @@ from ...models.forward import LongModel
 from ...models.tokens import Tokens, TokenIds
 from ...prompts.compose import Context
 from ...prompts.needle import needle_context
+from ...task_data.question import TaskQuestion
 
 # %% auto #0
 __all__ = ['ContextLike', 'PolicyCase', 'policy_case', 'example_contexts', 'budget_keys']
 
 # %% ../../../nbs/probes/policies/00_inputs.ipynb #ac7acace
-ContextLike = Context | str | Tokens | TokenIds  # a context with an answer, or a text
+ContextLike = Context | TaskQuestion | str | Tokens | TokenIds  # a context with an answer, a question of `ll.tasks`, or a text
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +46,7 @@ def policy_case(
     targets: int = 64,  # of a text: last tokens, which follow the prompt
 ) -> PolicyCase:
     "Where the policy decides, and what is predicted"
+    if isinstance(context, TaskQuestion): context = context.prompt(lm)
     if isinstance(context, Context): return _asked_case(context, decide)
     ids = lm.tokens(context).ids
     if targets < 2 or len(ids) < 2 * targets:

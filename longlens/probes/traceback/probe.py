@@ -30,7 +30,8 @@ from .sources import TracePrompt, answer_tokens, cut_context
 from longlens.probes.traceback.tracer import (
     MethodOptions, TraceCost, TraceJob, Tracer, TraceScores, check_budget, counted, find_tracer, load_methods,
 )
-from ...prompts.compose import Context
+from ...prompts.compose import Context, PromptSettings
+from ...task_data.question import TaskQuestion
 from ...run import PLANNERS, Run, RunOptions, run_of, settings_of
 
 # %% auto #0
@@ -228,6 +229,7 @@ def _planned(model: ModelLike, context: Any, question: str = "", answer: str | T
     lm, tracer = load(model), find_tracer(method, options)
     _check_numbers(k, run.seed)
     put = settings_of(AskSettings, settings, own, "trace_context")
+    if isinstance(context, TaskQuestion): context = context.prompt(lm, settings=PromptSettings(allow_longer=run.allow_longer))
     by = _coarsest(context, tracer, by, size)
     request = _Request(context, question, answer, by, size, span, answer_span, put, run.allow_longer)
     _check_given(request)
@@ -258,7 +260,7 @@ class TraceOptions(AskOptions, MethodOptions, RunOptions, total=False):
 # %% ../../../nbs/probes/traceback/09_probe.ipynb #9771bfcb
 def trace_context(
     model: ModelLike,  # a LongModel, or whatever `load` takes
-    context: str | Sequence[str] | Context | TracePrompt,  # a text, documents, or a prompt that is ready
+    context: str | Sequence[str] | Context | TracePrompt | TaskQuestion,  # a text, documents, a prompt that is ready, or one of `ll.tasks`
     question: str = "",  # what is asked about it
     answer: str | TokenIds | None = None,  # that is traced; None: the model answers
     method: str | Tracer = "loo",  # a name in TRACERS, or a method
