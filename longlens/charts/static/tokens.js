@@ -352,6 +352,7 @@ export class TextView {
     this.drawTable();
     this.drawAsked();
     this.redraw();
+    if (this.word === "source" && this.quantity && this.n) this.show(this.context.starts[this.strongest()[0] ?? 0]);
   }
 
   setSpans(list) {
@@ -814,7 +815,7 @@ export class TextView {
   // -- the highest, and what was asked
 
   strongest() {
-    const {kind, values} = this.quantity, most = this.settings.top, best = [];    // [strength, unit], the strongest first
+    const {kind, values} = this.quantity, most = Math.max(1, this.settings.top), best = [];    // [strength, unit], the strongest first
     for (let u = 0; u < this.n; u++) {
       const v = kind === "diverging" && this.word === "token" ? Math.abs(values[u]) : values[u];    // sources are ranked by score
       if (!Number.isFinite(v) || (best.length === most && v <= best[most - 1][0])) continue;
@@ -837,7 +838,7 @@ export class TextView {
       row.dataset.jump = u;
       row.append(make("td"));
       row.lastChild.append(button(String(k + 1), `Go to ${this.word} ${whole.format(u)}`, () => { this.choose(u); this.show(this.context.starts[u]); this.view.focus(); }));
-      at(whole.format(u)); at(this.value(q, u)); at(this.said(u, 140), "ll-excerpt");
+      at(whole.format(u)); at(this.value(q, u)); at(this.context.excerpts?.[u] ?? this.said(u, 140), "ll-excerpt");
       row.lastChild.dir = "auto";
       for (const p of this.context.places) at(`${whole.format(p.from[u])} to ${whole.format(p.to[u])}`);
     }
@@ -861,13 +862,19 @@ export class TextView {
     }
   }
 
-  answerPart({text, quantity, note}) {
+  answerPart({text, quantity, note, span, apart}) {
     const said = seen(text.slice(0, LONG)) + (text.length > LONG ? `… ${whole.format(text.length - LONG)} more characters` : "");
+    if (!quantity && span) {    // a word that can be traced
+      const b = button("", `Find the sources of ${visible(text, 100)}`, () => this.tell({asked: span}), "ll-pick ll-ask");
+      b.append(said);
+      return b;
+    }
     if (!quantity) { const e = make("span", "ll-part", said); if (note) e.title = note; return e; }
     const b = button("", `Sources of ${visible(text, 100)}`, () => { this.setQuantity(quantity); this.tell({quantity}); }, "ll-pick");
     b.append(said);
     if (note) b.title = note;
     b.setAttribute("aria-pressed", String(this.quantity?.name === quantity));
+    if (apart) b.classList.add("ll-apart");
     return b;
   }
 }
@@ -883,7 +890,7 @@ function guarded(place, draw) {
 
 function render({model, el}) {    // anywidget
   return guarded(el, () => {
-    const told = {selected: "selected", selection: "selection", quantity: "quantity", span: "selected_span"};
+    const told = {selected: "selected", selection: "selection", quantity: "quantity", span: "selected_span", asked: "asked"};
     let mine = false;    // is the change told here?
     const view = new TextView(el, readContext(model.get("_context")), model.get("_settings"), (news) => {
       mine = true;
