@@ -474,6 +474,20 @@ def test_a_trace_of_a_thousand_sources(open_page: Any, tmp_path: Path) -> None:
     assert "<b>Which?</b>" in tab.locator(".ll-asked").inner_text()
 
 
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_on_a_page(open_page: Any, tmp_path: Path, scheme: str) -> None:
+    "Names, roles and contrast by axe-core, on a page with a text and the sources of an answer"
+    from lab import axe_violations
+    frame = pl.DataFrame({"start": [0, 9, 22], "end": [9, 22, 30], "score": [0.1, 2.0, -1.0]})
+    said = pl.DataFrame({"token": [" It", " is", " é"], "logprob": [-.5, -.25, -.125]})
+    path = trace_page(tmp_path / "trace.html", "It rained the code is é. שלום.", {(2, 3): frame, (0, 2): frame}, "Which?", said)
+    assert axe_violations(open_page(path, scheme)) == []
+    values = {"alpha": np.arange(6.), "change": np.arange(-3., 3.)}
+    data = token_data(["a", " naï", "ve", " e", "\u0301", " b"], values, {"needle": (1, 3)}, top=3)
+    assert axe_violations(open_page(text_html(data), scheme), ".ll-tokens") == []
+
+
 def test_the_script_makes_no_html() -> None:
     script = static("tokens.js")
     assert not re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function|</script|<!--|https?:", script)

@@ -46,7 +46,8 @@ const clusters = new Intl.Segmenter("en", {granularity: "grapheme"});
 const simple = (c) => c < 0x300 || (c >= 0x2e80 && c < 0xd7b0 && !(c >= 0x302a && c <= 0x302f) && c !== 0x3099 && c !== 0x309a);
 
 function charEnd(text, i) {    // one past the character that starts at i
-  if (simple(text.charCodeAt(i)) && !(i + 1 < text.length && !simple(text.charCodeAt(i + 1)))) return i + 1;
+  const end = i + size(text, i);
+  if (end >= text.length || simple(text.charCodeAt(end))) return end;    // nothing that follows belongs to it
   return i + clusters.segment(text.slice(i, i + LONGEST))[Symbol.iterator]().next().value.segment.length;
 }
 
