@@ -141,3 +141,11 @@ def set_theme(page: Any, name: str) -> None:
     "JupyterLab Light or JupyterLab Dark"
     page.evaluate("name => window.jupyterapp.commands.execute('apputils:change-theme', {theme: name})", name)
     page.wait_for_function("dark => document.body.dataset.jpThemeLight === String(!dark)", arg="Dark" in name)
+
+
+def axe_violations(page: Any, within: str = "body") -> list[str]:
+    "What axe-core finds against WCAG 2.2 A and AA inside an element: rule, element, and why"
+    from axe_playwright_python.sync_playwright import Axe
+    rules = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]}
+    found = Axe().run(page, context=within, options=rules).response["violations"]
+    return [f"{v['id']}: {n['target'][-1]}: {n['failureSummary'].splitlines()[-1].strip()}" for v in found for n in v["nodes"]]

@@ -31,7 +31,7 @@ HOSTILE = [
     "\x00nul\r\n",
     "&lt;b&gt;", "\u0301\u0301accent", "e" + "\u0301" * 3000, "", " ", "\n", "\u05e9\u05dc\u05d5\u05dd", "a😀b", "javascript:x",
 ]
-TAGS = {*"DIV SPAN I MARK BUTTON SELECT OPTION INPUT OUTPUT B P TABLE CAPTION THEAD TBODY TR TH TD".split()}
+TAGS = {*"DIV SPAN I BDI MARK BUTTON SELECT OPTION INPUT OUTPUT B P TABLE CAPTION THEAD TBODY TR TH TD".split()}
 ANY = st.characters(codec="utf-16", categories=None) | st.sampled_from("\ud83d\ude00\n\t \u202e\u0301<&😀")
 TOKENS = st.lists(st.text(ANY, max_size=12), min_size=1, max_size=30)
 
@@ -222,7 +222,7 @@ def test_hostile_text_is_text(open_page: Any) -> None:
     answer = [{"text": HOSTILE[2], "quantity": HOSTILE[2], "note": HOSTILE[5]}, {"text": HOSTILE[1]}]
     bad.settings.update(question=HOSTILE[0], answer=answer)
     tab = open_page(text_html(bad))
-    for u in range(len(HOSTILE)): unit(tab, u).hover(force=True)
+    for box in tab.locator(".ll-u[role=option]").all(): box.hover(force=True)
     tab.evaluate("document.querySelectorAll('.ll-tokens button').forEach((b) => b.click())")
     tab.locator(".ll-search").fill("<script>")
     tab.keyboard.press("Enter")
@@ -284,25 +284,81 @@ def bench(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[An
 
 def signs(text: str) -> str:
     "What the view writes for a text, without what it adds before accents"
-    from longlens.text import _sign
-    return "".join(_sign(c) for c in utf16(text).decode("utf-16-le", "surrogatepass"))
+    from longlens.text import _signs
+    return _signs(utf16(text).decode("utf-16-le", "surrogatepass"))
 
 
 @pytest.mark.browser
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tokens=TOKENS)
 def test_every_character_of_every_token_is_shown(bench: Any, tokens: list[str]) -> None:
-    data = as_json(token_data(tokens, {"alpha": np.arange(len(tokens))}).page())
-    shown = bench.evaluate("""async (json) => {
-        const view = await show(JSON.parse(json)), texts = {}, all = document.querySelectorAll(".ll-u").length;
-        for (const e of document.querySelectorAll(".ll-u")) texts[e.dataset.u] = (texts[e.dataset.u] ?? "") + e.textContent;
+    data = token_data(tokens, {"alpha": np.arange(len(tokens))})
+    lines = bench.evaluate("""async (json) => {
+        const view = await show(JSON.parse(json)), lines = [...document.querySelectorAll(".ll-line")].map((e) => e.textContent);
         view.destroy();
-        return texts;
-    }""", data)
-    for u, token in enumerate(tokens):
-        if any(unicodedata.category(c) == "Cn" for c in token): continue    # the browser may know a newer Unicode
-        if str(u) in shown: assert shown[str(u)].replace("◌", "") == (signs(token) or "∅").replace("◌", ""), repr(token)
-    assert "0" in shown
+        return [lines, document.querySelectorAll(".ll-line").length === view.lines.count];
+    }""", as_json(data.page()))
+    if any(unicodedata.category(c) == "Cn" for t in tokens for c in t): return    # the browser may know a newer Unicode
+    shown, want = "".join(lines[0]).replace("◌", ""), signs(data.context["text"]).replace("◌", "")
+    assert shown == want if lines[1] else want.startswith(shown), tokens
+
+
+SCRIPTS = ("naïve café", "مرحبا بالعالم", "شاید می\u200cخواهم", "שלום עולם", "日本語です。", "한국어", "हिन्दी क्षत्रिय", "ไทยนี้",
+           "Ελλάδα, Ещё", "e\u0301n\u0303o\u0302\u0323", "👨\u200d👩\u200d👧", "👍🏽", "🇫🇷🇪🇺",
+           "🏴\U000e0067\U000e0062\U000e0073\U000e0063\U000e0074\U000e007f", "❤️", "12 km²", " \n", "the cat")
+WRITTEN = st.lists(st.sampled_from(SCRIPTS) | st.text(st.characters(codec="utf-8"), max_size=4), min_size=1, max_size=6).map("".join)
+
+
+@pytest.fixture(scope="module")
+def readers() -> dict[str, Any]:
+    "What makes tokens of a text here: bytes, bytes in merges, pieces of words, letters"
+    import longlens as ll
+    from longlens.models.gguf import has_packaged
+    more = {"SmolLM2": ll.load("smollm2")} if has_packaged("smollm2") else {}
+    return {"needle-lm": ll.load("needle-lm"), "MiniLM": ll.load_encoder(), **more}
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=WRITTEN, cut=st.integers(0, 30))
+def test_joined_tokens_are_the_text(readers: dict[str, Any], text: str, cut: int) -> None:
+    from longlens.models.tokens import Tokens, owned_characters
+    for name, m in readers.items():
+        try: t = m.tokens(text, allow_longer=True)
+        except ValueError: continue    # a text of which the tokenizer leaves nothing
+        real = (t.offsets[:, 0] < t.offsets[:, 1]).tolist()
+        ends, at, joined = owned_characters(t.offsets).tolist(), 0, ""
+        for (a, b), s, mine in zip(ends, t.strings, real, strict=True):
+            if not mine: continue
+            joined, at = joined + text[at:a] + s, b
+        assert joined + text[at:] == text, name
+        context = token_data(t).context
+        names = [s for s, mine in zip(t.strings, real, strict=True) if not mine]
+        assert len(context["text"]) == len(text) + sum(map(len, names)) and not context["empty"], name
+        assert "".join(s for s, mine in zip(t.labels, real, strict=True) if not mine) == "".join(names)
+        ids = t.ids[cut % len(t):]    # from anywhere, without the text
+        whole = m.tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
+        assert "".join(Tokens(ids, tokenizer=m.tokenizer).strings) == whole, name
+
+
+@pytest.mark.browser
+def test_scripts_read_as_they_are_written(bench: Any, readers: dict[str, Any]) -> None:
+    text = "naïve café 👨\u200d👩\u200d👧 end\nمرحبا بالعالم 42\nשלום Latin\n日本語"
+    tokens = readers["needle-lm"].tokens(text, add_special_tokens=False)
+    data = token_data(tokens, {"alpha": np.arange(len(tokens))})
+    got = bench.evaluate("""async (json) => {
+        const view = await show(JSON.parse(json)), all = (name) => [...document.querySelectorAll(name)], box = all(".ll-box")[0];
+        const left = (text) => all(".ll-u").find((u) => u.textContent === text).getBoundingClientRect().x;
+        const at = box.getBoundingClientRect(), hit = (x) => view.unitOf({target: box, clientX: at.x + x * at.width});
+        const said = {lines: all(".ll-line").map((e) => e.textContent), dirs: all(".ll-line").map((e) => e.dir), hits: [hit(.1), hit(.9)],
+            parts: box.dataset.stops, boxes: all(".ll-box").map((e) => e.textContent), mirrored: left("م") > left("ح"),
+            options: all("[role=option]").length};
+        view.destroy();
+        return said;
+    }""", as_json(data.page()))
+    assert "".join(got["lines"]) == text.replace("\n", "⏎")
+    assert got["dirs"] == ["ltr", "rtl", "rtl", "ltr"] and got["mirrored"]
+    assert got["hits"] == [1, 2] and got["parts"] == "0 50 100" and "👨\u200d👩\u200d👧" in got["boxes"]
+    assert got["options"] == len(tokens)
 
 
 @pytest.mark.browser
@@ -416,6 +472,20 @@ def test_a_trace_of_a_thousand_sources(open_page: Any, tmp_path: Path) -> None:
     assert rows.first.inner_text().split()[1] == "20" and pick.get_attribute("aria-pressed") == "true"
     assert pick.get_attribute("title") == "log-probability -0.75, probability 0.472"
     assert "<b>Which?</b>" in tab.locator(".ll-asked").inner_text()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_on_a_page(open_page: Any, tmp_path: Path, scheme: str) -> None:
+    "Names, roles and contrast by axe-core, on a page with a text and the sources of an answer"
+    from lab import axe_violations
+    frame = pl.DataFrame({"start": [0, 9, 22], "end": [9, 22, 30], "score": [0.1, 2.0, -1.0]})
+    said = pl.DataFrame({"token": [" It", " is", " é"], "logprob": [-.5, -.25, -.125]})
+    path = trace_page(tmp_path / "trace.html", "It rained the code is é. שלום.", {(2, 3): frame, (0, 2): frame}, "Which?", said)
+    assert axe_violations(open_page(path, scheme)) == []
+    values = {"alpha": np.arange(6.), "change": np.arange(-3., 3.)}
+    data = token_data(["a", " naï", "ve", " e", "\u0301", " b"], values, {"needle": (1, 3)}, top=3)
+    assert axe_violations(open_page(text_html(data), scheme), ".ll-tokens") == []
 
 
 def test_the_script_makes_no_html() -> None:

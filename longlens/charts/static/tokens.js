@@ -10,13 +10,17 @@ const MOST = 100000;      // matches that are counted
 const LONG = 2000;        // characters of a question or an answer that are shown
 const BINS = 160;         // of the map beside the text
 const SLICE = 12;         // milliseconds of layout at a time
+const LONGEST = 64;       // UTF-16 units of one character, and tokens of one box, at most
 const INKS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999"];
 
 // ---- characters
 
 const SIGNS = {"\n": "⏎", "\t": "⇥"};
 const UNSEEN = "\\p{C}\\p{Zl}\\p{Zp}\\u034f\\u115f\\u1160\\u17b4\\u17b5\\u2800\\u3164\\uffa0\\ufe00-\\ufe0d\\u{e0100}-\\u{e01ef}";
-const HIDDEN = new RegExp(`[${UNSEEN}]|(?! )\\p{Zs}`, "gu");
+const LETTERS = "[\\u0590-\\u109f\\u1780-\\u18af\\ua800-\\uabff]";    // of scripts that are written with joiners
+const KEEP = `(?<=[\\p{Extended_Pictographic}\\p{Emoji_Modifier}\\ufe0f])\\u200d(?=\\p{Extended_Pictographic})|(?<=${LETTERS})[\\u200c\\u200d](?=${LETTERS})`
+  + "|(?<=\\u{1f3f4})[\\u{e0020}-\\u{e007e}]{1,6}\\u{e007f}";    // joiners and tags that are part of a character or a word
+const HIDDEN = new RegExp(`(${KEEP})|[${UNSEEN}]|(?! )\\p{Zs}`, "gu");    // the first group is drawn as it is
 const MARK = /^\p{M}/u;
 
 const hex = (n, digits) => n.toString(16).padStart(digits, "0");
@@ -26,7 +30,7 @@ function sign(char) {    // of a character that is not drawn by itself: as Pytho
   return SIGNS[char] ?? (n < 0x100 ? `\\x${hex(n, 2)}` : n < 0x10000 ? `\\u${hex(n, 4)}` : `\\U${hex(n, 8)}`);
 }
 
-export const seen = (text) => (MARK.test(text) ? "◌" : "") + text.replace(HIDDEN, sign);
+export const seen = (text) => (MARK.test(text) ? "◌" : "") + text.replace(HIDDEN, (char, kept) => kept ?? sign(char));
 
 export function visible(text, limit = 60) {    // the same as longlens.text.visible: one line for a label
   const points = [...text.slice(0, 2 * limit + 2)];
@@ -36,6 +40,19 @@ export function visible(text, limit = 60) {    // the same as longlens.text.visi
   const front = core ? some.length - some.replace(/^ +/, "").length : 0;
   return "␣".repeat(front) + seen(core) + "␣".repeat(some.length - front - core.length) + (cut ? "…" : "") || "(empty)";
 }
+
+// A character as readers count them can be several code points: a letter and its accents, a family, a flag
+const clusters = new Intl.Segmenter("en", {granularity: "grapheme"});
+const simple = (c) => c < 0x300 || (c >= 0x2e80 && c < 0xd7b0 && !(c >= 0x302a && c <= 0x302f) && c !== 0x3099 && c !== 0x309a);
+
+function charEnd(text, i) {    // one past the character that starts at i
+  const end = i + size(text, i);
+  if (end >= text.length || simple(text.charCodeAt(end))) return end;    // nothing that follows belongs to it
+  return i + clusters.segment(text.slice(i, i + LONGEST))[Symbol.iterator]().next().value.segment.length;
+}
+
+const STRONG = /\p{L}/u, RIGHT = /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]|[\u{10800}-\u{10fff}\u{1e800}-\u{1efff}]/u;
+const rightToLeft = (text) => RIGHT.test(STRONG.exec(text)?.[0] ?? "");    // by its first letter
 
 // ---- numbers
 
@@ -71,10 +88,19 @@ function string(x) {    // UTF-16 as it is: a TextDecoder would replace halves o
   return parts.join("");
 }
 
-const readContext = (c) => ({
+const readContext = (c) => withBoxes({
   ...c, text: string(c.text), starts: u32(c.starts), ends: u32(c.ends), ids: u32(c.ids), empty: new Set(c.empty ?? []),
   places: (c.places ?? []).map((p) => ({name: p.name, from: u32(p.from), to: u32(p.to)})),
 });
+
+function withBoxes(c) {    // heads: the first unit of each unit's box; a box of one is a unit
+  c.heads = Uint32Array.from(c.starts, (_, u) => u);
+  for (const u of c.joined ?? []) {
+    const head = c.heads[u - 1], part = c.starts[u] < c.ends[u - 1];    // a part of a character that has begun stays with it
+    if (part || (u - head < LONGEST && c.ends[u] - c.starts[head] <= LONGEST)) c.heads[u] = head;
+  }
+  return c;
+}
 const readQuantity = (q) => ({...q, values: f32(q.values), errors: f32(q.errors)});
 
 // ---- lines
@@ -88,13 +114,13 @@ class Ruler {    // widths of characters as they are shown; without kerning and 
     this.far = new Map();
   }
 
-  measure(char) { return this.pen.measureText(char.replace(HIDDEN, sign)).width; }
+  measure(char) { return this.pen.measureText(seen(char)).width; }
 
-  at(text, i, step = size(text, i)) {    // width of the character that starts at i
-    if (step === 2) {
-      const point = text.codePointAt(i);
-      if (!this.far.has(point)) this.far.set(point, this.measure(String.fromCodePoint(point)));
-      return this.far.get(point);
+  at(text, i, step = charEnd(text, i) - i) {    // width of the character that starts at i
+    if (step > 1) {
+      const char = text.slice(i, i + step);
+      if (!this.far.has(char)) this.far.set(char, this.measure(char));
+      return this.far.get(char);
     }
     const unit = text.charCodeAt(i);
     if (this.near[unit] < 0) this.near[unit] = this.measure(text[i]);
@@ -152,7 +178,7 @@ class Lines {    // where every line starts; made in slices, as far as it is nee
       if (c === 10) return i + 1;
       while (this.unit < n && ends[this.unit] <= i) this.unit++;
       const parted = this.unit < n && (ends[this.unit] === i + 1 || starts[this.unit] === i + 1);    // half a pair in each of two tokens
-      const step = parted || c < 0xd800 || c > 0xdbff ? 1 : size(text, i), w = this.ruler.at(text, i, step), space = c === 32 || c === 9;
+      const step = parted ? 1 : charEnd(text, i) - i, w = this.ruler.at(text, i, step), space = c === 32 || c === 9;
       if (space && this.unit < n && starts[this.unit] === i) rest = i;    // a token keeps its leading space
       if ((x + w > this.width && i > from) || i - from >= WIDEST) return rest > from ? rest : i;
       [x, i] = [x + w, i + step];
@@ -300,7 +326,14 @@ export class TextView {
     });
   }
 
-  unitOf(e) { const at = e.target.closest("[data-u]"); return at ? Number(at.dataset.u) : -1; }
+  unitOf(e) {    // below the mouse; in a box, its part
+    const at = e.target.closest("[data-u]");
+    if (!at) return -1;
+    const u = Number(at.dataset.u), box = at.getBoundingClientRect(), x = 100 * (e.clientX - box.left) / box.width;
+    if (!at.dataset.stops) return u;
+    const stops = at.dataset.stops.split(" ").map(Number).slice(1, -1), from = at.classList.contains("is-rtl") ? 100 - x : x;
+    return u + stops.filter((p) => p <= from).length;
+  }
 
   // -- what is set from outside
 
@@ -320,6 +353,7 @@ export class TextView {
     this.drawTable();
     this.drawAsked();
     this.redraw();
+    if (this.word === "source" && this.quantity && this.n) this.show(this.context.starts[this.strongest()[0] ?? 0]);
   }
 
   setSpans(list) {
@@ -391,7 +425,7 @@ export class TextView {
   across(line, stop) {    // width of a line up to a character, or the character at a width
     let x = 0;
     const {text} = this.context;
-    for (let i = this.lines.starts[line]; i < this.lines.end(line); i += size(text, i)) {
+    for (let i = this.lines.starts[line]; i < this.lines.end(line); i = charEnd(text, i)) {
       if (stop(i, x)) return [i, x];
       x += this.lines.ruler.at(text, i);
     }
@@ -538,39 +572,89 @@ export class TextView {
     this.root.dataset.drawn ??= Math.round(performance.now());    // milliseconds after the page was opened
   }
 
+  rtl(char) {    // does the paragraph of a character run from right to left?
+    const {text} = this.context, from = text.lastIndexOf("\n", char - 1) + 1;
+    if (this.paragraph?.from !== from) this.paragraph = {from, rtl: rightToLeft(text.slice(from, from + 1000))};
+    return this.paragraph.rtl;
+  }
+
   line(i) {
-    const e = make("div", "ll-line", null, {role: "none", dir: "ltr"}), from = this.lines.starts[i], to = this.lines.end(i);
-    const {starts, ends} = this.context;
-    let u = Math.max(0, last(starts, from)), at = from;
-    if (u < this.n && ends[u] <= from) u++;
+    const from = this.lines.starts[i], to = this.lines.end(i), {starts, ends, heads} = this.context;
+    const e = make("div", "ll-line", null, {role: "none", dir: this.rtl(from) ? "rtl" : "ltr"});
+    e.parts = [];
+    const next = (u) => { let v = u + 1; while (v < this.n && heads[v] === u) v++; return v; };
+    let u = this.n ? heads[Math.max(0, last(starts, from))] : 0, v = next(u), at = from;
+    if (u < this.n && ends[v - 1] <= from) [u, v] = [v, next(v)];
     while (at < to) {
-      const inside = u < this.n && starts[u] <= at, end = Math.min(to, inside ? ends[u] : u < this.n ? starts[u] : to);
-      if (inside) { e.append(this.unit(u, at, end)); if (end === ends[u]) u++; }
+      const inside = u < this.n && starts[u] <= at, end = Math.min(to, inside ? ends[v - 1] : u < this.n ? starts[u] : to);
+      if (inside) { this.units(e, u, v, at, end); if (end === ends[v - 1]) [u, v] = [v, next(v)]; }
       else if (end > at) this.fill(e.appendChild(make("span", "ll-gap")), at, end);
       at = Math.max(at, end);
     }
+    e.append(...e.parts);
     return e;
   }
 
-  unit(u, from, to) {
-    const {starts, ends, empty} = this.context, first = from === starts[u], q = this.quantity;
-    const e = make("span", "ll-u", null, {"data-u": u});
-    if (first) {
-      for (const [k, v] of [["role", "option"], ["id", `${this.id}-${u}`], ["aria-posinset", u + 1], ["aria-setsize", this.n],
-        ["aria-selected", this.selected === u]]) e.setAttribute(k, v);
-    } else e.setAttribute("role", "none");
-    const v = q ? share(q, q.values[u]) : 0;
-    if (Number.isNaN(v)) e.classList.add("is-unknown");
-    else if (v) {
-      e.classList.add(v < 0 ? "is-cold" : "is-hot");
-      e.style.setProperty("--v", Math.round(Math.abs(v) * 100));
+  option(e, u) {
+    for (const [k, v] of [["role", "option"], ["id", `${this.id}-${u}`], ["aria-posinset", u + 1], ["aria-setsize", this.n],
+      ["aria-selected", this.selected === u]]) e.setAttribute(k, v);
+  }
+
+  units(line, u, v, from, to) {    // one unit, or a character of several as one box with parts
+    if (v - u === 1) return line.append(this.unit(u, from, to));
+    const rtl = rightToLeft(this.context.text.slice(from, to)), mine = (k) => k >= u && k < v, stops = this.stops(u, v);
+    const e = make("span", "ll-u ll-box", null, {"data-u": u, "data-stops": stops.join(" ")});
+    if (rtl) e.classList.add("is-rtl");
+    this.mark(e, mine(this.cursor) ? this.cursor : mine(this.selected) ? this.selected : u);
+    const picked = mine(this.selected) ? this.selected : mine(this.cursor) ? this.cursor : -1, side = `to ${rtl ? "left" : "right"}`;
+    const layer = (ink) => `linear-gradient(${side}, ${stops.slice(1).map((p, k) => `${ink(u + k)} ${stops[k]}% ${p}%`).join(", ")})`;
+    const edges = stops.slice(1, -1).map((p) => `transparent calc(${p}% - .5px), var(--ll-soft) calc(${p}% - .5px) calc(${p}% + .5px), transparent calc(${p}% + .5px)`);
+    e.style.setProperty("--parts", layer((k) => this.ink(k)));
+    e.style.setProperty("--edges", picked < 0 ? `linear-gradient(${side}, ${edges.join(", ")})`
+      : layer((k) => k === picked ? "var(--ll-accent)" : "transparent"));
+    this.fill(e, from, to);
+    line.append(e);
+    if (from !== this.context.starts[u]) return;
+    this.option(e, u);
+    for (let k = u + 1; k < v; k++) {    // the others, for those who listen
+      const part = make("span", "ll-live", null, {"aria-label": this.said(k)});
+      this.option(part, k);
+      line.parts.push(part);
     }
+  }
+
+  stops(u, v) {    // where the parts of a box end, in per cent: as wide as what they add to the text
+    const {starts, ends} = this.context, out = [0];
+    for (let k = u, at = starts[u]; k < v; at = Math.max(at, ends[k]), k++) out.push(out[k - u] + Math.max(1, ends[k] - at));
+    return out.map((x) => Math.round(1000 * x / out[v - u]) / 10);
+  }
+
+  ink(u) {    // the colour of a part
+    const q = this.quantity, v = q ? share(q, q.values[u]) : 0;
+    if (Number.isNaN(v)) return "color-mix(in srgb, var(--ll-soft) 12%, transparent)";
+    return v ? `color-mix(in srgb, var(--ll-${v < 0 ? "cold" : "hot"}) ${Math.round(Math.abs(v) * 100)}%, transparent)` : "transparent";
+  }
+
+  mark(e, u) {    // spans, selection and cursor
     const s = this.spanOf ? this.spanOf[u] : -1;
     if (s >= 0) { e.classList.add("in-span"); e.style.setProperty("--span", this.spans[s].colour); }
     if (this.span && u >= this.span.start && u < this.span.end) e.classList.add("in-picked");
     if (u === this.selected) e.classList.add("is-selected");
     if (this.range && u >= this.range[0] && u < this.range[1]) e.classList.add("in-range");
     if (u === this.cursor) e.classList.add("is-cursor");
+  }
+
+  unit(u, from, to) {
+    const {starts, ends, empty} = this.context, first = from === starts[u], q = this.quantity;
+    const e = make("span", "ll-u", null, {"data-u": u});
+    if (first) this.option(e, u); else e.setAttribute("role", "none");
+    const v = q ? share(q, q.values[u]) : 0;
+    if (Number.isNaN(v)) e.classList.add("is-unknown");
+    else if (v) {
+      e.classList.add(v < 0 ? "is-cold" : "is-hot");
+      e.style.setProperty("--v", Math.round(Math.abs(v) * 100));
+    }
+    this.mark(e, u);
     if (empty.has(u)) e.classList.add("is-empty");
     if (!first) e.classList.add("goes-on");
     if (to < ends[u]) e.classList.add("is-cut");
@@ -601,23 +685,29 @@ export class TextView {
     for (; m < this.matches.length && this.matches[m] < to; m++) {
       const a = Math.max(at, this.matches[m]), b = Math.min(to, this.matches[m] + this.length);
       if (b <= a) continue;
-      if (a > at) this.put(e, text.slice(at, a));
+      if (a > at) this.put(e, text, at, a);
       const mark = e.appendChild(make("mark", m === this.match ? "is-here" : ""));
-      this.put(mark, text.slice(a, b));
+      this.put(mark, text, a, b);
       at = b;
     }
-    if (at < to) this.put(e, text.slice(at, to));
+    if (at < to) this.put(e, text, at, to);
   }
 
-  put(e, text) {    // signs for what cannot be seen stand out from the text
-    let at = 0;
-    if (MARK.test(text)) e.append("◌");
-    for (const m of text.matchAll(HIDDEN)) {
-      if (m.index > at) e.append(text.slice(at, m.index));
+  put(e, text, from, to) {    // signs for what cannot be seen stand out from the text
+    const parted = (i) => i > 0 && size(text, i - 1) === 2;    // between the halves of a pair
+    const before = parted(from) ? from : Math.max(0, from - 8), some = text.slice(before, parted(to) ? to : to + 8);    // joiners are judged by neighbours
+    let at = from;
+    if (MARK.test(text.slice(from, to))) e.append("◌");
+    HIDDEN.lastIndex = from - before;
+    for (let m; (m = HIDDEN.exec(some)) && m.index + before < to;) {
+      const place = m.index + before;
+      if (m[1] !== undefined || place < at) continue;
+      if (place > at) e.append(text.slice(at, place));
       e.append(make("i", "", sign(m[0])));
-      at = m.index + m[0].length;
+      at = place + m[0].length;
     }
-    if (at < text.length) e.append(text.slice(at));
+    HIDDEN.lastIndex = 0;
+    if (at < to) e.append(text.slice(at, to));
   }
 
   drawLegend() {
@@ -695,8 +785,11 @@ export class TextView {
   value(q, u) { return number(q.values[u]) + (q.errors && Number.isFinite(q.errors[u]) ? ` ± ${number(q.errors[u])}` : ""); }
 
   facts(u) {
-    const {ids, places} = this.context, s = this.spanOf ? this.spanOf[u] : -1;
-    return [[this.word === "token" ? "position" : this.word, `${whole.format(u)} of ${whole.format(this.n)}`], ...(ids ? [["id", String(ids[u])]] : []),
+    const {ids, places, heads} = this.context, s = this.spanOf ? this.spanOf[u] : -1;
+    let end = u + 1;
+    while (end < this.n && heads[end] === heads[u]) end++;
+    const box = end - heads[u] > 1 ? [["part", `${u - heads[u] + 1} of ${end - heads[u]}`]] : [];
+    return [[this.word === "token" ? "position" : this.word, `${whole.format(u)} of ${whole.format(this.n)}`], ...box, ...(ids ? [["id", String(ids[u])]] : []),
       ...places.map((p) => [p.name, `${whole.format(p.from[u])} to ${whole.format(p.to[u])}`]),
       ...(s >= 0 ? [["in", visible(this.spans[s].label ?? this.spans[s].name)]] : [])];
   }
@@ -710,7 +803,7 @@ export class TextView {
       e.append(make("span", "ll-note", `${name} `), make("b", "", text));
       return e;
     };
-    this.details.append(make("span", "ll-said", this.said(u)), ...this.facts(u).map(([k, v]) => pair(k, v)),
+    this.details.append(make("span", "ll-said", this.said(u), {dir: "auto"}), ...this.facts(u).map(([k, v]) => pair(k, v)),
       ...this.quantities.map((q) => pair(seen(q.name), this.value(q, u), q === this.quantity)));
     if (this.range && this.hover < 0) this.details.append(pair("selected", `${whole.format(this.range[1] - this.range[0])} ${this.words}`));
     if (!aloud) return;
@@ -723,7 +816,7 @@ export class TextView {
   // -- the highest, and what was asked
 
   strongest() {
-    const {kind, values} = this.quantity, most = this.settings.top, best = [];    // [strength, unit], the strongest first
+    const {kind, values} = this.quantity, most = Math.max(1, this.settings.top), best = [];    // [strength, unit], the strongest first
     for (let u = 0; u < this.n; u++) {
       const v = kind === "diverging" && this.word === "token" ? Math.abs(values[u]) : values[u];    // sources are ranked by score
       if (!Number.isFinite(v) || (best.length === most && v <= best[most - 1][0])) continue;
@@ -746,7 +839,8 @@ export class TextView {
       row.dataset.jump = u;
       row.append(make("td"));
       row.lastChild.append(button(String(k + 1), `Go to ${this.word} ${whole.format(u)}`, () => { this.choose(u); this.show(this.context.starts[u]); this.view.focus(); }));
-      at(whole.format(u)); at(this.value(q, u)); at(this.said(u, 140), "ll-excerpt");
+      at(whole.format(u)); at(this.value(q, u)); at(this.context.excerpts?.[u] ?? this.said(u, 140), "ll-excerpt");
+      row.lastChild.dir = "auto";
       for (const p of this.context.places) at(`${whole.format(p.from[u])} to ${whole.format(p.to[u])}`);
     }
     body.addEventListener("click", (e) => { if (!e.target.closest("button")) e.target.closest("tr")?.querySelector("button").click(); });
@@ -762,19 +856,26 @@ export class TextView {
     if (question) this.asked.append(line("Question", [seen(question.slice(0, LONG)) + (question.length > LONG ? "…" : "")]));
     if (answer?.length) this.asked.append(line("Answer", answer.map((part) => this.answerPart(part))));
     function line(name, parts) {
-      const e = make("p", "");
-      e.append(make("span", "ll-note", `${name} `), ...parts);
+      const e = make("p", ""), words = make("bdi", "", null, {dir: "auto"});
+      words.append(...parts);
+      e.append(make("span", "ll-note", `${name} `), words);
       return e;
     }
   }
 
-  answerPart({text, quantity, note}) {
+  answerPart({text, quantity, note, span, apart}) {
     const said = seen(text.slice(0, LONG)) + (text.length > LONG ? `… ${whole.format(text.length - LONG)} more characters` : "");
+    if (!quantity && span) {    // a word that can be traced
+      const b = button("", `Find the sources of ${visible(text, 100)}`, () => this.tell({asked: span}), "ll-pick ll-ask");
+      b.append(said);
+      return b;
+    }
     if (!quantity) { const e = make("span", "ll-part", said); if (note) e.title = note; return e; }
     const b = button("", `Sources of ${visible(text, 100)}`, () => { this.setQuantity(quantity); this.tell({quantity}); }, "ll-pick");
     b.append(said);
     if (note) b.title = note;
     b.setAttribute("aria-pressed", String(this.quantity?.name === quantity));
+    if (apart) b.classList.add("ll-apart");
     return b;
   }
 }
@@ -790,7 +891,7 @@ function guarded(place, draw) {
 
 function render({model, el}) {    // anywidget
   return guarded(el, () => {
-    const told = {selected: "selected", selection: "selection", quantity: "quantity", span: "selected_span"};
+    const told = {selected: "selected", selection: "selection", quantity: "quantity", span: "selected_span", asked: "asked"};
     let mine = false;    // is the change told here?
     const view = new TextView(el, readContext(model.get("_context")), model.get("_settings"), (news) => {
       mine = true;
