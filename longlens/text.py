@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from decimal import Decimal
+from functools import lru_cache
+from typing import Any
 from unicodedata import category, combining
 
 # %% auto #0
-__all__ = ['SIGNS', 'visible', 'probability_text']
+__all__ = ['SIGNS', 'visible', 'character_starts', 'part_labels', 'probability_text']
 
 # %% ../nbs/01_text.ipynb #2aa450a2
 SIGNS = {"\n": "⏎", "\t": "⇥"}    # what has a sign of its own
@@ -25,6 +28,25 @@ def _sign(char: str) -> str:
     letter, digits = next((letter, digits) for letter, digits in (("x", 2), ("u", 4), ("U", 8)) if n < 16**digits)
     return f"\\{letter}{n:0{digits}x}"
 
+# %% ../nbs/01_text.ipynb #e7d3edbc
+_LETTERS = r"[\u0590-\u109f\u1780-\u18af\ua800-\uabff]"    # of scripts that are written with joiners, with their marks
+
+
+@lru_cache(1)
+def _kept() -> Any:    # a pattern
+    "Joiners and tags that are part of a character or a word"
+    import regex
+    pictures = r"(?<=[\p{Extended_Pictographic}\p{Emoji_Modifier}\ufe0f])\u200d(?=\p{Extended_Pictographic})"
+    letters = rf"(?<={_LETTERS})[\u200c\u200d](?={_LETTERS})"
+    return regex.compile(rf"{pictures}|{letters}|(?<=\U0001f3f4)[\U000e0020-\U000e007e]{{1,6}}\U000e007f")
+
+
+def _signs(text: str) -> str:
+    "A text with signs for what cannot be seen"
+    if text.isascii() or not any(c in text for c in "\u200c\u200d\U000e007f"): return "".join(map(_sign, text))
+    kept = {i for m in _kept().finditer(text) for i in range(*m.span())}
+    return "".join(c if i in kept else _sign(c) for i, c in enumerate(text))
+
 # %% ../nbs/01_text.ipynb #76a5b065
 def visible(
     text: str,          # anything
@@ -34,9 +56,33 @@ def visible(
     text, cut = text[:limit], len(text) > limit
     core = text.strip(" ")
     front = len(text) - len(text.lstrip(" ")) if core else 0
-    shown = "␣" * front + "".join(map(_sign, core)) + "␣" * (len(text) - front - len(core))
+    shown = "␣" * front + _signs(core) + "␣" * (len(text) - front - len(core))
     if core and combining(core[0]): shown = "◌" + shown    # an accent with nothing to stand on
     return shown + "…" * cut or "(empty)"
+
+# %% ../nbs/01_text.ipynb #040833b8
+def character_starts(
+    text: str,      # anything
+) -> list[int]:     # in code points, in order; the length of the text comes last
+    "Where each character begins, as a reader counts them (extended grapheme clusters, UAX 29; a carriage return stands alone)"
+    if text.isascii(): return list(range(len(text) + 1))
+    import regex
+    return [m.start() for m in regex.finditer(r"\r|\X", text)] + [len(text)]
+
+# %% ../nbs/01_text.ipynb #ac0f78f4
+def part_labels(
+    strings: Sequence[str],    # what each token adds to the text; "" for one that goes on with a character
+) -> list[str]:                # each token by itself
+    "Tokens for a table: a character of several tokens is named in each of them, with the number of the part"
+    out, first = list(strings), 0
+    for i in range(1, len(out) + 1):
+        if i < len(out) and not strings[i] and strings[first]: continue
+        if i - first > 1:
+            name = strings[first][character_starts(strings[first])[-2]:]
+            out[first + 1:i] = [f"{name} ({k} of {i - first})" for k in range(2, i - first + 1)]
+            out[first] += f" (1 of {i - first})"
+        first = i
+    return out
 
 # %% ../nbs/01_text.ipynb #ee3935ef
 def probability_text(

@@ -6,16 +6,18 @@
 from __future__ import annotations
 
 import time
+from html import escape
+from itertools import count
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from ipywidgets import HTML, Button, FloatProgress, HBox, Stack, Text, ToggleButtons, VBox, Widget
+from ipywidgets import HTML, Button, Dropdown, FloatProgress, HBox, Stack, Text, ToggleButtons, VBox, Widget
 
 from .linked_chart import html_box, with_classes
 from .progress import Busy, Cancelled, Progress, exclusive_use
-from ..charts.page import facts, say, static
+from ..charts.page import facts, say, static, write_page
 from ..encoders.encoder import Encoder
 from ..patch import patch
 from ..models.forward import LongModel
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from longlens.apps import app as _app
 
 # %% auto #0
-__all__ = ['Build', 'Explorer', 'needs_model', 'Pending', 'App', 'read_parts']
+__all__ = ['Build', 'Explorer', 'needs_model', 'Pending', 'App', 'error_text', 'read_parts']
 
 # %% ../../nbs/apps/02_app.ipynb #27d0bf94
 class Explorer(VBox):
@@ -41,6 +43,15 @@ class Explorer(VBox):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         "Choose it again; what does not fit any more is left alone"
+
+    def shared(self) -> Report:
+        "The report that a page of this view shows"
+        if self.report is None: raise ValueError("there is nothing to share yet: measure it first")
+        return self.report
+
+    def code(self) -> str:
+        "Python that makes this view again; nothing where the app's own is all"
+        return ""
 
     def opened(self) -> None:
         "The tab is shown"
@@ -65,6 +76,9 @@ def needs_model(
 class Pending(Explorer):
     "A tab that waits for a measurement"
     inner: Explorer | None = None    # what shows the report, once there is one
+
+    def shared(self) -> Report: return self.inner.shared() if self.inner else Explorer.shared(self)
+    def code(self) -> str: return self.inner.code() if self.inner else ""
 
     if TYPE_CHECKING: take, state, restore = _app.take, _app.state, _app.restore    # written below
 
@@ -141,6 +155,7 @@ class App(VBox, Generic[_R]):
         open_report, show_tab, _frame, _connect = _app.open_report, _app.show_tab, _app._frame, _app._connect
         set_status, show_error, guarded = _app.set_status, _app.show_error, _app.guarded
         run, cancel, wait, save, load = _app.run, _app.cancel, _app.wait, _app.save, _app.load
+        share, code = _app.share, _app.code
         _work, _show_progress, _set_working = _app._work, _app._show_progress, _app._set_working
 
     def __init__(
@@ -159,6 +174,9 @@ class App(VBox, Generic[_R]):
     def __repr__(self) -> str: return f"{self.heading}: {', '.join(e.title for e in self.explorers)}"
 
 # %% ../../nbs/apps/02_app.ipynb #9f2a26e4
+_SHARED = {"html": "as a page (HTML)", "svg": "as a picture (SVG)", "png": "as a picture (PNG)", "code": "the code for this"}
+
+
 @patch
 def _frame(self: App) -> list[Widget]:
     "Boxes"
@@ -169,10 +187,13 @@ def _frame(self: App) -> list[Widget]:
     self.folder = Text(placeholder="folder", layout=dict(width="200px"))
     self.save_button, self.load_button = (Button(description=d, tooltip=t, layout=dict(width="64px")) for d, t in (
         ("Save", "Keep the reports and what was chosen in this folder"), ("Load", "Open what this folder holds")))
+    self.share_menu = Dropdown(options=[("Share …", ""), *((name, how) for how, name in _SHARED.items())], layout=dict(width="170px"),
+                               tooltip="This tab as a file in the folder that is named, or here; or as Python")
+    self.shared = html_box()
     space = html_box("<span></span>", "lx-space")
-    foot = HBox([self.status, self.bar, self.stop, space, self.folder, self.save_button, self.load_button])
+    foot = HBox([self.status, self.bar, self.stop, space, self.share_menu, self.folder, self.save_button, self.load_button])
     style = HTML(f"<style>{static('explore.css')}</style>", layout=dict(display="none"))
-    return [style, self.head, self.above, self.tabs, self.error, self.stack, with_classes(foot, "lx-foot")]
+    return [style, self.head, self.above, self.tabs, self.error, self.stack, self.shared, with_classes(foot, "lx-foot")]
 
 # %% ../../nbs/apps/02_app.ipynb #42fac9ea
 @patch
@@ -181,6 +202,7 @@ def _connect(self: App) -> None:
     self.stop.on_click(lambda _: self.cancel())
     self.save_button.on_click(self.guarded(lambda _: self.save(self.folder.value)))
     self.load_button.on_click(self.guarded(lambda _: self.load(self.folder.value)))
+    self.share_menu.observe(self.guarded(lambda change: self.share(change.new) if change.new else None), "value")
     self.tabs.observe(self.guarded(lambda change: self.show_tab(change.new)), "index")
 
 # %% ../../nbs/apps/02_app.ipynb #e3f147a9
@@ -225,6 +247,14 @@ def set_status(
     "Show it in the line of status"
     self.status.value = f'<span role="status" aria-live="polite">{say(text, 300)}</span>'
 
+# %% ../../nbs/apps/02_app.ipynb #781782da
+def error_text(
+    error: BaseException,
+) -> str:
+    "What a reader is told of an error"
+    plain = str(error).strip() and not isinstance(error, KeyError)
+    return str(error) if plain else f"something went wrong inside longlens ({type(error).__name__} {error})"
+
 # %% ../../nbs/apps/02_app.ipynb #7943ce43
 @patch
 def show_error(
@@ -232,7 +262,7 @@ def show_error(
     error: BaseException,    # what went wrong
 ) -> None:
     "Show an error"
-    self.error.value = f'<div class="lx-error" role="alert"><b>{say(type(error).__name__)}</b>: {say(error, 2000)}</div>'
+    self.error.value = f'<div class="lx-error" role="alert">{say(error_text(error), 2000)}</div>'
     self.set_status("that did not work: the reason is above")
 
 # %% ../../nbs/apps/02_app.ipynb #5e69d7d3
@@ -345,6 +375,43 @@ def load(
     report = load_report(path, type(self.report))
     self.open_report(report, read_parts(path, report))
     self.set_status(f"read from {path}")
+
+# %% ../../nbs/apps/02_app.ipynb #5450abfe
+@patch
+def share(
+    self: App,
+    how: str,             # "html", "svg", "png" or "code"
+) -> Path | None:         # the file
+    "Write the tab that is shown as a page or a picture, or show its code"
+    self.share_menu.value, tab = "", self.explorers[self.tabs.index or 0]
+    if how not in _SHARED: raise ValueError(f"{how!r} is no way to share: there are {', '.join(_SHARED)}")
+    if how == "code":
+        how_to = '<p class="lx-caption">Click it to select all, then copy it.</p>'
+        self.shared.value = f'{how_to}<pre class="lx-code" tabindex="0">{escape(self.code())}</pre>'
+        return None
+    report, folder = tab.shared(), Path(self.folder.value.strip() or ".")
+    if not folder.is_dir(): raise FileNotFoundError(f"there is no folder {folder}: name one that is there, or none for {Path.cwd()}")
+    names = (folder / f"longlens-{tab.name}{f'-{i}' * (i > 1)}.{how}" for i in count(1))
+    path = next(p for p in names if not p.exists())
+    if how == "html": write_page(report, path)
+    else: _picture_of(report).save(str(path), **({"scale_factor": 2} if how == "png" else {}))
+    self.set_status(f"written to {path.resolve()}")
+    return path
+
+
+def _picture_of(report: Report) -> Any:    # an Altair chart
+    chart = report.chart()
+    if not hasattr(chart, "save"): raise ValueError(f"{report.title or 'this report'} has no picture of its own: share it as a page")
+    return chart
+
+# %% ../../nbs/apps/02_app.ipynb #c1028a73
+@patch
+def code(self: App) -> str:
+    "Python that makes this view again"
+    tab = self.explorers[self.tabs.index or 0]
+    own = tab.code()
+    if not own: raise ValueError("this view has no code: save it, and open its folder with Report.load(folder).widget()")
+    return own
 
 # %% ../../nbs/apps/02_app.ipynb #5d995b9b
 def read_parts(

@@ -151,7 +151,7 @@ def _profile_rows(
 ) -> list[dict]:    # first, end, mean, top, at, token, where
     "Attention that stretches of the text get from a head"
     f = r.frames["profile"].filter(layer=layer, head=head).with_columns(pl.col("mean", "top").round_sig_figs(4), end=pl.col("last") + 1)
-    words, one = r.strings, pl.col("first") == pl.col("last")
+    words, one = r.labels, pl.col("first") == pl.col("last")
     where = pl.when(one).then(pl.col("first").cast(pl.String)).otherwise(pl.format("{} to {}", "first", "last"))
     token = pl.Series("token", [visible(words[i], 30) for i in f["at"]], dtype=pl.String)
     return f.with_columns(token, where=where).select("first", "end", "mean", "top", "at", "token", "where").to_dicts()
@@ -200,7 +200,7 @@ def attended_tokens(
 ) -> list[dict[str, Any]]:      # position, token, label, weight
     "What a token attends to most in a head"
     pairs = [(p, w) for p, w in _largest(r, layer, head, position, most) if w > 0]    # what a window hides is not looked at
-    words = r.strings
+    words = r.labels
     return [dict(position=p, token=visible(words[p], 30), label=_token_label(words[p], p), weight=float(f"{w:.4g}")) for p, w in pairs]
 
 # %% ../../nbs/apps/05_head_panels.ipynb #88fafec9

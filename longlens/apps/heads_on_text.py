@@ -22,7 +22,7 @@ from .reading import RULES, ModelReply, PromptReading, model_reply
 from ..charts.page import say
 from ..measure.base import tidy
 from ..patch import patch
-from ..text import probability_text, visible
+from ..text import part_labels, probability_text, visible
 
 if TYPE_CHECKING:
     from longlens.apps import heads_on_text as _heads_on_text
@@ -108,12 +108,12 @@ def _token_html(
     "A token among its neighbours"
     first = max(0, position - around)
     before, after = words[first:position], words[position + 1:position + 1 + around]
-    chosen = escape(visible(words[position], 40))
-    return f'<p class="lx-quote">{"… " * (first > 0)}{_flowing(before)}<mark>{chosen}</mark>{_flowing(after)}</p>'
+    chosen = escape(visible(part_labels(words[:position + 1 + around])[position], 40))
+    return f'<p class="lx-quote" dir="auto">{"… " * (first > 0)}{_flowing(before)}<mark>{chosen}</mark>{_flowing(after)}</p>'
 
 # %% ../../nbs/apps/07_heads_on_text.ipynb #eb72ce7a
 def _flowing(words: Sequence[str]) -> str:    # as HTML, with the spaces at both ends
-    return escape("".join(visible(w, 40).replace("␣", " ") for w in words))
+    return escape("".join(visible(w, 40).replace("␣", " ") for w in words if w))
 
 # %% ../../nbs/apps/07_heads_on_text.ipynb #7dbe62a4
 @patch
@@ -154,9 +154,10 @@ def _ask(self: ReadingExplorer) -> None:
 def _named(heads: Sequence[tuple[int, int]]) -> str: return ", ".join(f"{layer}-{head}" for layer, head in heads)
 
 # %% ../../nbs/apps/07_heads_on_text.ipynb #6fc6a596
-def _reply_line(name: str, a: ModelReply) -> str:    # HTML
-    return (f'<tr><th scope="row">{say(name)}</th><td class="lx-text lx-quote">{say(a["reply"])}</td>'
-            f"<td>{a['logprob']:.3f}</td><td>{probability_text(a['logprob'])}</td></tr>")
+def _reply_line(name: str, a: ModelReply, target: bool) -> str:    # HTML
+    own = probability_text(a.get("reply_logprob"))
+    return (f'<tr><th scope="row">{say(name)}</th><td class="lx-text lx-quote" dir="auto">{say(a["reply"])}</td><td>{own}</td>'
+            + f"<td>{probability_text(a['logprob'])}</td>" * target + "</tr>")
 
 # %% ../../nbs/apps/07_heads_on_text.ipynb #6638e41b
 def _target_name(r: PromptReading) -> str:
@@ -169,16 +170,16 @@ def _answer_html(
     r: PromptReading,
     silenced: Sequence[tuple[int, int]],     # layer, head
 ) -> str:                                    # HTML
-    "What the model replies, as it is and with heads silenced"
-    before, context = r.meta["answer"], r.meta["context"] or {}
-    rows = _reply_line("as it is", before)
+    "What the model replies, as it is and with heads silenced, each with its probability; that of the target, if it is another"
+    before = r.meta["answer"]
     after = r.live.silenced.get(tuple(silenced)) if r.live and silenced else None
-    if after: rows += _reply_line(f"without {_named(silenced)}", after)
-    head = "<tr><th></th><th>the model says</th><th>log-probability</th><th>probability</th></tr>"
-    question = str(context.get("question") or "").removeprefix("Question:").strip()
-    asked = f'<p class="lx-soft">{say(question, 300)}</p>' if question else ""
-    note = f'<p class="lx-caption">Probability of {_target_name(r)}, “{say(before["target"], 120)}”, after the text.</p>'
-    return f'{asked}<table class="lx-numbers lx-answers">{head}{rows}</table>{note}'
+    replies = [("as it is", before), *([(f"without {_named(silenced)}", after)] if after else [])]
+    target = any(str(a["reply"]).strip() != str(before["target"]).strip() for _, a in replies)
+    rows = "".join(_reply_line(name, a, target) for name, a in replies)
+    wanted = f'<th>probability of “{say(before["target"].strip(), 40)}”</th>' * target
+    head = f"<tr><td></td><th>the model says</th><th>probability</th>{wanted}</tr>"
+    note = f'<p class="lx-caption">“{say(before["target"].strip(), 120)}” is {_target_name(r)}.</p>' * target
+    return f'<table class="lx-numbers lx-answers">{head}{rows}</table>{note}'
 
 # %% ../../nbs/apps/07_heads_on_text.ipynb #670ddd3b
 @patch

@@ -30,9 +30,9 @@ from ..probes.middle.probe import lost_in_the_middle
 from ..run import plan
 from ..probes.middle.report import MiddleReport
 from ..probes.traceback.probe import trace_context
-from ..probes.traceback.prompts import answer_limits, ready_prompt
+from ..probes.traceback.prompts import answer_limits, context_span, ready_prompt
 from ..probes.traceback.report import Trace
-from ..probes.traceback.sources import TracePrompt
+from ..probes.traceback.sources import TracePrompt, way_to_cut
 from ..prompts.compose import Context
 from ..report import Report
 
@@ -51,10 +51,15 @@ def _prompt_text(live: Live) -> str | Context:
     return live.context or live.tokens.text or ""
 
 # %% ../../nbs/apps/13_measured_tabs.ipynb #ecf06d1b
-def _prompt_of_text(live: Live, by: str) -> TracePrompt:    # sentences, words or paragraphs
+def _prompt_of_text(live: Live, by: str) -> TracePrompt:    # "", sentences, words or paragraphs; "": as `longlens trace` cuts
     "The text as a prompt with its answer"
     ctx = live.context
     answer = ctx.completion if ctx and (ctx.kind == "asked" or not live.silenced[()]["reply"]) else None
+    if not by:
+        text = live.tokens.text or ""
+        try: a, b = context_span(ctx) if ctx else (0, len(text))
+        except ValueError: a, b = 0, len(text)
+        by = way_to_cut(text[a:b]) or "words"
     room = answer_room(live.lm, len(live.tokens), answer_limits(live.lm)[0])    # as `trace_prompt`, if it fits
     return ready_prompt(live.lm, _prompt_text(live), answer=answer or None, by=by, max_new_tokens=room)
 
@@ -76,7 +81,8 @@ def trace_tab(
 ) -> Pending:
     "Which passages made the model write that?"
     live = r.live
-    by, method = _menu("sources", ["sentences", "words", "paragraphs"]), _menu("method", usable_methods(live.lm) if live else [""])
+    by = _menu("sources", {"cut as it fits": "", **{way: way for way in ("sentences", "words", "paragraphs")}})
+    method = _menu("method", usable_methods(live.lm) if live else [""])
     prompts: dict[int, TracePrompt] = {}    # of the trace that was measured
 
     def measure(progress: Progress) -> Report:

@@ -5,11 +5,12 @@
 # %% ../../nbs/apps/10_question_bar.ipynb #90dd5072
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ipywidgets import Button, Checkbox, HBox, Layout, Text, VBox
+from ipywidgets import Button, Checkbox, Dropdown, HBox, Layout, Text, Textarea, ToggleButton, VBox
 
 from .linked_chart import html_box, with_classes
 from .progress import Progress
@@ -18,13 +19,17 @@ from ..patch import patch
 from ..models.forward import LongModel
 from ..probes.traceback.prompts import context_span, trace_prompt
 from ..probes.traceback.sources import TracePrompt
+from ..probes.guess import doubt
+from ..charts.page import say
+from ..text import probability_text, visible
 from ..prompts.compose import BoundaryError, Context
 
 if TYPE_CHECKING:
     from longlens.apps import question_bar as _prompt_form
 
 # %% auto #0
-__all__ = ['answer_room', 'question_context', 'text_asked', 'read_asked', 'QuestionBar']
+__all__ = ['MOST_EDITED', 'answer_room', 'question_context', 'text_asked', 'read_asked', 'QuestionBar', 'Asked', 'asked_of',
+           'history_options', 'answered_html']
 
 # %% ../../nbs/apps/10_question_bar.ipynb #80b221ef
 _ASKED_TOKENS = 32    # of an answer that the model writes
@@ -126,11 +131,14 @@ class QuestionBar(VBox):
         ask: Callable[[], None],      # what the button does
     ):
         self.shown: tuple[str, str, bool] = "", "", False    # what the report that is open was asked
+        self.source = ""                                     # and of which text
         self._fields()
         self.go.on_click(lambda _: ask())
         for field in (self.question, self.answer): field.on_msg(lambda _, content, buffers: self._typed(content, ask))
         bar = with_classes(HBox([self.question, self.answer, self.chat, self.go]), "lx-bar")
-        super().__init__([bar, html_box(f'<p class="lx-caption">{_CAPTION}</p>')])
+        below = with_classes(HBox([self.edit, self.history]), "lx-bar")
+        self.edit.observe(lambda change: setattr(self.text.layout, "display", None if change.new else "none"), "value")
+        super().__init__([bar, below, self.text, html_box(f'<p class="lx-caption">{_CAPTION}</p>')])
         with_classes(self, "lx-asking")
 
 # %% ../../nbs/apps/10_question_bar.ipynb #50798cd6
@@ -142,6 +150,9 @@ def _fields(self: QuestionBar) -> None:
     self.question = Text(description="question", placeholder="ask something about this text", layout=wide("3 1 340px"), style=style)
     self.answer = Text(description="answer", placeholder="the model's own", layout=wide("1 1 200px"), style=style)
     self.chat = Checkbox(description="as a chat", indent=False, layout=Layout(width="auto", display="none"))
+    self.edit = ToggleButton(description="Edit the text", icon="pencil", layout=Layout(width="130px"))
+    self.text = Textarea(description="text", layout=Layout(width="100%", height="160px", display="none"), style=style)
+    self.history = Dropdown(options=[("nothing asked yet", -1)], description="asked so far", layout=Layout(width="430px"), style=style)
     self.go = Button(description="Ask", icon="question", button_style="primary", layout=Layout(width="90px"))
 
 # %% ../../nbs/apps/10_question_bar.ipynb #3fcb56ab
@@ -150,6 +161,9 @@ def _typed(self: QuestionBar, content: Any, ask: Callable[[], None]) -> None:
     if content.get("event") == "submit": ask()
 
 # %% ../../nbs/apps/10_question_bar.ipynb #1afee063
+MOST_EDITED = 100_000    # characters of a text that can be edited here
+
+
 @patch
 def show(
     self: QuestionBar,
@@ -163,3 +177,47 @@ def show(
     self.chat.layout.display = None if able else "none"
     self.chat.value = able and (asked.get("kind") != "asked" or not asked["add_special_tokens"])
     self.shown = self.question.value, self.answer.value, self.chat.value
+    self.source = text_asked(r) or ""
+    able = 0 < len(self.source) <= MOST_EDITED
+    self.edit.disabled, self.text.value = not able, self.source if able else ""
+    self.edit.tooltip = "Change, insert or delete a sentence, then ask again" if able else f"Texts up to {MOST_EDITED:,} characters"
+
+# %% ../../nbs/apps/10_question_bar.ipynb #89db18e6
+@dataclass(frozen=True)
+class Asked:
+    "What was asked once, and what came of it"
+    text: str
+    question: str
+    answer: str      # that was given; "": the model's own
+    chat: bool
+    reply: str
+    logprob: float   # of the reply
+
+
+def asked_of(bar: QuestionBar, r: PromptReading) -> Asked:
+    "What the report that is open was asked"
+    a = r.meta["answer"]
+    return Asked(bar.source, *bar.shown, str(a["reply"]).strip(), float(a.get("reply_logprob") or 0.0))
+
+
+def history_options(asked: Sequence[Asked]) -> list[tuple[str, int]]:    # what stands in the menu, and its number
+    "What was asked, the last first; a text that was edited is named"
+    def line(i: int) -> str:
+        a, edited = asked[i], i > 0 and asked[i].text != asked[i - 1].text
+        return f"{i + 1}. {visible(a.question, 50)} → {visible(a.reply, 30)} ({probability_text(a.logprob)})" + ", text edited" * edited
+    return [(line(i), i) for i in reversed(range(len(asked)))] or [("nothing asked yet", -1)]
+
+# %% ../../nbs/apps/10_question_bar.ipynb #a9a44a17
+def answered_html(
+    r: PromptReading,     # of a text, asked or not
+) -> str:                 # HTML
+    "The answer with its probability, and why it may say little"
+    a, asked = r.meta["answer"], bool((r.meta["context"] or {}).get("question"))
+    own, without, expected = a.get("reply_logprob"), a.get("without") or {}, str(a["target"]).strip()
+    told = f", probability {probability_text(own)}" if own is not None else ""
+    wrong = f" · expected: “{say(expected, 60)}”, probability {probability_text(a['logprob'])}"
+    right = {True: " · right", False: wrong, None: ""}[a["right"]]
+    reply = f"<bdi class='lx-quote' dir='auto'>{say(a['reply'], 400)}</bdi><span class='lx-soft'>{told}{right}</span>"
+    line = f"<p class='lx-answer'><b>{'Answer' if asked else 'The model goes on'}</b> {reply}</p>"
+    doubts = doubt(own, int(a.get("tokens", 0)), without.get("logprob"), a["right"], expected) if asked and own is not None else ""
+    return (f"<p class='lx-doubt' role='note'>{say(doubts, 400)}. What the tabs explain is that answer.</p>" if doubts else "") + line

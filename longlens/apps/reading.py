@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import polars as pl
@@ -21,20 +23,23 @@ from ..interventions.heads import ablate
 from ..measure.base import tidy
 from ..measure.statistics import Distance, DistanceProfile, Entropy, Received, Rows, SinkMass, Support
 from ..models.prefix import croppable, Prefix, continuation, continue_cache, rope_regime, start_cache
+from ..probes.traceback.prompts import context_span
 from ..probes.heads.scores import copy_scores, pattern_scores
 from ..probes.sinks.metrics import heads_frame, judged, mean_received
-from ..report import Measure, Report, Summary, plain
+from ..report import Measure, Report, Section, Summary, plain
 from ..patch import patch
 from ..models.forward import LongModel
 from ..models.load import ModelLike, load
 from ..models.tokens import TokenIds, Tokens
 from ..prompts.compose import Context
+from ..text import part_labels
 
 if TYPE_CHECKING:
     from longlens.apps import reading as _reading
 
 # %% auto #0
-__all__ = ['RULES', 'ModelReply', 'Live', 'PromptReading', 'model_reply', 'Rule', 'read_text', 'revive']
+__all__ = ['RULES', 'ModelReply', 'Live', 'PromptReading', 'model_reply', 'ReplyWithout', 'reply_without', 'Rule', 'read_text',
+           'revive']
 
 # %% ../../nbs/apps/04_reading.ipynb #4958ac5f
 def _chunk(lm: LongModel, n: int) -> int:    # tokens
@@ -77,6 +82,8 @@ class ModelReply(TypedDict, total=False):
     target: str            # the answer that is scored
     logprob: float         # of the target
     right: bool | None     # is the reply the target? None: nobody knows
+    reply_logprob: float   # of the reply
+    tokens: int            # of the reply
     ids: Tensor            # of the reply; not in reports
 
 # %% ../../nbs/apps/04_reading.ipynb #b778d2ed
@@ -126,11 +133,30 @@ class PromptReading(Report):
     title: ClassVar[str] = "One text, head by head"
     explorer: ClassVar[str] = "longlens.apps.workbench:explore_reading"
     live: Live | None = None    # the model, while there is one
+    view: Any = None            # the text as it is shaded, for a page
+
+    def sections(self) -> list[Section]:
+        "The map of all heads, and the text"
+        text = [Section("The text", "Every token, shaded by the quantity that is chosen above it.", view=self.view)] if self.view else []
+        heads = Section("Every head", "How strongly every head looks at one position.", self.chart(), self.frames["heads"])
+        return [*text, heads]
 
     @property
     def strings(self) -> list[str]:
-        "Every token as a reader should see it"
+        "What every token adds to the text"
         return self.frames["tokens"]["token"].to_list()
+
+    @cached_property
+    def labels(self) -> list[str]:
+        "Every token by itself, for tables and charts"
+        return part_labels(self.strings)
+
+    @property
+    def shown(self) -> Any:    # strings, text, offsets and ids, as `token_view` takes them
+        "The text and its tokens, with or without the model"
+        f, text = self.frames["tokens"], self.frames["text"]["text"][0]
+        offsets = torch.from_numpy(f.select("start", "end").to_numpy().copy()) if "start" in f.columns else None
+        return SimpleNamespace(strings=self.strings, text=text, offsets=offsets, ids=f["id"].to_list())
 
     @property
     def spans(self) -> dict[str, range]:
@@ -271,7 +297,9 @@ def _ask(live: Live, prefix: Prefix) -> ModelReply:
     reply = lm.generate_ids(prefix, len(want) + 1, stop=[".", "\n"])
     score = lm.score(prefix, want)
     right = bool(score.greedy.all())
-    return {"reply": _decode(lm, reply), "target": _decode(lm, want), "logprob": score.total, "right": right, "ids": reply}
+    own = lm.score(prefix, reply).total if len(reply) else 0.0
+    return {"reply": _decode(lm, reply), "target": _decode(lm, want), "logprob": score.total, "right": right, "ids": reply,
+            "reply_logprob": own, "tokens": len(reply)}
 
 # %% ../../nbs/apps/04_reading.ipynb #f329cd05
 def _ask_open(live: Live, prefix: Prefix) -> ModelReply:
@@ -281,7 +309,29 @@ def _ask_open(live: Live, prefix: Prefix) -> ModelReply:
     reply = lm.generate_ids(prefix, max(1, min(_REPLY_TOKENS, free)))
     target = live.silenced[()]["ids"] if () in live.silenced else reply
     total = lm.score(prefix, target).total if len(target) else 0.0
-    return {"reply": _decode(lm, reply), "target": _decode(lm, target), "logprob": total, "right": None, "ids": reply}
+    own = lm.score(prefix, reply).total if len(reply) else 0.0
+    return {"reply": _decode(lm, reply), "target": _decode(lm, target), "logprob": total, "right": None, "ids": reply,
+            "reply_logprob": own, "tokens": len(reply)}
+
+# %% ../../nbs/apps/04_reading.ipynb #49df0272
+class ReplyWithout(TypedDict):
+    "What the model replies without the context, and how probable its answer to the whole is then"
+    reply: str
+    logprob: float    # of what it replies to the whole
+
+
+def reply_without(live: Live) -> ReplyWithout | None:    # None: there is no context, or nothing else
+    "Ask the question of a prompt without the context"
+    ctx, lm = live.context, live.lm
+    if ctx is None or live.tokens.offsets is None: return None
+    try: a, b = context_span(ctx)
+    except ValueError: return None
+    within = live.tokens.span(a, b) if b > a else range(0)
+    ids = torch.cat([live.tokens.ids[:within.start], live.tokens.ids[within.stop:]])
+    said = model_reply(live)["ids"]
+    if not len(within) or not len(ids) or not len(said): return None
+    before = lm.prefill(ids, allow_longer=live.prefix.allow_longer)
+    return {"reply": _decode(lm, lm.generate_ids(before, len(said))), "logprob": lm.score(before, said).total}
 
 # %% ../../nbs/apps/04_reading.ipynb #6351d7c0
 @dataclass(frozen=True)
@@ -358,8 +408,8 @@ def _reading_of(live: Live, seen: Capture, patterns: Mapping[str, Tensor]) -> Pr
               "text": pl.DataFrame({"text": [tokens.text]}, schema={"text": pl.String})}
     answer = {k: v for k, v in model_reply(live).items() if k != "ids"}
     asked = None if ctx is None else {k: plain(getattr(ctx, k)) for k in _CONTEXT_FIELDS}
-    meta = {"model": lm.name, "lengths": [len(tokens)], "answer": answer, "context": asked, **size_facts(lm), "dtype": str(lm.dtype),
-            "device": str(lm.device), "interventions": interventions(lm)}
+    meta = {"model": lm.name, "only": lm.card.only, "lengths": [len(tokens)], "answer": {**answer, "without": reply_without(live)},
+            "context": asked, **size_facts(lm), "dtype": str(lm.dtype), "device": str(lm.device), "interventions": interventions(lm)}
     out = PromptReading(frames, meta)
     out.live = live
     return out

@@ -15,7 +15,8 @@ from .head_panels import head_row
 from .heads import Choice
 from .linked_chart import picture
 from .reading import PromptReading
-from ..charts.token_view import Shade, token_view
+from ..charts.token_view import Shade, TextData, token_view, utf16_text
+from ..report import Report
 from ..patch import patch
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class TextExplorer(Explorer):
 
     if TYPE_CHECKING:    # each is written where it is explained
         show_trace, opened, state, restore = _text_tab.show_trace, _text_tab.opened, _text_tab.state, _text_tab.restore
+        shared = _text_tab.shared
         _select, _is_open, _follow = _text_tab._select, _text_tab._is_open, _text_tab._follow
 
     def __init__(
@@ -46,8 +48,8 @@ class TextExplorer(Explorer):
         self.report, self.choice, f = reading, choice, reading.frames["tokens"]
         received = Shade(f["received"].to_numpy(), "log", note="mean share over all heads, of the queries that see it")
         shades = {"attention received": received, "surprisal": Shade(f["surprisal"].to_numpy(), note="bits")}
-        source = (reading.live.context or reading.live.tokens) if reading.live else reading.strings
-        self.view = token_view(source, shades, reading.spans, choice.token, height=460, top=8)
+        self.quantities = shades
+        self.view = token_view(reading.shown, shades, reading.spans, choice.token, height=460, top=8)
         super().__init__([picture("The text", self.view, _CAPTION, classes=["lx-wide"])])
         self.view.observe(self.guarded(lambda change: self._select(change.new)), "selected")
         self.choice.observe(self.guarded(lambda _: self._follow()), ["token", "head"])
@@ -86,6 +88,17 @@ def show_trace(
     "Shade by the scores of a trace"
     if scores is not None and len(scores) == len(self.report.strings):
         self.view.shade("trace score", Shade(scores, note=f"{unit}, of the token's source".removeprefix(", ")))
+
+# %% ../../nbs/apps/12_text_tab.ipynb #282c8d85
+@patch
+def shared(self: TextExplorer) -> Report:
+    "The text with its shades, as a report of one section"
+    v, f = self.view, self.report.frames
+    text = utf16_text(v._context["text"])
+    data = TextData({**v._context, "text": text}, list(v._quantities), list(v._spans), dict(v._settings), v.quantity, v.selected)
+    out = PromptReading(f, dict(self.report.meta))
+    out.view = data
+    return out
 
 # %% ../../nbs/apps/12_text_tab.ipynb #90c4aa03
 @patch

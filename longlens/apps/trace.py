@@ -30,12 +30,12 @@ from ..models.forward import LongModel
 from ..models.tokens import Span, span_ends, Tokens
 from ..probes.traceback.probe import trace_context
 from ..probes.traceback.prompts import trace_prompt
-from ..probes.traceback.frames import excerpt
+from ..probes.traceback.frames import excerpt, with_evidence
 from ..probes.traceback.report import Trace
 from ..probes.traceback.sources import TracePrompt, subset_ids
 from ..probes.traceback.tracer import load_methods
 from ..run import plan
-from ..text import probability_text, visible
+from ..text import part_labels, probability_text, visible
 
 if TYPE_CHECKING:
     from longlens.apps import trace as _trace_app
@@ -156,7 +156,7 @@ def _unit(r: Trace) -> str: return "" if r.meta.get("unit", "score") == "score" 
 @patch
 def _pickers(self: TraceExplorer, first: _Span) -> None:
     "What can be clicked, and room for what is shown"
-    ends = [(visible(w, 14), i) for i, w in enumerate(self.words)]
+    ends = [(visible(w, 14), i) for i, w in enumerate(part_labels(self.words))]
     self.span = SelectionRangeSlider(options=ends, value=(first[0], first[1] - 1), description="span of the answer", readout=False,
                                      layout=Layout(width="420px"), style=dict(description_width="130px"))
     method = self.report.meta["method"]
@@ -170,7 +170,7 @@ def _pickers(self: TraceExplorer, first: _Span) -> None:
 
 # %% ../../nbs/apps/11_trace.ipynb #e8847775
 _CAPTIONS = {    # how to read it
-    "view": "A click on a row below the text shows that source; a span of the answer that was traced can be clicked above it.",
+    "view": "Click a word of the answer, and its sources are found. A click on a row below the text shows that source.",
     "list": "The sources with the highest scores: number, from 0, score, and beginning. Take some away and ask again. An answer that "
             "stands without a source can still come from it, where another source says the same.",
 }
@@ -218,9 +218,9 @@ def _picked(self: TraceExplorer) -> None:
 @patch
 def _quoted(self: TraceExplorer, span: _Span, note: str = "") -> None:
     "The answer, with the span that is picked"
-    part = lambda a, b: escape("".join(visible(w, 40).replace("␣", " ") for w in self.words[a:b]))
+    part = lambda a, b: escape("".join(visible(w, 40).replace("␣", " ") for w in self.words[a:b] if w))
     marked = f'<mark class="lx-chosen">{part(*span)}</mark>'
-    self.quote.value = f'<p class="lx-quote">{part(0, span[0])}{marked}{part(span[1], None)}{note}</p>'
+    self.quote.value = f'<p class="lx-quote" dir="auto">{part(0, span[0])}{marked}{part(span[1], None)}{note}</p>'
 
 # %% ../../nbs/apps/11_trace.ipynb #dc69bc60
 @patch
@@ -228,10 +228,11 @@ def _show(self: TraceExplorer, span: _Span) -> None:
     "The sources of a span"
     self.report, spans = self.traces[span], {span: self.traces[span], **self.traces}
     answer = self.report.frames["answer"].select(token="text", logprob="logprob")
-    tables = {s: t.frames["sources"] for s, t in spans.items()}
+    tables = {s: with_evidence(t.frames["sources"], 12, t.meta["traced"], t.meta["question"]) for s, t in spans.items()}
     question = self.report.meta["question"].removeprefix("Question:").strip()
     height = min(360, 90 + len(self.report.context) // 5)    # pixels
-    self.view = trace_view(self.report.context, tables, question, answer, height=height, top=6)
+    self.view = trace_view(self.report.context, tables, question, answer, height=height, top=6, ask=self.model is not None)
+    self.view.observe(self.guarded(lambda change: self._trace(tuple(change.new)) if change.new else None), "asked")
     self.found.children = [self.view]
     if self._now() != span: self.span.value = (span[0], span[1] - 1)
     self.how.value, self.twice.value = _scored_html(self.report), _copies_html(self.report)
@@ -275,9 +276,9 @@ def _token_scores(
 
 # %% ../../nbs/apps/11_trace.ipynb #67dc2eeb
 @patch
-def _trace(self: TraceExplorer) -> None:
-    "Trace the span that is picked"
-    span, method, model, prompt = self._now(), self.method.value, self.model, self.prompt
+def _trace(self: TraceExplorer, wanted: _Span | None = None) -> None:
+    "Trace the span that is picked, or a word that was clicked"
+    span, method, model, prompt = wanted or self._now(), self.method.value, self.model, self.prompt
     if model is None or prompt is None: raise ValueError("tracing needs the model: widget(model=lm)")
     def show(found: Trace) -> None:
         self.traces = {s: t for s, t in self.traces.items() if t.meta["method"] == method} | {span: found}    # one method at a time
@@ -288,14 +289,15 @@ def _trace(self: TraceExplorer) -> None:
 # %% ../../nbs/apps/11_trace.ipynb #57f834b3
 def _source_box(x: Mapping[str, Any], unit: str, kept: bool, disabled: bool) -> Checkbox:    # source, score, text
     score = "–" if x["score"] is None else f"{x['score']:.3g} {unit}".strip()
-    label = f"{x['source']} · {score} · {excerpt(x['text'], 60)}"
+    label = f"{x['source']} · {score} · {x['excerpt'] or excerpt(x['text'], 120)}"
     return Checkbox(kept, description=label, indent=False, layout=Layout(width="auto"), disabled=disabled)
 
 # %% ../../nbs/apps/11_trace.ipynb #95430322
 @patch
 def _list_sources(self: TraceExplorer, most: int = 7) -> None:
     "The strongest sources, and those that are taken away, with a box each"
-    f = self.report.frames["sources"].sort("rank", nulls_last=True)
+    r = self.report
+    f = with_evidence(r.frames["sources"], most, r.meta["traced"], r.meta["question"]).sort("rank", nulls_last=True)
     some = pl.concat([f.head(most), f.filter(pl.col("source").is_in(sorted(self.removed)))]).unique("source", maintain_order=True)
     boxes = []
     for x in some.iter_rows(named=True):
@@ -330,7 +332,7 @@ def _put_back(self: TraceExplorer) -> None:
 
 # %% ../../nbs/apps/11_trace.ipynb #4e6ffb77
 def _reply_line(name: str, a: SourceReply) -> str:    # HTML
-    return (f'<tr><th scope="row">{say(name)}</th><td class="lx-text lx-quote">{say(a["reply"], 300)}</td>'
+    return (f'<tr><th scope="row">{say(name)}</th><td class="lx-text lx-quote" dir="auto">{say(a["reply"], 300)}</td>'
             f'<td>{a["logprob"]:.2f}</td><td>{probability_text(a["logprob"])}</td></tr>')
 
 # %% ../../nbs/apps/11_trace.ipynb #5758d4f7

@@ -13,7 +13,12 @@ from .app import App, Build, Explorer, read_parts
 from .heads import Choice, strongest_head
 from .heads_on_text import ReadingExplorer
 from .measured_tabs import collapse_tab, needle_tab, trace_tab
-from .question_bar import QuestionBar, read_asked, text_asked
+from .question_bar import Asked, QuestionBar, answered_html, asked_of, history_options, read_asked, text_asked
+from .linked_chart import html_box
+import polars as pl
+
+from ..charts.page import say
+from ..text import probability_text, visible
 from .reading import PromptReading, read_text, revive
 from .text_tab import TextExplorer
 from ..encoders.encoder import Encoder
@@ -30,7 +35,7 @@ if TYPE_CHECKING:
     from longlens.apps import workbench as _workbench
 
 # %% auto #0
-__all__ = ['Workbench', 'explore_reading', 'explore']
+__all__ = ['Workbench', 'moved_html', 'explore_reading', 'explore']
 
 # %% ../../nbs/apps/14_workbench.ipynb #3377b136
 _ABOUT_TEXT = ("heads", "tokens", "trace")    # tabs that a question changes
@@ -39,7 +44,9 @@ _ABOUT_TEXT = ("heads", "tokens", "trace")    # tabs that a question changes
 class Workbench(App[PromptReading]):
     "The tabs of a text, and the question about it"
 
-    if TYPE_CHECKING: ask, _show_asked = _workbench.ask, _workbench._show_asked    # written below
+    if TYPE_CHECKING:    # written below
+        ask, _show_asked, code = _workbench.ask, _workbench._show_asked, _workbench.code
+        _go_back, _remember = _workbench._go_back, _workbench._remember
 
     def __init__(
         self,
@@ -48,13 +55,21 @@ class Workbench(App[PromptReading]):
         parts: Mapping[str, Report] | None = None,  # other reports, by tab
     ):
         self.asking = QuestionBar(lambda: self.guarded(lambda _: self.ask())(None))
+        self.asked: list[Asked] = []
+        self.listing = False
+        self.answered, self.limits = html_box("", "lx-answered"), html_box()
         super().__init__(report, build, "longlens workbench", parts)
-        self.above.children = [self.asking]
+        self.above.children = [self.limits, self.asking, self.answered]
+        self.asking.history.observe(self.guarded(lambda change: self._go_back(change.new)), "value")
 
     def open_report(self, report: Report, parts: Mapping[str, Report]) -> None:
         "Show a text, and what was asked of it"
         super().open_report(report, parts)
         self.asking.show(self.report)
+        self.answered.value = answered_html(self.report)
+        self._remember()
+        only, name = self.report.meta.get("only"), self.report.meta["model"]
+        self.limits.value = f'<p class="lx-soft">{say(name)} reads only {say(only, 300)}: other texts make it guess.</p>' if only else ""
         self.show_tab(self.tabs.index)
 
     def show_tab(self, index: int | None) -> None:
@@ -66,13 +81,77 @@ class Workbench(App[PromptReading]):
 # %% ../../nbs/apps/14_workbench.ipynb #fbd62312
 @patch
 def ask(self: Workbench) -> None:
-    "Ask what is written in the fields"
-    bar, text, live = self.asking, text_asked(self.report), self.report.live
-    asked = bar.question.value, bar.answer.value, bar.chat.value
-    if text is None or live is None: raise ValueError("there is no text, or no model, to ask")
+    "Ask what is written in the fields, of the text as it is written there"
+    bar, live = self.asking, self.report.live
+    asked, text = (bar.question.value, bar.answer.value, bar.chat.value), bar.text.value if not bar.edit.disabled else bar.source
+    if not text or live is None: raise ValueError("there is no text, or no model, to ask")
     if not asked[0].strip(): raise ValueError("the question is empty: write what you want to know about the text")
-    if asked == bar.shown: raise ValueError("that is what was asked: change the question or the answer")
+    if asked == bar.shown and text == bar.source: return self.set_status("that is what was asked: the answer stands below")
     self.run("asking", lambda progress: read_asked(live.lm, text, *asked, progress=progress), self._show_asked, live.lm)
+
+# %% ../../nbs/apps/14_workbench.ipynb #d14b8802
+@patch
+def _go_back(self: Workbench, at: int) -> None:
+    "Ask again what was asked before"
+    if self.listing or not 0 <= at < len(self.asked) or self.asked[at] == asked_of(self.asking, self.report): return
+    a, bar = self.asked[at], self.asking
+    bar.question.value, bar.answer.value, bar.chat.value = a.question, a.answer, a.chat
+    if not bar.edit.disabled: bar.text.value = a.text
+    self.ask()
+
+
+@patch
+def _remember(self: Workbench) -> None:
+    "Put what was asked into the list"
+    if not self.asking.shown[0] or self.report.live is None: return
+    now = asked_of(self.asking, self.report)
+    if now not in self.asked: self.asked.append(now)
+    self.listing = True    # the menu moves by itself
+    self.asking.history.options = history_options(self.asked)
+    self.asking.history.value = self.asked.index(now)
+    self.listing = False
+
+# %% ../../nbs/apps/14_workbench.ipynb #08ca0add
+def moved_html(
+    before: PromptReading,    # what was shown
+    now: PromptReading,       # of the same model
+    most: int = 3,            # heads
+) -> str:                     # HTML
+    "The answer before, and the heads that changed most"
+    a, f = before.meta["answer"], before.frames["heads"].select("layer", "head", was="alpha_top")
+    both = f.join(now.frames["heads"].select("layer", "head", now="alpha_top"), on=["layer", "head"])
+    top = both.sort((pl.col("now") - pl.col("was")).abs(), descending=True).head(most).iter_rows(named=True)
+    heads = ", ".join(f"{x['layer']}-{x['head']} from {x['was']:.2f} to {x['now']:.2f}" for x in top)
+    told = f"Before: “{visible(str(a['reply']).strip(), 60)}”, probability {probability_text(a.get('reply_logprob'))}. "
+    return f"<p class='lx-soft'>{say(told + 'Strongest position of the heads that changed most: ' + heads, 400)}.</p>"
+
+# %% ../../nbs/apps/14_workbench.ipynb #5a92af0c
+@patch
+def code(self: Workbench) -> str:
+    "Python that makes this view again"
+    r, tab = self.report, self.explorers[self.tabs.index or 0]
+    lines = ["import longlens as ll", "", f"lm = ll.load({r.meta['model']!r})", *_opening(r, self.asking)]
+    lines.append(f"app.tabs.index = {self.tabs.index or 0}")
+    if tab.name in ("heads", "tokens"): lines.append(f"app.explorers[0].choice.head = {tuple(self.explorers[0].state()['head'])}")
+    found = tab.report if tab.name == "trace" else None
+    if found is not None:
+        spans = found.frames["sources"].sort("start").select("start", "end").rows()
+        lines += [f"trace = ll.trace_context(lm, app.report.live.context or text, answer={found.meta['answer']!r},",
+                  f"                         method={found.meta['method']!r}, by={spans})", "trace.top()"]
+    return "\n".join([*lines, "app"])
+
+
+def _opening(r: PromptReading, bar: QuestionBar) -> list[str]:    # lines
+    "How the text is opened: with its question, as a Context, or alone"
+    asked, text = r.meta["context"], r.frames["text"]["text"][0]
+    if asked and asked["kind"] == "asked":
+        return [f"text = {bar.source!r}", f"app = ll.explore(lm, text, question={bar.shown[0]!r}, answer={bar.shown[1]!r})"]
+    if asked is None: return [f"text = {text!r}", "app = ll.explore(lm, text)"]
+    spans = ", ".join(f"{k!r}: {s!r}" for k, s in r.spans.items())
+    more = "".join(f", {k}={tuple(v) if k == 'answers' else v!r}" for k, v in asked.items() if k != "add_special_tokens")
+    tokens = f"lm.tokens(text, add_special_tokens={asked['add_special_tokens']})"
+    first = ["from longlens.prompts.compose import Context", f"text = {text!r}"]
+    return [*first, f"app = ll.explore(lm, Context({tokens}, {{{spans}}}{more}))"]
 
 # %% ../../nbs/apps/14_workbench.ipynb #07c62002
 @patch
@@ -81,7 +160,9 @@ def _show_asked(self: Workbench, reading: PromptReading) -> None:
     kept = {e.name: {k: v for k, v in e.state().items() if k in ("head", "quantity")} for e in self.explorers if e.name != "trace"}
     reading.meta["view"] = {**kept, "tab": self.explorers[self.tabs.index or 0].name}
     parts = {e.name: e.report for e in self.explorers if e.name not in _ABOUT_TEXT and e.report is not None}
+    before, again = self.report, bool(self.asking.shown[0])
     self.open_report(reading, parts)
+    if again and before.frames["heads"].shape == reading.frames["heads"].shape: self.answered.value += moved_html(before, reading)
 
 # %% ../../nbs/apps/14_workbench.ipynb #af8a9168
 def _tabs(

@@ -17,15 +17,16 @@ from traitlets import Dict, HasTraits, Int, List, TraitError, Unicode, observe, 
 
 from .page import as_json, static
 from ..models.text_model import TextModel
-from ..models.tokens import Tokens, span_ends
+from ..models.tokens import Tokens, owned_characters, span_ends
 from ..patch import patch
+from ..text import character_starts
 
 if TYPE_CHECKING:
     from longlens.charts import token_view as _token_view
 
 # %% auto #0
-__all__ = ['KINDS', 'Shade', 'quantity_state', 'utf16', 'utf16_at', 'as_u32', 'TextData', 'token_data', 'TokenView', 'token_view',
-           'text_html']
+__all__ = ['KINDS', 'Shade', 'quantity_state', 'utf16', 'utf16_text', 'utf16_at', 'as_u32', 'TextData', 'token_data', 'TokenView',
+           'token_view', 'text_html']
 
 # %% ../../nbs/charts/07_token_view.ipynb #5b2f1c36
 KINDS = "sequential", "diverging", "log"
@@ -79,6 +80,9 @@ def utf16(text: str) -> bytes:
     "A text as the bytes that a browser's strings are made of, halves of pairs included"
     return text.encode("utf-16-le", "surrogatepass")
 
+
+def utf16_text(codes: bytes) -> str: return codes.decode("utf-16-le", "surrogatepass")
+
 # %% ../../nbs/charts/07_token_view.ipynb #9860dddb
 def utf16_at(
     text: str,         # any text
@@ -89,17 +93,18 @@ def utf16_at(
     return (np.arange(len(codes) + 1) + np.concatenate([[0], np.cumsum(codes > 0xFFFF)]))[np.asarray(places, np.int64)]
 
 # %% ../../nbs/charts/07_token_view.ipynb #5a90f933
-def _pieces(tokens: Any) -> tuple[list[str], list[str]]:    # what stands before each token, and the tokens
+def _pieces(tokens: Any) -> tuple[list[str], list[str], Any]:    # what stands before each token and at the end, the tokens, offsets or None
     "Tokens as strings, with the text between them where it is known"
     strings = list(tokens.strings) if hasattr(tokens, "strings") else list(tokens)
     wrong = [s for s in strings if not isinstance(s, str)]
     if wrong: raise TypeError(f"tokens are shown as text, and {wrong[0]!r} is none")
-    if getattr(tokens, "offsets", None) is None or getattr(tokens, "text", None) is None: return [""] * len(strings), strings
+    text, offsets = getattr(tokens, "text", None), getattr(tokens, "offsets", None)
+    if offsets is None or text is None: return [""] * (len(strings) + 1), strings, None
     gaps, at = [], 0
-    for a, b in tokens.offsets.tolist():
-        gaps.append(tokens.text[at:a] if a < b else "")
+    for (first, last), (a, b) in zip(offsets.tolist(), owned_characters(offsets).tolist(), strict=True):
+        gaps.append(text[at:a] if first < last else "")
         at = max(at, b)
-    return gaps, strings
+    return [*gaps, text[at:]], strings, offsets
 
 # %% ../../nbs/charts/07_token_view.ipynb #386c4c17
 _EMPTY = "∅"    # stands for a token that says nothing
@@ -108,14 +113,33 @@ _EMPTY = "∅"    # stands for a token that says nothing
 def _token_context(tokens: Any) -> dict[str, Any]:
     "The text of tokens, and where each of them is"
     if isinstance(tokens, str): raise TypeError("a text is not yet tokens: give lm.tokens(text), or a list of strings")
-    gaps, strings = _pieces(tokens)
+    gaps, strings, offsets = _pieces(tokens)
     if not strings: raise ValueError("there are no tokens to show")
-    empty = [i for i, s in enumerate(strings) if not s]
-    text = "".join(part for gap, s in zip(gaps, strings, strict=True) for part in (gap, s or _EMPTY))
-    ends = np.cumsum([len(g) + len(s or _EMPTY) for g, s in zip(gaps, strings, strict=True)])
-    starts = ends - [len(s or _EMPTY) for s in strings]
-    at = {name: as_u32(utf16_at(text, places)) for name, places in (("starts", starts), ("ends", ends))}
-    return {"unit": "token", "text": text, **at, "empty": empty, **({"ids": as_u32(tokens.ids)} if hasattr(tokens, "ids") else {})}
+    shares = _shares(offsets, len(strings))
+    empty = [i for i, s in enumerate(strings) if not s and not shares[i]]
+    shown = [s or ("" if shares[i] else _EMPTY) for i, s in enumerate(strings)]
+    text = "".join(part for gap, s in zip(gaps, shown, strict=False) for part in (gap, s)) + gaps[-1]
+    ends = np.cumsum([len(g) + len(s) for g, s in zip(gaps, shown, strict=False)])
+    starts = ends - [len(s) for s in shown]
+    joined = _joined(text, starts, shares)
+    at = {name: as_u32(utf16_at(text, places)) for name, places in (("starts", starts - shares), ("ends", ends))}
+    ids = {"ids": as_u32(tokens.ids)} if hasattr(tokens, "ids") else {}
+    return {"unit": "token", "text": text, **at, "empty": empty, "joined": joined, **ids}
+
+# %% ../../nbs/charts/07_token_view.ipynb #ca3e9c32
+def _shares(offsets: Any, n: int) -> np.ndarray:    # (n, 2) or None -> (n,), characters that a token has in common with those before
+    "How far each token reaches back into characters that began before it"
+    if offsets is None: return np.zeros(n, np.int64)
+    first, last = np.asarray(offsets, np.int64).T
+    back = owned_characters(offsets)[:, 0].numpy() - first
+    return np.where(first < last, back.clip(0), 0)
+
+
+def _joined(text: str, starts: np.ndarray, shares: np.ndarray) -> list[int]:    # tokens, in order
+    "The tokens that begin inside a character, which is drawn with the token before"
+    if text.isascii(): return []
+    inside = ~np.isin(starts, character_starts(text)) | (shares > 0)
+    return [i for i in np.flatnonzero(inside).tolist() if i]
 
 # %% ../../nbs/charts/07_token_view.ipynb #6dc1e3bf
 def as_u32(numbers: Any) -> bytes: return np.asarray(numbers).astype(np.uint32).tobytes()
@@ -234,6 +258,7 @@ class TokenView(_Chosen, anywidget.AnyWidget):
     _quantities: List = List().tag(sync=True)
     _spans: List = List().tag(sync=True)
     _settings = Dict().tag(sync=True)
+    asked: List = List(Int()).tag(sync=True)    # tokens (first, one past the last) of the word of the answer that was clicked
 
     if TYPE_CHECKING:  # each is written where it is explained
         shade = _token_view.shade

@@ -26,7 +26,8 @@ from ..text import probability_text, visible
 from .token_view import Shade, TextData, TokenView, quantity_state, as_u32, utf16_at
 
 # %% auto #0
-__all__ = ['Answer', 'Spans', 'READING', 'trace_data', 'trace_view', 'trace_section', 'TracePage', 'trace_page', 'cost_chart']
+__all__ = ['Answer', 'Spans', 'READING', 'word_spans', 'trace_data', 'trace_view', 'trace_section', 'TracePage', 'trace_page',
+           'cost_chart']
 
 # %% ../../nbs/charts/08_trace_view.ipynb #c95a44d8
 def _source_table(context: str, sources: pl.DataFrame) -> pl.DataFrame:    # in the order of the text
@@ -51,6 +52,12 @@ def _source_context(context: str, table: pl.DataFrame) -> dict[str, Any]:
         places.append({"name": "tokens", "from": as_u32(table["token_start"].to_numpy()), "to": as_u32(table["token_end"].to_numpy())})
     return {"unit": "source", "text": context, "starts": as_u32(utf16_at(context, a)), "ends": as_u32(utf16_at(context, b)),
             "places": places}
+
+# %% ../../nbs/charts/08_trace_view.ipynb #29cfcfaf
+def _excerpts(tables: Sequence[pl.DataFrame]) -> dict[str, str]:    # number of a source, in the order of the text -> what is said of it
+    "What the table below the text quotes of the sources that have an excerpt, instead of their first words"
+    rows = [(i, t) for f in tables if "excerpt" in f.columns for i, t in enumerate(f["excerpt"]) if t]
+    return {str(i): t for i, t in reversed(rows)}
 
 # %% ../../nbs/charts/08_trace_view.ipynb #69d77ca4
 def _scores(table: pl.DataFrame, name: str) -> dict[str, Any]:
@@ -90,6 +97,28 @@ def _answer_parts(words: Sequence[str], logprobs: Sequence[float | None], names:
     return [{"text": "".join(words[a:b]), **({"quantity": names[a, b]} if (a, b) in names else {}), **note(a, b)}
             for a, b in sorted(chosen + rest)]
 
+# %% ../../nbs/charts/08_trace_view.ipynb #fc3a6ba8
+def word_spans(
+    tokens: Sequence[str],    # what each token adds to a text
+) -> list[tuple[int, int]]:   # (first, one past the last) token of each word; together they are all tokens
+    "The words of a text in tokens; signs stay with the word before them"
+    starts, before = [0], ""
+    for i, token in enumerate(tokens):
+        word, last = token.strip(), before[-1:]
+        parted = not last.strip() or token[:1].isspace() or ord(last) >= 0x2e80 or token[:1] >= "\u2e80"
+        if i and word and parted and any(c.isalnum() for c in word): starts.append(i)
+        before += token
+    return list(pairwise([*starts, len(tokens)])) if tokens else []
+
+
+def _word_parts(words: Sequence[str], names: Mapping[tuple[int, int], str]) -> list[dict[str, Any]]:
+    "The answer as words that can be clicked, and the other spans that were traced"
+    spans = word_spans(words)
+    parts = [{"text": "".join(words[a:b]), "span": [a, b], **({"quantity": names[a, b]} if (a, b) in names else {})} for a, b in spans]
+    more = [{"text": "whole answer" if (a, b) == (0, len(words)) else "".join(words[a:b]), "quantity": name, "apart": True}
+            for (a, b), name in names.items() if (a, b) not in spans]
+    return [*more, *parts]
+
 # %% ../../nbs/charts/08_trace_view.ipynb #8a6bc59c
 def _answer_words(answer: Answer) -> tuple[list[str], list[float | None]]:    # tokens and log probabilities
     "The answer's tokens, from a table with columns token and logprob, a list, or a text"
@@ -109,6 +138,7 @@ def trace_data(
     label: str = "Context",             # what the text is, for those who listen
     height: int = 420,                  # of the text, in pixels
     top: int = 10,                      # rows of the table of the strongest sources
+    ask: bool = False,                  # can every word of the answer be clicked?
 ) -> TextData:
     "A traced context, checked"
     words, logprobs = _answer_words(answer)
@@ -121,8 +151,9 @@ def trace_data(
         raise ValueError("the spans of the answer were traced to different sources: cut the context in one way for all of them")
     named = len(spans) > 1 or traced is not None
     names = _span_names(spans, words) if named else dict.fromkeys(spans, "score")
-    parts = _answer_parts(words, logprobs, names if named else {})
-    return TextData(_source_context(context, first), [_scores(t, names[s]) for s, t in tables.items()], [],
+    parts = _word_parts(words, names) if ask else _answer_parts(words, logprobs, names if named else {})
+    about = _source_context(context, first) | {"excerpts": _excerpts([*tables.values()])}
+    return TextData(about, [_scores(t, names[s]) for s, t in tables.items()], [],
                     {"label": label, "height": height, "top": top, "question": question, "answer": parts}, next(iter(names.values())))
 
 # %% ../../nbs/charts/08_trace_view.ipynb #21a6bbe2

@@ -124,18 +124,15 @@ def _methods_asked(
     return made
 
 # %% ../../nbs/cli/01_trace.ipynb #5d776bca
-_FEWEST = 3    # sources that are worth comparing
-
-
 def _way_to_cut(
     context: str | list[str],     # a text, or documents
     asked: argparse.Namespace,    # by, size
 ) -> str | None:                  # `by` of `trace_prompt`
     "As it was asked for; by sentences, where 100 words would make too few sources of a text"
-    from longlens.probes.traceback.sources import cut_context
+    from longlens.probes.traceback.sources import cut_context, way_to_cut
     if asked.by is not None or asked.size is not None or not isinstance(context, str): return asked.by
+    if way_to_cut(context) is None: return None
     few, finer = len(cut_context(context, "words", 100)), len(cut_context(context, "sentences"))
-    if few >= _FEWEST or finer <= few: return None
     many = "one source" if few == 1 else f"{few} sources"
     print(f"every sentence is a source, {finer:,} in all: 100 words each would make {many} (--by words --size 100 cuts so)", flush=True)
     return "sentences"
@@ -167,6 +164,7 @@ def _prepare(asked: argparse.Namespace) -> _Job:
 def _show_question(job: _Job, files: list[Path]) -> None:
     from longlens.text import visible
     print(f"{visible(job.lm.name, 200)} is asked: {visible(job.question, 1000)}", flush=True)
+    if job.lm.card.only: print(f"{visible(job.lm.name, 200)} reads only {job.lm.card.only}: other texts make it guess", flush=True)
     named = [f"{i} {visible(str(f), 200)}" for i, f in enumerate(files)]
     if len(named) > 1: print(f"documents: {', '.join(named)}", flush=True)
 

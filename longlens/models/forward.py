@@ -62,7 +62,8 @@ def __repr__(self: LongModel) -> str:
     return (
         f"LongModel({self.name}: {type(self.hf).__name__}, {self.n_parameters / 1e6:,.1f}M parameters, "
         f"{self.n_layers} layers{some} x {self.n_heads} heads{kv}, {self.positions} positions {limit}, "
-        f"{'' if self.tokenizer is not None else 'no tokenizer, '}{str(self.dtype)[6:]} on {self.device})"
+        f"{'' if self.tokenizer is not None else 'no tokenizer, '}{str(self.dtype)[6:]} on {self.device}"
+        f"{f'; reads only {self.card.only}' if self.card.only else ''})"
     )
 
 # %% ../../nbs/models/04_forward.ipynb #7b8cc932

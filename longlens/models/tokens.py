@@ -5,6 +5,7 @@
 # %% ../../nbs/models/00_tokens.ipynb #4b95b0d1
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -15,13 +16,15 @@ import torch
 from torch import Tensor
 
 from ..patch import patch
+from ..text import part_labels
 
 if TYPE_CHECKING:
     from longlens.models import tokens as _tokens
 
 # %% auto #0
-__all__ = ['TokenIds', 'Span', 'span_ends', 'read_spans', 'whole_numbers', 'whole_number', 'read_pairs', 'real_number', 'Tokens',
-           'as_ids', 'as_tokens', 'check_unicode', 'HFCache', 'HFConfig', 'HFModel', 'HFTokenizer']
+__all__ = ['TokenIds', 'Span', 'span_ends', 'read_spans', 'whole_numbers', 'whole_number', 'read_pairs', 'real_number',
+           'owned_characters', 'Tokens', 'as_ids', 'as_tokens', 'check_unicode', 'HFCache', 'HFConfig', 'HFModel',
+           'HFTokenizer']
 
 # %% ../../nbs/models/00_tokens.ipynb #1e403b2f
 if TYPE_CHECKING:
@@ -155,6 +158,52 @@ def _occurrence(
         raise ValueError(f"{part!r} stands {len(starts)} times in the text: choose one with nth=0 to {len(starts) - 1}")
     return starts[nth or 0]
 
+# %% ../../nbs/models/00_tokens.ipynb #6386ddbf
+def owned_characters(
+    offsets: Tensor,  # (n, 2), characters, as tokenizers give them
+) -> Tensor:  # (n, 2): without what an earlier token covers; first = last where nothing is left
+    """The characters that each token adds to the text."""
+    offsets = torch.as_tensor(offsets)
+    if not len(offsets): return offsets
+    before = torch.cat([offsets.new_zeros(1), offsets[:, 1].cummax(0).values[:-1]])
+    first = torch.maximum(offsets[:, 0], before)
+    return torch.stack([first, torch.maximum(offsets[:, 1], first)], 1)
+
+# %% ../../nbs/models/00_tokens.ipynb #29470c16
+def _byte_strings(tokenizer: HFTokenizer, ids: Sequence[int]) -> list[bytes] | None:
+    """The bytes of byte-level tokens (GPT-2, Llama 3); None for other tokenizers."""
+    from tokenizers.decoders import ByteLevel
+    if not isinstance(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None), ByteLevel): return None
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in set(plain)]
+    byte = {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
+    names = tokenizer.convert_ids_to_tokens(ids)
+    return [bytes(byte[c] for c in name) if all(c in byte for c in name) else name.encode() for name in names]
+
+# %% ../../nbs/models/00_tokens.ipynb #a88222d1
+def _decoded(tokenizer: HFTokenizer, ids: Sequence[int]) -> list[str]:
+    """What each token adds to the decoded text."""
+    if (spelled := _byte_strings(tokenizer, ids)) is None: return _decoded_behind(tokenizer, ids)
+    reader, out, begun = codecs.getincrementaldecoder("utf-8")("replace"), [""] * len(ids), 0
+    for i, part in enumerate([*spelled, b""]):
+        waiting = reader.getstate()[0]
+        text = reader.decode(part, final=i == len(ids))
+        if waiting and text: out[begun], text = out[begun] + text[0], text[1:]
+        if text: out[i] += text
+        if len(reader.getstate()[0]) <= len(part): begun = i    # what waits now began in this token
+    return out
+
+# %% ../../nbs/models/00_tokens.ipynb #8ddd333d
+def _decoded_behind(tokenizer: HFTokenizer, ids: Sequence[int]) -> list[str]:
+    """What each token adds, decoded behind the tokens before it."""
+    decode = lambda a, b: tokenizer.decode(ids[a:b], clean_up_tokenization_spaces=False)
+    out, before, begun = [""] * len(ids), 0, 0    # begun: the first token that is not yet text
+    for i in range(len(ids)):
+        known, text = decode(before, begun), decode(before, i + 1)
+        if text.endswith("\ufffd") and i - begun < 3 and i + 1 < len(ids): continue    # a character of up to four bytes
+        out[begun], before, begun = text[len(known):], begun, i + 1
+    return out
+
 # %% ../../nbs/models/00_tokens.ipynb #ef2b08c2
 @dataclass(frozen=True, eq=False, repr=False)
 class Tokens:
@@ -170,16 +219,23 @@ class Tokens:
 
     @property
     def strings(self) -> list[str]:
-        """Each token as a reader should see it, in order."""
+        """What each token adds to the text: "" where it goes on with a character that an earlier one began; special tokens by name."""
         if self.tokenizer is None:
             return [str(i) for i in self.ids.tolist()]
         if self.text is None or self.offsets is None:
-            return [self.tokenizer.decode([i]) for i in self.ids.tolist()]
-        names = self.tokenizer.convert_ids_to_tokens(self.ids.tolist())
-        return [self.text[a:b] or name for (a, b), name in zip(self.offsets.tolist(), names, strict=True)]
+            return _decoded(self.tokenizer, self.ids.tolist())
+        names, text = self.tokenizer.convert_ids_to_tokens(self.ids.tolist()), self.text
+        rows = zip(self.offsets.tolist(), owned_characters(self.offsets).tolist(), names, strict=True)
+        return [text[a:b] if first < last else name for (first, last), (a, b), name in rows]
+
+    @property
+    def labels(self) -> list[str]:
+        """Each token by itself, for tables: "ï (2 of 2)" for the second token of a character."""
+        return part_labels(self.strings)
 
     def __repr__(self) -> str:
-        shown = " ".join(repr(s) for s in self.strings[:8])
+        first = Tokens(self.ids[:8], self.text, None if self.offsets is None else self.offsets[:8], self.tokenizer)
+        shown = " ".join(map(repr, first.labels))
         return f"Tokens({len(self)}: {shown}{' ...' if len(self) > 8 else ''})"
 
     if TYPE_CHECKING:  # added below

@@ -272,7 +272,7 @@ def text_frames(
     settings: SinkSettings,  # of which epsilon, first and chunk count
 ) -> dict[str, pl.DataFrame]:  # heads, positions, lengths, tokens, massive, values, residual
     "All tables of one text"
-    seen, strings = _measure_text(lm, tokens, settings), tokens.strings
+    seen, strings = _measure_text(lm, tokens, settings), tokens.labels
     alpha = mean_received(seen)[:, 0]
     layers = seen.layers("received")
     found = _tokens_frame(alpha, layers, strings, settings.epsilon)

@@ -9,7 +9,8 @@ from typing import Any
 
 import polars as pl
 
-from .frames import best_sources, excerpt, excerpt_around, finer_levels, finer_sources
+from .frames import best_sources, evidence, excerpt, finer_levels, finer_sources
+from ..guess import doubt
 from ...report import Measure, Report, Summary
 from ...text import probability_text
 
@@ -42,7 +43,7 @@ def _on_top(r: Report) -> str:
     behind = f"; next: source {rows[1]['source']}, {_number(rows[1])}" if len(rows) > 1 else ""
     text = str(f.filter(source=best["source"])["text"].item())
     return (f"{where} of {many} has the highest score, {_number(best)}{unit}{behind}. It says "
-            f"{excerpt_around(text, r.meta['traced'].strip(), 100)!r}")
+            f"{evidence(text, r.meta['traced'].strip(), r.meta['question'], 120)!r}")
 
 # %% ../../../nbs/probes/traceback/06_findings.ipynb #c023x5
 def _on_finer(r: Report) -> str:
@@ -70,10 +71,9 @@ def trace_findings(
 
 # %% ../../../nbs/probes/traceback/06_findings.ipynb #a204921c
 def _guess(r: Report) -> str:
-    """That the model is guessing, with the answer's probability; "" where it is not."""
+    """That the model is guessing, or does not need the context; "" where nothing speaks against the answer."""
     f = r.frames["answer"].filter("traced")["logprob"].drop_nulls()
-    if not len(f) or f.mean() > -0.7 or f.sum() > -4.6: return ""    # half a token's probability, or one in a hundred for all
-    return f"The model is guessing: its answer has a probability of {probability_text(float(f.sum()))}"
+    return doubt(float(f.sum()), len(f), r.meta.get("without_context")) if len(f) else ""
 
 # %% ../../../nbs/probes/traceback/06_findings.ipynb #9885615b
 def _source_verdict(r: Report) -> str:
@@ -95,12 +95,12 @@ def _carried(r: Report) -> str:
     best = best_sources(r.frames["sources"], 1).row(0, named=True)
     if best["score"] is None or (best["score"] <= 0 and r.meta["signed"]): return ""
     text = str(r.frames["sources"].filter(source=best["source"])["text"].item())
-    return excerpt_around(text, r.meta["traced"].strip(), 160)
+    return evidence(text, r.meta["traced"].strip(), r.meta["question"])
 
 # %% ../../../nbs/probes/traceback/06_findings.ipynb #9d480b36
 def _trace_sure(r: Report) -> str:
     """By which method, in how many runs, with which error."""
-    c = r.frames["costs"].filter(pl.col("stage") != "answer")["evaluations"].sum()
+    c = r.frames["costs"].filter(~pl.col("stage").is_in(["answer", "without context"]))["evaluations"].sum()
     runs = f"{c:,} run{'s' * (c != 1)} of the model" if c else "no run of the model but the answer's own"
     drawn = r.frames["sources"]["error"].drop_nulls().len() > 0
     errors = "scores have a standard error of the draws" if drawn else "scores have no error from drawing"
@@ -116,14 +116,15 @@ def trace_summary(
     verdict = f"{guess}. {source}." if guess else f"{source}."
     measures = [Measure("answer_logprob", "Log-probability of the answer", total, "nats"),
                 Measure("sources", "Sources", r.frames["sources"].height)]
-    untested = ["whether other methods name the same source", "whether the answer is right"]
+    untested = ["whether other methods name the same source", "whether the answer is right",
+                *["whether the model needs the context for it"] * (r.meta.get("without_context") is None)]
     draw = (lambda: _trace_picture(r)) if r.frames["sources"]["score"].drop_nulls().n_unique() > 1 else None
     return Summary(verdict, draw, (), tuple(untested), _trace_sure(r), tuple(measures), _carried(r))
 
 # %% ../../../nbs/probes/traceback/06_findings.ipynb #3c0a5a66
 def _trace_picture(r: Report) -> Any:  # an Altair chart
     from longlens.charts.small import small_bars
-    f = best_sources(r.frames["sources"], min(6, r.frames["sources"].height)).drop_nulls("score")
+    f = best_sources(r.frames["sources"], min(6, r.frames["sources"].height), r.meta["traced"], r.meta["question"]).drop_nulls("score")
     f = f.with_columns(name=pl.format("{}: {}", "source", "excerpt"))
     errors = "error" if f["error"].null_count() < f.height else None
     return small_bars(f, "name", "score", f"score, {r.meta['unit']}" if r.meta["unit"] != "score" else "score", errors)

@@ -6,16 +6,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import numpy as np
 import polars as pl
 
 from .sources import TracePrompt, source_frame
 from .tracer import TraceScores
+from ...prompts.haystack import split_sentences
 from ...text import visible
 
 # %% auto #0
-__all__ = ['scored_frame', 'answer_frame', 'excerpt', 'excerpts', 'excerpt_around', 'best_sources', 'finer_levels',
+__all__ = ['scored_frame', 'answer_frame', 'excerpt', 'excerpts', 'evidence', 'best_sources', 'with_evidence', 'finer_levels',
            'finer_sources']
 
 # %% ../../../nbs/probes/traceback/05_frames.ipynb #c005x5
@@ -70,25 +72,76 @@ def excerpts(texts: pl.Series) -> pl.Series:
     return pl.Series([excerpt(t) for t in texts], dtype=pl.String)
 
 # %% ../../../nbs/probes/traceback/05_frames.ipynb #c010x5
-def excerpt_around(
+def _words(text: str) -> set[str]:
+    """The words of a text in small letters; in scripts without spaces, every two characters."""
+    found = re.findall(r"\w+", text.casefold())
+    joined = [w for w in found if any(ord(c) >= 0x2e80 for c in w)]
+    return {w for w in found if w not in joined} | {w[i:i + 2] for w in joined for i in range(max(1, len(w) - 1))}
+
+
+def _sentence_scores(units: Sequence[str], answer: str, question: str) -> list[float]:
+    """How much each sentence has to do with an answer and its question."""
+    whole = re.compile(rf"(?<!\w){re.escape(answer.strip())}(?!\w)", re.IGNORECASE) if answer.strip() else None
+    sets, wanted = [_words(u) for u in units], [(_words(answer), 2.0), (_words(question), 1.0)]
+    rare = {w: 1 / sum(w in s for s in sets) for w in set().union(*sets) & (wanted[0][0] | wanted[1][0])}
+    value = lambda s: sum(k * rare.get(w, 0.0) for words, k in wanted for w in words & s)
+    return [value(s) + 4 * (whole is not None and whole.search(u) is not None) for s, u in zip(sets, units, strict=True)]
+
+# %% ../../../nbs/probes/traceback/05_frames.ipynb #e35cbff0
+def evidence(
     text: str,  # of a source
-    word: str,  # that it shows, if it is there as a word of its own
-    limit: int = 60,  # characters
+    answer: str,  # or the part of it that was traced
+    question: str = "",
+    limit: int = 160,  # characters
 ) -> str:
-    """So much of a text as has the word in it."""
-    found = re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) if word else None
-    if found is None or found.end() < limit: return excerpt(text, limit)
-    return excerpt("… " + text[text.rfind(" ", 0, max(0, found.start() - limit // 2)) + 1:], limit)
+    """The sentence of a source that has most to do with an answer and its question, on one line."""
+    units = [u for u in split_sentences(text)[0] if u.strip()]
+    if not units: return excerpt(text, limit)
+    scores = _sentence_scores(units, answer, question)
+    best = max(range(len(units)), key=lambda i: scores[i])
+    lines = [" ".join(u.split()) for u in units]
+    last = best + 1
+    while last < len(lines) and len(" ".join(lines[best:last + 1])) <= limit: last += 1
+    before, after = "… " * (best > 0), " …" * (last < len(lines))
+    return before + _around(" ".join(lines[best:last]), answer.strip(), limit) + after
+
+# %% ../../../nbs/probes/traceback/05_frames.ipynb #502de740
+def _around(
+    line: str,  # of text
+    word: str,  # that it shows, if it has it
+    limit: int,  # characters
+) -> str:
+    """So much of a line as has the word in it, cut between words."""
+    if len(line) <= limit: return visible(line, limit)
+    found = re.search(re.escape(word), line, re.IGNORECASE) if word else None
+    first = 0 if found is None or found.end() < limit else max(line.rfind(" ", 0, max(0, found.start() - limit // 2)) + 1, 0)
+    last = line.rfind(" ", first + 1, first + limit)
+    end = last if last > first + limit // 2 and first + limit < len(line) else first + limit
+    return "… " * (first > 0) + visible(line[first:end], limit) + "…" * (end < len(line))
 
 # %% ../../../nbs/probes/traceback/05_frames.ipynb #c011x5
 def best_sources(
     sources: pl.DataFrame,  # from `scored_frame`
     k: int = 5,  # all, where there are fewer
+    answer: str = "",  # or the part of it that was traced: excerpts show the sentence that has most to do with it
+    question: str = "",
 ) -> pl.DataFrame:  # rank, source, document, start, end, tokens, score, error, excerpt; the best first
     """The k sources with the highest scores."""
     if k < 1: raise ValueError(f"k is {k}: one source or more")
     f = sources.sort("rank", "source", nulls_last=True).head(k)
-    return f.select("rank", "source", "document", "start", "end", "tokens", "score", "error", excerpt=excerpts(f["text"]))
+    return f.select("rank", "source", "document", "start", "end", "tokens", "score", "error",
+                    excerpt=pl.Series([evidence(t, answer, question) for t in f["text"]], dtype=pl.String))
+
+# %% ../../../nbs/probes/traceback/05_frames.ipynb #2aea7a60
+def with_evidence(
+    sources: pl.DataFrame,  # from `scored_frame`
+    k: int,  # so many of the best get it
+    answer: str,  # or the part of it that was traced
+    question: str = "",
+) -> pl.DataFrame:  # the same, with the column `excerpt`; null for the others
+    """Sources with the sentence of the best that has most to do with the answer."""
+    best = best_sources(sources, k, answer, question).select("source", "excerpt")
+    return sources.drop("excerpt", strict=False).join(best, "source", how="left", maintain_order="left")
 
 # %% ../../../nbs/probes/traceback/05_frames.ipynb #c013x5
 def finer_levels(levels: pl.DataFrame | None) -> pl.DataFrame:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from .frames import best_sources, excerpts, finer_levels, finer_sources
+from .frames import best_sources, excerpts, finer_levels, finer_sources, with_evidence
 from ...report import Report
 
 if TYPE_CHECKING:
@@ -37,7 +37,9 @@ def _shaded(r: Report, text: str) -> Section:
     part = _traced_part(a)
     words = a.select(token="text", logprob="logprob")
     question = r.meta["question"].removeprefix("Question:").strip()
-    return trace_section(r.frames["context"]["text"][0], f.with_columns(text=excerpts(f["text"])), question, words,
+    shown = with_evidence(f, 20, r.meta["traced"], r.meta["question"])
+    shown = shown.with_columns(text=pl.coalesce("excerpt", excerpts(f["text"])))
+    return trace_section(r.frames["context"]["text"][0], shown, question, words,
                          text=f"{text}\n\n{READING}", traced=part if len(part) < len(a) else None)
 
 # %% ../../../nbs/probes/traceback/07_page.ipynb #c033x5
@@ -60,7 +62,8 @@ def source_bars(
 ) -> Any:  # an Altair chart
     """The sources with the highest scores, 60 at most, with their standard errors where there are any."""
     from longlens.charts.common import bars
-    f, unit = best_sources(r.frames["sources"], min(60, int(r.meta["k"]))).drop_nulls("score"), r.meta["unit"]
+    f = best_sources(r.frames["sources"], min(60, int(r.meta["k"])), r.meta["traced"], r.meta["question"]).drop_nulls("score")
+    unit = r.meta["unit"]
     errors = f["error"].null_count() < len(f)
     if errors: f = f.with_columns(lower=pl.col("score") - pl.col("error"), upper=pl.col("score") + pl.col("error"))
     text = f"The {len(f)} highest scores, by the source's number in the context, from 0." + " Thin lines: one standard error." * errors
@@ -93,7 +96,8 @@ def trace_sections(
     """What a page shows of a trace."""
     from longlens.report import Section
     text = _EXPLAINED.format(says=r.meta["says"], method=r.meta["method"], by=r.meta["by"])
-    best = Section("The strongest passages", text, source_bars(r), best_sources(r.frames["sources"], int(r.meta["k"])))
+    best = Section("The strongest passages", text, source_bars(r), best_sources(r.frames["sources"], int(r.meta["k"]), r.meta["traced"],
+                                                                                   r.meta["question"]))
     return [_shaded(r, text), best, *_finest(r), *_own_tables(r), Section("The answer", _ANSWER, table=r.frames["answer"]),
             Section("What it cost", _COSTS, table=r.frames["costs"])]
 

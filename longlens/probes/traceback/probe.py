@@ -14,6 +14,7 @@ from typing import Any, Unpack
 
 import numpy as np
 import polars as pl
+import torch
 
 from ...interventions.base import interventions
 from ...models.forward import LongModel
@@ -26,7 +27,7 @@ from longlens.probes.traceback.prompts import (
 )
 from .report import Trace, make_trace
 from .scorer import FLOOR, through_longlens
-from .sources import TracePrompt, answer_tokens, cut_context
+from .sources import TracePrompt, answer_tokens, cut_context, subset_ids
 from longlens.probes.traceback.tracer import (
     MethodOptions, TraceCost, TraceJob, Tracer, TraceScores, check_budget, counted, find_tracer, load_methods,
 )
@@ -71,6 +72,23 @@ def _warn_large(
                   f"forwards of the whole prompt. Give budget= and so much is refused; larger sources (size=, by=) take less{other}",
                   LargeTrace, stacklevel=3)
 
+# %% ../../../nbs/probes/traceback/09_probe.ipynb #2e7ed128
+def _without_tokens(prompt: TracePrompt) -> int:  # through the model; 0 where nothing is left of the prompt
+    """What it takes to weigh the answer without the context."""
+    left = int((prompt.owner < 0).sum())
+    return left + prompt.traced.stop - 1 if left else 0
+
+
+def _without_context(job: TraceJob) -> tuple[float | None, ScoreCosts]:
+    """log p of the traced tokens where no source is there; None where nothing is left of the prompt."""
+    p, begun, tokens = job.prompt, time.perf_counter(), _without_tokens(job.prompt)
+    if not tokens: return None, ScoreCosts()
+    ids, a = subset_ids(p, np.zeros(p.n, bool)), p.answer.ids[: p.traced.stop]
+    rows = torch.arange(len(ids) + p.traced.start - 1, len(ids) + len(a) - 1)
+    with through_longlens(job.lm): logits = job.lm.logits(torch.cat([ids, a[:-1]]), rows, allow_longer=True)
+    found = logits.float().log_softmax(-1).cpu().gather(-1, a[p.traced.start :, None]).sum()
+    return float(found.clamp(min=FLOOR)), ScoreCosts(1, 1, tokens, tokens, tokens, time.perf_counter() - begun)
+
 # %% ../../../nbs/probes/traceback/09_probe.ipynb #9353c071
 def _planned_trace(
     tracer: Tracer,
@@ -82,7 +100,7 @@ def _planned_trace(
     """What a method takes with all that comes before it, if that is not more than is allowed; nothing is run."""
     first = job.scorer.expect(unwritten)
     if unwritten: written = len(job.prompt.whole) - 1
-    cost = check_budget(tracer, job, budget, first.tokens + written)
+    cost = check_budget(tracer, job, budget, first.tokens + written + _without_tokens(job.prompt))
     return replace(cost, exact=cost.exact and not unwritten)
 
 # %% ../../../nbs/probes/traceback/09_probe.ipynb #d1300260
@@ -106,7 +124,7 @@ def _answer_values(job: TraceJob) -> tuple[np.ndarray, ScoreCosts]:
     values = job.scorer.measures(np.ones((1, job.n), bool))[0, 0]
     if np.isneginf(values).any():
         at, answer = int(np.flatnonzero(np.isneginf(values))[0]), job.prompt.answer
-        token = answer.strings[at + job.prompt.traced.start]
+        token = answer.labels[at + job.prompt.traced.start]
         raise ValueError(f"with the whole context, {job.lm.name} gives the token {token!r} of the answer no probability at all, so no "
                          "source can have made it say that: give an answer that it can say, or trace another part of it (answer_span=)")
     return values, job.costs()
@@ -243,14 +261,19 @@ def _planned(model: ModelLike, context: Any, question: str = "", answer: str | T
 # %% ../../../nbs/probes/traceback/09_probe.ipynb #2ae9c202
 def _run_planned(p: _Planned) -> Trace:
     """The report."""
-    job, q, budget, begun = p.job, p.request, p.job.budget, time.perf_counter()
+    job, q, budget, begun, spent = p.job, p.request, p.job.budget, time.perf_counter(), None
     try:
-        if not q.asks: return run_tracer(p.tracer, job, p.name, p.k, cost=repr(p.cost), budget=budget)
-        limits = answer_limits(job.lm, q.put.max_new_tokens, q.put.stop)
-        job, tokens = _write_answer(job, limits, q.answer_span, q.allow_longer)
-        cost = _planned_trace(p.tracer, job, budget, written=tokens)
-        spent = ScoreCosts(tokens=tokens, plain_tokens=tokens, seconds=time.perf_counter() - begun)
-        return run_tracer(p.tracer, job, p.name, p.k, spent, cost=repr(cost), budget=budget)
+        cost = p.cost
+        if q.asks:
+            limits = answer_limits(job.lm, q.put.max_new_tokens, q.put.stop)
+            job, tokens = _write_answer(job, limits, q.answer_span, q.allow_longer)
+            cost = _planned_trace(p.tracer, job, budget, written=tokens)
+            spent = ScoreCosts(tokens=tokens, plain_tokens=tokens, seconds=time.perf_counter() - begun)
+        if job.budget is not None: job.budget -= _without_tokens(job.prompt)
+        found = run_tracer(p.tracer, job, p.name, p.k, spent, cost=repr(cost), budget=budget)
+        found.meta["without_context"], more = _without_context(job)
+        found.frames["costs"] = pl.concat([found.frames["costs"], pl.DataFrame([_costs("without context", more)])])
+        return found
     finally: job.release()
 
 # %% ../../../nbs/probes/traceback/09_probe.ipynb #q8req

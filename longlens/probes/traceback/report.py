@@ -66,7 +66,7 @@ def top(
     k: int | None = None,  # how many; None: as many as were asked for
 ) -> pl.DataFrame:
     """The k sources with the highest scores, best first; all, where there are fewer."""
-    return best_sources(self.frames["sources"], int(self.meta["k"]) if k is None else k)
+    return best_sources(self.frames["sources"], int(self.meta["k"]) if k is None else k, self.meta["traced"], self.meta["question"])
 
 # %% ../../../nbs/probes/traceback/08_report.ipynb #c047x5
 @patch
