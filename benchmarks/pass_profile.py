@@ -46,6 +46,12 @@ def logits_alone(op: AttentionOperator) -> None:
     for _ in op.log_tiles(): pass
 
 
+def products_alone(op: AttentionOperator) -> None:
+    "The same tiles as bare matrix products: no scale, shift or mask"
+    q, k = (torch.nn.functional.pad(x[0], (0, 1)) for x in (op.call.q, op.call.k))
+    for t in logits.tiles(op.call): torch.bmm(q[:, t.rows.start:t.rows.stop], k[:, t.keys.start:t.keys.stop].mT)
+
+
 def measure(n: int, d: int, rounds: int) -> dict[str, float]:
     "Shortest processor seconds of each step"
     torch.manual_seed(0)
@@ -56,7 +62,7 @@ def measure(n: int, d: int, rounds: int) -> dict[str, float]:
     def one(make: Callable[[], list[Reducer]]) -> Callable[[], object]: return lambda: AttentionOperator.of(op.call, lse).reduce(*make())
     timed: dict[str, Callable[[], object]] = {
         "plain attention": lambda: torch.nn.functional.scaled_dot_product_attention(q, k, k, is_causal=True),
-        "logits": lambda: logits_alone(op), **{name: one(make) for name, make in work.items()}}
+        "products": lambda: products_alone(op), "logits": lambda: logits_alone(op), **{name: one(make) for name, make in work.items()}}
     best = dict.fromkeys(timed, math.inf)
     for _ in range(rounds):
         for name, f in timed.items():
@@ -77,12 +83,13 @@ def main() -> None:
     base, plain = t["logits and exponentials"], t["plain attention"]
     line = lambda name, seconds: f"| {name} | {1e3 * seconds:.0f} ms | {seconds / plain:.2f} |"
     rows = [line("plain attention (torch's fused kernel)", plain), line("logits of all tiles", t["logits"]),
-            line("and their exponentials", base - t["logits"])]
-    known = ("plain attention", "logits", "logits and exponentials", "all of them")
+            line("of which bare products of these tiles", t["products"]), line("and their exponentials", base - t["logits"])]
+    known = ("plain attention", "products", "logits", "logits and exponentials", "all of them")
     rows += [line(f"and {name}", x - base) for name, x in t.items() if name not in known]
     rows.append(line("the pass with all of them", t["all of them"]))
     text = [f"One head of size {a.size}, {a.tokens:,} tokens, causal, float32, torch {torch.__version__}, 1 CPU thread "
-            f"({platform.machine()}); processor seconds, the shortest of {a.rounds} rounds, all steps in turn, other programs at work. "
+            f"({platform.machine()}); processor seconds, the shortest of {a.rounds} rounds, all steps in turn, other programs at work, so "
+            "that a few milliseconds are noise. "
             f"`python benchmarks/pass_profile.py --tokens {a.tokens} --rounds {a.rounds}`.",
             "", "| step | time | of plain attention |", "|---|---:|---:|", *rows]
     write_section("A pass over a pattern on a CPU, step by step", "\n".join(text))
