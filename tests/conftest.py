@@ -7,7 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from lab import ARGS, find_chromium, missing
+
+# without a GPU the kernels are interpreted, which Triton wants to know before it is imported (by torch.compile, too)
+if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:

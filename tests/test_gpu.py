@@ -10,8 +10,8 @@ from zoo import ZOO, token_ids
 
 import longlens.measure.statistics as st
 from longlens.attention.kernels import attend
-from longlens.attention.masks import Mask, causal_mask, full_mask
-from longlens.attention.operator import AttentionOperator
+from longlens.attention.masks import Mask, causal_mask, full_mask, visible_keys
+from longlens.attention.operator import AttentionOperator, summed_by
 from longlens.measure.capture import capture
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device and a CUDA build of torch")]
@@ -65,6 +65,42 @@ def test_statistics_of_the_operator(dtype: torch.dtype) -> None:
     got, want = AttentionOperator(q.cuda(), k.cuda(), v.cuda()), AttentionOperator(q.double(), k.double(), v.double())
     for name in ("entropy", "support", "received", "mean_distance", "distance_profile"):
         torch.testing.assert_close(getattr(got, name)().double().cpu(), getattr(want, name)(), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("mask", MASKS)
+def test_log_sum_exp_is_natural(dtype: torch.dtype, mask: str) -> None:
+    "Equal keys: the logarithm of how many are seen, by whatever kernel is taken (FlexAttention's flash backend gave base 2 once)"
+    q = torch.zeros(1, 4, N, 64, dtype=dtype, device="cuda")
+    k = q[:, :2]
+    for more in ({}, {"softcap": 5.0}):
+        lse = attend(q, k, k, mask=MASKS[mask], **more)[1]
+        want = visible_keys(MASKS[mask], N, N).log()
+        torch.testing.assert_close(lse[0, 0].float().cpu(), want[0], rtol=1e-3, atol=1e-3)
+
+
+def test_which_kernel_is_taken() -> None:
+    "One call where there is a kernel for it, and none that is merged from several"
+    from longlens.attention.kernels import _way_of
+    from longlens.attention.logits import make_call
+    half, single = ([t.cuda() for t in inputs(N - 100, d)] for d in (torch.bfloat16, torch.float32))
+    for mask in (causal_mask(100), causal_mask(100, 37)):
+        assert _way_of(make_call(*half, mask=mask)).name == "flash kernel for CUDA"
+        assert _way_of(make_call(*single, mask=mask)).name == "FlexAttention"
+    assert _way_of(make_call(*half, mask=causal_mask(100), softcap=5.0)).name == "FlexAttention"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("mask", MASKS)
+def test_triton_and_torch_add_up_the_same(dtype: torch.dtype, mask: str) -> None:
+    q, k, v = (t.cuda() for t in inputs(N, dtype))
+    found = []
+    for kernels in ("triton", "torch"):
+        op = AttentionOperator(q, k, v, mask=MASKS[mask])
+        with summed_by(kernels):
+            rows = [op.entropy(), op.support(), op.mean_distance(), op.distance_profile(), op.topk([5, N - 1], 4)[0]]
+            found.append([*rows, op.received(), op.block_mass()])
+    for a, b in zip(*found, strict=True): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()

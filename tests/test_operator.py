@@ -10,9 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longlens.attention.backends import _flex_blocks as flex_blocks
+from longlens.attention.backends import attend_blocked, attend_flash, attend_flex
 from longlens.attention.kernels import attend
-from longlens.attention.logits import tiles
-from longlens.attention.masks import Mask, causal_mask, full_mask, seen_by, visible_keys
+from longlens.attention.logits import AttentionCall, make_call, tiles
+from longlens.attention.masks import Mask, causal_mask, full_mask, seen_by, visible_keys, visible_tile
 from longlens.attention.operator import AttentionOperator
 from longlens.attention.reducers import SquareSum
 
@@ -247,3 +249,57 @@ def test_products_are_not_remembered() -> None:
     op.entropy()
     for _ in range(3): op.matmul(torch.randn(6, 1)), op.rmatmul(torch.randn(6, 1)), op.received(torch.rand(6)), op.span_mass({"a": (0, 2)})
     assert len(op._done) == 1
+
+
+FLEX = {
+    "causal after a cache": (dict(mask=causal_mask(60)), 200), "window": (dict(mask=causal_mask(60, 33)), 200),
+    "full": (dict(mask=full_mask()), 260),
+    "local, off the corner": (dict(mask=Mask(40, 20, 10)), 200), "soft cap": (dict(mask=causal_mask(60), softcap=3.0), 200),
+    "left padding": (dict(mask=replace(causal_mask(60), keep=torch.stack([torch.arange(260) >= 70, torch.arange(260) >= 0]))), 200),
+    "booleans": (dict(mask=Mask(None, None, 60, rule=torch.arange(260).expand(1, 4, 200, -1) % 3 < 1)), 200),
+    "floats, cap": (dict(mask=Mask(None, 0, 60, rule=torch.zeros(2, 1, 200, 260).masked_fill(torch.arange(260) % 3 == 0, -3e38)),
+                         softcap=4.0), 200),
+    "bias": (dict(mask=causal_mask(60), bias=torch.linspace(-1, 1, 260).expand(1, 4, 200, 260)), 200),
+    "one query": (dict(mask=causal_mask(259)), 1),
+}
+
+
+@pytest.mark.filterwarnings("ignore")    # without a compiler, torch says, logits are formed: that is what is wanted here
+@pytest.mark.parametrize("name", FLEX)
+def test_flex_attention_is_told_the_same_mask(name: str) -> None:
+    "As torch defines it, on the CPU: what a GPU is asked for is right, and the blocks it may pass over hide nothing that is seen"
+    kw, n = FLEX[name]
+    g = torch.Generator().manual_seed(0)
+    call = make_call(*(torch.randn(2, h, size, 20, generator=g) for h, size in ((4, n), (2, 260), (2, 260))), **kw)
+    out, lse = attend_flex(call)
+    want = attend_blocked(call)
+    for a, b in zip((out, lse), want, strict=True): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    m = call.mask
+    whole = m.keep is None and m.rule is None
+    some, at, every, where = flex_blocks(m.left, m.right, m.offset, n, 260, whole, torch.device("cpu"))
+    tiles_of = [visible_tile(m, b, slice(0, 4), range(n), range(260), torch.device("cpu")) for b in range(2)]
+    everything = torch.ones(1, n, 260, dtype=torch.bool)
+    tiles_of = [everything if x is None else x for x in tiles_of]
+    seen = torch.stack([(x > -1e30 if x.is_floating_point() else x).expand(4, n, 260) for x in tiles_of])
+    for r in range(some.shape[-1]):
+        parts, full = set(at[0, 0, r, :some[0, 0, r]].tolist()), set(where[0, 0, r, :every[0, 0, r]].tolist())
+        assert not parts & full
+        for c in range(at.shape[-1]):
+            tile = seen[:, :, r * 128:(r + 1) * 128, c * 128:(c + 1) * 128]
+            if c in full: assert tile.all()
+            elif c not in parts: assert not tile.any()
+
+
+def test_log_sum_exp_is_natural() -> None:
+    "Kernels compute with base 2, and some gave that out (torch's flash backend of FlexAttention once did): two equal keys give log 2"
+    q = torch.zeros(1, 1, 2, 16)
+    for mask, want in ((causal_mask(), [0.0, 0.6931472]), (full_mask(), [0.6931472, 0.6931472])):
+        assert attend(q, q, q, mask=mask)[1][0, 0].tolist() == pytest.approx(want)
+
+
+def test_the_flash_kernel_for_cuda_is_called_as_it_wants() -> None:
+    "On tensors without numbers: shapes, layouts and arguments"
+    q, k, v = (torch.empty(2, h, n, d, dtype=torch.bfloat16, device="meta") for h, n, d in ((8, 50, 60), (2, 90, 60), (2, 90, 44)))
+    for mask in (causal_mask(40), causal_mask(30, 7), Mask(None, None, 40), Mask(5, 5, 40)):
+        out, lse = attend_flash(AttentionCall(q, k, v, .1, mask))
+        assert out.shape == (2, 8, 50, 44) and lse.shape == (2, 8, 50) and lse.dtype == torch.float32

@@ -201,3 +201,27 @@ def test_gemma4_leaves_no_query_out() -> None:
     assert last.shape[1] == 1 and off(last, hf(input_ids=ids, use_cache=False).logits[:, -1:]) < 1e-4
     assert off(seen.frame("entropy").sort("layer", "head")["entropy"].to_torch().double(), entropies(P).flatten()) < 1e-4
     with pytest.raises(TypeError, match="logits_to_keep as a tensor of positions"), ll.capture(hf, ll.Entropy()): hf(ids, logits_to_keep=1)
+
+
+# ---- over several devices, and in 4 bits
+
+def test_layers_here_and_on_disk(tmp_path: Path) -> None:
+    "As device_map leaves a model that does not fit: some layers in memory, some on disk"
+    accelerate = pytest.importorskip("accelerate")
+    hf, place = zoo.ZOO["llama"](), {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "disk",
+                                     "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    hf = accelerate.dispatch_model(hf, place, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
+    assert hf.model.layers[1].mlp.up_proj.weight.is_meta and not hf.model.layers[0].mlp.up_proj.weight.is_meta
+    check(hf, zoo.ZOO["llama"]())
+
+
+@pytest.mark.filterwarnings("ignore")    # of bitsandbytes, about faster kernels
+def test_four_bits_of_bitsandbytes(tmp_path: Path) -> None:
+    "NF4 on the CPU; the reference is the quantised model with eager attention"
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (tried with 0.50.2: docs/devices.md)")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    zoo.ZOO["llama"]().save_pretrained(tmp_path)
+    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=bits, device_map="cpu")
+    assert hf.model.layers[0].self_attn.q_proj.weight.dtype == torch.uint8
+    check(hf)
