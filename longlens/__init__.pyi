@@ -69,6 +69,7 @@ from .probes.traceback.evaluation.report import TracebackReport as TracebackRepo
 from .probes.traceback.evaluation.evaluate import evaluate_traceback as evaluate_traceback
 from .probes.policies.report import PolicyReport as PolicyReport
 from .probes.policies.probe import policy_lens as policy_lens
+from .probes.policies.premises import policy_premises as policy_premises
 from .apps.reading import PromptReading as PromptReading
 from .apps.workbench import explore as explore
 

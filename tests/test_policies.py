@@ -275,3 +275,38 @@ def test_the_lens_and_the_command(tmp_path: Any, capsys: Any) -> None:
     assert report.frames["paired"].filter(policy="oracle", control="random", measure="mass_kept")["lower"][0] > 0
     assert main(["policies", "--policies", "tofu", "--dry-run"]) == 2
     assert "there is no policy 'tofu'" in capsys.readouterr().err
+
+
+# ---- what policies assume
+
+@torch.no_grad()
+def test_premises_against_formed_patterns() -> None:
+    "alpha, M and the attention received, against transformers' own weights, with grouped heads; and of every architecture, numbers"
+    from longlens.probes.policies.premises import hyper_hardness, lazy_queries, policy_premises, query_sparsity
+    found, ids = prompts(load(zoo_model("llama"))), token_ids(50)[0][:48]
+    hf = zoo_model("llama")
+    hf.set_attn_implementation("eager")
+    weights = hf(ids[None], output_attentions=True).attentions
+    for layer, p in found.items():
+        w = weights[layer][0]
+        torch.testing.assert_close(hyper_hardness(p.op)[0], 48 * w.pow(2).sum(1).amax(-1), atol=1e-3, rtol=1e-3)
+        log = w[:, -1].log()
+        torch.testing.assert_close(query_sparsity(p.op)[:, -1], log.amax(-1) - log.mean(-1), atol=1e-3, rtol=1e-3)
+        assert lazy_queries(p.op)[0].shape == (len(w),)
+    for name in ("gemma2", "gpt_oss", "mistral"):
+        frame = policy_premises(load(zoo_model(name)), ids)
+        assert not any(frame[c].is_nan().any() or frame[c].is_infinite().any() for c in frame.columns[2:]), name
+
+
+def test_what_an_indexer_keeps() -> None:
+    "The dense attention's mass on the keys that a model's own indexer chooses: all of it, if it may choose all but one, and less with less"
+    from zoo import EVERYTHING
+    from longlens.probes.policies.premises import indexer_mass
+    hf, ids = EVERYTHING["deepseek_v32"](), token_ids(24)[0]
+    few = indexer_mass(hf.eval(), ids)
+    assert few["keys"].unique().to_list() == [8] and few["mass"].is_between(0, 1).all()
+    for m in hf.modules():
+        if hasattr(m, "index_topk"): m.index_topk = 23
+    most = indexer_mass(hf, ids)
+    assert (most["mass"] > few["mass"]).all()
+    with pytest.raises(ValueError, match="give a longer text"): indexer_mass(hf, ids[:20])

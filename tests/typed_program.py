@@ -107,6 +107,8 @@ ll.use_policy(lm, "snapkv", budgets=64, prompt="a text")  # wrong
 policies = ll.policy_lens(lm, [context], ["snapkv", "quest"], budgets=(0.1, 0.5), decide="question")
 print(policies.head_budgets(64).height)
 ll.policy_lens(lm, [context], budgets=0.1, decides="question")  # wrong
+print(ll.policy_premises(lm, "a text").columns)
+ll.policy_premises(lm, texts="a text")  # wrong
 ll.plan(ll.needle_grid, lm, lengths=(512,))
 ll.plan(ll.needle_grid, lm, lengths=512)  # wrong
 ll.needle_grid(lm, lengths=(256,), time_budget=ll.TimeBudget(4, ll.measure_speed(lm)))
