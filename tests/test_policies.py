@@ -301,6 +301,7 @@ def test_premises_against_formed_patterns() -> None:
 def test_what_an_indexer_keeps() -> None:
     "The dense attention's mass on the keys that a model's own indexer chooses: all of it, if it may choose all but one, and less with less"
     from zoo import EVERYTHING
+
     from longlens.probes.policies.premises import indexer_mass
     hf, ids = EVERYTHING["deepseek_v32"](), token_ids(24)[0]
     few = indexer_mass(hf.eval(), ids)
