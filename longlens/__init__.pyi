@@ -75,6 +75,7 @@ from .probes.tasks.report import TaskReport as TaskReport
 from .probes.tasks.probe import evaluate_tasks as evaluate_tasks
 from .probes.policies.report import PolicyReport as PolicyReport
 from .probes.policies.probe import policy_lens as policy_lens
+from .probes.policies.premises import policy_premises as policy_premises
 from .apps.reading import PromptReading as PromptReading
 from .apps.workbench import explore as explore
 

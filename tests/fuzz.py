@@ -44,7 +44,7 @@ from matrix import attention_is, patterns
 from transformers import PreTrainedModel
 
 import longlens as ll
-from longlens.models.architecture import attention_layers
+from longlens.models.architecture import attention_layers, count_kv_heads
 from longlens.models.forward import LongModel
 from longlens.models.tokens import span_ends
 
@@ -1776,13 +1776,103 @@ def report(draw: Draw) -> None:
         _page(ll.Report(frames, meta))
 
 
+# ---- key sets and policies
+
+
+@case("keep_keys", weight=2)
+def keep_keys(draw: Draw) -> None:
+    "Keys that are gone for later queries, against formed masks; tables of odd kinds and shapes are refused"
+    name = draw(st.sampled_from([n for n in CHANGED if n not in zoo.ENCODERS]))
+    batch, since, n = _ids_and_padding(draw), draw(st.integers(0, 30)), draw(st.integers(1, 30))
+    layers = sorted(set(numbers(name).values()))
+    n_kv = draw(st.sampled_from([1, zoo.HEADS if name == "deepseek_v3" else count_kv_heads(model(name))]))
+    g, going = torch.Generator().manual_seed(draw(st.integers(0, 2**31))), draw(st.booleans())
+    tables: dict[int, Any] = {}
+    for layer in draw(st.lists(st.sampled_from(layers), min_size=1, max_size=2, unique=True)):
+        seen = torch.rand(n_kv, n, generator=g) < 0.5
+        tables[layer] = torch.randint(0, 40, (n_kv, n), generator=g) if going else seen
+        tables[layer] = mostly(draw, st.just(tables[layer]), st.sampled_from([seen.float(), seen[0], seen.tolist(), seen[:, :0], None]))
+
+    def logits(of: Mapping[Any, int], module: Any, x: torch.Tensor, sinks: Any) -> tuple[torch.Tensor, Any]:
+        if of[module] not in tables:
+            return x, sinks
+        table, at = tables[of[module]], _text_positions(batch[1], x.shape[-1])
+        until = table if going else torch.where(table, 10**6, 0)
+        until = torch.nn.functional.pad(until, (0, 99), value=10**6)[:, at.clamp_min(0)].transpose(0, 1)  # (batch, kv, keys)
+        until = until.masked_fill(at[:, None] < 0, 10**6).repeat_interleave(x.shape[1] // until.shape[1], 1)
+        gone = (at[:, None, :, None] >= until[:, :, None]) & (at >= since)[:, None, :, None]
+        return x.masked_fill(gone, -torch.inf), sinks
+
+    _changed(draw, lambda hf: ll.keep_keys(hf, tables, since=since), name=name, batch=batch, logits=logits)
+
+
+def _odd_budget(draw: Draw, n: int) -> Any:
+    return mostly(draw, st.integers(1, n), st.sampled_from([0, -1, n + 1, 2.5, "3", None, float("nan"), True]))
+
+
+@case("use_policy")
+def use_policy(draw: Draw) -> None:
+    "The prompt is read as without; what follows is the same in one piece and in chunks; with all keys an eviction changes nothing"
+    from longlens.policies.use import POLICIES
+
+    lm = draw(st.sampled_from([needle_lm, lambda: with_words("llama"), lambda: with_words("gpt_oss")]))()
+    ids = ids_of(draw, min(400, lm.vocab_size), 12, 70)
+    n = draw(st.integers(8, len(ids) - 2))
+    name, budget = mostly(draw, st.sampled_from([*POLICIES]), st.sampled_from(["", "snap", 3, None])), _odd_budget(draw, n)
+    with clear():
+        with ll.use_policy(lm, name, budget, form_of_ids(draw, ids[:n])):
+            whole = lm.logits(ids)
+            parts = lm.prefill(ids[:n], chunk=draw(st.integers(3, 30))).logits_after(ids[n:], draw(st.integers(1, 9)))
+    plain = lm.logits(ids)
+    close(whole[:n], plain[:n], 1e-3, f"the prompt under {name}")
+    if name != "xattention":  # it chooses for groups of queries that come together
+        close(parts, whole[n:], 2e-3, f"what follows under {name}")
+    if POLICIES[name].kind == "eviction" and budget == n:
+        close(whole, plain, 1e-3, f"all keys under {name}")
+
+
+@case("policy_lens", weight=0.5)
+def policy_lens(draw: Draw) -> None:
+    "Shares within 0 and 1, nothing lost with all keys, the oracle above every policy that sees no more"
+    from longlens.policies.use import POLICIES
+
+    lm = draw(st.sampled_from([needle_lm, lambda: with_words("llama")]))()
+    texts = [ids_of(draw, min(400, lm.vocab_size), 20, 90) for _ in range(draw(st.integers(1, 2)))]
+    chosen = mostly(draw, st.lists(st.sampled_from([*POLICIES]), min_size=1, max_size=3), st.sampled_from([["x"], [3], "", []]))
+    budgets = mostly(draw, st.sampled_from([0.1, (0.2, 0.6), [5], 1.0, 40]), st.sampled_from([0, -1, (), float("nan"), "a", [None]]))
+    targets = mostly(draw, st.integers(2, 10), st.sampled_from([0, 1, 2.5, 99, None]))
+    with clear():
+        report = ll.policy_lens(lm, texts, chosen, budgets, targets=targets)
+        report.findings(), report.sections()
+    rows = report.frames["cases"]
+    for column in ("mass_kept", "recall", "share"):
+        assert rows[column].is_between(-1e-5, 1 + 1e-5).all(), f"{column} is no share: {rows[column].to_list()}"
+    full = rows.filter(policy="full")
+    close(full["mass_kept"], np.ones(len(full)), 1e-4, "mass with all keys")
+    close(full["running_error"], np.zeros(len(full)), 1e-3, "error with all keys")
+    heads = report.frames["heads"]
+    best = heads.filter(policy="oracle").select("budget", "layer", "head", best="mass_kept")
+    spread = ("full", "recycled", "squeezed", "squeezed_tree", "ada_kv", "pyramid_kv", "duo_attention", "longgen")  # uneven
+    both = heads.filter(~pl.col("policy").is_in(spread)).join(best, on=["budget", "layer", "head"])
+    assert (both["mass_kept"] <= both["best"] + 1e-4).all(), f"more mass than the oracle keeps: {both}"
+
+
+@case("policy_premises", weight=0.5)
+def policy_premises(draw: Draw) -> None:
+    "alpha against formed weights; numbers for every head"
+    lm = draw(st.sampled_from([needle_lm, lambda: with_words("llama"), lambda: with_words("jamba")]))()
+    ids = ids_of(draw, min(400, lm.vocab_size), 16, 80)
+    with clear():
+        found = ll.policy_premises(lm, form_of_ids(draw, ids))
+    for layer, p in right_patterns(lm.hf, ids[None]).items():
+        mine = found.filter(layer=layer).sort("head")
+        close(mine["alpha"], len(ids) * p[0].double().pow(2).sum(1).amax(-1), 1e-3, f"alpha of layer {layer}")
+        assert mine["lazy_share"].is_between(0, 1).all()
+
+
 # ---- what has no case of its own
 
-_OWN = "random inputs of its own are in"
 NO_CASE: dict[str, str] = {  # public name -> why
-    "keep_keys": f"{_OWN} tests/test_policies.py",
-    "use_policy": f"{_OWN} tests/test_policies.py",
-    "policy_lens": "not yet: its measures are held against formed patterns in tests/test_policies.py",
     "PolicyReport": "a report: as policy_lens",
     "other_frequencies": "not yet: held against transformers' own in its notebook",
     "position_lens": "not yet: its losses are held against lm.score in its notebook",

@@ -359,7 +359,7 @@ def test_views_are_kept_and_errors_are_shown(page: Any, app: Any) -> None:
     work.get_by_role("button", name="Load").click()
     says(work, "read from")
     expect(work.locator(".lx-head h4")).to_have_text("Layer 4, head 5")
-    expect(work.locator(".lx-tabs button")).to_have_text(["Heads", "Text", "Trace", "Needle"])    # the model is still there
+    expect(work.locator(".lx-tabs button")).to_have_text(["Heads", "Text", "Trace", "Needle", "Policies"])    # the model is still there
     for button in (work.locator(".lx-asking button"), work.get_by_role("button", name="Silence this head")): expect(button).to_be_visible()
     tab(work, "Trace")
     expect(work.locator(".lx-side input[type=checkbox]").first).to_be_enabled()

@@ -115,6 +115,8 @@ ll.register("mine")  # wrong
 answered = ll.evaluate_tasks(lm, questions, metric="qa_f1", truncate=2000, out="results")
 print(answered.frames["place"].height)
 ll.evaluate_tasks(lm, questions, truncated=2000)  # wrong
+print(ll.policy_premises(lm, "a text").columns)
+ll.policy_premises(lm, texts="a text")  # wrong
 ll.plan(ll.needle_grid, lm, lengths=(512,))
 ll.plan(ll.needle_grid, lm, lengths=512)  # wrong
 ll.needle_grid(lm, lengths=(256,), time_budget=ll.TimeBudget(4, ll.measure_speed(lm)))
