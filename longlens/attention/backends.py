@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from .masks import Mask, band_tile, key_range, real_queries, visible_keys
 Result = tuple[Tensor, Tensor]  # output (batch, heads, n_queries, d_value), log-sum-exp (batch, heads, n_queries)
 
 # %% auto #0
-__all__ = ['Result', 'attend_blocked', 'fused', 'merge', 'causal', 'side_by_side', 'banded', 'each_text', 'needs_grad', 'Facts']
+__all__ = ['Result', 'attend_blocked', 'fused', 'merge', 'causal', 'side_by_side', 'banded', 'each_text', 'needs_grad', 'Facts',
+           'can_flash', 'can_flex', 'attend_flash', 'attend_flex']
 
 # %% ../../nbs/attention/02_backends.ipynb #bc8ad3bd
 def _times_values(values: Tensor, p: Tensor, at: Tile) -> Tensor:  # (heads, rows, d_value)
@@ -80,13 +82,26 @@ def _bias_for_cuda(bias: Tensor, q: Tensor) -> Tensor:
     n = bias.shape[-1]
     return _pad_last(bias.to(q.dtype), -(-n // 16) * 16)[..., :n].expand(*q.shape[:3], n)
 
+# %% ../../nbs/attention/02_backends.ipynb #bf859d5c
+def _has_flash(q: Tensor) -> bool:
+    "Is there torch's flash kernel for CUDA for these heads?"
+    if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] > 256: return False
+    return torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def _flash_op(q: Tensor, k: Tensor, v: Tensor, scale: float, window: tuple[int, int]) -> Result:
+    "One call of it: the last query stands at the last key, and sees so many keys before and after it (-1: all)"
+    left, right = window
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # tokens before heads
+    sizes = None, None, q.shape[1], k.shape[1]
+    out, lse = torch.ops.aten._flash_attention_forward(q, k, v, *sizes, 0.0, left < 0 and right == 0, False, scale=scale,
+                                                       window_size_left=left, window_size_right=right)[:2]
+    return out.transpose(1, 2), lse
+
 # %% ../../nbs/attention/02_backends.ipynb #9395a1af
 def _fused_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    if bias is None and _has_flash(q): return _flash_op(q, k, v, scale, (-1, 0) if causal else (-1, -1))
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    flash = q.dtype != torch.float32 and bias is None and q.shape[-1] <= 256 and torch.cuda.get_device_capability(q.device) >= (8, 0)
-    if flash:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
-        return out, lse
     tile = None if bias is None else _bias_for_cuda(bias, q)
     out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, tile, True, 0.0, causal, scale=scale)[:2]
     return out, lse[..., :q.shape[2]]  # the kernel rounds the number of rows up
@@ -122,6 +137,7 @@ def merge(
 # %% ../../nbs/attention/02_backends.ipynb #fccd67d0
 def causal(q: Tensor, k: Tensor, v: Tensor, scale: float, offset: int) -> tuple[Tensor, Tensor]:
     n = q.shape[2]
+    if _has_flash(q) and v.shape[-1] <= 256: return attend_flash(AttentionCall(q, k, v, scale, Mask(offset=offset)))
     if n == 1 or offset == 0: return fused(q, k[:, :, :offset + n], v[:, :, :offset + n], scale, causal=n > 1)
     past = fused(q, k[:, :, :offset], v[:, :, :offset], scale)
     return merge(past, fused(q, k[:, :, offset:offset + n], v[:, :, offset:offset + n], scale, causal=True))
@@ -242,3 +258,123 @@ class Facts:
     def room(self) -> bool:
         "Has every query a key of its own?"
         return self.mask.offset + self.n_queries <= self.n_keys
+
+# %% ../../nbs/attention/02_backends.ipynb #c236e178
+def can_flash(
+    f: Facts,  # of a call
+) -> bool:
+    "Can torch's flash kernel for CUDA do all of it in one call?"
+    m = f.mask
+    if not f.call.q.is_cuda or not _has_flash(f.call.q) or f.call.values.shape[-1] > 256: return False
+    if not f.plain or f.padded or f.graded or not f.room: return False
+    return m.right == 0 or m.offset == f.n_keys - f.n_queries
+
+
+def can_flex(
+    f: Facts,  # of a call
+) -> bool:
+    "Can FlexAttention compile a kernel for it?"
+    c, rule = f.call, f.mask.rule
+    if not c.q.is_cuda or c.q.dtype == torch.float64 or torch.cuda.get_device_capability(c.q.device) < (8, 0): return False
+    known = rule is None or isinstance(rule, Tensor) or getattr(rule, "__module__", "").startswith("transformers.")
+    return known and not (c.streams or c.sets or f.graded) and max(c.q.shape[-1], c.values.shape[-1]) <= 256
+
+# %% ../../nbs/attention/02_backends.ipynb #709f79d3
+def attend_flash(
+    call: AttentionCall,  # of which `can_flash` holds
+) -> Result:
+    "One call of the flash kernel"
+    m, n = call.mask, call.q.shape[2]
+    k, v = (x[:, :, :m.offset + n] for x in (call.k, call.values)) if m.right == 0 else (call.k, call.values)
+    d = -(-max(call.q.shape[-1], v.shape[-1]) // 8) * 8
+    window = -1 if m.left is None else m.left, -1 if m.right is None else m.right
+    out, lse = _flash_op(_pad_last(call.q, d), _pad_last(k, d), _pad_last(v, d), call.scale, window)
+    return out[..., :v.shape[-1]], lse
+
+# %% ../../nbs/attention/02_backends.ipynb #673d9476
+_EDGE = 128  # queries and keys of a block
+
+
+@lru_cache(maxsize=8)
+def _flex_blocks(
+    left: int | None, right: int | None, offset: int, n_q: int, n_k: int, whole: bool, device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    "Of every block of queries: how many blocks of keys it sees in part, these first, and the same for those it sees all of"
+    first = torch.arange(0, n_q, _EDGE, device=device)[:, None] + offset
+    last = first.add(_EDGE - 1).clamp_max(n_q - 1 + offset)
+    keys = torch.arange(0, n_k, _EDGE, device=device)[None]
+    ends = keys.add(_EDGE - 1).clamp_max(n_k - 1)
+    some, every = torch.ones_like(first - keys, dtype=torch.bool), (keys + _EDGE <= n_k).expand(len(first), -1)
+    if left is not None: some, every = some & (first - ends <= left), every & (last - keys <= left)
+    if right is not None: some, every = some & (keys - last <= right), every & (ends - first <= right)
+    every = every & some & whole
+    parts = some & ~every
+    order = lambda x: torch.argsort(x.int(), dim=-1, descending=True, stable=True).int()[None, None]
+    return parts.sum(-1).int()[None, None], order(parts), every.sum(-1).int()[None, None], order(every)
+
+# %% ../../nbs/attention/02_backends.ipynb #d0ab2322
+def _flex_mask(call: AttentionCall) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    "Does query q of head h and sample b see key k?"
+    m, far = call.mask, 1 << 30
+    at = torch.tensor([m.offset, far if m.left is None else m.left, far if m.right is None else m.right, m.start], device=call.q.device)
+    keep, table = m.keep, m.rule if isinstance(m.rule, Tensor) and m.rule.dtype == torch.bool else None
+    rule = None if isinstance(m.rule, Tensor) else m.rule
+    many = [False, False] if table is None else [x > 1 for x in table.shape[:2]]
+
+    def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        behind = q + at[0] - k
+        out = (behind <= at[1]) & (behind >= -at[2])
+        if keep is not None: out = out & keep[b, k]
+        if table is not None: out = out & table[b if many[0] else 0, h if many[1] else 0, q, k]
+        if rule is not None: out = out & rule(b, h, q + at[0] + at[3], k + at[3])
+        return out
+    return seen
+
+# %% ../../nbs/attention/02_backends.ipynb #e45b93bc
+def _flex_score(call: AttentionCall) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None:
+    "What becomes of a logit; None: nothing"
+    cap, added = call.softcap, [call.bias] if call.bias is not None else []
+    rule = call.mask.rule
+    if isinstance(rule, Tensor) and rule.dtype != torch.bool:
+        added.append(rule.masked_fill(rule <= torch.finfo(rule.dtype).min / 2, -torch.inf))
+    if cap is None and not added: return None
+
+    def score(x: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        if cap is not None: x = cap * torch.tanh(x / cap)
+        for t in added: x = x + t[b if t.shape[0] > 1 else 0, h if t.shape[1] > 1 else 0, q, k]
+        return x
+    return score
+
+# %% ../../nbs/attention/02_backends.ipynb #5caf83b0
+@lru_cache(maxsize=1)
+def _flex_compiled() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+    return torch.compile(flex_attention)
+
+
+def _flex_kernel(q: Tensor) -> Callable[..., Any]:
+    "FlexAttention, compiled on a GPU; on a CPU (for tests) as torch defines it, with the logits formed"
+    if q.is_cuda: return _flex_compiled()
+    from torch.nn.attention.flex_attention import flex_attention
+    return flex_attention
+
+# %% ../../nbs/attention/02_backends.ipynb #d258933c
+def attend_flex(
+    call: AttentionCall,  # of which `can_flex` holds
+) -> Result:
+    "One call of FlexAttention with its log-sum-exp (Dong et al. 2024, arXiv 2412.05496)"
+    from torch.nn.attention.flex_attention import AuxRequest, BlockMask
+    m, v = call.mask, call.values
+    n_q, n_k = call.shape[2:]
+    d, d_v = (max(16, 1 << (x.shape[-1] - 1).bit_length()) for x in (call.q, v))
+    whole = m.keep is None and m.rule is None
+    some, at, every, where = _flex_blocks(m.left, m.right, m.offset, n_q, n_k, whole, call.q.device)
+    mask = BlockMask.from_kv_blocks(some, at, every, where, BLOCK_SIZE=_EDGE, mask_mod=_flex_mask(call), seq_lengths=(n_q, n_k),
+                                    compute_q_blocks=False)
+    qkv = _pad_last(call.q, d), _pad_last(call.k, d), _pad_last(v, d_v)
+    out, aux = _flex_kernel(call.q)(*qkv, score_mod=_flex_score(call), block_mask=mask, scale=call.scale, enable_gqa=call.group > 1,
+                                    return_aux=AuxRequest(lse=True))
+    out, lse = out[..., :v.shape[-1]], aux.lse
+    hidden = lse == -torch.inf
+    if m.keep is not None: hidden = hidden | ~real_queries(m, n_q, call.q.device)[:, None]
+    return out.masked_fill(hidden[..., None], 0), lse.masked_fill(hidden, -torch.inf)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from . import key_sets, options, streams
-from .backends import Facts, Result, attend_blocked, banded, causal, each_text, fused, needs_grad
+from .backends import Facts, Result, attend_blocked, attend_flash, attend_flex, banded, can_flash, can_flex, causal
+from .backends import each_text, fused, needs_grad
 from .logits import AttentionCall, make_call
 from .masks import KeySet, Mask, Stream
 
@@ -45,6 +46,8 @@ WAYS: tuple[Way, ...] = (
     Way("options, text by text", options.padded_options, options.attend_padded_options),
     Way("distant keys by other positions", streams.only_far, streams.attend_far),
     Way("heads that stream, apart", streams.heads_apart, streams.attend_heads_apart),
+    Way("flash kernel for CUDA", can_flash, attend_flash),
+    Way("FlexAttention", can_flex, attend_flex),
     Way("text by text", lambda f: f.plain and f.padded and not (f.windowed and f.holes), _texts),
     Way("band", lambda f: f.plain and not f.padded and f.windowed, lambda c: banded(c.q, c.k, c.values, c.scale, c.mask)),
     Way("all keys", lambda f: f.plain and not f.padded and f.mask.right is None, lambda c: fused(c.q, c.k, c.values, c.scale)),

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
-from typing import TYPE_CHECKING, SupportsIndex
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -17,7 +20,7 @@ from .kernels import attend_call
 from .logits import TILE, AttentionCall, Tile, make_call, score_tile, tiles
 from .masks import KeySet, Mask, Stream, seen_by
 from longlens.attention.reducers import (
-    DistanceSum, EntropySum, Product, ReceivedSum, Reducer, SquareSum, TransposedProduct, WindowMass,
+    BlockMass, DistanceSum, EntropySum, Product, ReceivedSum, Reducer, SquareSum, TransposedProduct, WindowMass,
 )
 from ..models.tokens import Span, read_spans, whole_number, whole_numbers
 from ..patch import patch
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
     from longlens.attention import operator as _operator
 
 # %% auto #0
-__all__ = ['HIDDEN', 'AttentionOperator', 'log_windows']
+__all__ = ['HIDDEN', 'AttentionOperator', 'summed_by', 'log_windows']
 
 # %% ../../nbs/attention/08_operator.ipynb #5ad5f9d4
 class AttentionOperator:
@@ -88,6 +91,7 @@ class AttentionOperator:
         mean_distance = _operator.mean_distance
         window_mass = _operator.window_mass
         distance_profile = _operator.distance_profile
+        block_mass = _operator.block_mass
         _log_rows = _operator._log_rows
         rows = _operator.rows
         topk = _operator.topk
@@ -199,14 +203,44 @@ def walk(
         if room.numel() < log2p.numel(): room = torch.empty_like(log2p).view(-1)
         yield at, torch.exp2(log2p, out=room[:log2p.numel()].view(log2p.shape)), log2p
 
+# %% ../../nbs/attention/08_operator.ipynb #2aee14e6
+_SUMMED_BY: ContextVar[str] = ContextVar("summed_by", default="auto")
+
+
+@contextmanager
+def summed_by(
+    kernels: Literal["auto", "torch", "triton"],  # "auto": Triton on a GPU where it can, else torch
+) -> Iterator[None]:
+    "While the block runs, passes over patterns are made by these kernels; an error where they cannot"
+    if kernels not in ("auto", "torch", "triton"): raise ValueError(f"kernels are {kernels!r}: 'auto', 'torch' or 'triton'")
+    before = _SUMMED_BY.set(kernels)
+    try: yield
+    finally: _SUMMED_BY.reset(before)
+
+# %% ../../nbs/attention/08_operator.ipynb #a5101af1
+def _kernels_for(call: AttentionCall) -> Any | None:  # the module `triton_pass`
+    "The GPU kernels, if they are to compute a call; None: it goes by tiles"
+    how = _SUMMED_BY.get()
+    if how == "torch" or (how == "auto" and not call.q.is_cuda): return None
+    try: kernels = import_module("longlens.attention.triton_pass")
+    except ImportError as e:
+        if how == "auto": return None
+        raise ImportError(f"summed_by('triton') needs Triton, which cannot be imported ({e}): pip install longlens[gpu]") from e
+    if (reason := kernels.why_not(call)) is None: return kernels
+    if how == "auto": return None
+    raise ValueError(f"the Triton kernels cannot compute this pattern: {reason}. Use summed_by('torch')")
+
 # %% ../../nbs/attention/08_operator.ipynb #a7caf7d0
 @patch
 def _pass(self: AttentionOperator, reducers: Sequence[Reducer]) -> None:
-    "One pass over the pattern, tile by tile, for all of these"
+    "One pass over the pattern for all of these: by GPU kernels, or tile by tile"
     with torch.no_grad():
-        for r in reducers: r.start(self)
+        kernels = _kernels_for(self.call)
+        left = reducers if kernels is None else kernels.add_up(self.call, self.lse, reducers)
+        if not left: return
+        for r in left: r.start(self)
         for at, p, log2p in self.walk():
-            for r in reducers: r.tile(p, log2p, at)
+            for r in left: r.tile(p, log2p, at)
 
 # %% ../../nbs/attention/08_operator.ipynb #b349de23
 @patch
@@ -395,6 +429,16 @@ def distance_profile(
     "Attention within each of several windows, from one pass"
     return self.reduce(WindowMass(log_windows(self.shape[3]) if windows is None else windows))[0]
 
+# %% ../../nbs/attention/08_operator.ipynb #f4fa3525
+@patch
+def block_mass(
+    self: AttentionOperator,
+    rows: int = 64,  # queries a block
+    keys: int = 64,  # keys a block
+) -> Tensor:  # (batch, heads, blocks of queries, blocks of keys)
+    "What every block of queries gives to every block of keys: sums of weights"
+    return self.reduce(BlockMass(whole_number(rows, "rows"), whole_number(keys, "keys")))[0]
+
 # %% ../../nbs/attention/08_operator.ipynb #a44dec1c
 def _row_numbers(op: AttentionOperator, queries: Sequence[int] | int) -> list[int]:
     n = op.shape[2]
@@ -445,6 +489,8 @@ def topk(
     "The most attended keys of chosen queries, a few rows at a time; weight 0 fills up where a query sees fewer than k"
     picked, (batch, _, _, n) = _row_numbers(self, queries), self.shape
     if not 1 <= whole_number(k, "k") <= n: raise ValueError(f"k is {k}, but a row has {n} keys: use 1 to {n}")
+    kernels = _kernels_for(self.call)
+    if kernels is not None and (found := kernels.top(self.call, self.lse, picked, k)) is not None: return found
     weights, keys = [], []
     for b in range(batch):
         with torch.no_grad(): best = [self._log_rows(b, r).topk(k, -1) for r in _runs(self, picked)]

@@ -18,7 +18,7 @@ from ..models.tokens import whole_numbers
 
 # %% auto #0
 __all__ = ['Pattern', 'Reducer', 'EntropySum', 'SquareSum', 'ReceivedSum', 'Product', 'TransposedProduct', 'DistanceSum',
-           'WindowMass']
+           'WindowMass', 'BlockMass']
 
 # %% ../../nbs/attention/07_reducers.ipynb #5a3ea132
 class Pattern(Protocol):
@@ -171,3 +171,22 @@ class WindowMass(Reducer):
             upto = torch.nn.functional.pad(p.cumsum(-1), (1, 0))  # mass before each key, (heads, rows, keys + 1)
             lo, hi = lo.expand(len(p), -1, -1), hi.expand(len(p), -1, -1)
             self.acc[_rows(at)] += upto.gather(-1, hi) - upto.gather(-1, lo)
+
+# %% ../../nbs/attention/07_reducers.ipynb #f431507c
+class BlockMass(Reducer):
+    "Sums of p over blocks of queries and blocks of keys"
+    def __init__(self, rows: int, keys: int):  # queries and keys a block
+        self.rows, self.keys = rows, keys
+        self.key = ("blocks", rows, keys)
+        if min(rows, keys) < 1: raise ValueError(f"blocks are of {rows} queries and {keys} keys: each holds 1 or more")
+
+    def start(self, op: Pattern) -> None:
+        per_query = op.per_query(-(-op.per_key().shape[2] // self.keys))  # (batch, heads, n_queries, blocks of keys)
+        b, h, n, m = per_query.shape
+        self.acc = per_query.new_zeros(b, h, -(-n // self.rows), m)
+
+    def tile(self, p: Tensor, log2p: Tensor, at: Tile) -> None:
+        i, j = (torch.arange(r.start, r.stop, device=p.device) // size for r, size in ((at.rows, self.rows), (at.keys, self.keys)))
+        by_keys = p.new_zeros(*p.shape[:2], int(j[-1] - j[0]) + 1).index_add_(2, j - j[0], p)
+        found = by_keys.new_zeros(len(p), int(i[-1] - i[0]) + 1, by_keys.shape[2]).index_add_(1, i - i[0], by_keys)
+        self.acc[at.b, at.heads, int(i[0]):int(i[-1]) + 1, int(j[0]):int(j[-1]) + 1] += found

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .encoder_text import collapse_lengths, readable_texts, sample_questions, text_documents, window_ways
 from .model_text import document_questions, first_tokens, is_sample, prompt_lengths, prompt_room, text_haystack, traced_prompt
-from .sizes import CollapseSize, GridSize, HeadsSize, MiddleSize, SinksSize, TraceSize
+from .sizes import CollapseSize, GridSize, HeadsSize, MiddleSize, PoliciesSize, SinksSize, TraceSize
 
 if TYPE_CHECKING:
     from longlens.encoders.encoder import Encoder
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from longlens.probes.grid.report import GridReport
     from longlens.probes.heads.report import HeadReport
     from longlens.probes.middle.report import MiddleReport
+    from longlens.probes.policies.report import PolicyReport
     from longlens.probes.sinks.report import SinkReport
     from longlens.probes.traceback.report import Trace
     from longlens.prompts.questions import Question
@@ -104,6 +105,22 @@ def _trace(
     words = max(20, len(asked.text.split()) // 20)
     return longlens.trace_context(lm, asked, by="words", size=words, max_new_tokens=32, stop=(".", "\n"), **how)
 
+# %% ../../nbs/cli/04_sections.ipynb #3176f727
+def _policies(
+    lm: LongModel,
+    tokens: Tokens,     # the text
+    size: PoliciesSize, # tokens of a prompt, contexts, policies, budgets
+    **how: Any,         # out, time_budget, progress
+) -> PolicyReport:
+    "What policies for key-value caches would lose, on needles in the text"
+    import longlens
+    haystack = text_haystack(lm, tokens, "policies")
+    how.pop("engine", None)
+    depths = [100 * (i + .5) / size.contexts for i in range(size.contexts)]
+    asked = [longlens.needle_context(lm, prompt_room(lm, size.tokens) - 40, d, wording=lm.card.wording, n_keys=4, haystack=haystack, seed=i)
+             for i, d in enumerate(depths)]
+    return longlens.policy_lens(lm, asked, size.names or None, size.budgets, **how)
+
 # %% ../../nbs/cli/04_sections.ipynb #49678b6f
 _WHOLE = CollapseSize(0)
 
@@ -132,5 +149,6 @@ def _collapse(
 
 # %% ../../nbs/cli/04_sections.ipynb #90bbf176
 MODEL_SECTIONS: dict[str, Callable[..., Report]] = {
-    "sinks": _sinks, "heads": _heads, "middle": _middle, "grid": _grid, "trace": _trace}
+    "sinks": _sinks, "heads": _heads, "middle": _middle, "grid": _grid, "trace": _trace,
+    "policies": _policies}
 ENCODER_SECTIONS: dict[str, Callable[..., Report]] = {"collapse": _collapse}

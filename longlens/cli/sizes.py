@@ -12,8 +12,8 @@ from typing import Any, Protocol
 from ..budget import Speed
 
 # %% auto #0
-__all__ = ['LADDERS', 'Size', 'size_facts', 'SinksSize', 'HeadsSize', 'MiddleSize', 'GridSize', 'TraceSize', 'CollapseSize',
-           'default_size']
+__all__ = ['LADDERS', 'Size', 'size_facts', 'SinksSize', 'HeadsSize', 'MiddleSize', 'GridSize', 'TraceSize', 'PoliciesSize',
+           'CollapseSize', 'default_size']
 
 # %% ../../nbs/cli/05_sizes.ipynb #08472881
 class Size(Protocol):
@@ -135,6 +135,28 @@ class TraceSize:
         "About how long it takes"
         return 13 * speed.reading(self.tokens) + 32 * speed.word
 
+# %% ../../nbs/cli/05_sizes.ipynb #dec612bd
+_FEW = ("h2o", "snapkv", "tova", "keydiff", "quest", "duo_attention")  # one or two of each kind, beside the four controls
+
+
+@dataclass(frozen=True)
+class PoliciesSize:
+    "Of the section on policies for key-value caches"
+    tokens: int  # of a prompt
+    contexts: int = 2
+    names: tuple[str, ...] = _FEW  # of policies beside the controls; () for all
+    budgets: tuple[float, ...] = (.1, .3)  # shares of the keys that stay
+
+    def __str__(self) -> str:
+        what = f"{len(self.names)} policies" if self.names else "all policies"
+        many = f"{self.contexts} context{'s' * (self.contexts != 1)}"
+        return f"{what}, {', '.join(f'{100 * b:g} %' for b in self.budgets)} of the keys, {many} of {self.tokens:,} tokens"
+
+    def seconds(self, speed: Speed) -> float:
+        "About how long it takes"
+        runs = (4 + (len(self.names) or 40)) * len(self.budgets)
+        return self.contexts * (2 * speed.reading(self.tokens, captured=True) + runs * 4 * speed.reading(32, self.tokens, captured=True))
+
 # %% ../../nbs/cli/05_sizes.ipynb #a6d80f63
 @dataclass(frozen=True)
 class CollapseSize:
@@ -167,6 +189,9 @@ LADDERS: dict[str, Sequence[Size]] = {  # section -> sizes, each larger than the
         (256, 3, 1), (512, 3, 1), (512, 5, 1), (1024, 5, 1), (1024, 5, 2), (2048, 5, 2), (2048, 5, 3), (4096, 5, 3), (8192, 5, 3),
         (8192, 10, 5))],
     "trace": [TraceSize(n) for n in (512, 1024, 2048, 4096, 8192)],
+    "policies": [PoliciesSize(*x) for x in (
+        (256, 1, _FEW[:2], (.1,)), (256, 1, _FEW, (.1,)), (512, 1, _FEW), (512, 2, _FEW), (1024, 2, _FEW), (1024, 4, _FEW), (1024, 4, ()),
+        (2048, 4, ()), (4096, 4, ()), (8192, 8, ()))],
     "collapse": [CollapseSize(*x) for x in (
         (64, 8, 20), (128, 12, 30), (256, 16, 40), (256, 24, 50), (0, 24, 50), (0, 32, 100))],
 }
@@ -179,5 +204,6 @@ def default_size(
 ) -> Size:
     "What a section is asked for where time does not count"
     if section == "collapse": return CollapseSize(0, 24, 50) if quick else CollapseSize(0)
-    kinds: dict[str, Any] = {"sinks": SinksSize, "heads": HeadsSize, "middle": MiddleSize, "grid": GridSize, "trace": TraceSize}
+    kinds: dict[str, Any] = {"sinks": SinksSize, "heads": HeadsSize, "middle": MiddleSize, "grid": GridSize, "trace": TraceSize,
+                            "policies": PoliciesSize}
     return kinds[section](n)

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..attention.hf_interface import AttachableModel, LayerCall, UnsupportedModel
 from ..attention.masks import NEVER, KeyChoice, KeySet, positions
 from .base import Intervention, check_layer, intervene
+from ..models.tokens import whole_number
 
 # %% auto #0
 __all__ = ['Kept', 'Chooser', 'Others', 'KeepKeys', 'keep_keys']
@@ -24,6 +25,31 @@ __all__ = ['Kept', 'Chooser', 'Others', 'KeepKeys', 'keep_keys']
 Kept = Mapping[int, Tensor]  # layer -> which keys stay, bool, or from which position on a key is gone, int64; (kv_heads|1, n) by position
 Chooser = Callable[[int, Tensor], Tensor]  # sample and queries (m,), by index, -> bool, (heads|1, m, n_keys)
 Others = Mapping[int, tuple[Tensor, Tensor]]  # layer -> keys (kv_heads, n, d_head) and values (kv_heads, n, d_value), by position
+
+
+def _check_kept(kept: Tensor, layer: int) -> None:
+    "Raise if this says nothing about keys"
+    if not isinstance(kept, Tensor) or kept.dtype not in (torch.bool, torch.int64):
+        what = f"{kept.dtype}" if isinstance(kept, Tensor) else type(kept).__name__
+        raise ValueError(f"layer {layer}: kept is {what}: give a tensor, bool for keys that stay, or int64 for positions from which on "
+                         "they are gone")
+    if kept.ndim != 2 or not kept.numel():
+        raise ValueError(f"layer {layer}: kept is {tuple(kept.shape)}, and must be (kv_heads, tokens), a row for each KV head, "
+                         "or (1, tokens)")
+
+
+def _check_others(pair: tuple[Tensor, Tensor], layer: int) -> None:
+    "Raise if these are no keys and values"
+    good = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(x, Tensor) and x.ndim == 3 and x.numel() for x in pair)
+    if not good or pair[0].shape[:2] != pair[1].shape[:2]:
+        shapes = [tuple(x.shape) for x in pair if isinstance(x, Tensor)] if isinstance(pair, (tuple, list)) else type(pair).__name__
+        raise ValueError(f"layer {layer}: other is {shapes}: give keys (kv_heads, tokens, d_head) and values (kv_heads, tokens, d_value)")
+
+
+def _check_heads(x: Tensor, call: LayerCall, layer: int, some: tuple[int, ...]) -> None:
+    "Raise if a table is of other KV heads than a layer has"
+    if len(x) not in some:
+        raise ValueError(f"layer {layer} has {call.k.shape[1]} KV heads, and what is given for it has {len(x)}")
 
 
 def _untils(kept: Tensor) -> Tensor:  # int64, (kv_heads|1, n)
@@ -52,7 +78,10 @@ class KeepKeys(Intervention):
     def prepare(self, model: AttachableModel) -> KeepKeys:
         if self.kept is None and self.choose is None and self.other is None:
             raise ValueError("keep_keys() needs what to keep: {layer: bool (kv_heads, tokens)}, or choose=, or other=")
+        whole_number(self.since, "since", 0)
         for layer in {*(self.kept or ()), *(self.other or ())}: check_layer(model, layer)
+        for layer, kept in (self.kept or {}).items(): _check_kept(kept, layer)
+        for layer, pair in (self.other or {}).items(): _check_others(pair, layer)
         return self
 
     def layers(self) -> set[int] | None:
@@ -68,6 +97,9 @@ class KeepKeys(Intervention):
     def _set(self, call: LayerCall, layer: int, at: Tensor) -> KeySet:
         n_q, n_k, off = call.q.shape[2], call.k.shape[2], call.mask.offset
         until, other = (self.kept or {}).get(layer), (self.other or {}).get(layer)
+        n_kv = call.k.shape[1]
+        if until is not None: _check_heads(until, call, layer, (1, n_kv))
+        if other is not None: _check_heads(other[0], call, layer, (n_kv,))
         choose = None if self.choose is None else self.choose(call, layer)
         return KeySet(
             at[:, off:off + n_q], self.since,

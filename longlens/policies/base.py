@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..attention.operator import AttentionOperator
 from ..interventions.heads import Turner
+
+if TYPE_CHECKING:
+    from longlens.models.forward import LongModel
 
 # %% auto #0
 __all__ = ['POLICIES', 'Prompt', 'Policy', 'Eviction', 'Selection', 'Replacement', 'top_keys', 'register', 'OwnPolicy']
@@ -75,9 +78,13 @@ class Policy:
         "The same policy, with what was read: layer -> what `read` gave"
         return self
 
+    def prepared(self, lm: LongModel, ids: Tensor) -> Policy:
+        "The same policy, after what it wants to run on the prompt's ids, (n,): a draft, say"
+        return self
+
     def describe(self) -> dict[str, Any]:
         "Name and settings, as plain values"
-        plain = {k: v for k, v in asdict(self).items() if isinstance(v, (int, float, str, bool))}
+        plain = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), (int, float, str, bool))}
         return {"policy": self.name, "kind": self.kind, "source": self.source, "trained": self.trained, **plain}
 
 # %% ../../nbs/policies/00_base.ipynb #917598ef
@@ -117,6 +124,13 @@ class Selection(Policy):
     ) -> Tensor:  # bool, (heads|1, m, n)
         "Which keys of the prompt queries see"
         raise NotImplementedError(f"{type(self).__name__} selects nothing: define select(prompt, index, queries, budget)")
+
+    def note(self, index: Any, queries: Tensor, at: Tensor) -> None:
+        "All queries of a call, (heads, m, d_head), and their places after the prompt, from 0, (m,), before any is asked for"
+
+    def select_at(self, prompt: Prompt, index: Any, queries: Tensor, at: Tensor, budget: int) -> Tensor:
+        "As `select`, for rules that go by a query's place: `at` is 0 for the first token after the prompt, (m,)"
+        return self.select(prompt, index, queries, budget)
 
 # %% ../../nbs/policies/00_base.ipynb #564d7e67
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from .base import Prompt, Selection, register, top_keys
 from .controls import logits_of
 
 # %% auto #0
-__all__ = ['blocks', 'MoBA', 'Quest', 'LongHeads', 'Landmark', 'ShadowKV', 'TokenSelect']
+__all__ = ['blocks', 'pick_blocks', 'mean_keys', 'MoBA', 'Quest', 'LongHeads', 'Landmark', 'ShadowKV', 'TokenSelect']
 
 # %% ../../nbs/policies/05_selection.ipynb #14de0a98
 def blocks(
@@ -28,7 +28,7 @@ def blocks(
     return torch.nn.functional.pad(x, (0, 0, 0, short), value=fill).unflatten(1, (-1, size))
 
 # %% ../../nbs/policies/05_selection.ipynb #07c1a291
-def _pick_blocks(
+def pick_blocks(
     scores: Tensor,  # (heads|1, m, blocks)
     size: int,  # keys a block
     n: int,  # keys there are
@@ -56,10 +56,13 @@ class _Blocks(Selection):
         return self.summary(prompt, self.size(budget)).repeat_interleave(prompt.op.call.group, 0)
 
     def select(self, prompt: Prompt, index: Any, queries: Tensor, budget: int) -> Tensor:
-        return _pick_blocks(torch.bmm(queries.to(index), index.mT), self.size(budget), prompt.n, budget)
+        return pick_blocks(torch.bmm(queries.to(index), index.mT), self.size(budget), prompt.n, budget)
 
 # %% ../../nbs/policies/05_selection.ipynb #674ede1d
-def _means(prompt: Prompt, size: int) -> Tensor:  # (kv_heads, blocks, d_head)
+def mean_keys(
+    prompt: Prompt,  # one layer
+    size: int,  # keys a block
+) -> Tensor:  # (kv_heads, blocks, d_head)
     "Mean key of every block"
     k = prompt.keys.to(prompt.op.dtype)
     count = blocks(torch.ones_like(k[..., :1]), size).sum(2)
@@ -74,7 +77,7 @@ class MoBA(_Blocks):
     source: ClassVar[str] = "arXiv 2502.13189"
     trained: ClassVar[bool] = True
 
-    def summary(self, prompt: Prompt, size: int) -> Tensor: return _means(prompt, size)
+    def summary(self, prompt: Prompt, size: int) -> Tensor: return mean_keys(prompt, size)
 
 # %% ../../nbs/policies/05_selection.ipynb #62aa2075
 @register
@@ -94,7 +97,7 @@ class Quest(_Blocks):
         low, high = index
         q = queries.to(low)
         bound = torch.bmm(q.clamp_min(0), high.mT) + torch.bmm(q.clamp_max(0), low.mT)
-        return _pick_blocks(bound, self.size(budget), prompt.n, budget)
+        return pick_blocks(bound, self.size(budget), prompt.n, budget)
 
 # %% ../../nbs/policies/05_selection.ipynb #67609429
 @register
@@ -116,7 +119,7 @@ class LongHeads(_Blocks):
     def select(self, prompt: Prompt, index: Any, queries: Tensor, budget: int) -> Tensor:
         scores = torch.bmm(queries.to(index), index.mT)
         scores[..., [0, -1]] = torch.inf
-        return _pick_blocks(scores, self.size(budget), prompt.n, budget)
+        return pick_blocks(scores, self.size(budget), prompt.n, budget)
 
 # %% ../../nbs/policies/05_selection.ipynb #a9f590ff
 @register
@@ -132,7 +135,7 @@ class Landmark(_Blocks):
     def select(self, prompt: Prompt, index: Any, queries: Tensor, budget: int) -> Tensor:
         x, size = logits_of(prompt, queries), self.size(budget)
         x = torch.nn.functional.pad(x, (0, -prompt.n % size), value=-torch.inf)
-        return _pick_blocks(x.unflatten(-1, (-1, size)).logsumexp(-1), size, prompt.n, budget)
+        return pick_blocks(x.unflatten(-1, (-1, size)).logsumexp(-1), size, prompt.n, budget)
 
 # %% ../../nbs/policies/05_selection.ipynb #62497a68
 @register
@@ -146,7 +149,7 @@ class ShadowKV(_Blocks):
 
     def index(self, prompt: Prompt, budget: int) -> Any:
         size, g = self.size(budget), prompt.op.call.group
-        mean, k = _means(prompt, size), blocks(prompt.keys.to(prompt.op.dtype), size)
+        mean, k = mean_keys(prompt, size), blocks(prompt.keys.to(prompt.op.dtype), size)
         there = blocks(torch.ones_like(prompt.keys[:1, :, :1], dtype=k.dtype), size)[..., 0] > 0
         alike = torch.cosine_similarity(k, mean[:, :, None], dim=-1).masked_fill(~there, torch.inf).amin(-1)  # (kv_heads, blocks)
         odd = top_keys(-alike, min(self.outliers, budget // (4 * size)))
@@ -155,7 +158,7 @@ class ShadowKV(_Blocks):
     def select(self, prompt: Prompt, index: Any, queries: Tensor, budget: int) -> Tensor:
         mean, odd = index
         scores = torch.bmm(queries.to(mean), mean.mT).masked_fill(odd[:, None], torch.inf)
-        return _pick_blocks(scores, self.size(budget), prompt.n, budget)
+        return pick_blocks(scores, self.size(budget), prompt.n, budget)
 
 # %% ../../nbs/policies/05_selection.ipynb #45cf5129
 @register

@@ -34,6 +34,12 @@ class PolicyCase:
     answer: bool = False  # is an answer predicted, or the text that follows?
 
     @property
+    def gold(self) -> list[range]:
+        "Where the answer is: the needles, or the gold document; where there is neither, all named spans"
+        named = [s for name, s in self.spans.items() if name == "gold" or name.startswith("needle")]
+        return named or list(self.spans.values())
+
+    @property
     def rest(self) -> Tensor:
         "What comes after the prompt, (m,)"
         return self.ids[self.n_prompt:]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...attention.hf_interface import LayerCall
 from ...attention.masks import key_set_tile
+from ...attention.operator import AttentionOperator
 from ...interventions.base import Intervention, intervene
 from ...interventions.key_sets import KeepKeys
 from ...models.architecture import attention_layers
@@ -29,7 +30,8 @@ _SINK, _RECENT = 4, 64  # first and recent tokens, where lost mass is counted
 PLACES = ("sink", "spans", "recent", "rest")
 
 # %% auto #0
-__all__ = ['PLACES', 'read_prompts', 'combined', 'CaseFound', 'measure_case']
+__all__ = ['PLACES', 'read_prompts', 'combined', 'CaseFound', 'CaseReading', 'measure_policy', 'measure_case', 'joined',
+           'attention_by_place']
 
 # %% ../../../nbs/probes/policies/01_measures.ipynb #6c7c2bd9
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def _places(case: PolicyCase, n_keys: int, device: torch.device) -> Tensor:  # (
     "Where keys are: first tokens, named spans, recent, the rest; each in one"
     at = torch.arange(n_keys, device=device)
     spans = torch.zeros(n_keys, dtype=torch.bool, device=device)
-    for s in case.spans.values(): spans[s.start:s.stop] = True
+    for s in case.gold: spans[s.start:s.stop] = True
     sink, recent = at < _SINK, at >= case.n_prompt - _RECENT
     member = torch.stack([sink, spans & ~sink, recent & ~spans & ~sink, ~(sink | spans | recent)], -1)
     return member.float()
@@ -92,17 +94,26 @@ def _places(case: PolicyCase, n_keys: int, device: torch.device) -> Tensor:  # (
 class _Truth:
     "What later queries of a layer do with all keys"
     call: LayerCall
-    weights: Tensor  # (heads, m, n_keys)
+    op: AttentionOperator  # of the call
     out: Tensor  # (heads, m, d_value)
-    order: Tensor  # keys of the prompt, the most attended first, (heads, m, n_prompt)
     places: Tensor  # (n_keys, 4)
+    n_prompt: int  # tokens of the prompt
+    least: dict[int, Tensor] = field(default_factory=dict)  # keys -> the weight of the last of so many, (heads, m, 1)
+
+    def weights(self) -> Tensor:  # (heads, m, n_keys), computed anew: those of all layers would not fit
+        "The full attention of later queries"
+        return self.op.rows(range(self.op.shape[2]))[0].float()
+
+    def among_the_first(self, weights: Tensor, keys: int) -> Tensor:  # bool, (heads, m, n_prompt)
+        "Which keys of the prompt are among the most attended; equal ones at the end all are"
+        mine = weights[..., :self.n_prompt]
+        if keys not in self.least: self.least[keys] = mine.topk(keys, -1).values[..., -1:]
+        return mine >= self.least[keys]
 
 # %% ../../../nbs/probes/policies/01_measures.ipynb #be09da01
 def _truth(case: PolicyCase, call: LayerCall) -> _Truth:
     op = call.operator()
-    weights = op.rows(range(op.shape[2]))[0].float()
-    order = weights[..., :case.n_prompt].argsort(-1, descending=True)
-    return _Truth(call, weights, call.attend()[0][0].float(), order, _places(case, op.shape[3], op.device))
+    return _Truth(call, op, call.attend()[0][0].float(), _places(case, op.shape[3], op.device), case.n_prompt)
 
 # %% ../../../nbs/probes/policies/01_measures.ipynb #bedc202e
 def _relative_error(
@@ -120,13 +131,16 @@ def _layer_losses(
     budget: int,  # keys that it may keep
 ) -> tuple[dict[str, Tensor], Tensor]:  # measure -> (heads,); which keys are seen, bool, (heads, m, n_keys)
     "What a policy keeps and loses in each head of a layer, with the layer's true input"
-    call = decided.before(truth.call, layer)
-    h, m, n = truth.weights.shape
+    call, weights = decided.before(truth.call, layer), truth.weights()
+    h, m, n = weights.shape
     tile = key_set_tile(call.sets[-1], 0, slice(0, h), slice(0, call.k.shape[1]), range(m), range(n))
     seen = torch.ones(h, m, n, dtype=torch.bool) if tile is None else tile.expand(h, m, n)
-    lost = torch.einsum("hmn,np->hp", truth.weights * ~seen, truth.places) / m
-    recall = seen.gather(-1, truth.order[..., :budget]).float().mean((1, 2))
-    out = {"mass_kept": (truth.weights * seen).sum(-1).mean(-1), "recall": recall,
+    left = weights * seen
+    lost = torch.einsum("hmn,np->hp", weights - left, truth.places) / m
+    first = truth.among_the_first(weights, budget)
+    recall = (first & seen[..., :truth.n_prompt]).sum((1, 2)) / first.sum((1, 2))
+    support = (left.sum(-1) ** 2 / left.pow(2).sum(-1).clamp_min(1e-30)).mean(-1)
+    out = {"mass_kept": left.sum(-1).mean(-1), "recall": recall, "support": support,
            "output_error": _relative_error(call.attend()[0][0], truth.out)}
     return out | {f"lost_{name}": lost[:, i] for i, name in enumerate(PLACES)}, seen
 
@@ -180,10 +194,9 @@ def _kept_rows(name: str, budget: float, decided: Mapping[int, KeepKeys], n_kv: 
 
 # %% ../../../nbs/probes/policies/01_measures.ipynb #bc4f4d50
 def _span_share(case: PolicyCase, seen: Tensor) -> float:
-    "Which share of the named needle (or of all spans) later queries still see"
-    spans = [case.spans["needle"]] if "needle" in case.spans else list(case.spans.values())
-    if not spans: return float("nan")
-    return float(torch.cat([seen[..., s.start:s.stop].flatten() for s in spans]).float().mean())
+    "Which share of the needle or the gold document (or of all spans) later queries still see"
+    if not case.gold: return float("nan")
+    return float(torch.cat([seen[..., s.start:s.stop].flatten() for s in case.gold]).float().mean())
 
 # %% ../../../nbs/probes/policies/01_measures.ipynb #fed38940
 def _one_policy(lm: LongModel, case: PolicyCase, prefix: Prefix, decided: dict[int, KeepKeys], truths: dict[int, _Truth],
@@ -202,7 +215,45 @@ def _one_policy(lm: LongModel, case: PolicyCase, prefix: Prefix, decided: dict[i
     mean = lambda x: sum(x) / len(x)
     return {"share": mean(share), "span_kept": mean(spans), **means, **score}, heads
 
-# %% ../../../nbs/probes/policies/01_measures.ipynb #adf22aab
+# %% ../../../nbs/probes/policies/01_measures.ipynb #b3a6561f
+class CaseReading:
+    "A context, read with all keys when it is first needed: what every policy is held against"
+
+    def __init__(self, lm: LongModel, case: PolicyCase, policies: Sequence[Policy], chunk: int | None = None):
+        self.lm, self.case, self.policies, self.chunk = lm, case, policies, chunk
+        self.read: tuple[Prefix, dict[int, Prompt], _Watch, dict[int, _Truth]] | None = None
+
+    def get(self) -> tuple[Prefix, dict[int, Prompt], _Watch, dict[int, _Truth]]:
+        "The prompt as a cache, each layer's attention of it, what the heads give with all keys, and their attention"
+        if self.read is None:
+            prefix, prompts = read_prompts(self.lm, self.case, self.policies, self.chunk)
+            _, full = _prediction(self.lm, self.case, prefix)
+            self.read = prefix, prompts, full, {layer: _truth(self.case, call) for layer, call in full.calls.items()}
+        return self.read
+
+# %% ../../../nbs/probes/policies/01_measures.ipynb #4f4e37ce
+@torch.no_grad()
+def measure_policy(
+    reading: CaseReading,  # of the context
+    name: str,  # of the policy
+    given: Policy,
+    budgets: Sequence[float],  # shares of the prompt up to 1, or numbers of keys
+) -> dict[str, pl.DataFrame]:  # rows, heads, and kept if it is an eviction: as in `CaseFound`
+    "What one policy keeps and loses in one context, at each budget"
+    (prefix, prompts, full, truths), lm, case = reading.get(), reading.lm, reading.case
+    policy, rows, heads, kept = given.prepared(lm, case.ids[:case.n_prompt]), [], [], []
+    if policy.reads: policy = policy.ready({layer: policy.read(p) for layer, p in prompts.items()})
+    for budget in budgets:
+        keys = budget_keys(budget, case.n_prompt)
+        decided = {layer: decision(policy, p, keys) for layer, p in prompts.items()}
+        row, table = _one_policy(lm, case, prefix, decided, truths, full, keys)
+        rows.append({"policy": name, "kind": policy.kind, "budget": float(budget), "keys": keys} | row)
+        label = pl.lit(name).alias("policy"), pl.lit(float(budget)).alias("budget")
+        heads.append(table.select(*label, "layer", "head", pl.exclude("layer", "head")))
+        kept += _kept_rows(name, budget, decided, next(iter(prompts.values())).n_kv)
+    return {"rows": pl.DataFrame(rows), "heads": pl.concat(heads)} | ({"kept": pl.concat(kept)} if kept else {})
+
+# %% ../../../nbs/probes/policies/01_measures.ipynb #14923b9c
 @torch.no_grad()
 def measure_case(
     lm: LongModel,  # the model
@@ -212,29 +263,27 @@ def measure_case(
     chunk: int | None = None,  # tokens a step of the prompt; None: what fits in memory
 ) -> CaseFound:
     "What each policy keeps and loses in one context, at each budget"
-    prefix, prompts = read_prompts(lm, case, list(policies.values()), chunk)
-    _, full = _prediction(lm, case, prefix)
-    truths = {layer: _truth(case, call) for layer, call in full.calls.items()}
-    rows, heads, kept = [], [], []
-    for name, given in policies.items():
-        policy = given.ready({layer: given.read(p) for layer, p in prompts.items()}) if given.reads else given
-        for budget in budgets:
-            keys = budget_keys(budget, case.n_prompt)
-            decided = {layer: decision(policy, p, keys) for layer, p in prompts.items()}
-            row, table = _one_policy(lm, case, prefix, decided, truths, full, keys)
-            label = {"policy": name, "kind": policy.kind, "budget": float(budget), "keys": keys}
-            rows.append(label | row)
-            heads.append(table.select(pl.lit(name).alias("policy"), pl.lit(float(budget)).alias("budget"), "layer", "head",
-                                      pl.exclude("layer", "head")))
-            kept += _kept_rows(name, budget, decided, next(iter(prompts.values())).n_kv)
-    return CaseFound(pl.DataFrame(rows), pl.concat(heads), pl.concat(kept) if kept else pl.DataFrame(), _attention(truths))
+    reading = CaseReading(lm, case, list(policies.values()), chunk)
+    return joined([measure_policy(reading, name, p, budgets) for name, p in policies.items()], attention_by_place(reading))
+
+# %% ../../../nbs/probes/policies/01_measures.ipynb #f0313d48
+def joined(
+    parts: Sequence[Mapping[str, pl.DataFrame]],  # of one context: what `measure_policy` gave
+    attention: pl.DataFrame,  # where its later queries look with all keys
+) -> CaseFound:
+    "The tables of all policies"
+    every = lambda name: pl.concat([p[name] for p in parts if name in p]) if any(name in p for p in parts) else pl.DataFrame()
+    return CaseFound(every("rows"), every("heads"), every("kept"), attention)
 
 # %% ../../../nbs/probes/policies/01_measures.ipynb #818eef0a
-def _attention(truths: Mapping[int, _Truth]) -> pl.DataFrame:  # layer, head, sink, spans, recent, rest
+@torch.no_grad()
+def attention_by_place(
+    reading: CaseReading,  # of a context
+) -> pl.DataFrame:  # layer, head, sink, spans, recent, rest
     "Where later queries look with all keys"
     parts = []
-    for layer, t in truths.items():
-        mass = torch.einsum("hmn,np->hp", t.weights, t.places) / t.weights.shape[1]
+    for layer, t in reading.get()[3].items():
+        mass = torch.einsum("hmn,np->hp", t.weights(), t.places) / t.op.shape[2]
         parts.append(pl.DataFrame({name: mass[:, i].tolist() for i, name in enumerate(PLACES)}).with_row_index("head").select(
             pl.lit(layer).alias("layer"), "head", *PLACES))
     return pl.concat(parts)

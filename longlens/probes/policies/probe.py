@@ -5,8 +5,10 @@
 # %% ../../../nbs/probes/policies/04_probe.ipynb #26b0a4fc
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Any, Unpack
 
 import polars as pl
@@ -14,12 +16,14 @@ import polars as pl
 from ...interventions.base import head_sizes
 from ...models.forward import LongModel
 from ...models.load import ModelLike, load
-from ...policies.base import Policy
+from ...policies.base import OwnPolicy, Policy
 from ...policies.use import POLICIES, PolicyLike, policy_name, policy_of
 from .frames import CONTROLS, means_frame, paired_frame, strip_frame
-from .inputs import ContextLike, PolicyCase, budget_keys, example_contexts, policy_case
-from .measures import CaseFound, measure_case
+from .inputs import ContextLike, PolicyCase, example_contexts, policy_case
+from .measures import CaseFound, CaseReading, attention_by_place, joined, measure_policy
 from .report import PolicyReport
+from ...sweeps.cells import fingerprint
+from ...sweeps.store import Store
 from ...run import PLANNERS, Run, RunOptions, arguments_of, run_of, settings_of
 
 # %% auto #0
@@ -67,19 +71,28 @@ def _chosen(policies: PolicyLike | Sequence[PolicyLike] | None) -> dict[str, Pol
         named[name] = p
     return named
 
+# %% ../../../nbs/probes/policies/04_probe.ipynb #e22d5c2b
+def _read_budgets(budgets: Any) -> list[float]:
+    "Shares or numbers of keys, in order"
+    given = budgets if isinstance(budgets, Sequence) and not isinstance(budgets, str) else [budgets]
+    for b in given:
+        if isinstance(b, bool) or not isinstance(b, (int, float)) or not 0 < b < float("inf"):
+            raise ValueError(f"budget is {b!r:.40}: a share of the keys above 0 and up to 1, or a number of keys")
+        if b > 1 and b != int(b): raise ValueError(f"budget is {b}: above 1 it is a number of keys, a whole one")
+    return sorted({float(b) for b in given})
+
 # %% ../../../nbs/probes/policies/04_probe.ipynb #ee7d2ee1
 def _prepared(model: ModelLike, contexts: Any, policies: Any, budgets: Any, settings: PolicySettings | None, run: Run | None,
               options: dict[str, Any]) -> _Work:
     "What is to be measured, checked"
-    run = run_of(run, rest := dict(options), ("budget", "progress", "seed"), "policy_lens")
+    run = run_of(run, rest := dict(options), ("out", "budget", "progress", "seed", "time_budget"), "policy_lens")
     s = settings_of(PolicySettings, settings, rest, "policy_lens")
     lm, chosen = load(model), _chosen(policies)
     given = example_contexts(lm, s.n_contexts, s.n_tokens) if contexts is None else contexts
     given = [given] if isinstance(given, str) or not isinstance(given, Sequence) else list(given)
-    wanted = sorted({float(b) for b in ([budgets] if isinstance(budgets, (int, float)) else budgets)})
+    wanted = _read_budgets(budgets)
     if not given or not wanted: raise ValueError("policy_lens needs one context or more, and one budget or more")
     cases = [policy_case(lm, c, s.decide, s.targets) for c in given]
-    for case in cases: _ = [budget_keys(b, case.n_prompt) for b in wanted]
     return _Work(lm, cases, chosen, wanted, s, run)
 
 # %% ../../../nbs/probes/policies/04_probe.ipynb #d8690c85
@@ -107,10 +120,44 @@ def _report(work: _Work, found: Sequence[CaseFound]) -> PolicyReport:
     frames = {"policies": means_frame(cases, seed=seed), "cases": cases, "heads": heads, "paired": paired_frame(cases, seed=seed),
               "attention": number([f.attention for f in found]), "strips": strip_frame(first.kept, work.cases[0].n_prompt),
               "kept": first.kept}
-    meta = {"model": lm.name, "contexts": len(found), "budgets": work.budgets, "settings": asdict(work.settings),
+    meta = {"model": lm.name, "contexts": len(found), "planned_contexts": len(work.cases), "budgets": work.budgets,
+            "settings": asdict(work.settings),
             "policies": [p.describe() for p in work.policies.values()], "trained": [n for n, p in work.policies.items() if p.trained],
             "kv_heads": head_sizes(lm)[2], "kept_tokens": work.cases[0].n_prompt, "seed": seed}
     return PolicyReport({name: f for name, f in frames.items() if len(f.columns)}, meta)
+
+# %% ../../../nbs/probes/policies/04_probe.ipynb #67ba95bb
+def _part_key(work: _Work, case: PolicyCase) -> list[Any]:
+    "All that decides what comes of a context, but for the policy"
+    model = fingerprint(work.lm) if work.run.out else ""
+    return [model, "policy_lens", case.ids, case.n_prompt, case.scored, dict(case.spans), case.answer]
+
+
+def _policy_key(policy: Policy) -> list[Any] | None:
+    "Name and all settings of a policy; None: it is a function"
+    if isinstance(policy, OwnPolicy): return None
+    held = {f.name: getattr(policy, f.name) for f in fields(policy)}
+    return [type(policy).__qualname__, {k: fingerprint(v) if isinstance(v, LongModel) else v for k, v in held.items()}]
+
+# %% ../../../nbs/probes/policies/04_probe.ipynb #ce05d7b0
+def _measured(work: _Work, bar: Any) -> list[CaseFound]:
+    "All contexts, or those that there was time for"
+    store, clock = Store(work.run.out), work.run.time_budget
+    found: list[CaseFound] = []
+    for i, case in enumerate(work.cases):
+        begun = time.monotonic()
+        reading = CaseReading(work.lm, case, list(work.policies.values()), work.settings.chunk)
+        about, parts = _part_key(work, case), []
+        for name, policy in work.policies.items():
+            if clock is not None and not found: clock.check(what="policy_lens")
+            make, key = partial(measure_policy, reading, name, policy, work.budgets), _policy_key(policy)
+            parts.append(make() if key is None else store.once([*about, name, key, work.budgets], make))
+            bar.set_postfix_str(f"context {i}: {name}")
+            bar.update()
+        places = store.once([*about, "attention"], lambda r=reading: {"attention": attention_by_place(r)})  # type: ignore[misc]
+        found.append(joined(parts, places["attention"]))
+        if clock is not None and not clock.enough(time.monotonic() - begun): break
+    return found
 
 # %% ../../../nbs/probes/policies/04_probe.ipynb #f0a1f835
 def policy_lens(
@@ -120,16 +167,15 @@ def policy_lens(
     budgets: float | Sequence[float] = (.1, .25, .5),  # keys that each KV head may keep: shares of the prompt up to 1, or numbers
     *,
     settings: PolicySettings | None = None,  # the rest, together
-    run: Run | None = None,  # how it is run: of its fields budget, progress and seed
+    run: Run | None = None,  # how it is run: of its fields out, budget, progress, seed and time_budget
     **options: Unpack[PolicyOptions],  # fields of the settings and of Run, one by one
 ) -> PolicyReport:
     "What policies for key-value caches would keep and lose: attention, outputs, loss and answers, by budget, layer and head"
     from tqdm.auto import tqdm
     work = _prepared(model, contexts, policies, budgets, settings, run, {**options})
     _check_cost(work)
-    found = [measure_case(work.lm, c, work.policies, work.budgets, work.settings.chunk)
-             for c in tqdm(work.cases, desc="policies", unit="context", disable=not work.run.progress)]
-    return _report(work, found)
+    with tqdm(total=len(work.cases) * len(work.policies), desc="policies", unit="policy", disable=not work.run.progress) as bar:
+        return _report(work, _measured(work, bar))
 
 # %% ../../../nbs/probes/policies/04_probe.ipynb #09fd8d8b
 def _plan_policies(*args: Any, **kwargs: Any) -> pl.DataFrame:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 import polars as pl
 
 from .frames import head_budgets
-from ...report import Report, Section, atomic_write
+from ...report import Measure, Report, Section, Summary, atomic_write
 
 if TYPE_CHECKING:
     import altair as alt
@@ -28,6 +28,7 @@ _NOT_SPEED = ("This measures quality and not speed: every policy is applied exac
 class PolicyReport(Report):
     "What policies for key-value caches keep and lose"
     main: ClassVar[str] = "policies"
+    explorer: ClassVar[str] = "longlens.apps.policies:explore_policies"
     title: ClassVar[str] = "Which keys could the model do without?"
 
     def findings(self) -> list[str]:
@@ -36,9 +37,17 @@ class PolicyReport(Report):
                 _NOT_SPEED)
         return [s for s in made if s]
 
-    def highlights(self) -> list[str]:
-        "The best of each budget, and what does not beat chance"
-        return [s for s in (_best_sentence(self), _random_sentence(self)) if s]
+    def summary(self) -> Summary:
+        "What a person can repeat"
+        return _policy_summary(self)
+
+    def details(self) -> list[str]:
+        "What was found, with every number"
+        return self.findings()
+
+    def sparse_and_full(self) -> pl.DataFrame:
+        "Layer by layer, what sparse attention changes: the distance of outputs, how many keys are in use, and the share of the sink"
+        return _sparse_and_full(self)
 
     def sections(self) -> list[Section]:
         "The report as a page shows it"
@@ -150,6 +159,53 @@ def _span_sentence(r: PolicyReport) -> str:
 def _trained_sentence(r: PolicyReport) -> str:
     names = r.meta["trained"]
     return f"measured by rule, though trained in their papers: {', '.join(names)}" if names else ""
+
+# %% ../../../nbs/probes/policies/03_report.ipynb #b9b858de
+def _policy_verdict(r: PolicyReport) -> str:
+    "The policy that keeps most with the fewest keys"
+    budget = r.meta["budgets"][0]
+    best = _ranked(r, budget)
+    if best.is_empty(): return "Only controls were measured."
+    row = best.row(0, named=True)
+    mass = 100 * row["mass_kept"]
+    return f"With {_share_text(budget)} of the keys, {row['policy']} keeps {mass:.0f} % of the attention, the most of all rules."
+
+
+def _policy_picture(r: PolicyReport) -> object:  # an Altair chart
+    from longlens.charts.small import small_bars
+    f = r.frames["policies"].filter(budget=r.meta["budgets"][0])
+    best = _ranked(r, r.meta["budgets"][0])["policy"].head(3).to_list()
+    shown = f.filter(pl.col("policy").is_in([*best, "random", "streaming", "oracle"])).sort("mass_kept", descending=True)
+    return small_bars(shown.with_columns(kept=100 * pl.col("mass_kept")), "policy", "kept", "attention kept (%)")
+
+# %% ../../../nbs/probes/policies/03_report.ipynb #38da56c3
+def _policy_summary(r: PolicyReport) -> Summary:
+    "What a person can repeat"
+    best = _ranked(r, budget := r.meta["budgets"][0])
+    if best.is_empty(): return Summary(_policy_verdict(r))
+    row, n = best.row(0, named=True), r.meta["contexts"]
+    part = 100 if budget <= 1 else 1
+    mass, low, high = (100 * row[c] for c in ("mass_kept", "mass_kept_lower", "mass_kept_upper"))
+    measures = (Measure("policy_mass", f"Attention that the best rule keeps ({_share_text(budget)} of the keys)", mass, "%", low, high, n),
+                Measure("policy_budget", "Keys of the smallest budget", part * budget, "%" if budget <= 1 else "keys"))
+    sure = f"{n} contexts; its mean lies between {low:.0f} and {high:.0f} % (95 % interval)."
+    if n == 1: sure = "one context: nothing says how much it varies."
+    untested = ("speed: every policy is applied exactly, and what it would save is not measured", "policies that need training")
+    return Summary(_policy_verdict(r), lambda: _policy_picture(r), (), untested, sure, measures)
+
+# %% ../../../nbs/probes/policies/03_report.ipynb #fad6bfd6
+def _sparse_and_full(r: PolicyReport) -> pl.DataFrame:
+    "policy, budget, layer, distance (relative, of outputs), keys and keys_full (effective numbers), sink and sink_full (shares)"
+    full = r.frames["attention"].group_by("layer").agg(sink_full=pl.col("sink").mean())
+    heads = r.frames["heads"]
+    keys = heads.filter(policy="full").group_by("layer").agg(keys_full=pl.col("support").mean())
+    sink = r.frames["attention"].group_by("layer", "head").agg(sink_of=pl.col("sink").mean())
+    both = heads.join(sink, on=["layer", "head"]).with_columns(
+        sink=(pl.col("sink_of") - pl.col("lost_sink")) / pl.col("mass_kept").clip(1e-12))
+    out = both.group_by("policy", "budget", "layer", maintain_order=True).agg(
+        distance=pl.col("output_error").mean(), keys=pl.col("support").mean(), sink=pl.col("sink").mean())
+    return out.join(keys, on="layer").join(full, on="layer").sort("policy", "budget", "layer").select(
+        "policy", "budget", "layer", "distance", "keys", "keys_full", "sink", "sink_full")
 
 # %% ../../../nbs/probes/policies/03_report.ipynb #49bbc0b7
 _EXPLAINED = {
