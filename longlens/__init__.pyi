@@ -44,6 +44,7 @@ from .interventions.heads import scale_spans as scale_spans
 from .interventions.key_sets import keep_keys as keep_keys
 from .interventions.extend import extend_window as extend_window
 from .interventions.frequencies import other_frequencies as other_frequencies
+from .interventions.methods import position_method as position_method
 from .policies.use import use_policy as use_policy
 from .sweeps.sweep import sweep as sweep
 from .sweeps.speed import measure_speed as measure_speed

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers import DynamicCache
-from zoo import CAUSAL, LAYERS, VOCAB, ZOO, token_ids, zoo_model
+from zoo import CAUSAL, EVERYTHING, LAYERS, VOCAB, ZOO, token_ids, zoo_model
 
 import longlens as ll
 from longlens.attention import kernels, streams
@@ -24,10 +24,16 @@ from longlens.attention.masks import Mask, positions, visible_tile
 from longlens.attention.options import OptionRule
 from longlens.interventions.base import Intervention, intervene, interventions
 from longlens.interventions.calibrate import Redistribute, redistribute, redistributed_masses
-from longlens.interventions.heads import Turner, ablate, lambda_mask, scale_spans, streaming_attention, temperature
+from longlens.interventions.distances import ByDimension, DualChunk, ReRoPE, key_dimensions
+from longlens.interventions.extend import SelfExtend
+from longlens.interventions.heads import LambdaMask, Turner, ablate, lambda_mask, scale_spans, streaming_attention, temperature
+from longlens.interventions.methods import position_method
+from longlens.interventions.moved import E2, Jittered
 from longlens.interventions.positions import POSITION_SCALINGS, MsPoE, SetBased, ms_poe, rescaled_positions, set_based
+from longlens.interventions.weights import Sharpened
 from longlens.measure.capture import capture
 from longlens.measure.statistics import Received, Rows, SinkMass
+from longlens.models.architecture import layers_without_positions
 from longlens.models.prefix import new_cache
 
 N = 40
@@ -76,7 +82,7 @@ def close(a, b, scale=1.): torch.testing.assert_close(a, b, atol=1e-4 * scale, r
 def rotated_by_model(model, call, layer, x, at):
     "x (n, d), unrotated, rotated to positions (n,) by the model's own rotary module"
     turner = Turner(model)
-    cos, sin = turner._angles(x[None, None], at[None], layer)
+    cos, sin = turner.angles(x[None, None], at[None], layer)
     import sys
     apply = sys.modules[type(call.module).__module__].apply_rotary_pos_emb
     return apply(x[None, None], x[None, None], cos, sin)[0][0, 0]
@@ -661,3 +667,137 @@ def test_all_is_as_it_was_afterwards(enter) -> None:
     with pytest.raises(RuntimeError, match="stop"), enter(model): raise RuntimeError("stop")
     assert torch.equal(model(ids).logits, before) and not attachments()
     assert isinstance(model, nn.Module) and VOCAB == before.shape[-1]
+
+
+# Layers without positions
+
+
+class _Queries(Intervention):
+    "Keeps the queries of every layer"
+    name = "queries"
+
+    def __init__(self) -> None: self.__dict__.update(q={})
+
+    def before(self, call, layer):
+        self.q[layer] = call.q.clone()
+        return call
+
+
+PARTLY = {"smollm3": (3,), "llama4": (3,), "cohere2": (1, 3), "exaone4": (1, 3)}
+
+
+@pytest.mark.parametrize("name", [*PARTLY, "llama", "gemma3"])
+@torch.no_grad()
+def test_layers_that_rotate_nothing_are_known(name: str) -> None:
+    "Their queries are the same wherever a text begins; and a turned position leaves them as they are"
+    model, ids, found = EVERYTHING[name](), token_ids(6), []
+    for start in (0, 37):
+        with intervene(model, q := _Queries()): model(ids, position_ids=torch.arange(6)[None] + start)
+        found.append(q.q)
+    same = tuple(layer for layer in found[0] if torch.allclose(found[0][layer], found[1][layer], atol=1e-4))
+    assert same == layers_without_positions(model) == PARTLY.get(name, ())
+    assert ll.load(model).positions == ("partly rotary" if same else "rotary")
+    with lambda_mask(model, 2, 3, ceiling=3), intervene(model, keep := Keep()):
+        if name != "llama4": model(ids)  # which has no function that rotates
+    for layer in same:
+        for st_ in keep.final[layer].streams if keep.final else ():
+            assert torch.equal(st_.far[0], keep.final[layer].q) and torch.equal(st_.far[1], keep.final[layer].k)
+
+
+# Other distances, moved tokens, other weights
+
+WAYS = {
+    "rerope": ReRoPE(9, trained=16), "leaky_rerope": ReRoPE(5, factor=3.0, trained=16), "dual_chunk": DualChunk(8, local=5, trained=16),
+    "by_dimension": ByDimension((1, 3), window=4, trained=16), "self_extend": SelfExtend(48, trained=16, group=5, window=4, always=True),
+    "lm_infinite_top_k": LambdaMask(3, 9, top_k=2, top_k_layer=0), "moved": E2(3.0, 5.0), "jittered": Jittered(0.4),
+    "softplus": Sharpened(trained=16),
+}
+DIFFERENT = [n for n in ("llama", "mistral", "qwen3", "gemma2", "gemma3", "gpt_neox", "phi3", "smollm3", "cohere2") if n in EVERYTHING]
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+@torch.no_grad()
+def test_other_positions_in_pieces_in_batches_and_by_every_way_of_computing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    "A text read whole is what it is in pieces, beside another with padding, and by the tiles alone"
+    model, ids = EVERYTHING[name](), token_ids(N)
+    plain, last = model(ids).logits, kernels.WAYS[-1:]
+    for way, what in WAYS.items():
+        far = way not in ("moved", "jittered", "softplus", "lm_infinite_top_k")
+        if far and name in ("mistral", "cohere2"):  # whose layers with positions have windows only
+            with pytest.raises(UnsupportedModel, match="a window only"), intervene(model, what): pass
+            continue
+        with intervene(model, what):
+            whole = model(ids).logits
+            parts = in_pieces(model, ids, (10, 23, 38, 39), new_cache(model.config, "all"))
+            padded = model(**left_padded(ids)).logits[:, 6:]
+            with monkeypatch.context() as m:
+                m.setattr(kernels, "WAYS", last)
+                tiles = model(ids).logits
+        for got in (parts, padded, tiles): close(got, whole, 3)
+        if name != "mistral" or way != "lm_infinite_top_k": assert (whole - plain).abs().max() > 1e-3, way
+    assert torch.equal(model(ids).logits, plain)
+
+
+@torch.no_grad()
+def test_tokens_between_are_those_of_the_largest_logits() -> None:
+    "LM-Infinite with re-insertion, from the formed matrix"
+    model, ids, before, after = zoo_model("llama"), token_ids(N), Keep(), Keep()
+    with intervene(model, before), intervene(model, LambdaMask(3, 9, top_k=2, top_k_layer=0)), intervene(model, after): model(ids)
+    turner, at = Turner(model), torch.arange(N)[None]
+    for layer, call in before.calls.items():
+        near = (call.q @ call.k.repeat_interleave(2, 1).mT * call.scale)[0]
+        q0, k0 = (turner.turn(call, layer, x, -at) for x in (call.q, call.k))  # unrotated
+        k0 = k0.repeat_interleave(2, 1)
+        sink, middle = ((turner.turn(call, layer, q0, d) @ k0.mT * call.scale)[0] for d in (at.clamp_max(9), torch.full_like(at, 4)))
+        i, j = torch.arange(N)[:, None], torch.arange(N)
+        between = (i - j >= 9) & (j >= 3)
+        x = torch.where(i - j < 9, near, torch.where(j < 3, sink, middle)).masked_fill(j > i, -torch.inf)
+        best = x.masked_fill(~between, -torch.inf).topk(2, -1).indices
+        chosen = torch.zeros_like(x, dtype=torch.bool).scatter_(-1, best, True) & between
+        p = x.masked_fill(between & ~chosen, -torch.inf).softmax(-1)
+        close(after.outs[layer][0], p @ call.v[0].repeat_interleave(2, 0))
+
+
+@torch.no_grad()
+def test_key_dimensions_are_those_of_the_longest_queries_and_keys() -> None:
+    model, ids, keep = zoo_model("llama"), token_ids(N), Keep()
+    table, keys = key_dimensions(model, ids[0], 0.5)
+    with intervene(model, keep): model(ids)
+    for layer, call in keep.calls.items():
+        half = call.q.shape[-1] // 2
+        norms = [x[0].unflatten(-1, (2, half)).norm(dim=-2) for x in (call.q, call.k.repeat_interleave(2, 1))]  # (heads, n, pairs)
+        mean = (norms[0] * norms[1]).sum(1)
+        got = table.filter(layer=layer).sort("head", "pair")["share"].to_torch().view(len(mean), half)
+        close(got.float(), mean / mean.sum(-1, keepdim=True))
+        assert keys[layer].sum(-1).tolist() == [half // 2] * len(mean) and torch.equal(keys[layer][::2], keys[layer][1::2])
+    some = intervene(model, ByDimension(3, window=4, keys=keys, trained=16))
+    with some: whole, parts = model(ids).logits, in_pieces(model, ids, (10, 38))
+    close(parts, whole)
+    with intervene(model, ByDimension(3, window=4, trained=16)): assert (model(ids).logits - whole).abs().max() > 1e-3
+    everything = {layer: torch.ones_like(k) for layer, k in keys.items()}
+    with intervene(model, ByDimension(3, window=4, keys=everything, trained=16)): a = model(ids).logits
+    with intervene(model, SelfExtend(48, trained=20, group=3, window=4, always=True)): close(model(ids).logits, a)
+
+
+@pytest.mark.parametrize("make, match", [
+    (lambda: ReRoPE(0), "window is 0"), (lambda: ReRoPE(4, factor=0.5), "factor is 0.5"), (lambda: ReRoPE(4, trained=1), "trained is 1"),
+    (lambda: DualChunk(8, local=9), "local is 1 to chunk"), (lambda: ByDimension(0), "a scale is 0"),
+    (lambda: ByDimension((1,) * 3), "cut into equal ones"),
+    (lambda: ByDimension(2, keys={}), "the key pairs of layer 0"), (lambda: LambdaMask(2, 8, top_k=-1), "top_k is -1"),
+    (lambda: LambdaMask(2, 8, 20, top_k=1), "a ceiling up to recent"), (lambda: Sharpened(0.0), "power is 0.0"),
+    (lambda: E2(2.0, -1.0), "offset -1.0")])
+def test_bad_settings_of_other_positions(make, match: str) -> None:
+    with pytest.raises(ValueError, match=match), intervene(zoo_model("llama"), make()): pass
+
+
+@torch.no_grad()
+def test_what_other_positions_refuse() -> None:
+    ids = token_ids(N)
+    with intervene(zoo_model("gpt_oss"), Sharpened()), pytest.raises(UnsupportedModel, match="learned sinks"): zoo_model("gpt_oss")(ids)
+    for name in ("gpt2", "opt"):
+        with pytest.raises(UnsupportedModel, match="no rotary module"), position_method(zoo_model(name), "dual_chunk", 2.0): pass
+    model = zoo_model("llama")
+    with intervene(model, ReRoPE(9), E2(2.0)), pytest.raises(UnsupportedModel, match="change positions of the same layer"): model(ids)
+    with intervene(model, Sharpened(), Sharpened()), pytest.raises(UnsupportedModel, match="sharpened already"): model(ids)
+    bert = zoo_model("modernbert")
+    with intervene(bert, DualChunk()), pytest.raises(UnsupportedModel, match="not causal"): bert(ids)

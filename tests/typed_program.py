@@ -62,6 +62,8 @@ with ll.extend_window(enc, "ntk", length=1024): enc.encode(["a text"])
 ll.extend_window(enc, lengths=1024)  # wrong
 with ll.other_frequencies(lm, "yarn", 2.0): lm("a text")
 ll.other_frequencies(lm, "yarn", factors=2.0)  # wrong
+with ll.position_method(lm, "dual_chunk", 2.0): lm("a text")
+ll.position_method(lm, "dual_chunk", factors=2.0)  # wrong
 
 run = ll.Run(out="results", seed=3)
 ll.Run(sed=3)  # wrong
