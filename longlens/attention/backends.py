@@ -222,7 +222,7 @@ class Facts:
     @cached_property
     def products(self) -> bool:
         "Are the logits scaled products alone, where there is a fused kernel? Rules and streams aside"
-        return self.call.softcap is None and self.call.bias is None and _has_kernel(self.call.q)
+        return not self.call.curved and self.call.bias is None and _has_kernel(self.call.q)
 
     @cached_property
     def plain(self) -> bool:

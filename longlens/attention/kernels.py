@@ -45,6 +45,7 @@ WAYS: tuple[Way, ...] = (
     Way("options", options.one_text_of_options, options.attend_options),
     Way("options, text by text", options.padded_options, options.attend_padded_options),
     Way("distant keys by other positions", streams.only_far, streams.attend_far),
+    Way("chunks by other positions", streams.only_chunks, streams.attend_chunks),
     Way("heads that stream, apart", streams.heads_apart, streams.attend_heads_apart),
     Way("flash kernel for CUDA", can_flash, attend_flash),
     Way("FlexAttention", can_flex, attend_flex),

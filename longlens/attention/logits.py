@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Self
@@ -39,6 +39,7 @@ class AttentionCall:
     bias: Tensor | None = None  # added to the logits, (batch|1, heads|1, n_queries, n_keys)
     streams: tuple[Stream, ...] = ()  # heads that see only the beginning and the recent
     sets: tuple[KeySet, ...] = ()  # keys that single KV heads or queries see, and what stands in for keys
+    link: Callable[[Tensor], Tensor] | None = None  # logits become link(logits), number by number, after cap and bias; not of learned sinks
 
     if TYPE_CHECKING:  # written where it is explained
         check = _logits.check
@@ -67,7 +68,12 @@ class AttentionCall:
     @property
     def plain(self) -> bool:
         "Are the logits nothing but scaled products under a band and padding?"
-        return self.softcap is None and self.bias is None and self.mask.rule is None and not self.streams and not self.sets
+        return not self.curved and self.bias is None and self.mask.rule is None and not self.streams and not self.sets
+
+    @property
+    def curved(self) -> bool:
+        "Are the logits more than products and what is added to them: capped, or given to a link?"
+        return self.softcap is not None or self.link is not None
 
     def detach(self) -> Self:
         "The same without gradients"
@@ -275,17 +281,16 @@ def score_tile(
     shift: Tensor | None = None,  # taken off every logit of a row, (batch, heads, n_queries)
     fill: float = -math.inf,  # stands where a key is not seen
 ) -> Tensor:  # (heads, rows, keys)
-    "One tile of logits: scaled, capped, biased, masked, in that order (as Gemma 2's eager attention)"
-    x = _product(s, at, shift if s.softcap is None else None)
+    "One tile of logits: scaled, capped, biased, linked, masked, in that order (as Gemma 2's eager attention)"
+    early = None if s.curved else shift
+    x = _product(s, at, early)
     left = [t for st in s.streams if (t := stream_tile(st, s.mask, at.b, at.heads, at.rows, at.keys, x.device))]
-    if left: x = _far_products(x, s, at, shift if s.softcap is None else None)
-    if s.sets: x = _other_products(x, s, at, shift if s.softcap is None else None)
-    if s.softcap is not None:
-        x = s.softcap * torch.tanh(x / s.softcap)
-        if shift is not None: x = x - shift[at.b, at.heads, at.rows.start:at.rows.stop, None]
-    if s.bias is not None:
-        bias = of_sample(s.bias, at.b, at.heads)
-        x = x + bias[:, at.rows.start:at.rows.stop, at.keys.start:at.keys.stop]
+    if left: x = _far_products(x, s, at, early)
+    if s.sets: x = _other_products(x, s, at, early)
+    if s.softcap is not None: x = s.softcap * torch.tanh(x / s.softcap)
+    if s.bias is not None: x = x + of_sample(s.bias, at.b, at.heads)[:, at.rows.start:at.rows.stop, at.keys.start:at.keys.stop]
+    if s.link is not None: x = s.link(x)
+    if s.curved and shift is not None: x = x - shift[at.b, at.heads, at.rows.start:at.rows.stop, None]
     for near, _ in left: x = x.masked_fill_(~near, fill)
     for kept in s.sets:
         if (tile := key_set_tile(kept, at.b, at.heads, at.kv, at.rows, at.keys)) is not None: x = x.masked_fill(~tile, fill)

@@ -265,6 +265,7 @@ class Stream:
     far: tuple[Tensor, Tensor] | None = None  # queries (batch, heads, n_queries, d_head) and keys (batch, kv_heads, n_keys, d_head)
     # that meet where a first token is not recent; None: the usual ones (LM-Infinite's distance ceiling, arXiv 2308.16137)
     ahead: bool = False  # recent are the query and the tokens after it; what stands before it is not the stream's business
+    chunk: int | None = None  # tokens of a chunk: recent are then the query's own chunk of its text and the recent - 1 before it
 
 # %% ../../nbs/attention/00_masks.ipynb #5c29bdd2
 def _first_keys(mask: Mask, sink: int, b: int, keys: range, device: torch.device) -> Tensor:
@@ -272,6 +273,19 @@ def _first_keys(mask: Mask, sink: int, b: int, keys: range, device: torch.device
     if mask.keep is None: return torch.arange(keys.start, keys.stop, device=device) + mask.start < sink
     at = positions(mask, mask.keep.shape[1], device)[b, keys.start:keys.stop]
     return (at >= 0) & (at < sink)
+
+# %% ../../nbs/attention/00_masks.ipynb #4b970b31
+def _chunk_tile(
+    st: Stream, chunk: int, mask: Mask, b: int, mine: Tensor, rows: range, keys: range
+) -> tuple[Tensor, Tensor] | None:  # mine: (heads,)
+    "The same, of a stream that counts chunks"
+    last = rows.stop + mask.offset
+    at = positions(mask, max(keys.stop, last) if mask.keep is None else mask.keep.shape[1], mine.device)
+    at = (at[b] if len(at) > 1 else at[0]) // chunk
+    recent = at[rows.start + mask.offset:last, None] - at[keys.start:keys.stop] < st.recent
+    if bool(recent.all()) or not mine.any(): return None
+    mine, first = mine[:, None, None], _first_keys(mask, st.sink, b, keys, mine.device).expand_as(recent)
+    return recent | first | ~mine, first & ~recent & mine
 
 # %% ../../nbs/attention/00_masks.ipynb #b97978a8
 def stream_tile(
@@ -285,6 +299,7 @@ def stream_tile(
 ) -> tuple[Tensor, Tensor] | None:  # seen, and first but not recent: bool, (heads, rows, keys); None: the stream hides nothing here
     "What the stream leaves of a tile"
     mine = stream.heads[heads].to(device)
+    if stream.chunk is not None: return _chunk_tile(stream, stream.chunk, mask, b, mine, rows, keys)
     furthest = keys.stop - 1 - rows.start - mask.offset if stream.ahead else rows.stop - 1 + mask.offset - keys.start
     if furthest < stream.recent or not mine.any(): return None
     i = torch.arange(rows.start, rows.stop, device=device)[:, None] + mask.offset

@@ -173,7 +173,7 @@ def _row_shift(self: AttentionOperator) -> Tensor:  # (batch, heads, n_queries)
 def _is_linear(self: AttentionOperator) -> bool:
     "Do the logits scale with the queries? Not with a soft cap, nor with floats added to them"
     added = isinstance(self.mask.rule, Tensor) and self.mask.rule.dtype != torch.bool
-    return self.call.softcap is None and self.call.bias is None and not added
+    return not self.call.curved and self.call.bias is None and not added
 
 # %% ../../nbs/attention/08_operator.ipynb #e43952ef
 @patch

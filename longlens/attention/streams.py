@@ -14,7 +14,7 @@ from .logits import AttentionCall
 from .masks import ALL, Mask, Stream
 
 # %% auto #0
-__all__ = ['heads_apart', 'attend_heads_apart', 'only_far', 'attend_far']
+__all__ = ['heads_apart', 'attend_heads_apart', 'only_far', 'attend_far', 'only_chunks', 'attend_chunks']
 
 # %% ../../nbs/attention/03_streams.ipynb #4b9a0d8f
 def _stream(call: AttentionCall, st: Stream) -> Result:
@@ -35,6 +35,7 @@ def heads_apart(
 ) -> bool:
     "Can heads that stream be computed apart from the others?"
     streams = f.call.streams
+    if any(st.chunk is not None for st in streams): return False
     if not streams or f.call.sets or f.padded or not (f.triangle and f.products and f.mask.rule is None and f.room): return False
     return not f.graded and bool((torch.stack([st.heads for st in streams]).sum(0) <= 1).all())  # at most one stream a head
 
@@ -54,13 +55,20 @@ def attend_heads_apart(
         out[:, heads], lse[:, heads] = own[0], own[1].to(lse)
     return out, lse
 
+# %% ../../nbs/attention/03_streams.ipynb #929783f0
+def _all_far(f: Facts) -> bool:
+    "Do the streams keep all tokens, and meet those that are not recent by other positions, in all heads?"
+    streams = f.call.streams
+    if not streams or f.call.sets: return False
+    return all(st.sink >= ALL and st.far is not None and bool(st.heads.all()) for st in streams)
+
 # %% ../../nbs/attention/03_streams.ipynb #0b3fc4b6
 def only_far(
     f: Facts,  # of a call
 ) -> bool:
     "Do the streams keep all tokens of all heads, at most one in each direction, in a mask that is plain?"
     m, streams = f.mask, f.call.streams
-    if not streams or f.call.sets or not all(st.sink >= ALL and st.far is not None and bool(st.heads.all()) for st in streams): return False
+    if not _all_far(f) or any(st.chunk is not None for st in streams): return False
     once = len({st.ahead for st in streams}) == len(streams)
     whole = m.left is None and m.start == 0 and (m.right == 0 or (m.right is None and m.offset == 0 and f.n_queries == f.n_keys))
     return once and whole and f.products and m.rule is None and f.room and not f.holes and not f.graded
@@ -104,3 +112,45 @@ def attend_far(
     "Attention in which distant keys are met by other queries and keys"
     keep = call.mask.keep
     return _attend_one_far(call) if keep is None or bool(keep.all()) else each_text(call, keep, _attend_one_far)
+
+# %% ../../nbs/attention/03_streams.ipynb #ca74813e
+def only_chunks(
+    f: Facts,  # of a call
+) -> bool:
+    "Do the streams keep all tokens of all heads and count chunks of one size, in a causal mask that is plain?"
+    if not _all_far(f) or len({st.chunk for st in f.call.streams}) != 1 or f.call.streams[0].chunk is None: return False
+    return f.triangle and f.products and f.mask.rule is None and f.room and not f.holes and not f.graded
+
+# %% ../../nbs/attention/03_streams.ipynb #7c745fb5
+def _attend_chunk(call: AttentionCall, rows: slice, chunk: int, number: int) -> Result:
+    "Attention of queries that stand in one chunk of a text"
+    streams, at = sorted(call.streams, key=lambda st: st.recent), call.mask.offset + rows.start
+    first = max(0, number - streams[0].recent + 1) * chunk
+    last = at + rows.stop - rows.start
+    found = causal(call.q[:, :, rows], call.k[:, :, first:last], call.values[:, :, first:last], call.scale, at - first)
+    for st, further in zip(streams, [*(s.recent for s in streams[1:]), number + 1], strict=True):
+        lo, hi = max(0, number - further + 1) * chunk, (number - st.recent + 1) * chunk
+        if lo >= hi: continue
+        assert st.far is not None
+        found = merge(found, fused(st.far[0][:, :, rows], st.far[1][:, :, lo:hi], call.values[:, :, lo:hi], call.scale))
+    return found
+
+# %% ../../nbs/attention/03_streams.ipynb #157d9e36
+def _attend_one_in_chunks(call: AttentionCall) -> Result:
+    "Output and lse of texts without padding"
+    chunk, off, n, parts, a = call.streams[0].chunk, call.mask.offset, call.q.shape[2], [], 0
+    assert chunk is not None
+    while a < n:
+        number = (off + a) // chunk
+        end = min(n, (number + 1) * chunk - off)
+        parts.append(_attend_chunk(call, slice(a, end), chunk, number))
+        a = end
+    return side_by_side(parts)
+
+
+def attend_chunks(
+    call: AttentionCall,  # of which `only_chunks` holds
+) -> Result:
+    "Attention in which other chunks are met by other queries and keys"
+    keep = call.mask.keep
+    return _attend_one_in_chunks(call) if keep is None or bool(keep.all()) else each_text(call, keep, _attend_one_in_chunks)

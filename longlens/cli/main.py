@@ -18,6 +18,7 @@ from .common import MENDABLE, add_command, flags_of, one_line
 from .compare import COMPARE
 from .eval import EVAL
 from .policies import POLICIES
+from .positions import POSITIONS
 from .report import REPORT
 from .trace import TRACE
 
@@ -25,7 +26,7 @@ from .trace import TRACE
 __all__ = ['parser', 'show', 'main']
 
 # %% ../../nbs/cli/20_main.ipynb #e2b0fcfa
-_COMMANDS = {c.name: c for c in (REPORT, TRACE, COMPARE, CACHE, POLICIES, EVAL)}
+_COMMANDS = {c.name: c for c in (REPORT, TRACE, COMPARE, CACHE, POLICIES, POSITIONS, EVAL)}
 
 
 def parser() -> argparse.ArgumentParser:

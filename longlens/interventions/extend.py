@@ -22,11 +22,12 @@ from .base import Intervention, active_interventions, intervene
 from .heads import Turner
 from .positions import exchange_rotary, rotary_modules, set_until_closed, without_bridge
 from ..attention.hf_interface import AttachableModel
+from ..models.architecture import layers_without_positions
 from ..models.tokens import real_number, whole_number
 
 # %% auto #0
 __all__ = ['WINDOWS', 'Extension', 'LearnedExtension', 'Recurrent', 'Grouped', 'Interpolated', 'NTK', 'group_distances',
-           'SelfExtend', 'Window', 'windows_for', 'extend_window']
+           'check_far', 'SelfExtend', 'Window', 'windows_for', 'extend_window']
 
 # %% ../../nbs/interventions/03_extend.ipynb #6870d2de
 @dataclass(frozen=True)
@@ -229,14 +230,17 @@ def group_distances(
     grouped = i // group - j // group + (window - window // group) * torch.sign(i - j)
     return torch.where((i - j).abs() < window, i - j, grouped)
 
-# %% ../../nbs/interventions/03_extend.ipynb #d93d5fc6
-def _check_far(hf: Any) -> None:
+# %% ../../nbs/interventions/03_extend.ipynb #a9698c22
+def check_far(
+    hf: Any,  # a transformers model
+) -> None:
     "Raise if no layer meets distances that are new to it, or if calls cannot be changed"
     if not hf._can_set_attn_implementation(): raise UnsupportedModel(f"{type(hf).__name__} does not use the attention interface")
-    config = hf.config.get_text_config()
+    config, bare = hf.config.get_text_config(), set(layers_without_positions(hf))
     types = getattr(config, "layer_types", None) or (["sliding_attention"] if getattr(config, "sliding_window", None) else [])
-    if set(types) == {"sliding_attention"}:
-        raise UnsupportedModel(f"all layers of {type(hf).__name__} see a window only, and meet no distance that is new to them")
+    if types and all(kind == "sliding_attention" or layer in bare for layer, kind in enumerate(types)):
+        raise UnsupportedModel(f"all layers of {type(hf).__name__} that have positions see a window only, and meet no distance that is new "
+                               "to them")
 
 # %% ../../nbs/interventions/03_extend.ipynb #c036f7b7
 def _check_groups(what: SelfExtend) -> None:
@@ -256,49 +260,56 @@ class SelfExtend(Extension):
     group: int = 9  # distant tokens that are counted as one
     window: int = 64  # tokens on either side that are counted singly, the query's own included
     scale_queries: bool = False  # by max(1, log n / log trained), as LongEmbed does for its encoder
+    always: bool | None = None  # in texts that the model knows too, as published for decoders; None: if the model generates
     turner: Turner | None = field(default=None, repr=False)
     name: ClassVar[str] = "self_extend"
 
     @classmethod
     def limit(cls, hf: Any) -> int:
         Turner(hf)
-        _check_far(hf)
+        check_far(hf)
         return _rotary_limit(hf)
 
     def layers(self) -> set[int] | None: return None
 
     def prepare(self, model: AttachableModel) -> Extension:
         _check_groups(ready := cast(SelfExtend, super().prepare(model)))
-        return replace(ready, turner=Turner(model))
+        return replace(ready, turner=Turner(model), always=hf_model(model).can_generate() if ready.always is None else ready.always)
 
     def before(self, call: LayerCall, layer: int) -> LayerCall:
         if call.mask.left is not None: return call  # a window: no distance is new
-        _check_plain(call, layer)
+        _check_plain(self, call, layer)
         at = positions(call.mask, call.k.shape[2], call.q.device).clamp_min(0)
-        n = at[:, :call.q.shape[2]].amax(1, keepdim=True) + 1
+        n = at[:, :call.mask.offset + call.q.shape[2]].amax(1, keepdim=True) + 1
         _check_reach(self, longest := int(n.max()))
-        return _in_groups(self, call, layer, at, n) if longest > self.known else call
+        return _in_groups(self, call, layer, at, n) if self.always or longest > self.known else call
 
-# %% ../../nbs/interventions/03_extend.ipynb #45933312
-def _check_plain(call: LayerCall, layer: int) -> None:
+# %% ../../nbs/interventions/03_extend.ipynb #eff11c9d
+def _check_plain(what: SelfExtend, call: LayerCall, layer: int) -> None:
     m = call.mask
-    if m.offset or m.start: raise UnsupportedModel("self_extend reads a text in one piece: not in chunks, and not on from a cache")
     if m.rule is not None or m.right not in (0, None):
         raise UnsupportedModel(f"the mask of layer {layer} is of a kind of its own: self_extend is for causal and for two-sided attention")
+    if not (m.offset or m.start): return
+    if m.start:
+        raise UnsupportedModel(f"the cache of layer {layer} has dropped its first {m.start} tokens: keep all, as lm.prefill(...) does")
+    if not what.always or what.scale_queries:
+        raise UnsupportedModel("self_extend reads a text in one piece where it goes by the text's length: give always=True, and no "
+                               "scale_queries, for chunks and caches")
 
 # %% ../../nbs/interventions/03_extend.ipynb #a3421704
 def _in_groups(what: SelfExtend, call: LayerCall, layer: int, at: Tensor, n: Tensor) -> LayerCall:  # at: (batch|1, n_keys), n: (batch|1, 1)
     "The call with distant tokens counted in groups, in those texts that are too long"
     assert what.turner is not None
-    long, n_q, turn = n > what.known, call.q.shape[2], what.turner.turned
+    long, n_q, turn = (n > what.known) | bool(what.always), call.q.shape[2], what.turner.turned
+    mine = slice(call.mask.offset, call.mask.offset + n_q)
     fewer = (at // what.group - at) * long
     more = fewer + (what.window - what.window // what.group) * long
     if what.scale_queries: call = replace(call, q=call.q * (n.log() / math.log(what.known)).clamp_min(1)[:, None, None].to(call.q))
     every = torch.ones(call.q.shape[1], dtype=torch.bool)
-    back = turn(call, layer, call.q, more[:, :n_q]), turn(call, layer, call.k, fewer)
+    back = turn(call, layer, call.q, more[:, mine]), turn(call, layer, call.k, fewer)
     streams = [Stream(every, ALL, what.window, back)]
     if call.mask.right is None:
-        fore = turn(call, layer, call.q, fewer[:, :n_q]), turn(call, layer, call.k, more)
+        fore = turn(call, layer, call.q, fewer[:, mine]), turn(call, layer, call.k, more)
         streams.append(Stream(every, ALL, what.window, fore, ahead=True))
     return replace(call, streams=(*call.streams, *streams))
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.hf_interface import LayerCall, UnsupportedModel, hf_model
-from ..attention.masks import Stream, positions, real_queries
-from ..models.architecture import text_config
+from ..attention.masks import ALL, KeyChoice, KeySet, Stream, positions, real_queries
+from ..models.architecture import layers_without_positions, text_config
 from .base import Intervention, check_heads, intervene, interventions_at, served_heads
 from ..models.tokens import read_spans, real_number, span_ends, whole_number
 from ..patch import patch
@@ -177,9 +177,10 @@ class Turner:
         self.rotary = next((m for m in self.hf.modules() if hasattr(m, "rope_type") and "Rotary" in type(m).__name__), None)
         if self.rotary is None or getattr(config, "qk_rope_head_dim", None):
             raise UnsupportedModel(f"{type(self.hf).__name__} has no rotary module whose positions could be changed from outside")
+        self.without = layers_without_positions(self.hf)  # layers that rotate nothing: there is nothing to turn
         self.kinds = config.layer_types if "layer_type" in inspect.signature(self.rotary.forward).parameters else None
 
-    def _angles(self, x: Tensor, at: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    def angles(self, x: Tensor, at: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         "Cosine and sine of positions (batch, n), by the frequencies of the model's last forward, less the scaling that some hide in them"
         kind = {} if self.kinds is None else {"layer_type": self.kinds[layer]}
         scaling = getattr(self.rotary, "_".join([*kind.values(), "attention_scaling"]), 1.0)
@@ -187,8 +188,20 @@ class Turner:
         return (cos / scaling).to(x), (sin / scaling).to(x)
 
     if TYPE_CHECKING:  # each is written where it is explained
+        function = _heads.function
         turn = _heads.turn
         turned = _heads.turned
+
+# %% ../../nbs/interventions/01_heads.ipynb #babbaa39
+@patch
+def function(
+    self: Turner,
+    call: LayerCall,  # whose module says how
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    "The model's own function that rotates queries and keys by cosines and sines"
+    apply = getattr(sys.modules[type(call.module).__module__], "apply_rotary_pos_emb", None)
+    if apply is None: raise UnsupportedModel(f"{type(call.module).__name__} does not say how it rotates: no apply_rotary_pos_emb")
+    return apply
 
 # %% ../../nbs/interventions/01_heads.ipynb #fa8b68c1
 @patch
@@ -200,9 +213,9 @@ def turn(
     by: Tensor,  # how far, in tokens, (batch|1, n)
 ) -> Tensor:  # as x
     "x as it would be, had it stood `by` tokens further on"
-    apply = getattr(sys.modules[type(call.module).__module__], "apply_rotary_pos_emb", None)
-    if apply is None: raise UnsupportedModel(f"{type(call.module).__name__} does not say how it rotates: no apply_rotary_pos_emb")
-    cos, sin = self._angles(x, by.expand(len(x), -1), layer)
+    if layer in self.without: return x
+    apply = self.function(call)
+    cos, sin = self.angles(x, by.expand(len(x), -1), layer)
     return apply(x, x[:, :1], cos, sin)[0]
 
 # %% ../../nbs/interventions/01_heads.ipynb #2e080d90
@@ -235,6 +248,22 @@ def turned(
     if by.ndim == 3: wide, by = wide.flatten(0, 1)[:, None], by.expand(len(x), -1, -1).flatten(0, 1)
     return self.turn(call, layer, wide, by).reshape(x.shape).to(x.dtype)
 
+# %% ../../nbs/interventions/01_heads.ipynb #e9dffafc
+def _with_top_k(what: LambdaMask, call: LayerCall, at: Tensor, q: Tensor, k: Tensor) -> LayerCall:  # at: (batch|1, n_keys)
+    "The call in which a query sees the first keys, the recent ones, and those between that match it best"
+    n_q, n_k, off = call.q.shape[2], call.k.shape[2], call.mask.offset
+
+    def choose(b: int, queries: Tensor) -> Tensor:  # bool, (heads, m, n_keys)
+        keys, rows = torch.arange(n_k, device=q.device), queries.to(q.device) + off
+        own = at[b if len(at) > 1 else 0]
+        near = (rows[:, None] - keys < what.recent) | (own < what.sink)
+        between = ~near if call.mask.keep is None else ~near & call.mask.keep[b]
+        x = q[b, :, queries.to(q.device)] @ k[b].repeat_interleave(call.group, 0).mT * call.scale  # (heads, m, n_keys)
+        best = x.masked_fill(~between, -torch.inf).topk(min(what.top_k, n_k), -1).indices
+        return near | (torch.zeros_like(x, dtype=torch.bool).scatter_(-1, best, True) & between)
+    choice = KeyChoice(choose, torch.arange(n_q), torch.arange(n_k))
+    return replace(call, sets=(*call.sets, KeySet(at[:, off:off + n_q], choice=choice)))
+
 # %% ../../nbs/interventions/01_heads.ipynb #f19edfc4
 @dataclass(frozen=True)
 class LambdaMask(Intervention):
@@ -242,6 +271,9 @@ class LambdaMask(Intervention):
     sink: int = 10  # tokens at the beginning (n_global, 10 to 100 in the paper)
     recent: int = 2048  # tokens at the end (n_local)
     ceiling: int | None = None  # largest distance to a first token; None: `recent`
+    top_k: int = 0  # tokens between that each query sees besides: those of the largest logits
+    top_k_at: int | None = None  # distance at which they stand; None: half of `recent`
+    top_k_layer: int = 4  # this and all later layers see them
     turner: Turner | None = field(default=None, repr=False)
     name: ClassVar[str] = "lambda_mask"
 
@@ -250,16 +282,24 @@ class LambdaMask(Intervention):
         for name, n in (("sink", self.sink), ("recent", self.recent), ("ceiling", ceiling)): whole_number(n, name)
         if self.sink < 1 or self.recent < 1 or ceiling < 1:
             raise ValueError(f"sink {self.sink}, recent {self.recent} and ceiling {ceiling}: each is 1 token or more")
-        return replace(self, ceiling=ceiling, turner=Turner(model))
+        at = max(1, self.recent // 2) if self.top_k_at is None else self.top_k_at
+        bad = whole_number(self.top_k, "top_k") < 0 or not 1 <= whole_number(at, "top_k_at") <= ceiling
+        if bad or (self.top_k and ceiling > self.recent):
+            raise ValueError(f"top_k is {self.top_k} at a distance of {at}: 0 or more tokens, 1 to {ceiling} away, and with them a ceiling "
+                             f"up to recent, {self.recent}")
+        return replace(self, ceiling=ceiling, top_k_at=at, turner=Turner(model))
 
     def before(self, call: LayerCall, layer: int) -> LayerCall:
-        assert self.turner is not None and self.ceiling is not None
+        assert self.turner is not None and self.ceiling is not None and self.top_k_at is not None
         n_q, n_k, off = call.q.shape[2], call.k.shape[2], call.mask.offset
         at = positions(call.mask, n_k, call.q.device).clamp_min(0)  # (batch|1, n_keys)
-        mine = at[:, off:off + n_q]
+        mine, more = at[:, off:off + n_q], self.top_k > 0 and layer >= self.top_k_layer
+        between = torch.where(at < self.sink, 0, self.ceiling - self.top_k_at if more else 0)  # where a key that is not recent stands
         q = self.turner.turned(call, layer, call.q, mine.clamp_max(self.ceiling) - mine)
-        k = self.turner.turned(call, layer, call.k, -at)
-        return replace(call, streams=(*call.streams, Stream(_mine(None, call, layer), self.sink, self.recent, (q, k))))
+        k = self.turner.turned(call, layer, call.k, between - at)
+        seen = replace(call, streams=(*call.streams, Stream(_mine(None, call, layer), ALL if more else self.sink, self.recent, (q, k))))
+        return _with_top_k(self, seen, at, q, k) if more else seen
+
 
 # %% ../../nbs/interventions/01_heads.ipynb #9b79313c
 @contextmanager
@@ -268,9 +308,10 @@ def lambda_mask(
     sink: int = 10,  # tokens at the beginning that stay visible
     recent: int = 2048,  # tokens at the end that stay visible
     ceiling: int | None = None,  # largest distance to a first token; None: `recent`
+    top_k: int = 0,  # tokens between that each query sees besides, from the fifth layer on: those of the largest logits
 ) -> Iterator[list[Intervention]]:
     "LM-Infinite's mask and distance ceiling on all heads, while the block runs"
-    with intervene(model, LambdaMask(sink, recent, ceiling)) as active: yield active
+    with intervene(model, LambdaMask(sink, recent, ceiling, top_k)) as active: yield active
 
 # %% ../../nbs/interventions/01_heads.ipynb #dbb16255
 @dataclass(frozen=True)
@@ -290,6 +331,7 @@ class Temperature(Intervention):
     def before(self, call: LayerCall, layer: int) -> LayerCall:
         if isinstance(call.mask.rule, Tensor) and call.mask.rule.dtype != torch.bool:
             raise UnsupportedModel("this model was given a mask of numbers: give it a mask of booleans, or none")
+        if call.link is not None: raise UnsupportedModel("logits go through softplus here: enter temperature before softplus_attention")
         mine = [h for l, h in self.heads or () if l == layer] if self.heads is not None else list(range(call.q.shape[1]))
         sinks = None if call.sinks is None else _divided(call.sinks, mine, self.tau)
         if call.softcap is not None and self.heads is not None:
@@ -359,6 +401,7 @@ class ScaleSpans(Intervention):
     def layers(self) -> set[int] | None: return None if self.heads is None else {layer for layer, _ in self.heads}
 
     def before(self, call: LayerCall, layer: int) -> LayerCall:
+        if call.link is not None: raise UnsupportedModel("spans cannot be scaled where logits go through softplus")
         if call.softcap is not None: raise UnsupportedModel("spans cannot be scaled where logits are soft-capped (Gemma 2)")
         _check_own_keys(call, self.name)
         on = torch.full((call.q.shape[1],), self.heads is None)

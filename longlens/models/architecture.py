@@ -24,7 +24,7 @@ _T = TypeVar("_T")
 # %% auto #0
 __all__ = ['first_setting', 'text_config', 'layer_setting', 'layer_number', 'attention_modules', 'attention_layers',
            'layers_with_states', 'count_query_heads', 'count_kv_heads', 'head_counts', 'size_facts', 'head_widths',
-           'cache_width', 'max_positions', 'position_kind']
+           'cache_width', 'max_positions', 'layers_without_positions', 'position_kind']
 
 # %% ../../nbs/models/01_architecture.ipynb #f01af038
 def first_setting(config: Any, *names: str) -> Any:
@@ -196,16 +196,31 @@ def max_positions(
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length")
     return first_setting(text_config(model), *names)
 
+# %% ../../nbs/models/01_architecture.ipynb #b1528067
+_ROTARY_IN_WINDOWS_ONLY = "cohere2", "exaone4", "exaone_moe", "flint"  # kinds of models
+
+
+def layers_without_positions(
+    hf: nn.Module,  # a transformers model
+) -> tuple[int, ...]:
+    """Which attention layers of a rotary model rotate nothing (NoPE)."""
+    config, modules = text_config(hf), attention_modules(hf)
+    some = {layer for layer, _, m in modules if not getattr(m, "use_rope", True)}
+    if getattr(config, "model_type", "") in _ROTARY_IN_WINDOWS_ONLY and getattr(config, "sliding_window", None):
+        kinds = list(config.layer_types or ())
+        some |= {layer for layer, _, _ in modules if layer < len(kinds) and kinds[layer] != "sliding_attention"}
+    return tuple(sorted(some))
+
 # %% ../../nbs/models/01_architecture.ipynb #b8f29eda
 def position_kind(
     hf: HFModel,  # the model
 ) -> str:
-    """How the model knows where a token stands: "alibi", "rotary", "learned" or "none"."""
+    """How the model knows where a token stands: "alibi", "rotary", "partly rotary" (not in all layers), "learned" or "none"."""
     config, modules = text_config(hf), list(hf.named_modules())
     alibi = getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False)
     if alibi or any(hasattr(m, "build_alibi_tensor") for _, m in modules):
         return "alibi"
     if getattr(config, "rotary_dim", None) or any("rotary" in type(m).__name__.lower() for _, m in modules):
-        return "rotary"
+        return "partly rotary" if layers_without_positions(hf) else "rotary"
     table = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)$")
     return "learned" if any(table.search(n) and isinstance(m, nn.Embedding) for n, m in modules) else "none"

@@ -18,7 +18,7 @@ from ..sweeps.cells import Cell, Changed, Condition
 from ..attention.hf_interface import attach
 from ..measure.capture import capture
 from ..interventions.heads import Temperature, Turner
-from ..interventions.frequencies import FREQUENCIES, other_frequencies
+from ..interventions.methods import POSITION_METHODS, position_method
 from ..interventions.positions import POSITION_SCALINGS, ms_poe, rescaled_positions, set_based
 from ..interventions.calibrate import redistribute
 from ..measure.statistics import SpanMass
@@ -32,19 +32,19 @@ __all__ = ['REMEDIES', 'Rescaled', 'PerHead', 'document_spans', 'AsSet', 'releva
 # %% ../../nbs/probes/02_remedies.ipynb #94a798f0
 @dataclass(frozen=True)
 class Rescaled(Condition):
-    """Rotary positions stretched over `factor` times the trained length"""
+    """A method to read `factor` times the trained length"""
 
-    kind: str  # "linear", "ntk" or "yarn", as transformers has them, or another of FREQUENCIES
+    kind: str  # "linear", "ntk" or "yarn", as transformers has them, or another of POSITION_METHODS
     factor: float = 2.0  # how many times longer texts become
 
     def __post_init__(self) -> None:
-        if self.kind not in FREQUENCIES: raise ValueError(f"kind is {', '.join(FREQUENCIES)}, not {self.kind!r}")
+        if self.kind not in POSITION_METHODS: raise ValueError(f"kind is {', '.join(POSITION_METHODS)}, not {self.kind!r}")
 
     def check(self, lm: LongModel, cell: Cell) -> None: Turner(lm)
 
     @contextmanager
     def apply(self, lm: LongModel, cell: Cell) -> Iterator[None]:
-        stretch = rescaled_positions if self.kind in POSITION_SCALINGS else other_frequencies
+        stretch = rescaled_positions if self.kind in POSITION_SCALINGS else position_method
         with stretch(lm, self.kind, self.factor): yield
 
 # %% ../../nbs/probes/02_remedies.ipynb #297a8974
@@ -175,6 +175,9 @@ REMEDIES: dict[str, Remedy] = {
     "entropy_abf": Remedy("rotary base 500,000, and logits that grow with the position (arXiv 2401.07004)", Rescaled("entropy_abf")),
     "distributional": Remedy("each rotary frequency halved or left alone, whichever disturbs its angles less (arXiv 2410.01490)",
                              Rescaled("distributional")),
+    **{name: Remedy(f"{POSITION_METHODS[name].says}, for twice the length", Rescaled(name)) for name in (
+        "self_extend", "rerope", "leaky_rerope", "dual_chunk", "dual_chunk_yarn", "by_dimension", "lm_infinite", "lm_infinite_top_k",
+        "sharpened", "softplus")},
     "temperature": Remedy("attention logits divided by 0.8: sharper attention (arXiv 2410.24200)", Changed((Temperature(0.8),))),
 }
 

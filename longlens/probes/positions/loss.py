@@ -6,19 +6,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import numpy as np
 import polars as pl
 import torch
 from torch import Tensor
 
+from ...measure.base import Call
 from ...measure.capture import capture
 from ...measure.statistics import Entropy, SinkMass
 from ...models.forward import LongModel
 
 # %% auto #0
-__all__ = ['window_losses', 'by_bins', 'attention_by_length']
+__all__ = ['token_losses', 'window_losses', 'by_bins', 'attention_by_length']
 
 # %% ../../../nbs/probes/positions/00_loss.ipynb #61d88c28
 def _steps(n: int, step: int, edges: Sequence[int] = ()) -> list[int]:  # 1, ..., n
@@ -27,7 +30,7 @@ def _steps(n: int, step: int, edges: Sequence[int] = ()) -> list[int]:  # 1, ...
 
 
 @torch.no_grad()
-def _token_losses(
+def token_losses(
     lm: LongModel,  # may be changed by interventions
     ids: Tensor,  # a text, (n,)
     step: int = 1024,  # tokens whose logits exist together, at most
@@ -59,15 +62,15 @@ def window_losses(
     for start in range(0, len(ids), half):
         end = min(start + half, len(ids))
         if start == 0:
-            losses.append(_token_losses(lm, ids[:end]))
+            losses.append(token_losses(lm, ids[:end]))
         else:
-            losses.append(_token_losses(lm, ids[start - half : end])[half - 1 :])
+            losses.append(token_losses(lm, ids[start - half : end])[half - 1 :])
     return np.concatenate(losses)
 
 
 # %% ../../../nbs/probes/positions/00_loss.ipynb #4e120ea7
 def by_bins(
-    losses: np.ndarray,  # nats, (n - 1,), from `_token_losses`
+    losses: np.ndarray,  # nats, (n - 1,), from `token_losses`
     edges: Sequence[int],  # upper ends, in tokens, ascending; the last is n
 ) -> np.ndarray:  # mean loss of the tokens of each bin, (bins,); NaN where there are none
     """Mean losses of stretches of a text."""
@@ -76,20 +79,31 @@ def by_bins(
     return np.array([losses[which == i].mean() if (which == i).any() else np.nan for i in range(len(edges))])
 
 
+# %% ../../../nbs/probes/positions/00_loss.ipynb #17926908
+@dataclass(frozen=True)
+class _Level(Entropy):
+    """Entropy, and the mean logit of what is attended"""
+
+    name: ClassVar[str] = "level"
+
+    def values(self, call: Call) -> dict[str, Tensor]:
+        found = super().values(call)
+        return {**found, "logit": call.op.lse.to(found["entropy"]) - found["entropy"]}
+
 # %% ../../../nbs/probes/positions/00_loss.ipynb #f2c7eeca
 @torch.no_grad()
 def attention_by_length(
     lm: LongModel,
     ids: Tensor,  # a text, (n,)
     edges: Sequence[int],  # upper ends of stretches, in tokens, ascending
-) -> tuple[np.ndarray, pl.DataFrame]:  # losses (n - 1,); layer, head, context_length, entropy_norm, sink_mass (of the first token)
+) -> tuple[np.ndarray, pl.DataFrame]:  # losses (n - 1,); layer, head, context_length, entropy_norm, sink_mass (of the first token), logit
     """Losses, and how attention spreads, of one pass over a text."""
     step, keys = 1024, ["layer", "head", "context_length"]
-    with capture(lm, Entropy(), SinkMass(1)) as seen:
-        losses = _token_losses(lm, ids, step, edges)
+    with capture(lm, _Level(), SinkMass(1)) as seen:
+        losses = token_losses(lm, ids, step, edges)
     at = _steps(len(ids), step, edges)
     ends = [next(e for e in (*edges, len(ids)) if end <= e) for end in at[1:]]
     calls = pl.DataFrame({"sample": range(1, len(at)), "context_length": ends, "queries": np.diff(at)})  # sample 0 is the first token
-    both = seen.frame("entropy").join(seen.frame("sink_mass"), on=["sample", "layer", "head"])
-    weighted = [(pl.col(c) * pl.col("queries")).sum() / pl.col("queries").sum() for c in ("entropy_norm", "sink_mass")]
+    both = seen.frame("level").join(seen.frame("sink_mass"), on=["sample", "layer", "head"])
+    weighted = [(pl.col(c) * pl.col("queries")).sum() / pl.col("queries").sum() for c in ("entropy_norm", "sink_mass", "logit")]
     return losses, both.join(calls, on="sample").group_by(keys, maintain_order=True).agg(*weighted).sort(keys)

@@ -5,11 +5,12 @@
 # %% ../../../nbs/probes/positions/01_report.ipynb #600bb530
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, ClassVar
 
 import polars as pl
 
-from ...report import Report, Section
+from ...report import Report, Section, Summary
 
 if TYPE_CHECKING:
     import altair as alt
@@ -24,7 +25,16 @@ _EXPLAINED = (
 )
 _ATTENTION = (
     "Attention past the trained length: entropy as a share of log n, mean over all heads, and the share of attention on the first "
-    "token in the heads where it is strongest within the trained length (a tenth of all)."
+    "token in the heads where it is strongest within the trained length (a tenth of all), and how high the logits stand where a head "
+    "looks, less what they are in the first stretch."
+)
+_ANSWERS = (
+    "What each length is asked: how often every token of the right answer is the model's first choice, with 95 % intervals, and the change "
+    "of its log-probability against the unchanged model on the same prompts. "
+    "Needles stand at several depths, the right document in the middle."
+)
+_DIMENSIONS = (
+    "How much each pair counts: its share of the product of the lengths of queries and keys, mean over all heads (the bars behind)."
 )
 _ANGLES = (
     "Why: for every pair of rotary dimensions, fast to slow, how far the angles of the longer text are from those of the trained "
@@ -37,10 +47,17 @@ class PositionReport(Report):
 
     main: ClassVar[str] = "effects"
     title: ClassVar[str] = "Past the trained length"
+    explorer: ClassVar[str] = "longlens.apps.positions:explore_positions"
 
     def findings(self) -> list[str]:
         """What was found, a sentence each"""
-        return [_sentence(self, row) for row in self.frames["effects"].iter_rows(named=True)]
+        said = [_sentence(self, row) for row in self.frames["effects"].iter_rows(named=True)]
+        if "answers" in self.frames: said += [_answered(row) for row in self.frames["answers"].iter_rows(named=True)]
+        return said
+
+    def summary(self) -> Summary:
+        """The report in a sentence, and what it is measured against"""
+        return _summary(self)
 
     def sections(self) -> list[Section]:
         """The report as a page shows it"""
@@ -51,13 +68,26 @@ class PositionReport(Report):
             ),
             Section("Attention", _ATTENTION, _attention_chart(self), _attention_table(self)),
         ]
+        if "answers" in self.frames:
+            shown.insert(1, Section("Answers", _ANSWERS, _answer_chart(self), self.frames["answers"]))
         if "angles" in self.frames:
-            shown.append(Section("Angles", _ANGLES, _angle_chart(self), self.frames["angles"]))
+            shown.append(Section("Angles", f"{_ANGLES} {_DIMENSIONS}", _angle_chart(self), self.frames["angles"]))
         return shown
 
     def chart(self) -> alt.TopLevelMixin:
         """Loss by position, for the longest texts"""
         return _loss_chart(self)
+
+    def pictures(
+        self,
+        length: int | None = None,  # tokens, one of the lengths; None: the longest
+        methods: Collection[str] | None = None,  # beside the unchanged model and the window; None: all
+    ) -> dict[str, alt.TopLevelMixin]:  # by title
+        """Loss, attention and angles of some methods at one length"""
+        lengths = self.meta["lengths"]
+        if length is not None and length not in lengths: raise ValueError(f"length is {length}: there are {lengths}")
+        found = {"Loss by position": _loss_chart(self, length, methods), "Attention": _attention_chart(self, length, methods)}
+        return found | ({"Angles": _angle_chart(self, methods)} if "angles" in self.frames else {})
 
 
 # %% ../../../nbs/probes/positions/01_report.ipynb #b986ac61
@@ -79,13 +109,48 @@ def _sentence(r: PositionReport, row: dict) -> str:
     return f"{where}: {'worse' if row['difference'] > 0 else 'better'} than a window by {size}"
 
 
+# %% ../../../nbs/probes/positions/01_report.ipynb #be78dac4
+def _answered(row: dict) -> str:
+    """A method at a length, by what it answers."""
+    what = f"{row['length']:,} tokens, {_name(row['method'])}: {row['right']:.0%} of {row['items']} {row['kind']}s right"
+    if row["items"] < 2: return what
+    change = f"{row['change']:+.2f} nats ({row['change_lower']:+.2f} to {row['change_upper']:+.2f})"
+    told = "" if row["change_lower"] > 0 or row["change_upper"] < 0 else ", which could be chance"
+    return f"{what}; the right answer's log-probability changes by {change}{told}"
+
+# %% ../../../nbs/probes/positions/01_report.ipynb #d39806c1
+def _summary(r: PositionReport) -> Summary:
+    m, e = r.meta, r.frames["effects"].filter(length=r.meta["lengths"][-1])
+    if e.is_empty():
+        return Summary(f"All texts fit into the {m['trained']:,} tokens that the model was trained on, so no method was needed.")
+    none, best = e.filter(method="none").row(0, named=True), e.sort("difference").row(0, named=True)
+    plain = f"Past its trained {m['trained']:,} tokens the model predicts {_against(none)}"
+    if best["method"] == "none": verdict = f"{plain}; no method did better."
+    else: verdict = f"{plain}; the best method, {best['method']}, {_against(best)}."
+    sure = f"{best['texts']} texts of {m['lengths'][-1]:,} tokens" + ("" if best["texts"] > 1 else ": one text has no interval")
+    return Summary(verdict, lambda: _loss_chart(r), sure=sure)
+
+
+def _against(row: dict) -> str:
+    """Better or worse than the window, in words."""
+    if row["texts"] > 1 and row["lower"] <= 0 <= row["upper"]: return "about as well as through a window"
+    return f"{abs(row['difference']):.2f} nats a token {'worse' if row['difference'] > 0 else 'better'} than through a window"
+
+# %% ../../../nbs/probes/positions/01_report.ipynb #3862e523
+def _chosen(r: PositionReport, frame: str, length: int | None, methods: Collection[str] | None) -> pl.DataFrame:
+    """Rows of one length, the longest if none is named, and of some methods; the unchanged model and the window always."""
+    f = r.frames[frame].filter(length=r.meta["lengths"][-1] if length is None else length)
+    return f if methods is None else f.filter(pl.col("method").is_in(["none", "window", *methods]))
+
 # %% ../../../nbs/probes/positions/01_report.ipynb #3343c4a7
-def _loss_chart(r: PositionReport) -> alt.TopLevelMixin:
+def _loss_chart(
+    r: PositionReport, length: int | None = None, methods: Collection[str] | None = None
+) -> alt.TopLevelMixin:
     import altair as alt
 
     from longlens.charts.base import COLOURS
 
-    f = r.frames["loss"].filter(length=r.meta["lengths"][-1]).group_by("method", "position", maintain_order=True).agg(pl.col("loss").mean())
+    f = _chosen(r, "loss", length, methods).group_by("method", "position", maintain_order=True).agg(pl.col("loss").mean())
     f = f.with_columns(pl.col("method").replace(_LABELS))
     names = f["method"].unique(maintain_order=True).to_list()
     dash = [[5, 3] if n == _LABELS["window"] else [1, 0] for n in names]
@@ -105,9 +170,12 @@ def _loss_chart(r: PositionReport) -> alt.TopLevelMixin:
 
 
 # %% ../../../nbs/probes/positions/01_report.ipynb #74b9cbf2
-def _attention_table(r: PositionReport) -> pl.DataFrame:
-    """By method and stretch: entropy of all heads, first-token mass of the sink heads."""
-    f = r.frames["attention"].filter(length=r.meta["lengths"][-1])
+_DRAWN = ("entropy_norm", "entropy / log n"), ("sink_mass", "mass on the first token, sink heads"), ("logit", "drift of logits")
+
+
+def _attention_table(r: PositionReport, length: int | None = None, methods: Collection[str] | None = None) -> pl.DataFrame:
+    """By method and stretch: entropy and drift of logits of all heads, first-token mass of the sink heads."""
+    f = _chosen(r, "attention", length, methods)
     first = (
         f.filter(pl.col("method") == "none", pl.col("context_length") <= r.meta["trained"])
         .group_by("layer", "head")
@@ -115,14 +183,17 @@ def _attention_table(r: PositionReport) -> pl.DataFrame:
     )
     heads = first.sort("sink_mass", descending=True).head(max(1, first.height // 10)).select("layer", "head")
     keys = ["method", "context_length"]
-    entropy = f.group_by(keys, maintain_order=True).agg(pl.col("entropy_norm").mean())
+    entropy = f.group_by(keys, maintain_order=True).agg(pl.col("entropy_norm", "logit").mean())
+    entropy = entropy.with_columns(pl.col("logit") - pl.col("logit").first().over("method"))
     return entropy.join(f.join(heads, on=["layer", "head"]).group_by(keys).agg(pl.col("sink_mass").mean()), on=keys, maintain_order="left")
 
 
-def _attention_chart(r: PositionReport) -> alt.TopLevelMixin:
+def _attention_chart(
+    r: PositionReport, length: int | None = None, methods: Collection[str] | None = None
+) -> alt.TopLevelMixin:
     import altair as alt
 
-    f = _attention_table(r).with_columns(pl.col("method").replace(_LABELS))
+    f = _attention_table(r, length, methods).with_columns(pl.col("method").replace(_LABELS))
     base = (
         alt.Chart(f)
         .mark_line(point=True)
@@ -133,17 +204,18 @@ def _attention_chart(r: PositionReport) -> alt.TopLevelMixin:
     )
     return alt.hconcat(
         *(
-            base.encode(y=alt.Y(f"{c}:Q", title=title, scale=alt.Scale(zero=False))).properties(width=270, height=200)
-            for c, title in (("entropy_norm", "entropy / log n"), ("sink_mass", "mass on the first token, sink heads"))
+            base.encode(y=alt.Y(f"{c}:Q", title=title, scale=alt.Scale(zero=False))).properties(width=190, height=200)
+            for c, title in _DRAWN
         )
     )
 
 
 # %% ../../../nbs/probes/positions/01_report.ipynb #42977e27
-def _angle_chart(r: PositionReport) -> alt.TopLevelMixin:
+def _angle_chart(r: PositionReport, methods: Collection[str] | None = None) -> alt.TopLevelMixin:
     import altair as alt
 
-    f = r.frames["angles"].with_columns(pl.col("method").replace(_LABELS))
+    f = r.frames["angles"] if methods is None else r.frames["angles"].filter(pl.col("method").is_in(["none", *methods]))
+    f = f.with_columns(pl.col("method").replace(_LABELS))
     slow = f.filter(pl.col("rounds_trained") < 1)["pair"]
     lines = (
         alt.Chart(f)
@@ -154,7 +226,21 @@ def _angle_chart(r: PositionReport) -> alt.TopLevelMixin:
             color=alt.Color("method:N", title=None, sort=None),
         )
     )
+    shares = alt.Chart(f.unique("pair")).mark_bar(color="#ddd").encode(
+        x="pair:Q", y=alt.Y("share:Q", title="share of queries and keys", axis=alt.Axis(orient="right")))
+    lines = alt.layer(shares, lines).resolve_scale(y="independent")
     if slow.is_empty():
         return lines.properties(width=600, height=220)
     rule = alt.Chart(pl.DataFrame({"pair": [slow.min() - 0.5]})).mark_rule(strokeDash=[4, 3], color="#888").encode(x="pair:Q")
     return alt.layer(rule, lines).properties(width=600, height=220)
+
+# %% ../../../nbs/probes/positions/01_report.ipynb #098e1f93
+def _answer_chart(r: PositionReport) -> alt.TopLevelMixin:
+    import altair as alt
+
+    f = r.frames["answers"].with_columns(pl.col("method").replace(_LABELS))
+    x = alt.X("length:O", title="tokens", axis=alt.Axis(labelAngle=0, format=",d"))
+    base = alt.Chart(f).encode(x=x, xOffset=alt.XOffset("method:N", sort=None), color=alt.Color("method:N", title=None, sort=None))
+    bars = base.mark_bar().encode(y=alt.Y("right:Q", title="right", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format="%")))
+    ends = base.mark_rule(color="#444").encode(y="lower:Q", y2="upper:Q", color=alt.value("#444"))
+    return alt.layer(bars, ends).properties(width=270, height=180).facet(column=alt.Column("kind:N", title=None))
