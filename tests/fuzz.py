@@ -1257,7 +1257,7 @@ def compose(draw: Draw) -> None:
         whole = ctx.tokens.offsets[(ctx.tokens.offsets[:, 1] > a) & (ctx.tokens.offsets[:, 0] < a + len(parts[i]))]
         read = [c for b, e in whole.tolist() for c in range(max(b, a), min(e, a + len(parts[i])))]  # some tokenizers drop characters
         covered = text[int(offsets[0, 0]) : int(offsets[-1, 1])]
-        assert not read or offsets[0, 0] <= min(read) and max(read) < offsets[-1, 1], f"{covered!r} where {parts[i]!r} is right"
+        assert not read or (offsets[0, 0] <= min(read) and max(read) < offsets[-1, 1]), f"{covered!r} where {parts[i]!r} is right"
         assert a <= int(offsets[-1, 1]) and int(offsets[0, 0]) <= a + len(parts[i])
 
 

@@ -180,7 +180,7 @@ def _show_heads(self: PolicyExplorer) -> None:
     self.strip.rows = {"strip": rows.to_dicts()}
     self.note.value = "" if len(rows) else '<p class="lx-soft">This policy drops no keys for good, so there is no strip of tokens.</p>'
 
-
+# %% ../../nbs/apps/13_policies.ipynb #73776a1f
 @patch
 def _numbers(self: PolicyExplorer) -> str:
     "What is lost, in numbers"
@@ -194,7 +194,7 @@ def state(self: PolicyExplorer) -> dict[str, Any]:
     "What was chosen, as plain values"
     return {"policy": self.policy.value, "budget": self.budget.value, "quality": self.quality.value}
 
-
+# %% ../../nbs/apps/13_policies.ipynb #f927236b
 @patch
 def restore(self: PolicyExplorer, state: Mapping[str, Any]) -> None:
     "Choose it again; what is not in this report is left alone"

@@ -72,7 +72,7 @@ def _sentences(report: PositionReport, length: int, method: str) -> list[str]:
     name = f"{length:,} tokens, {method or 'as it is'}:"
     return says + [line for line in report.findings() if line.startswith(name)]
 
-
+# %% ../../nbs/apps/16_positions.ipynb #146ea89a
 def explore_positions(
     report: PositionReport,  # of `position_lens`
     model: LongModel | Encoder | None = None,  # not needed: all that is shown is in the report

@@ -149,7 +149,7 @@ class Editor(Protocol):
     def before(self, call: LayerCall) -> LayerCall: ...
     def after(self, call: LayerCall, out: Tensor) -> Tensor: ...  # out: (batch, heads, n_queries, d_value)
 
-
+# %% ../../nbs/attention/09_hf_interface.ipynb #586838eb
 class Edit(NamedTuple):
     "A change that is at work in one module"
     turn: int  # when it began: those that began earlier act first
@@ -183,7 +183,7 @@ def attachment_of(
     "What is done to a model; None: nothing"
     return next((a for a in _ATTACHED.get(hf, ()) if a.model() is hf), None)
 
-
+# %% ../../nbs/attention/09_hf_interface.ipynb #6a68b551
 def attachments() -> list[Attachment]:
     "Of all models to which something is done"
     with _LOCK: return list({id(a): a for found in _ATTACHED.values() for a in found}.values())
@@ -194,7 +194,7 @@ def _made(hf: nn.Module) -> Attachment:
     for m in at.modules: _ATTACHED[m] = (*_ATTACHED.get(m, ()), at)
     return at
 
-
+# %% ../../nbs/attention/09_hf_interface.ipynb #34244af1
 def _forget(at: Attachment) -> None:
     for m in list(at.modules):
         left = tuple(a for a in _ATTACHED.get(m, ()) if a is not at)
@@ -265,7 +265,7 @@ def editors_of(
     found = [e for a in _ATTACHED.get(module, ()) for e in a.edits.get(module, ())]
     return [e.editor for e in sorted(found, key=lambda e: e.turn)]
 
-
+# %% ../../nbs/attention/09_hf_interface.ipynb #5d490d62
 def _recorders_of(
     module: nn.Module,  # an attention module
 ) -> list[Recorder]:
@@ -394,7 +394,7 @@ def _configs(hf: Any) -> list[Any]:
 # %% ../../nbs/attention/09_hf_interface.ipynb #583a9c22
 _SOFTMAX = ("sdpa_attention", "flash_attention", "flex_attention", "eager_paged", "sdpa_paged", "flash_paged")  # of transformers
 
-
+# %% ../../nbs/attention/09_hf_interface.ipynb #3b894b5c
 def _maker(f: Any) -> str | None:
     "The module whose code a function is; None: it is not a plain function, or somebody else's around another"
     while inspect.isfunction(f):
@@ -537,7 +537,7 @@ class _TwoMasks(Mask):
     "A mask of longlens, and beside it the one of the attention that the model names"
     theirs: Any = None
 
-
+# %% ../../nbs/attention/09_hf_interface.ipynb #1bc1e505
 def _two_masks(*args: Any, **kwargs: Any) -> Mask:
     "The mask function of such a forward"
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -578,7 +578,7 @@ def _kind(module: nn.Module) -> Any:
     settings = {k: v for k, v in vars(module).items() if k != "layer_idx" and isinstance(v, int | float | str | None)}
     return type(module), id(getattr(module, "config", None)), frozenset(settings.items()), tuple(p.shape for p in module.parameters())
 
-
+# %% ../../nbs/attention/09_hf_interface.ipynb #be3fc176
 def _first_of_kinds(hf: nn.Module) -> set[nn.Module]:
     "The first attention module of every kind; none where forwards were put on modules, whose ends must be reached"
     if any("forward" in vars(m) for m in hf.modules()): return set()
@@ -663,7 +663,7 @@ def _depends_on(hf: Any, at: Attachment, forwards: set[Any]) -> tuple[Any, ...]:
 # %% ../../nbs/attention/09_hf_interface.ipynb #3fbf50f4
 _COMPARED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str | None]] = weakref.WeakKeyDictionary()  # model -> what was compared, result
 
-
+# %% ../../nbs/attention/09_hf_interface.ipynb #133ad9c1
 def _check_outputs(hf: Any, at: Attachment) -> None:
     "The first time: does a model compute the same inside and outside?"
     if NAME in [name for _, name in at.configs]: return  # attached to already, as a part of another model

@@ -27,7 +27,7 @@ class ColumnOut(NamedTuple):
     strides: tuple[int, ...]
     n_columns: int
 
-
+# %% ../../nbs/attention/12_triton_columns.ipynb #63c4beb9
 class ColumnFacts(NamedTuple):
     "What the kernel is compiled for, besides the tile"
     received: bool
@@ -80,7 +80,7 @@ def add_transposed(acc, p, out, n, F: tl.constexpr, b, h, i, C: tl.constexpr):
     y = tl.load(place, mask=(i < n.n_q)[:, None] & (column < out.n_columns)[None, :], other=0.0)
     return acc + tl.dot(tl.trans(p), y, input_precision=F.precision)
 
-
+# %% ../../nbs/attention/12_triton_columns.ipynb #ae960923
 @triton.jit
 def store_columns(out, n, F: tl.constexpr, G: tl.constexpr, b, h, j, total, products):
     "Write the sums of the keys j"

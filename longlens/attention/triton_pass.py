@@ -31,7 +31,7 @@ def _parts(columns: Sequence[Tensor]) -> Iterator[Tensor]:
     "All columns, (batch|1, heads|1, n, at most 64)"
     yield from torch.cat(list(columns), -1).split(AT_ONCE, -1)
 
-
+# %% ../../nbs/attention/14_triton_pass.ipynb #7eacff9f
 def _alike(reducers: Sequence[Product | TransposedProduct], name: str) -> list[list]:
     "Reducers whose columns are for as many samples and heads"
     shape = lambda r: tuple(getattr(r, name).shape[:2])

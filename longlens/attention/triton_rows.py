@@ -147,7 +147,7 @@ def _ordered(widths: tuple[int, ...], device: torch.device) -> tuple[Tensor | No
     filled = [min(w, most) for w in inner] + [most] * (room - len(inner))
     return torch.tensor(filled, dtype=torch.int32, device=device), room, [inner.index(w) for w in widths]
 
-
+# %% ../../nbs/attention/11_triton_rows.ipynb #646dcb56
 def _used(columns: Tensor, n: int) -> Tensor:  # int8, (batch|1, heads|1, blocks)
     "Which blocks of n keys have a column that is not 0"
     used = (columns != 0).any(-1)

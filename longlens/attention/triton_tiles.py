@@ -220,7 +220,7 @@ def load_queries(c, n, F: tl.constexpr, b, h, i):
     lse = tl.load(c.lse + (b * n.heads + h) * n.n_q + i, mask=there, other=float("-inf"))
     return q, tl.where(lse > float("-inf"), lse * LOG2E, -HIDDEN)
 
-
+# %% ../../nbs/attention/10_triton_tiles.ipynb #606f81a8
 @triton.jit
 def load_keys(k, stride, n, F: tl.constexpr, b, kv, j):
     "Keys j of a KV head as columns, (d, n)"

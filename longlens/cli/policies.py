@@ -35,7 +35,7 @@ def _numbers(text: str) -> list[float]:
     try: return [float(x) for x in text.split(",")]
     except ValueError: raise ValueError(f"--budgets {text}: numbers with commas, such as 0.1,0.25,64") from None
 
-
+# %% ../../nbs/cli/13_policies.ipynb #b3b2743b
 def _arguments(asked: argparse.Namespace) -> dict[str, Any]:
     "What `policy_lens` is called with"
     names = None if asked.policies is None else [name.strip() for name in asked.policies.split(",")]

@@ -35,7 +35,7 @@ def _lengths(asked: argparse.Namespace, trained: int) -> list[int]:
     try: return [int(x) for x in asked.lengths.split(",")]
     except ValueError: raise ValueError(f"--lengths {asked.lengths}: whole numbers with commas, such as 8192,16384") from None
 
-
+# %% ../../nbs/cli/14_positions.ipynb #6febec1c
 def _methods(asked: argparse.Namespace) -> list[str]:
     from longlens.interventions.methods import POSITION_METHODS
     if asked.methods == "all": return list(POSITION_METHODS)

@@ -124,7 +124,7 @@ def _pairs(turner: Turner, x: Tensor, layer: int) -> Tensor:  # int64, (rotated,
         raise UnsupportedModel("pairs of rotary dimensions are equally fast: they cannot be told apart")
     return len(speeds) - 1 - which
 
-
+# %% ../../nbs/interventions/07_distances.ipynb #7b492961
 def count_pairs(
     model: AttachableModel,  # a LongModel or a transformers model with rotary positions
 ) -> int:

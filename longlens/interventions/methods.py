@@ -32,7 +32,7 @@ class PositionMethod:
     frequencies: str | Callable[[Rotary], Turning] | None = None  # one of FREQUENCIES, or a function; None: the model's own
     interventions: Callable[[int, float], tuple[Intervention, ...]] = lambda trained, factor: ()  # from trained length and factor
 
-
+# %% ../../nbs/interventions/10_methods.ipynb #5c528f8d
 def _self_extend(trained: int, factor: float) -> tuple[Intervention, ...]:
     length, window = math.ceil(trained * factor), max(1, trained // 4)
     return (SelfExtend(length, trained=trained, group=max(2, -(-length // (trained - window))), window=window, always=True),)
@@ -81,7 +81,7 @@ def find_method(
         raise ValueError(f"there is no method {method!r}: there are {', '.join(POSITION_METHODS)}, or give a PositionMethod(says, ...)")
     return POSITION_METHODS[method]
 
-
+# %% ../../nbs/interventions/10_methods.ipynb #d8fc77e0
 def trained_length(
     model: AttachableModel,  # a LongModel or a transformers model
 ) -> int:  # tokens

@@ -84,7 +84,7 @@ def _pooled_peaks(looks: Tensor, n_kv: int, kernel: int) -> Tensor:  # (n_kv, n)
     peak = looks.unflatten(0, (n_kv, -1)).amax((1, 2))
     return torch.nn.functional.max_pool1d(peak, kernel, stride=1, padding=kernel // 2)
 
-
+# %% ../../nbs/policies/10_drafts.ipynb #822070d2
 def _keep_with_window(score: Tensor, window: int, budget: int) -> Tensor:  # bool, (kv_heads, n)
     "The best keys beside the last ones"
     score = score.clone()

@@ -12,10 +12,12 @@ import polars as pl
 from ..answer_scores import bootstrap_interval
 
 MEASURES = ("mass_kept", "recall", "output_error", "running_error", "span_kept", "loss", "logprob", "right")
-CONTROLS = ("full", "random", "streaming", "oracle")
 
 # %% auto #0
 __all__ = ['MEASURES', 'CONTROLS', 'means_frame', 'paired_frame', 'strip_frame', 'head_budgets']
+
+# %% ../../../nbs/probes/policies/02_frames.ipynb #b6bbb9c6
+CONTROLS = ("full", "random", "streaming", "oracle")
 
 # %% ../../../nbs/probes/policies/02_frames.ipynb #365bfba7
 def means_frame(

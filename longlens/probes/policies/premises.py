@@ -109,7 +109,7 @@ def rank_correlation(
     x, y = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
     return (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1)).clamp_min(1e-12)
 
-
+# %% ../../../nbs/probes/policies/05_premises.ipynb #44b39f68
 def energy_rank(
     x: Tensor,  # (..., n, d)
     share: float = .9,  # of the sum of squares

@@ -39,7 +39,7 @@ class PolicySettings:
     n_tokens: int | None = None  # tokens of each of these; None: 512, or as many as the model reads
     chunk: int | None = None  # tokens of the prompt a step; None: what fits in memory
 
-
+# %% ../../../nbs/probes/policies/04_probe.ipynb #cc5dd769
 class PolicyOptions(RunOptions, total=False):
     "Settings of the policy lens and fields of Run, as keyword arguments"
     decide: str
@@ -102,7 +102,7 @@ def _planned(work: _Work) -> pl.DataFrame:  # context, tokens, runs, tokens_thro
     return pl.DataFrame([{"context": i, "tokens": len(c.ids), "prompt": c.n_prompt, "runs": runs,
                           "tokens_through": c.n_prompt + (1 + runs) * len(c.rest)} for i, c in enumerate(work.cases)])
 
-
+# %% ../../../nbs/probes/policies/04_probe.ipynb #631acf7e
 def _check_cost(work: _Work) -> None:
     need = int(_planned(work)["tokens_through"].sum())
     if work.run.budget is not None and need > work.run.budget:
@@ -132,7 +132,7 @@ def _part_key(work: _Work, case: PolicyCase) -> list[Any]:
     model = fingerprint(work.lm) if work.run.out else ""
     return [model, "policy_lens", case.ids, case.n_prompt, case.scored, dict(case.spans), case.answer]
 
-
+# %% ../../../nbs/probes/policies/04_probe.ipynb #d2165922
 def _policy_key(policy: Policy) -> list[Any] | None:
     "Name and all settings of a policy; None: it is a function"
     if isinstance(policy, OwnPolicy): return None

@@ -155,7 +155,7 @@ def _span_sentence(r: PolicyReport) -> str:
     return (f"of the needle, {best['policy']} keeps {100 * best['span_kept']:.0f} % at {_share_text(budget)}, {last['policy']} "
             f"{100 * last['span_kept']:.0f} %")
 
-
+# %% ../../../nbs/probes/policies/03_report.ipynb #a0f911e5
 def _trained_sentence(r: PolicyReport) -> str:
     names = r.meta["trained"]
     return f"measured by rule, though trained in their papers: {', '.join(names)}" if names else ""
@@ -170,7 +170,7 @@ def _policy_verdict(r: PolicyReport) -> str:
     mass = 100 * row["mass_kept"]
     return f"With {_share_text(budget)} of the keys, {row['policy']} keeps {mass:.0f} % of the attention, the most of all rules."
 
-
+# %% ../../../nbs/probes/policies/03_report.ipynb #0caf50f0
 def _policy_picture(r: PolicyReport) -> object:  # an Altair chart
     from longlens.charts.small import small_bars
     f = r.frames["policies"].filter(budget=r.meta["budgets"][0])
@@ -239,7 +239,7 @@ def _shown(r: PolicyReport) -> tuple[str, float]:
     evictions = rows.filter(kind="eviction")
     return (evictions if len(evictions) else rows)["policy"][0], budget
 
-
+# %% ../../../nbs/probes/policies/03_report.ipynb #c3141f35
 def _heads_section(r: PolicyReport) -> Section | None:
     from longlens.charts.common import head_map
     policy, budget = _shown(r)

@@ -63,7 +63,7 @@ class PositionDesign:
 # %% ../../../nbs/probes/positions/03_probe.ipynb #a81f411f
 Methods: TypeAlias = str | Sequence[str] | Mapping[str, PositionMethod]  # names in POSITION_METHODS, or methods of one's own by name
 
-
+# %% ../../../nbs/probes/positions/03_probe.ipynb #fe575151
 def _named(methods: Methods) -> dict[str, PositionMethod]:
     """The methods by name."""
     if isinstance(methods, str): methods = [methods]
@@ -137,7 +137,7 @@ def _binned(losses: np.ndarray, method: str, n: int, text: int, design: Position
     return pl.DataFrame([{"method": method, "length": n, "text": text, "position": e, "loss": float(x)}
                          for e, x in zip(edges, by_bins(losses, edges), strict=True)])
 
-
+# %% ../../../nbs/probes/positions/03_probe.ipynb #c426892f
 def _read(lm: LongModel, ids: Tensor, text: int, method: str, design: PositionDesign) -> Tables:
     """One text at one length, in one way, which is at work: loss, and attention."""
     n = len(ids)
@@ -297,7 +297,7 @@ def _cost(job: _Job) -> pl.DataFrame:  # length, method, inputs, tokens
     return pl.DataFrame([{"length": n, "method": w, "inputs": d.texts + asked(w), "tokens": n * passes(w)}
                          for n in d.lengths for w in ways(n)])
 
-
+# %% ../../../nbs/probes/positions/03_probe.ipynb #482791ae
 def _plan(*args: Any, **kw: Any) -> pl.DataFrame:  # length, method, inputs (texts and questions), tokens (at most)
     """What `position_lens` would read."""
     named = arguments_of(position_lens, args, kw)

@@ -97,7 +97,7 @@ _LABELS = {"none": "as it is", "window": "through a window"}
 def _name(method: str) -> str:
     return _LABELS.get(method, method)
 
-
+# %% ../../../nbs/probes/positions/01_report.ipynb #df7e1cfc
 def _sentence(r: PositionReport, row: dict) -> str:
     """A method at a length, against the window."""
     where = f"{row['length']:,} tokens, {_name(row['method'])}"
@@ -107,7 +107,6 @@ def _sentence(r: PositionReport, row: dict) -> str:
     if row["texts"] > 1 and row["lower"] <= 0 <= row["upper"]:
         return f"{where}: no difference from a window that could be told, {size}"
     return f"{where}: {'worse' if row['difference'] > 0 else 'better'} than a window by {size}"
-
 
 # %% ../../../nbs/probes/positions/01_report.ipynb #be78dac4
 def _answered(row: dict) -> str:
