@@ -15,7 +15,7 @@ from .prompts.compose import Context as Context
 from .prompts.compose import compose_prompt as compose_prompt
 from .prompts.needle import needle_context as needle_context
 from .task_data.load import tasks as tasks
-from .task_data.load import register as register
+from .task_data.base import register as register
 from .task_data.load import Tasks as Tasks
 from .task_data.load import Dataset as Dataset
 from .attention.kernels import attend as attend

@@ -635,7 +635,7 @@ def test_an_answer_without_any_probability(lm: ll.LongModel) -> None:
     finally: with_hook.remove()
 
     def only_short(module: Any, args: Any, kw: Any, out: Any) -> Any:  # " river" can only be said after much context
-        if kw["past_key_values"] is None or kw["past_key_values"].get_seq_length() < 200: out.logits[..., river] = -torch.inf
+        if kw.get("past_key_values") is None or kw["past_key_values"].get_seq_length() < 200: out.logits[..., river] = -torch.inf
         return out
 
     with_hook = lm.hf.register_forward_hook(only_short, with_kwargs=True)
@@ -775,7 +775,7 @@ def test_a_trace_comes_back_from_its_folder(lm: ll.LongModel, tmp_path: Any) -> 
     made = prompt_of_trace(lm, back)  # the explorer of a trace that was kept can ask the model further
     assert made.ids.tolist() == trace_prompt(lm, DOCUMENTS, ASK).ids.tolist() and made.answer.text == t.meta["answer"]
     again = ll.trace_context(lm, DOCUMENTS, ASK, method="shapley", out=tmp_path / "scores")
-    assert again.frames["costs"]["evaluations"].to_list() == [0, 0]
+    assert again.frames["costs"]["evaluations"].to_list()[:2] == [0, 0]  # the answer without the context is weighed again
     assert again.frames["sources"].equals(t.frames["sources"])
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from longlens.apps import app as _app
 
 # %% auto #0
-__all__ = ['Build', 'Explorer', 'needs_model', 'Pending', 'App', 'error_text', 'read_parts']
+__all__ = ['Build', 'Explorer', 'needs_model', 'Pending', 'App', 'read_parts']
 
 # %% ../../nbs/apps/02_app.ipynb #27d0bf94
 class Explorer(VBox):

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from longlens.apps import question_bar as _prompt_form
 
 # %% auto #0
-__all__ = ['MOST_EDITED', 'answer_room', 'question_context', 'text_asked', 'read_asked', 'QuestionBar', 'Asked', 'asked_of',
-           'history_options', 'answered_html']
+__all__ = ['answer_room', 'question_context', 'text_asked', 'read_asked', 'QuestionBar', 'Asked', 'asked_of', 'history_options',
+           'answered_html']
 
 # %% ../../nbs/apps/10_question_bar.ipynb #80b221ef
 _ASKED_TOKENS = 32    # of an answer that the model writes
@@ -161,7 +161,7 @@ def _typed(self: QuestionBar, content: Any, ask: Callable[[], None]) -> None:
     if content.get("event") == "submit": ask()
 
 # %% ../../nbs/apps/10_question_bar.ipynb #1afee063
-MOST_EDITED = 100_000    # characters of a text that can be edited here
+_MOST_EDITED = 100_000    # characters of a text that can be edited here
 
 
 @patch
@@ -178,9 +178,9 @@ def show(
     self.chat.value = able and (asked.get("kind") != "asked" or not asked["add_special_tokens"])
     self.shown = self.question.value, self.answer.value, self.chat.value
     self.source = text_asked(r) or ""
-    able = 0 < len(self.source) <= MOST_EDITED
+    able = 0 < len(self.source) <= _MOST_EDITED
     self.edit.disabled, self.text.value = not able, self.source if able else ""
-    self.edit.tooltip = "Change, insert or delete a sentence, then ask again" if able else f"Texts up to {MOST_EDITED:,} characters"
+    self.edit.tooltip = "Change, insert or delete a sentence, then ask again" if able else f"Texts up to {_MOST_EDITED:,} characters"
 
 # %% ../../nbs/apps/10_question_bar.ipynb #89db18e6
 @dataclass(frozen=True)

@@ -38,8 +38,7 @@ if TYPE_CHECKING:
     from longlens.apps import reading as _reading
 
 # %% auto #0
-__all__ = ['RULES', 'ModelReply', 'Live', 'PromptReading', 'model_reply', 'ReplyWithout', 'reply_without', 'Rule', 'read_text',
-           'revive']
+__all__ = ['RULES', 'ModelReply', 'Live', 'PromptReading', 'model_reply', 'ReplyWithout', 'Rule', 'read_text', 'revive']
 
 # %% ../../nbs/apps/04_reading.ipynb #4958ac5f
 def _chunk(lm: LongModel, n: int) -> int:    # tokens
@@ -320,7 +319,7 @@ class ReplyWithout(TypedDict):
     logprob: float    # of what it replies to the whole
 
 
-def reply_without(live: Live) -> ReplyWithout | None:    # None: there is no context, or nothing else
+def _reply_without(live: Live) -> ReplyWithout | None:    # None: there is no context, or nothing else
     "Ask the question of a prompt without the context"
     ctx, lm = live.context, live.lm
     if ctx is None or live.tokens.offsets is None: return None
@@ -408,7 +407,7 @@ def _reading_of(live: Live, seen: Capture, patterns: Mapping[str, Tensor]) -> Pr
               "text": pl.DataFrame({"text": [tokens.text]}, schema={"text": pl.String})}
     answer = {k: v for k, v in model_reply(live).items() if k != "ids"}
     asked = None if ctx is None else {k: plain(getattr(ctx, k)) for k in _CONTEXT_FIELDS}
-    meta = {"model": lm.name, "only": lm.card.only, "lengths": [len(tokens)], "answer": {**answer, "without": reply_without(live)},
+    meta = {"model": lm.name, "only": lm.card.only, "lengths": [len(tokens)], "answer": {**answer, "without": _reply_without(live)},
             "context": asked, **size_facts(lm), "dtype": str(lm.dtype), "device": str(lm.device), "interventions": interventions(lm)}
     out = PromptReading(frames, meta)
     out.live = live

@@ -26,8 +26,7 @@ from ..text import probability_text, visible
 from .token_view import Shade, TextData, TokenView, quantity_state, as_u32, utf16_at
 
 # %% auto #0
-__all__ = ['Answer', 'Spans', 'READING', 'word_spans', 'trace_data', 'trace_view', 'trace_section', 'TracePage', 'trace_page',
-           'cost_chart']
+__all__ = ['Answer', 'Spans', 'READING', 'trace_data', 'trace_view', 'trace_section', 'TracePage', 'trace_page', 'cost_chart']
 
 # %% ../../nbs/charts/08_trace_view.ipynb #c95a44d8
 def _source_table(context: str, sources: pl.DataFrame) -> pl.DataFrame:    # in the order of the text

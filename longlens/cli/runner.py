@@ -142,7 +142,7 @@ def _measure_section(r: SectionRunner, at: int, clock: TimeBudget | None) -> Non
     except Exception as e: s.state, s.why, r.failed[s.name] = "failed", one_line(e), e
     finally: s.taken = time.monotonic() - begun
     if s.state == "finished": r.folder.save(s.name, r.reports[s.name], _facts(s))
-    else: r.folder.note(s.name, _facts(s))
+    if s.state == "stopped": r.folder.note(s.name, _facts(s))
 
 # %% ../../nbs/cli/09_runner.ipynb #b1c5a902
 def _measure_least(r: SectionRunner) -> None:

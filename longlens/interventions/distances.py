@@ -25,7 +25,7 @@ from ..models.architecture import attention_layers, count_kv_heads, count_query_
 from ..models.tokens import real_number, whole_number
 
 # %% auto #0
-__all__ = ['OtherDistances', 'ReRoPE', 'DualChunk', 'count_pairs', 'ByDimension', 'key_dimensions', 'seen_distances']
+__all__ = ['OtherDistances', 'ReRoPE', 'DualChunk', 'count_pairs', 'ByDimension', 'key_dimensions']
 
 # %% ../../nbs/interventions/07_distances.ipynb #51389e5a
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ..models.architecture import text_config
 from ..models.tokens import real_number, whole_number
 
 # %% auto #0
-__all__ = ['softplus_logits', 'Sharpened', 'sharpened_attention']
+__all__ = ['Sharpened']
 
 # %% ../../nbs/interventions/09_weights.ipynb #f1e89a74
 def softplus_logits(

@@ -23,8 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.t5.modeling_t5 import T5Attention
 
 # %% auto #0
-__all__ = ['TASKS', 'POSITION_KINDS', 'make_batch', 'PositionKindLM', 'position_model', 'KindRecipe', 'train_kind',
-           'measure_kind', 'distance_profiles', 'resemblance', 'position_kind_study', 'main']
+__all__ = ['TASKS', 'PositionKindLM', 'KindRecipe', 'main']
 
 # %% ../../nbs/needle_lm/04_position_kinds.ipynb #4ff00406
 TASKS = ("copy", "lookup")

@@ -8,10 +8,10 @@ from __future__ import annotations
 from ..text import probability_text, visible
 
 # %% auto #0
-__all__ = ['PER_TOKEN', 'WHOLE', 'improbable', 'doubt']
+__all__ = ['improbable', 'doubt']
 
 # %% ../../nbs/probes/05_guess.ipynb #2d51aeef
-PER_TOKEN, WHOLE = -0.7, -2.3    # natural logarithms of a half and of one in ten
+_PER_TOKEN, _WHOLE = -0.7, -2.3    # natural logarithms of a half and of one in ten
 
 
 def improbable(
@@ -19,7 +19,7 @@ def improbable(
     n: int,          # its tokens
 ) -> bool:
     """Does the model itself doubt its answer?"""
-    return n > 0 and total / n <= PER_TOKEN and total <= WHOLE
+    return n > 0 and total / n <= _PER_TOKEN and total <= _WHOLE
 
 # %% ../../nbs/probes/05_guess.ipynb #5740a8d3
 def doubt(
@@ -33,7 +33,7 @@ def doubt(
     if improbable(total, n): return f"The model is guessing: its answer has a probability of {probability_text(total)}"
     if right is False:
         return "The model does not give the expected answer" + (f" “{visible(expected.strip(), 60)}”" if expected.strip() else "")
-    if without is not None and without >= total + PER_TOKEN:
+    if without is not None and without >= total + _PER_TOKEN:
         return (f"The model does not need the context for this: its answer has a probability of {probability_text(without)} without it, "
                 f"and {probability_text(total)} with it")
     return ""

@@ -23,7 +23,7 @@ from ...models.tokens import whole_number
 from .loss import token_losses
 
 # %% auto #0
-__all__ = ['fit_clex', 'effective_lengths']
+__all__ = ['fit_clex']
 
 # %% ../../../nbs/probes/positions/05_fit.ipynb #acbce686
 @contextmanager

@@ -18,7 +18,7 @@ from ...models.tokens import whole_number
 from ..answer_scores import bootstrap_interval
 
 # %% auto #0
-__all__ = ['shift_drift']
+__all__ = []
 
 # %% ../../../nbs/probes/positions/04_precision.ipynb #3ce71296
 @torch.no_grad()

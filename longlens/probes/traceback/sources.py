@@ -26,9 +26,8 @@ from ...prompts.haystack import split_sentences
 from ...prompts.compose import BoundaryError, solid_tokens
 
 # %% auto #0
-__all__ = ['SEGMENTERS', 'FEWEST', 'segment_spans', 'checked_size', 'Sources', 'cut_context', 'way_to_cut', 'TracePrompt',
-           'subset_tokens', 'subset_ids', 'answer_tokens', 'known_offsets', 'placed', 'token_prompt', 'narrowed',
-           'source_frame']
+__all__ = ['SEGMENTERS', 'segment_spans', 'checked_size', 'Sources', 'cut_context', 'way_to_cut', 'TracePrompt', 'subset_tokens',
+           'subset_ids', 'answer_tokens', 'known_offsets', 'placed', 'token_prompt', 'narrowed', 'source_frame']
 
 # %% ../../../nbs/probes/traceback/00_sources.ipynb #134525e0
 def _sentence_ends(text: str) -> list[int]:
@@ -164,13 +163,13 @@ def cut_context(
     return Sources(text, tuple(spans), by if isinstance(by, str) else "own spans", of)
 
 # %% ../../../nbs/probes/traceback/00_sources.ipynb #2df3ed19
-FEWEST = 3  # sources that are worth comparing
+_FEWEST = 3  # sources that are worth comparing
 
 
 def way_to_cut(text: str) -> str | None:  # `by` of `cut_context`; None: as it does by itself
     """How a plain text is cut where nobody says how."""
     few, finer = len(cut_context(text, "words", 100)), len(cut_context(text, "sentences"))
-    return None if few >= FEWEST or finer <= few else "sentences"
+    return None if few >= _FEWEST or finer <= few else "sentences"
 
 # %% ../../../nbs/probes/traceback/00_sources.ipynb #12918bf4
 def _several(documents: Sequence[tuple[int, int]], size: int) -> list[tuple[int, int]]:
