@@ -119,7 +119,7 @@ def test_an_unexpected_error_is_one_line_too(
     quick: list[object], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def broken(*args: object, **kwargs: object) -> None: raise RuntimeError("odd\nvery odd")
-    monkeypatch.setitem(vars(longlens), "attention_sinks", broken)
+    for probe in ("attention_sinks", "retrieval_heads"): monkeypatch.setitem(vars(longlens), probe, broken)
     assert run("--text", "words.txt", "--out", "out") == 1
     assert capsys.readouterr().err == "longlens: RuntimeError: odd (--debug shows where)\n"
     assert run("--text", "words.txt", "--out", "out", "--debug") == 1
@@ -135,7 +135,9 @@ def test_what_was_to_be_replaced_comes_back(quick: list[object], monkeypatch: py
     assert isinstance(Report.load("out/sinks"), StandIn) and [p.name for p in Path().iterdir() if p.name.startswith(".")] == []
 
 
-def test_one_section_that_fails_leaves_the_others(quick: list[object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_section_that_fails_leaves_the_others(
+    quick: list[object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:
     def broken(*args: object, **kwargs: object) -> None: raise ValueError("odd")
     monkeypatch.setitem(vars(longlens), "attention_sinks", broken)
     assert run("--text", "words.txt", "--out", "out") == 2

@@ -313,7 +313,7 @@ def test_what_a_text_says_stays_text(page: Any, app: Any) -> None:
 
 def test_a_plain_text_is_asked(page: Any, app: Any) -> None:
     from playwright.sync_api import expect
-    plain, ask = app("plain"), app("plain").locator(".lx-asking button")
+    plain, ask = app("plain"), app("plain").locator(".lx-asking button[title='Ask']")
     question, answer = plain.get_by_label("question", exact=True), plain.get_by_label("answer", exact=True)
     ask.click()
     expect(plain.get_by_role("alert")).to_contain_text("the question is empty")
@@ -360,7 +360,7 @@ def test_views_are_kept_and_errors_are_shown(page: Any, app: Any) -> None:
     says(work, "read from")
     expect(work.locator(".lx-head h4")).to_have_text("Layer 4, head 5")
     expect(work.locator(".lx-tabs button")).to_have_text(["Heads", "Text", "Trace", "Needle", "Policies"])    # the model is still there
-    for button in (work.locator(".lx-asking button"), work.get_by_role("button", name="Silence this head")): expect(button).to_be_visible()
+    for button in (work.locator(".lx-asking button[title='Ask']"), work.get_by_role("button", name="Silence this head")): expect(button).to_be_visible()
     tab(work, "Trace")
     expect(work.locator(".lx-side input[type=checkbox]").first).to_be_enabled()
     tab(work, "Heads")
