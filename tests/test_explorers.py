@@ -360,7 +360,8 @@ def test_views_are_kept_and_errors_are_shown(page: Any, app: Any) -> None:
     says(work, "read from")
     expect(work.locator(".lx-head h4")).to_have_text("Layer 4, head 5")
     expect(work.locator(".lx-tabs button")).to_have_text(["Heads", "Text", "Trace", "Needle", "Policies"])    # the model is still there
-    for button in (work.locator(".lx-asking button[title='Ask']"), work.get_by_role("button", name="Silence this head")): expect(button).to_be_visible()
+    asks = work.locator(".lx-asking button[title='Ask']")
+    for button in (asks, work.get_by_role("button", name="Silence this head")): expect(button).to_be_visible()
     tab(work, "Trace")
     expect(work.locator(".lx-side input[type=checkbox]").first).to_be_enabled()
     tab(work, "Heads")
