@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from longlens.apps import workbench as _workbench
 
 # %% auto #0
-__all__ = ['Workbench', 'moved_html', 'explore_reading', 'explore']
+__all__ = ['Workbench', 'explore_reading', 'explore']
 
 # %% ../../nbs/apps/15_workbench.ipynb #3377b136
 _ABOUT_TEXT = ("heads", "tokens", "trace", "policies")    # tabs that a question changes
