@@ -171,10 +171,10 @@ def policy_lens(
     **options: Unpack[PolicyOptions],  # fields of the settings and of Run, one by one
 ) -> PolicyReport:
     "What policies for key-value caches would keep and lose: attention, outputs, loss and answers, by budget, layer and head"
-    from tqdm.auto import tqdm
+    from longlens.progress import progress_bar
     work = _prepared(model, contexts, policies, budgets, settings, run, {**options})
     _check_cost(work)
-    with tqdm(total=len(work.cases) * len(work.policies), desc="policies", unit="policy", disable=not work.run.progress) as bar:
+    with progress_bar(total=len(work.cases) * len(work.policies), desc="policies", unit="policy", disable=not work.run.progress) as bar:
         return _report(work, _measured(work, bar))
 
 # %% ../../../nbs/probes/policies/04_probe.ipynb #09fd8d8b
