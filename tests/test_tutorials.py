@@ -29,7 +29,7 @@ DOCUMENTS, PLACE, PLACES, FEWER = 2, 0, (0, 1), ()
 LENGTH, DEPTHS, BEST = 128, (50,), 2
 """,
     "09_policies": """
-TOKENS, DEPTHS, BUDGETS = 140, (50,), (.2,)
+TOKENS, DEPTHS, BUDGETS = 240, (50,), (.2,)
 RULES, KEPT = ["snapkv", "knorm", "quest"], None
 """,
 }
