@@ -228,7 +228,7 @@ def _run_in(folder: RunFolder | None, asked: argparse.Namespace, names: list[str
     measure = partial(_measure, asked, x)
     runner = SectionRunner(folder, plan, measure, x.title(), asked.minutes, x.begun, asked.results, before, names)
     page = _show_found(runner, runner.run())
-    for error in runner.failed.values(): raise error
+    if runner.failed: raise next(iter(runner.failed.values()))
     return page
 
 # %% ../../nbs/cli/10_report.ipynb #0238208f
