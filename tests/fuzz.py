@@ -825,7 +825,19 @@ def _changed(
             want = forward(exact(name), ids, keep)
     finally:
         EDITED.clear()
-    close(inside[real], want[real], 1e-3, f"outputs of {name}")
+    try:
+        close(inside[real], want[real], 1e-3, f"outputs of {name}")
+    except AssertionError:
+        if not _has_experts(name):
+            raise
+        # two experts that are nearly equal change places with rounding: in float64 they do not
+        with clear(), block(exact(name)):
+            inside = forward(exact(name), ids, keep)
+        close(inside[real], want[real], 1e-6, f"outputs of {name} in float64")
+
+
+def _has_experts(name: str) -> bool:
+    return any("expert" in key for key in model(name).config.to_dict())
 
 
 def _ids_and_padding(draw: Draw) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import importlib
 import json
 import re
@@ -23,6 +24,7 @@ import nbfiles
 import outputs
 import pytest
 from fastcore.docments import docments
+from filelock import FileLock
 from lab import ARGS, find_chromium, missing
 
 import longlens
@@ -57,8 +59,27 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
+def digest(*folders: Path) -> str:
+    "Of the names and contents of all files in there"
+    found = hashlib.sha256((ROOT / "constraints.txt").read_bytes())
+    for folder in folders:
+        for path in sorted(p for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts):
+            found.update(path.relative_to(folder).as_posix().encode() + hashlib.sha256(path.read_bytes()).digest())
+    return found.hexdigest()[:16]
+
+
 @pytest.fixture(scope="session")
-def site(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path: return build(tmp_path_factory.mktemp("site") / "out", project)
+def site(project: Path) -> Path:
+    "The site, built once for the tests that read its files and for those in a browser, which run apart"
+    kept = ROOT / "build/tested-site"
+    kept.parent.mkdir(exist_ok=True)
+    with FileLock(f"{kept}.lock"):
+        made = kept / digest(project, ROOT / "tools/docs")
+        if not (made / "said").exists():  # written last
+            shutil.rmtree(kept, ignore_errors=True)
+            made.mkdir(parents=True)
+            build(made / "out", project)
+    return made / "out"
 
 
 class Html(HTMLParser):
