@@ -116,6 +116,27 @@ def parsed(site: Path) -> dict[Path, Html]:
     return {path: Html(path.read_text(encoding="utf-8")) for path in sorted(site.rglob("*.html"))}
 
 
+def test_navigation_is_as_the_theme_would_make_it() -> None:
+    "The tree of one page, moved to another, is the tree that Furo makes for that one"
+    from furo.navigation import get_navigation_tree
+    from navigation import Navigation
+
+    def tree(two: str, end: str, room: str, on: tuple[str, str]) -> str:    # on: what the lists of the room and of the end have
+        title = '<p class="caption" role="heading"><span class="caption-text">Rooms</span></p>'
+        entry = '<li class="toctree-l{}{}"><a class="{}reference internal" href="{}">{}</a>'
+        now = [" current" if href == "#" else "" for href in (two, end)]
+        link = ["current " if href == "#" else "" for href in (two, end)]
+        one, other = entry.format(2, "", "", f"{room}one.html", "One"), entry.format(2, now[0], link[0], two, "Two &amp; 2")
+        inside = f"{one}</li>{other}</li>"
+        return (f"{title}\n<ul{on[0]}>{entry.format(1, now[0], '', f'{room}index.html', 'A room')}<ul{on[0]}>{inside}</ul></li></ul>"
+                f"<ul{on[1]}>{entry.format(1, now[1], link[1], end, 'End')}</li></ul>")
+
+    here = ' class="current"'
+    trees = {"room/two.html": tree("#", "../end.html", "", (here, "")), "end.html": tree("room/two.html", "#", "room/", ("", here))}
+    for page, html in trees.items():
+        for other in trees: assert Navigation.read(html, page).of(other) == get_navigation_tree(trees[other]), (page, other)
+
+
 def test_builds_without_a_warning(site: Path) -> None:
     said = site.with_name("said").read_text()
     assert "WARNING" not in said and "ERROR" not in said, said

@@ -1,6 +1,7 @@
 "The tools of the project, on a project of one notebook"
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -140,12 +141,14 @@ def test_execute_fails_and_leaves_the_file(tmp_path: Path, capfd: pytest.Capture
 def test_install_looks_where_pip_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     "uv reads no settings of pip: without them it could take another build of torch"
     conf = tmp_path / "pip.conf"
-    conf.write_text("[global]\nindex-url = https://pypi.example/simple\nfind-links = /some/wheels\nextra-index-url =\n  https://a.example\n  https://b.example\n")
+    lines = ("[global]", "index-url = https://pypi.example/simple", "find-links = /some/wheels",
+             "extra-index-url =", "  https://a.example", "  https://b.example")
+    conf.write_text("\n".join(lines))
     for name in [n for n in os.environ if n.startswith("PIP_")]: monkeypatch.delenv(name)
     monkeypatch.setenv("PIP_CONFIG_FILE", str(conf))
     monkeypatch.setenv("PIP_FIND_LINKS", "/other/wheels")
     command, _ = install.uv_command()
-    given = list(zip(command, command[1:], strict=False))
+    given = list(itertools.pairwise(command))
     for pair in (("--index-url", "https://pypi.example/simple"), ("--find-links", "/other/wheels"),
                  ("--extra-index-url", "https://a.example"), ("--extra-index-url", "https://b.example")): assert pair in given
     assert ("--find-links", "/some/wheels") not in given  # the environment comes before the file

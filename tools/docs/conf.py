@@ -7,6 +7,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from navigation import after_furo, before_furo
 from stage import settings
 
 HERE = Path(__file__).resolve().parent
@@ -60,5 +61,7 @@ def live(app: Any, pagename: str, templatename: str, context: dict[str, Any], do
 
 
 def setup(app: Any) -> None:
+    app.connect("html-page-context", before_furo, priority=400)    # the theme's own has 500
+    app.connect("html-page-context", after_furo, priority=600)
     app.connect("html-page-context", lines)
     app.connect("html-page-context", live)
