@@ -182,7 +182,7 @@ def test_every_section_has_a_ladder_and_a_share() -> None:
 # ---- the command
 
 def started(out: Path) -> subprocess.Popen[str]:
-    asked = [COMMAND, "report", "needle-lm", "--probes", "sinks,grid", "--context", "400", "--out", out]
+    asked = [COMMAND, "report", "needle-lm", "--probes", "trace,grid", "--context", "400", "--out", out]
     return subprocess.Popen([*map(str, asked)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENV, text=True)
 
 
@@ -204,21 +204,21 @@ def test_killed_and_interrupted_reports_go_on(tmp_path: Path) -> None:
         seen = until(command.stdout, "2 of 2")
         command.kill()
     plan, first = (next(i for i, line in enumerate(seen) if what in line) for what in ("about", "1 of 2"))
-    assert plan < first and all(any(t in line for line in seen[plan:first]) for t in ("attention sinks", "needle grid"))
-    assert json.loads((out / "run.json").read_text())["sections"]["sinks"]["state"] == "finished"
+    assert plan < first and all(any(t in line for line in seen[plan:first]) for t in ("traceback", "needle grid"))
+    assert json.loads((out / "run.json").read_text())["sections"]["trace"]["state"] == "finished"
     with started(out) as command:
         assert command.stdout is not None and command.stderr is not None
         seen = until(command.stdout, "1 of 1 · needle grid")
-        assert "finished before: sinks\n" in seen
+        assert "finished before: trace\n" in seen
         command.send_signal(signal.SIGTERM)
         errors = command.stderr.read()
         assert command.wait(60) == 130
-    assert f"stopped; attention sinks finished: {out / 'index.html'}. The same command goes on from there" in errors
-    assert "Sink" in (out / "index.html").read_text(encoding="utf-8")
+    assert f"stopped; traceback finished: {out / 'index.html'}. The same command goes on from there" in errors
+    assert "carries the answer" in (out / "index.html").read_text(encoding="utf-8")
     with started(out) as command: shown, errors = command.communicate()
-    assert command.returncode == 0 and "finished before: sinks\n" in shown and "\r" not in errors
+    assert command.returncode == 0 and "finished before: trace\n" in shown and "\r" not in errors
     page = (out / "index.html").read_text(encoding="utf-8")
-    assert "How this report was made" in page and [Report.load(out / n) for n in ("sinks", "grid", "time")]
+    assert "How this report was made" in page and [Report.load(out / n) for n in ("trace", "grid", "time")]
 
 
 def test_minutes_of_wall_clock(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

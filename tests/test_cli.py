@@ -283,35 +283,32 @@ def test_real_encoder(tmp_path: Path) -> None:
     for line in report.findings(): assert line in done.stdout
 
 
-def test_short_and_unpunctuated_texts(tmp_path: Path) -> None:
+def test_short_and_unpunctuated_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     "What a text of 30 tokens cannot show is said, and the way out that is named is one; a text without sentences is a haystack too"
     (tmp_path / "short.txt").write_text("The boat came home. It was late and dark, and nobody was there to see it. The lamp was lit.")
     (tmp_path / "table.txt").write_text("word other thing\n" * 120)
-    asked = [COMMAND, "report", "needle-lm", "--text", tmp_path / "short.txt", "--out", tmp_path / "out"]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    refused = subprocess.run([*asked, "--probes", "sinks,grid,trace"], env=env, capture_output=True, text=True)
-    assert refused.returncode == 2 and not (tmp_path / "out").exists()
-    way = refused.stderr.strip().rpartition("leave sinks out: ")[2]
-    assert way == "--probes grid,trace", refused.stderr
-    for more in ([], ["--text", tmp_path / "table.txt", "--context", "250"]):
-        done = subprocess.run([*asked, "--overwrite", *way.split(), *more], env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    asked = ["report", "needle-lm", "--text", str(tmp_path / "short.txt"), "--out", str(tmp_path / "out")]
+    assert cli.main([*asked, "--probes", "sinks,grid,trace"]) == 2 and not (tmp_path / "out").exists()
+    way = capsys.readouterr().err.strip().rpartition("leave sinks out: ")[2]
+    assert way == "--probes grid,trace"
+    for more in ([], ["--text", str(tmp_path / "table.txt"), "--context", "250"]):
+        assert cli.main([*asked, "--overwrite", *way.split(), *more]) == 0, capsys.readouterr().err
         assert type(Report.load(tmp_path / "out/grid")).__name__ == "GridReport"
 
 
 def test_real_run(tmp_path: Path) -> None:
     "needle-lm, offline, in a process of its own; then again over it"
-    asked = [COMMAND, "report", "needle-lm", "--context", "256", "--out", tmp_path / "out", "--overwrite"]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    for _ in range(2):
-        done = subprocess.run(asked, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    asked = ["report", "needle-lm", "--context", "256", "--out", str(tmp_path / "out"), "--overwrite"]
+    done = subprocess.run([COMMAND, *asked], env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     page = (tmp_path / "out/index.html").read_text(encoding="utf-8")
     assert "needle-lm" in page
     report = Report.load(tmp_path / "out/sinks")
     assert type(report).__name__ == "SinkReport"
     for line in report.findings(): assert line in done.stdout
+    assert cli.main([*asked, "--probes", "sinks"]) == 0
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert not (tmp_path / "out/heads").exists() and Report.load(tmp_path / "out/sinks").table.equals(report.table)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT to a process")

@@ -67,6 +67,7 @@ def two_workers() -> Iterator[None]:
     "A Ray cluster on this machine, with room for two workers; they can import this module"
     before = os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), before]))
+    os.environ["RAY_worker_niceness"] = "0"  # Ray's own choice, 15, starves workers beside other tests
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as many as workers have: the same numbers, to the last digit
     with warnings.catch_warnings():
