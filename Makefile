@@ -29,7 +29,7 @@ test: .venv/.for-work    ## every check: repository, lint, types, notebooks, tes
 	export TRITON_INTERPRET=$$($(BIN)/python -c 'import torch; print(int(not torch.cuda.is_available()))'); \
 	step "notebooks" env OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing --skip_file_re "$$skip"; \
 	step "tests" env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not browser"; \
-	step "tests in a browser" $(BIN)/python -m pytest -n 2 --dist loadfile -m browser; \
+	step "tests in a browser" $(BIN)/python -m pytest -n 2 --dist loadscope -m browser; \
 	test -z "$$failed"
 
 lab: .venv/.for-work    ## JupyterLab on the tutorials

@@ -496,12 +496,15 @@ def expected(page: Any) -> int:
     return sum(outputs.chart_of(out.get("data", {})) is not None for c in shown for out in c["outputs"])
 
 
-@pytest.mark.browser
-def test_every_page_in_a_browser(playwright: Any, project: Path, site: Path, address: str) -> None:
-    names = sorted(p.relative_to(site).as_posix() for p in site.rglob("*.html"))
+SHARES = 4
+
+
+def pages_draw_themselves(share: int, playwright: Any, project: Path, site: Path, address: str) -> None:
+    "Open every fourth page, and look at what is on it"
+    names = sorted(p.relative_to(site).as_posix() for p in site.rglob("*.html"))[share::SHARES]
 
     async def all_pages(context: Any) -> list[dict[str, Any]]:
-        few = asyncio.Semaphore(4)
+        few = asyncio.Semaphore(3)
 
         async def one(name: str) -> dict[str, Any]:
             async with few: return await visit(context, f"{address}/{name}")
@@ -510,15 +513,41 @@ def test_every_page_in_a_browser(playwright: Any, project: Path, site: Path, add
     found = dict(zip(names, seen, strict=True))
     assert outside == []
     assert {name: one["console"] for name, one in found.items() if one["console"]} == {}
-    charts = {f"{page.name}.html": expected(page) for page in pages(project / "nbs")}
+    charts = {name: expected(page) for page in pages(project / "nbs") if (name := f"{page.name}.html") in names}
     assert {name: one["charts"] for name, one in found.items() if one["charts"]} == {name: n for name, n in charts.items() if n}
-    assert sum(charts.values()) > 5
+    assert sum(charts.values()) > 5, "these pages have hardly a chart"
     assert {name for name, one in found.items() if one["empty"] or one["wrong"]} == set()
-    assert sum(one["formulas"] for one in seen) > 20
+    assert sum(one["formulas"] for one in seen) > 20 / SHARES
     assert {name: one["wide"] for name, one in found.items() if one["wide"] > 0} == {}, "pages that scroll sideways"
     assert {name: one["cut"] for name, one in found.items() if one["cut"]} == {}, "charts that are cut off, and nothing says so"
     assert {name: one["tiny"] for name, one in found.items() if one["tiny"] < 8.9} == {}, "charts with letters too small to read"
     assert {name: one["unwrapped"] for name, one in found.items() if one["unwrapped"]} == {}, "printed text that is cut off"
+
+
+# a class is what processes share out (--dist loadscope): all pages in one of them would keep the others waiting
+
+@pytest.mark.browser
+class TestPages0:
+    def test_in_a_browser(self, playwright: Any, project: Path, site: Path, address: str) -> None:
+        pages_draw_themselves(0, playwright, project, site, address)
+
+
+@pytest.mark.browser
+class TestPages1:
+    def test_in_a_browser(self, playwright: Any, project: Path, site: Path, address: str) -> None:
+        pages_draw_themselves(1, playwright, project, site, address)
+
+
+@pytest.mark.browser
+class TestPages2:
+    def test_in_a_browser(self, playwright: Any, project: Path, site: Path, address: str) -> None:
+        pages_draw_themselves(2, playwright, project, site, address)
+
+
+@pytest.mark.browser
+class TestPages3:
+    def test_in_a_browser(self, playwright: Any, project: Path, site: Path, address: str) -> None:
+        pages_draw_themselves(3, playwright, project, site, address)
 
 
 @pytest.mark.browser
