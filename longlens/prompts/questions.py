@@ -26,7 +26,7 @@ K = TypeVar("K", str, list)
 # %% auto #0
 __all__ = ['K', 'DocumentLike', 'normalize_answer', 'title_and_text', 'check_answers', 'Question', 'KeyValue', 'question_file',
            'open_maybe_gzip', 'unique_keys', 'json_field', 'read_questions', 'read_key_values', 'shuffled_numbers',
-           'holds_answer', 'with_distractors', 'fact_questions', 'fact_pairs']
+           'holds_answer', 'with_distractors', 'fact_questions', 'question_source', 'fact_pairs']
 
 # %% ../../nbs/prompts/05_questions.ipynb #afdba3ea
 _DROPPED = str.maketrans("", "", string.punctuation)
@@ -325,6 +325,16 @@ def fact_questions(
         values, documents = _facts_about(names, sentences, f"{seed} {i}", rng)
         out.append(Question(f"What is the code for {name}?", (values[0],), documents[0], tuple(documents[1:]), f" The code for {name} is"))
     return out
+
+# %% ../../nbs/prompts/05_questions.ipynb #c0ffee02
+def question_source(
+    questions: Sequence[Question],  # some of one kind
+) -> str:
+    """Where questions come from: "nq-sample", "made facts" (`fact_questions`), or "own questions", which nobody here has seen."""
+    if questions and all(q.answer_prefix.startswith(" The code for ") for q in questions): return "made facts"
+    known = {q.question for q in read_questions(_SAMPLE)}
+    return _SAMPLE if questions and all(q.question in known for q in questions) else "own questions"
+
 
 # %% ../../nbs/prompts/05_questions.ipynb #c24599f0
 def fact_pairs(

@@ -159,7 +159,7 @@ def _middle_verdict(r: Report) -> str:
     return f"{_SHAPES[_shape(f['u_shape'], f['primacy'], f['recency'])]}: {shares}."
 
 # %% ../../../nbs/probes/middle/02_findings.ipynb #d784a352
-_MADE = "own questions"
+_MADE = "made facts", "documents"  # tasks
 
 
 def _middle_sure(r: Report) -> str:
@@ -176,9 +176,9 @@ def middle_summary(
 ) -> Summary:
     """What a person can repeat of it."""
     s, measures, scores = r.meta["settings"], _middle_measures(r), plain_rows(r)["score"]
-    real = s["what"] == "documents" and s["task"] not in (_MADE, "documents")
+    real = s["what"] == "documents" and s["task"] not in (*_MADE, "own questions")
     untested = [f"more than {s['n']:,} {what_of(r)}"]
-    if s["what"] != "documents" or s["task"] == _MADE: untested.append("real questions and passages: these were made")
+    if s["what"] != "documents" or s["task"] in _MADE: untested.append("real questions and passages: these were made")
     if len(s["remedies"]) < 2: untested.append("remedies")
     known = measures[1:] if real and scores.max() > 0 else []
     draw = None if scores.max() == 0 or scores.min() == 1 or len(scores) < 2 else lambda: _middle_picture(r)

@@ -24,7 +24,7 @@ from .inputs import Item, MiddleDesign, Questions, baseline_cells, get_items, go
 from .report import MiddleReport
 from ..remedies import Remedy, find_remedies
 from ...prompts.multi_document import VARIANTS
-from ...prompts.questions import KeyValue
+from ...prompts.questions import KeyValue, Question, question_source
 from ...run import PLANNERS, Run, RunOptions, arguments_of, run_of, settings_of
 from ...sweeps.cells import model_meta
 from ...sweeps.sweep import SweepResult
@@ -69,7 +69,7 @@ def _variants(asked: Sequence[str], allowed: Sequence[str]) -> tuple[str, ...]:
 def _name(task: Questions) -> str:
     """What reports call the questions."""
     if isinstance(task, (str, Path)): return Path(task).name
-    return "own questions"
+    return question_source([q for q in task if isinstance(q, Question)])
 
 # %% ../../../nbs/probes/middle/04_probe.ipynb #2a364d7b
 def _design(
