@@ -38,7 +38,7 @@ lab: .venv/.for-work    ## JupyterLab on the tutorials
 bench: .venv/.for-work    ## measure what longlens costs, and write benchmarks/RESULTS.md
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || test $$? = 3 || exit 1; done
 
-matrix: .venv/.for-work    ## every feature on every architecture of the zoo (half an hour), and docs/models.md
+matrix: .venv/.for-work    ## every feature on every architecture of the zoo (a quarter of an hour), and docs/models.md
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/matrix.py --fresh
 
 fuzz: .venv/.for-work    ## 10,000 random inputs for the public functions (an hour), and benchmarks/FUZZ.md; LONGLENS_FUZZ=number
