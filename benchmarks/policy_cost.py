@@ -22,6 +22,7 @@ from results import write_section
 
 from longlens import keep_keys
 from longlens.attention.hf_interface import LayerCall, attach
+from longlens.policies.base import top_keys
 
 SHAPE = dict(hidden_size=576, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536, vocab_size=4096)
 
@@ -52,11 +53,13 @@ def block_means(share: float, size: int = 64) -> Callable[[LayerCall, int], Any]
 def scattered(share: float) -> Callable[[LayerCall, int], Any]:
     "Single keys with the highest product, by query and head: the oracle"
     def choose(call: LayerCall, layer: int) -> Any:
-        n, k = call.k.shape[2], call.k[0].repeat_interleave(call.group, 0)
+        n, k = call.k.shape[2], call.k[0]
 
         def pick(b: int, queries: torch.Tensor) -> torch.Tensor:
-            scores = torch.bmm(call.q[b][:, queries], k.mT).masked_fill(torch.arange(n) > queries[:, None], -torch.inf)
-            return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(int(share * n), -1).indices, True)
+            end = int(queries[-1]) + 1  # what lies ahead of all of these queries need not be looked at
+            q = call.q[b][:, int(queries[0]):end].reshape(len(k), -1, k.shape[-1])  # the query heads of a KV head, one after another
+            scores = torch.bmm(q, k[:, :end].mT).view(call.q.shape[1], len(queries), end)
+            return top_keys(scores.masked_fill_(torch.arange(end) > queries[:, None], -torch.inf), int(share * n))
         return pick
     return choose
 

@@ -21,6 +21,7 @@ ORDER = (  # the scripts, as the table has them
     "attntrace",
     "qrhead",
     "duo_attention",
+    "policies",
     "longembed",
     "task_scorers",
 )
