@@ -321,3 +321,20 @@ def test_control_c_leaves_nothing(tmp_path: Path) -> None:
         command.send_signal(signal.SIGINT)
         assert command.wait(60) == 130
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["report", "trace", "compare", "cache", "policies", "positions", "eval"])
+def test_every_command_has_examples_and_names_what_it_can_take(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit): cli.parser().parse_args([name, "--help"])
+    said = capsys.readouterr().out
+    shown = [line.split() for line in said.partition("examples:")[2].splitlines() if line.strip().startswith("longlens ")]
+    assert shown and all(words[:2] == ["longlens", name] for words in shown)
+    if name == "trace":
+        from longlens.probes.traceback.tracer import load_methods
+        assert all(f"\n  {method} " in said for method in load_methods())
+    if name == "policies":
+        from longlens.policies.use import POLICIES
+        assert set(POLICIES) <= set(said.partition("policies:\n")[2].replace(",", " ").split())
+    if name == "positions":
+        from longlens.interventions.methods import POSITION_METHODS
+        assert set(POSITION_METHODS) == set(said.partition("methods:\n")[2].replace(",", " ").split())

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lab import browser, errors_of, jupyterlab, missing, open_page, run_notebook, set_theme, write_notebook
+from lab import axe_violations, browser, errors_of, jupyterlab, missing, open_page, run_notebook, set_theme, write_notebook
 
 pytestmark = pytest.mark.browser
 HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
@@ -39,6 +39,7 @@ trace = trace_context(lm, prompt, method="attention").widget(model=lm, prompt=pr
 trace""", """
 plain = ll.explore(lm, f"Most were gone. The code for Ada is lamb. {HOSTILE} was read. The code for Bob is river. It rained.")
 plain"""]
+TABS = ["Heads", "Text", "Trace", "Needle", "Policies", "Collapse", "Compare"]
 APPS = ["work", "hostile", "grid", "collapse", "trace", "plain"]    # in this order
 CLICK = """([app, layer, head]) => new Promise((done) => {    // milliseconds until every picture has its new rows
   const charts = [...app.querySelectorAll(".lx-chart")], before = charts.map((c) => c.dataset.refreshed);
@@ -96,6 +97,17 @@ def says(app: Any, text: str | re.Pattern) -> None:
     expect(app.locator(".lx-status")).to_contain_text(text)
 
 
+def pick_method(app: Any, words: str) -> None:
+    "Choose a method by its words; the menu also has what each costs, once that is planned"
+    from playwright.sync_api import expect
+    menu = app.get_by_label("method")
+    expect(menu.locator("option", has_text=words)).to_contain_text("tokens")
+    menu.select_option(label=plain_text(menu.locator("option", has_text=words).inner_text()))
+
+
+def plain_text(label: str) -> str: return label.replace("\u00a0", " ")    # ipywidgets keeps words of an option together
+
+
 def tab(app: Any, name: str) -> None: app.locator(".lx-tabs").get_by_role("button", name=name, exact=True).click()
 
 
@@ -147,7 +159,7 @@ def test_a_token_that_is_clicked_looks(page: Any, app: Any) -> None:
     work.locator(".ll-u[data-u='2030']").first.click()
     keep_picture(page, work, "text")
     tab(work, "Heads")
-    expect(work.locator(".lx-picture", has_text="From one token").locator("input")).to_have_value("2030")
+    expect(work.locator(".lx-picture", has_text="From one token").locator("input[type=number]")).to_have_value("2030")
 
 
 def test_a_needle_is_dragged(page: Any, app: Any) -> None:
@@ -195,7 +207,7 @@ def test_an_answer_is_traced_where_hardly_a_position_is_left(page: Any, app: Any
     from playwright.sync_api import expect
     work = app("work")
     tab(work, "Trace")
-    work.get_by_label("method").select_option("attention")
+    pick_method(work, "attention, mean of all heads")
     work.get_by_role("button", name="Measure").click()    # 2,035 of 2,048 positions are taken
     says(work, "trace: done")
     expect(work.get_by_role("alert")).to_have_count(0)
@@ -295,7 +307,7 @@ def test_what_a_text_says_stays_text(page: Any, app: Any) -> None:
     from playwright.sync_api import expect
     hostile = app("hostile")
     hostile.locator('path[aria-label^="head: 2; layer: 3"]').first.click()
-    box = hostile.locator(".lx-picture", has_text="From one token").locator("input")
+    box = hostile.locator(".lx-picture", has_text="From one token").locator("input[type=number]")
     for token in (8, 14, 20):
         box.fill(str(token))
         box.press("Enter")
@@ -322,6 +334,7 @@ def test_a_plain_text_is_asked(page: Any, app: Any) -> None:
     says(plain, "asking: done")
     expect(plain.get_by_role("alert")).to_have_count(0)
     expect(plain.locator(".lx-answers")).to_contain_text("river")
+    expect(plain.locator(".lx-chips").first).to_be_visible()
     wide = "(app) => app.querySelector('.lx-wide').clientWidth - app.querySelector('.lx-wide svg').clientWidth"
     page.wait_for_function(f"(app) => ({wide})(app) < 30", arg=plain.element_handle())
     ask.click()
@@ -344,6 +357,112 @@ def test_a_plain_text_is_asked(page: Any, app: Any) -> None:
     assert page.evaluate("window.hacked") is None
 
 
+def test_a_word_of_the_answer_is_clicked_and_its_sources_are_found(page: Any, app: Any) -> None:
+    "With a real click; the view stands at the winner, which is counted from 1"
+    from playwright.sync_api import expect
+    plain = app("plain")
+    tab(plain, "Trace")
+    plain.get_by_label("answer", exact=True).fill("river, lamb")
+    plain.locator(".lx-asking button[title='Ask']").click()
+    says(plain, "asking: done")
+    plain.get_by_role("button", name="Measure").click()
+    says(plain, "trace: done")
+    plain.get_by_role("button", name=re.compile("Find the sources of .?lamb")).click()
+    says(plain, "tracing “lamb”: done")
+    pressed = plain.locator(".ll-pick[aria-pressed=true]")
+    expect(pressed).to_have_text("lamb")
+    expect(plain.locator(".ll-top tbody tr").first).to_contain_text("lamb")
+    won = plain.locator(".ll-top tbody tr").first.locator("td").nth(1).inner_text()
+    expect(plain.locator(f".ll-view .ll-u[data-u='{int(won) - 1}']").first).to_be_in_viewport()
+    expect(plain.locator(".lx-side input[type=checkbox]").first.locator("xpath=..")).to_contain_text(f"{won} · ")
+    assert plain.get_by_label("method").count() == 1    # one menu for one thing
+    line = re.compile(r"leave\sone\sout\s·\sabout\s[\d,]+\stokens\s·\sright\sin")
+    expect(plain.get_by_label("method").locator("option").first).to_contain_text(line)
+
+
+def test_a_sentence_is_deleted_and_the_question_asked_again(page: Any, app: Any) -> None:
+    from playwright.sync_api import expect
+    plain = app("plain")
+    tab(plain, "Heads")
+    plain.get_by_label("answer", exact=True).fill("")
+    plain.get_by_role("button", name="Edit the text").click()
+    box = plain.locator("textarea").first
+    box.fill(box.input_value().replace("The code for Bob is river. ", ""))
+    plain.locator(".lx-asking button[title='Ask']").click()
+    says(plain, "asking: done")
+    expect(plain.locator(".lx-answered")).to_contain_text("Before: “river")
+    expect(plain.locator(".lx-answered .lx-answer")).not_to_contain_text("river")
+    asked = map(plain_text, plain.get_by_label("asked so far").locator("option").all_inner_texts())
+    plain.get_by_label("asked so far").select_option(label=next(o for o in asked if o.startswith("1. ")))
+    says(plain, "asking: done")
+    expect(plain.locator(".lx-answered .lx-answer")).to_contain_text("river")
+    plain.get_by_role("button", name="Edit the text").click()
+
+
+def test_a_token_that_is_pointed_at_shows_both_ways(page: Any, app: Any) -> None:
+    from playwright.sync_api import expect
+    work = app("work")
+    tab(work, "Heads")
+    work.locator('path[aria-label^="head: 0; layer: 2"]').first.click()
+    expect(work.locator(".lx-head h4")).to_have_text("Layer 2, head 0")
+    tab(work, "Text")
+    says(work, "layer 2, head 0: done")
+    work.locator(".ll-view").focus()
+    page.keyboard.press("End")    # the last token, which copies
+    expect(work.locator(".ll-linked.is-to .ll-link").first).to_contain_text("marble")
+    expect(work.locator(".ll-linked.is-to")).to_contain_text("layer 2, head 0")
+    work.locator(".ll-linked.is-to .ll-link").first.click()    # the needle: who looks at it?
+    expect(work.locator(".ll-linked.is-from .ll-link").first).to_contain_text("is")
+    expect(work.locator(".ll-u.is-selected")).to_be_in_viewport()
+    work.locator(".ll-view .ll-u").nth(40).hover()
+    expect(work.locator(".ll-linked")).to_have_count(2)
+    keep_picture(page, work, "hover")
+    tab(work, "Heads")
+
+
+def test_two_models_side_by_side(page: Any, app: Any) -> None:
+    from playwright.sync_api import expect
+    plain = app("plain")
+    tab(plain, "Compare")
+    plain.get_by_role("button", name="Compare").last.click()
+    expect(plain.get_by_role("alert")).to_contain_text("nothing to compare with was named")
+    plain.get_by_label("which").fill("needle-lm")
+    plain.get_by_label("which").press("Enter")
+    plain.get_by_role("button", name="Compare").last.click()
+    says(plain, "comparing: done")
+    table = plain.locator(".lx-compared table.differences")
+    expect(table).to_contain_text("Surprise at a word")
+    expect(table).to_contain_text(re.compile(r"0 to 0.*\d+ shared cases", re.S))
+    plain.get_by_label("with", exact=True).select_option(label="another method of traceback")
+    plain.get_by_role("button", name="Compare").last.click()
+    says(plain, "comparing: done")
+    expect(plain.locator(".lx-compared")).to_contain_text("Rank correlation of all sources")
+    keep_picture(page, plain, "compare")
+
+
+def test_a_tab_that_needs_something_says_what(page: Any, app: Any) -> None:
+    from playwright.sync_api import expect
+    work = app("work")
+    tab(work, "Collapse")
+    expect(work.get_by_role("button", name="Measure")).to_be_disabled()
+    expect(work.locator(".lx-ask .lx-soft")).to_contain_text("encoder=longlens.load_encoder()")
+    tab(work, "Heads")
+
+
+@pytest.mark.parametrize("theme", ["JupyterLab Light", "JupyterLab Dark"])
+def test_axe_finds_nothing_in_the_workbench(page: Any, app: Any, theme: str) -> None:
+    "Names, roles and contrast, on every tab"
+    set_theme(page, theme)
+    found, plain = [], app("plain")
+    plain.evaluate("(app) => { app.id = 'plain-app'; }")
+    for name in TABS:
+        tab(plain, name)
+        page.wait_for_timeout(300)
+        found += [f"{name}: {line}" for line in axe_violations(page, "#plain-app")]
+    set_theme(page, "JupyterLab Light")
+    assert not found, "\n".join(found)
+
+
 def test_views_are_kept_and_errors_are_shown(page: Any, app: Any) -> None:
     from playwright.sync_api import expect
     work, folder = app("work"), app("work").get_by_placeholder("folder")
@@ -359,7 +478,7 @@ def test_views_are_kept_and_errors_are_shown(page: Any, app: Any) -> None:
     work.get_by_role("button", name="Load").click()
     says(work, "read from")
     expect(work.locator(".lx-head h4")).to_have_text("Layer 4, head 5")
-    expect(work.locator(".lx-tabs button")).to_have_text(["Heads", "Text", "Trace", "Needle", "Policies"])    # the model is still there
+    expect(work.locator(".lx-tabs button")).to_have_text(TABS)    # the model is still there
     asks = work.locator(".lx-asking button[title='Ask']")
     for button in (asks, work.get_by_role("button", name="Silence this head")): expect(button).to_be_visible()
     tab(work, "Trace")

@@ -160,6 +160,19 @@ def test_a_guess_comes_first(reports: dict[str, Report]) -> None:
     assert unsure.endswith(sure)
 
 
+def test_a_sink_is_the_same_in_report_and_workbench(lm: ll.LongModel) -> None:
+    "The same heads, of one text, and the same words"
+    from longlens.apps.reading import RULES, read_text
+    from longlens.probes.sinks.metrics import SINK
+    text = "The river was green. Most people were gone by then. " * 12
+    report, reading = ll.attention_sinks(lm, text, T=32, sequences=1), read_text(lm, text)
+    rule = next(r for r in RULES if r.label == "sink")
+    heads = report.frames["heads"].filter(pl.col("alpha_top") > report.meta["settings"]["epsilon"]).select("layer", "head").rows()
+    mine = [(h["layer"], h["head"]) for h in reading.frames["heads"].iter_rows(named=True) if rule.holds(h)]
+    assert heads and sorted(heads) == sorted(mine)
+    assert rule.criterion == SINK.format(epsilon=.3) and rule.criterion in next(s.text for s in report.sections())
+
+
 # ---- reference values
 
 def test_every_reference_value_has_a_source_and_is_used(reports: dict[str, Report]) -> None:

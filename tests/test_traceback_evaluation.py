@@ -385,7 +385,7 @@ def test_a_detector_that_fails(lm: Any, tmp_path: Path) -> None:
     assert f["error"][1].startswith("ConnectionError: offline")
     assert found.flagged["excerpt"].to_list() == ["The code for Ada is lamb."]
     assert found.frames["sources"]["text"][0] == "The code for Ada is lamb.\n\n"  # whole
-    assert any("the detector failed on source 1 (rank 1), which may be anything" in line for line in found.details())
+    assert any("the detector failed on source 2 (rank 1), which may be anything" in line for line in found.details())
     page = write_page(found, tmp_path / "x.html", "x").read_text(encoding="utf-8")
     for shown in (page, found._repr_html_()):
         assert "<script>window.pwned" not in shown and "<img src=x" not in shown and "\x1b" not in shown and "\u202e" not in shown
@@ -419,3 +419,17 @@ def test_a_hostile_context_is_shown_harmlessly(lm: Any, tmp_path: Path) -> None:
         page = write_page(type(trace)(frames, trace.meta), tmp_path / "x.html", EVIL, overwrite=True).read_text(encoding="utf-8")
         assert "<script>window.pwned" not in page and "<img src=x" not in page and "\x1b" not in page and "\u202e" not in page
         assert "Where the answer comes from" in page
+
+
+def test_what_is_said_of_methods_is_what_the_tutorial_measured() -> None:
+    "The numbers of the menu, against the table that is stored in the tutorial on traceback"
+    import json
+    import re
+
+    from longlens.probes.traceback.method_names import CASES, METHOD_NAMES
+    nb = json.loads((Path(__file__).resolve().parent.parent / "nbs/tutorials/06_traceback.ipynb").read_text(encoding="utf-8"))
+    cell = next(c for c in nb["cells"] if 'table = report.frames["methods"].sort("f1"' in "".join(c["source"]))
+    html = "".join("".join(o.get("data", {}).get("text/html", "")) for o in cell["outputs"])
+    rows = [re.findall(r"<td>(.*?)</td>", r) for r in re.findall(r"<tr>(.*?)</tr>", html, re.S)]
+    measured = {r[0].replace("&quot;", ""): round(float(r[5]) * int(r[1])) for r in rows if len(r) == 10 and r[1] == str(CASES)}
+    assert measured == {name: m.right for name, m in METHOD_NAMES.items() if m.right is not None}

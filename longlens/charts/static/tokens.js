@@ -256,6 +256,7 @@ export class TextView {
   }
 
   get word() { return this.context.unit; }
+  number(u) { return whole.format(this.word === "source" ? u + 1 : u); }    // people count sources from 1, and positions are those of Python
   get words() { return `${this.word}${this.n === 1 ? "" : "s"}`; }
 
   build(place) {
@@ -308,7 +309,7 @@ export class TextView {
       const at = `${e.clientX},${e.clientY}`;
       if (at !== this.mouse) { this.mouse = at; this.point(this.unitOf(e)); }
     });
-    this.view.addEventListener("mouseleave", () => this.point(-1));
+    this.view.addEventListener("mouseleave", () => { if (!this.settings.links) this.point(-1); });    // links stay, to be clicked
     this.view.addEventListener("click", (e) => {
       const u = this.unitOf(e);
       if (e.target.dataset.fold) this.unfold(Number(e.target.dataset.fold));
@@ -391,6 +392,56 @@ export class TextView {
     this.redraw();
     this.tellDetails(true);
     this.tell({selected: from, selection: this.range ?? [u, u + 1]});
+  }
+
+  // -- where a token looks, and who looks at it: asked of the kernel for the token below the mouse, or else the cursor
+
+  askLinks(u) {
+    if (!this.settings.links || u === this.linksOf) return;
+    this.linksOf = u;
+    if (this.links) { this.links = null; this.redraw(); }
+    clearTimeout(this.asking);
+    this.asking = setTimeout(() => !this.gone && this.tell({hovered: u}), 60);
+  }
+
+  setLinks(l) {    // {unit, to: [units, weights], from: the same, note}; what is no longer asked for is left alone
+    if (!l || l.unit !== this.linksOf) return;
+    const scaled = ([units, weights]) => new Map(units.map((u, i) => [u, Math.sqrt(weights[i] / (weights[0] || 1))]));
+    this.links = {...l, strong: [scaled(l.to), scaled(l.from)]};
+    this.redraw();
+    this.tellDetails(false);
+  }
+
+  linkMark(e, u, v) {    // a line below what is looked at, above who looks
+    const names = ["to", "from"];
+    for (const [k, strong] of this.links.strong.entries()) {
+      let most = 0;
+      for (let i = u; i < v; i++) most = Math.max(most, strong.get(i) ?? 0);
+      if (most < 0.05) continue;
+      e.classList.add(`is-${names[k]}`);
+      e.style.setProperty(`--${names[k]}`, `${Math.round(100 * most)}%`);
+    }
+  }
+
+  linkLines() {    // the strongest in words; a click goes there
+    const one = (name, kind, [units, weights]) => {
+      const e = make("div", `ll-linked is-${kind}`);
+      e.append(make("span", "ll-note", `${name} `));
+      for (const [i, u] of units.slice(0, 8).entries()) {
+        const b = button("", `Go to token ${whole.format(u)}, ${this.said(u, 30)}, share ${number(weights[i])}`, () => {
+          this.hover = -1;
+          this.choose(u);
+          this.show(this.context.starts[u]);
+          this.view.focus();
+        }, "ll-link");
+        b.append(make("bdi", "", this.said(u, 24), {dir: "auto"}), ` ${number(Number(weights[i].toPrecision(2)))}`);
+        e.append(b);
+      }
+      if (!units.length) e.append(make("span", "ll-note", "no token"));
+      return e;
+    };
+    const {to, from, note} = this.links, head = note ? ` (${seen(note)})` : "";
+    return [one(`looks at${head}`, "to", to), one("is looked at by", "from", from)];
   }
 
   // -- keyboard
@@ -491,6 +542,10 @@ export class TextView {
     const style = getComputedStyle(this.view), anchor = this.lines ? this.lines.starts[this.top] : 0;
     this.height = parseFloat(style.lineHeight);
     this.lay(new Ruler(style), width - 28);
+    if (!this.fitted && this.lines.done && this.pixels + 12 < this.settings.height) {    // a short text has no empty half below it
+      this.view.style.height = `${Math.max(76, this.pixels + 12)}px`;
+    }
+    this.fitted = true;
     if (this.wanted !== undefined) this.show(this.wanted);
     else if (anchor) this.scrollTo(this.lines.of(anchor));
     this.draw();    // now, so that the first thing that is painted has text
@@ -598,6 +653,7 @@ export class TextView {
   option(e, u) {
     for (const [k, v] of [["role", "option"], ["id", `${this.id}-${u}`], ["aria-posinset", u + 1], ["aria-setsize", this.n],
       ["aria-selected", this.selected === u]]) e.setAttribute(k, v);
+    if (!this.context.text.slice(this.context.starts[u], this.context.ends[u]).trim()) e.setAttribute("aria-label", this.said(u));    // spaces have a name
   }
 
   units(line, u, v, from, to) {    // one unit, or a character of several as one box with parts
@@ -606,6 +662,7 @@ export class TextView {
     const e = make("span", "ll-u ll-box", null, {"data-u": u, "data-stops": stops.join(" ")});
     if (rtl) e.classList.add("is-rtl");
     this.mark(e, mine(this.cursor) ? this.cursor : mine(this.selected) ? this.selected : u);
+    if (this.links) this.linkMark(e, u, v);
     const picked = mine(this.selected) ? this.selected : mine(this.cursor) ? this.cursor : -1, side = `to ${rtl ? "left" : "right"}`;
     const layer = (ink) => `linear-gradient(${side}, ${stops.slice(1).map((p, k) => `${ink(u + k)} ${stops[k]}% ${p}%`).join(", ")})`;
     const edges = stops.slice(1, -1).map((p) => `transparent calc(${p}% - .5px), var(--ll-soft) calc(${p}% - .5px) calc(${p}% + .5px), transparent calc(${p}% + .5px)`);
@@ -642,6 +699,7 @@ export class TextView {
     if (u === this.selected) e.classList.add("is-selected");
     if (this.range && u >= this.range[0] && u < this.range[1]) e.classList.add("in-range");
     if (u === this.cursor) e.classList.add("is-cursor");
+    if (this.links) this.linkMark(e, u, u + 1);
   }
 
   unit(u, from, to) {
@@ -789,7 +847,7 @@ export class TextView {
     let end = u + 1;
     while (end < this.n && heads[end] === heads[u]) end++;
     const box = end - heads[u] > 1 ? [["part", `${u - heads[u] + 1} of ${end - heads[u]}`]] : [];
-    return [[this.word === "token" ? "position" : this.word, `${whole.format(u)} of ${whole.format(this.n)}`], ...box, ...(ids ? [["id", String(ids[u])]] : []),
+    return [[this.word === "token" ? "position" : this.word, `${this.number(u)} of ${whole.format(this.n)}`], ...box, ...(ids ? [["id", String(ids[u])]] : []),
       ...places.map((p) => [p.name, `${whole.format(p.from[u])} to ${whole.format(p.to[u])}`]),
       ...(s >= 0 ? [["in", visible(this.spans[s].label ?? this.spans[s].name)]] : [])];
   }
@@ -797,6 +855,7 @@ export class TextView {
   tellDetails(aloud) {
     const u = this.hover >= 0 ? this.hover : this.cursor >= 0 ? this.cursor : this.selected;
     this.details.replaceChildren();
+    if (u >= 0 && u < this.n) this.askLinks(u);
     if (!(u >= 0 && u < this.n)) return this.details.append(make("span", "ll-note", `Point at a ${this.word}, or click one, to see its numbers.`));
     const pair = (name, text, mark) => {
       const e = make("span", mark ? "ll-fact is-shown" : "ll-fact");
@@ -806,6 +865,7 @@ export class TextView {
     this.details.append(make("span", "ll-said", this.said(u), {dir: "auto"}), ...this.facts(u).map(([k, v]) => pair(k, v)),
       ...this.quantities.map((q) => pair(seen(q.name), this.value(q, u), q === this.quantity)));
     if (this.range && this.hover < 0) this.details.append(pair("selected", `${whole.format(this.range[1] - this.range[0])} ${this.words}`));
+    if (this.links?.unit === u) this.details.append(...this.linkLines());
     if (!aloud) return;
     const q = this.quantity;
     clearTimeout(this.spoken);
@@ -838,15 +898,14 @@ export class TextView {
       const row = body.insertRow(), at = (text, name = "ll-number") => { row.append(make("td", name, text)); };
       row.dataset.jump = u;
       row.append(make("td"));
-      row.lastChild.append(button(String(k + 1), `Go to ${this.word} ${whole.format(u)}`, () => { this.choose(u); this.show(this.context.starts[u]); this.view.focus(); }));
-      at(whole.format(u)); at(this.value(q, u)); at(this.context.excerpts?.[u] ?? this.said(u, 140), "ll-excerpt");
+      row.lastChild.append(button(String(k + 1), `Go to ${this.word} ${this.number(u)}`, () => { this.choose(u); this.show(this.context.starts[u]); this.view.focus(); }));
+      at(this.number(u)); at(this.value(q, u)); at(this.context.excerpts?.[u] ?? this.said(u, 140), "ll-excerpt");
       row.lastChild.dir = "auto";
       for (const p of this.context.places) at(`${whole.format(p.from[u])} to ${whole.format(p.to[u])}`);
     }
     body.addEventListener("click", (e) => { if (!e.target.closest("button")) e.target.closest("tr")?.querySelector("button").click(); });
     const all = body.rows.length < this.n ? `The ${body.rows.length} strongest of ${whole.format(this.n)} ${this.words}` : `All ${this.n} ${this.words}, the strongest first`;
-    const from = this.n > 1 ? "; numbers count from 0" : "";
-    table.prepend(make("caption", "", all + from));
+    table.prepend(make("caption", "", all + (this.n > 1 && this.word !== "source" ? "; positions count from 0" : "")));
     this.table.append(table);
   }
 
@@ -891,7 +950,7 @@ function guarded(place, draw) {
 
 function render({model, el}) {    // anywidget
   return guarded(el, () => {
-    const told = {selected: "selected", selection: "selection", quantity: "quantity", span: "selected_span", asked: "asked"};
+    const told = {selected: "selected", selection: "selection", quantity: "quantity", span: "selected_span", asked: "asked", hovered: "hovered"};
     let mine = false;    // is the change told here?
     const view = new TextView(el, readContext(model.get("_context")), model.get("_settings"), (news) => {
       mine = true;
@@ -906,6 +965,8 @@ function render({model, el}) {    // anywidget
       "change:_spans": () => view.setSpans(model.get("_spans")),
       "change:selected_span": () => view.span?.name !== model.get("selected_span") && view.setSpan(model.get("selected_span")),
       "change:selected": picked,
+      "change:_links": () => view.setLinks(model.get("_links")),
+      "change:_settings": () => { view.settings.links = model.get("_settings").links; view.linksOf = undefined; },
     };
     view.setQuantities(model.get("_quantities").map(readQuantity), model.get("quantity"));
     view.setSpans(model.get("_spans"));
