@@ -1956,6 +1956,160 @@ def policy_premises(draw: Draw) -> None:
         assert mine["lazy_share"].is_between(0, 1).all()
 
 
+def _rows_in(draw: Draw, n: int) -> Any:
+    "Rows of a text of n tokens, or none"
+    return draw(st.one_of(st.none(), st.just(span_in(draw, n))))
+
+
+def _cut_of(spans: Mapping[str, Any], rows: Any, heads: Any, keep: torch.Tensor | None) -> Callable[..., torch.Tensor]:
+    "Which weights are cut, (batch|1, heads, n, n)"
+
+    def cut(of: Mapping[Any, int], module: Any, shape: Sequence[int]) -> torch.Tensor:
+        at, out = _text_positions(keep, shape[-1]), torch.zeros(1, 1, shape[-1], shape[-1], dtype=torch.bool)
+        for name, span in spans.items():
+            a, b = span_ends(name, span)
+            first, last = (b, 10**9) if rows is None else span_ends("rows", rows)
+            out = out | (((at >= first) & (at < last))[:, None, :, None] & ((at >= a) & (at < b))[:, None, None])
+        mine = torch.tensor([heads is None or (of[module], h) in heads for h in range(shape[1])])
+        return out & mine[:, None, None]
+
+    return cut
+
+
+@case("knock_out", weight=2)
+def knock_out(draw: Draw) -> None:
+    "Weights on spans are zero at chosen rows and heads, against formed logits"
+    name, batch = draw(st.sampled_from([n for n in CHANGED if n not in zoo.ENCODERS])), _ids_and_padding(draw)
+    n = batch[0].shape[1]
+    spans, rows, heads = spans_in(draw, n, 2), _rows_in(draw, n), draw(st.one_of(st.none(), st.just(_heads(draw, name))))
+    cut = _cut_of(spans, rows, heads, batch[1])
+
+    def logits(of: Mapping[Any, int], module: Any, x: torch.Tensor, sinks: Any) -> tuple[torch.Tensor, Any]:
+        return x.masked_fill(cut(of, module, x.shape), -torch.inf), sinks
+
+    _changed(draw, lambda hf: ll.knock_out(hf, spans, rows, heads), name=name, batch=batch, logits=logits)
+
+
+@case("zero_values")
+def zero_values(draw: Draw) -> None:
+    "With all rows and keys cut, heads give nothing; a span that no row comes after changes nothing"
+    name, batch = draw(st.sampled_from(["llama", "gpt2", "gemma2", "gpt_oss"])), _ids_and_padding(draw)
+    n, heads = batch[0].shape[1], _heads(draw, name)
+
+    def out(of: Mapping[Any, int], module: Any, x: torch.Tensor) -> torch.Tensor:
+        mine = torch.tensor([(of[module], h) in heads for h in range(x.shape[1])])
+        return x.masked_fill(mine[:, None, None], 0)
+
+    _changed(draw, lambda hf: ll.zero_values(hf, {"all": (0, n)}, (0, n), heads), name=name, batch=batch, out=out)
+    ids, keep = batch
+    with clear(), ll.zero_values(model(name), spans_in(draw, n, 2), (n, n + 3)):
+        inside = forward(model(name), ids, keep)
+    real = torch.ones_like(ids).bool() if keep is None else keep.bool()
+    close(inside[real], forward(model(name), ids, keep)[real], 1e-5, "rows that are not there")
+
+
+@case("document_mask")
+def document_mask(draw: Draw) -> None:
+    "Tokens of other documents are not seen; starts of odd kinds are refused"
+    name, batch = draw(st.sampled_from([n for n in CHANGED if n not in zoo.ENCODERS])), _ids_and_padding(draw)
+    right = st.lists(st.integers(1, 39), max_size=3, unique=True).map(lambda x: [0, *sorted(x)])
+    starts = mostly(draw, right, st.sampled_from([[], [1], [0, 0], "0", [0, 2.5], None, [5, 0]]))
+
+    def logits(of: Mapping[Any, int], module: Any, x: torch.Tensor, sinks: Any) -> tuple[torch.Tensor, Any]:
+        at = _text_positions(batch[1], x.shape[-1])
+        which = torch.bucketize(at, torch.tensor(starts), right=True)
+        return x.masked_fill((which[:, None, :, None] != which[:, None, None]) & (at >= 0)[:, None, :, None], -torch.inf), sinks
+
+    _changed(draw, lambda hf: ll.document_mask(hf, starts), name=name, batch=batch, logits=logits)
+
+
+@case("silence_states", "state_decay", "state_window", weight=0.5)
+def states_changed(draw: Draw) -> None:
+    "A factor of 1 and a window as long as the text change nothing; silence does; afterwards all is as before"
+    name = draw(st.sampled_from(["mamba", "jamba", "bamba", "qwen3_next", "falcon_h1"]))
+    ids = torch.atleast_2d(ids_of(draw, zoo.VOCAB, 2, 40))
+    n, before = ids.shape[1], forward(model(name), ids)
+    factor = mostly(draw, st.floats(0.1, 8), st.sampled_from([0, -1.0, math.nan, "2", None]))
+    window, block = mostly(draw, st.integers(1, 50), st.sampled_from([0, 2.5, "3"])), draw(st.integers(1, 20))
+    layers = mostly(draw, st.none(), st.sampled_from([[], [99], "0", [0.5]]))
+    with clear():
+        with ll.state_decay(model(name), factor, layers): faster = forward(model(name), ids)
+        with ll.state_window(model(name), window, block, layers): windowed = forward(model(name), ids)
+        with ll.silence_states(model(name), layers): silent = forward(model(name), ids)
+    close(faster[:, 0], before[:, 0], 1e-5, "the first token has nothing to forget")
+    if window >= n:
+        close(windowed, before, 1e-3, "a window as long as the text")
+    assert (silent - before).abs().max() > 0 and torch.equal(forward(model(name), ids), before)
+
+
+@case("sink_anatomy", "AnatomyReport", weight=0.3)
+def anatomy(draw: Draw) -> None:
+    "Weights against formed patterns; shares within their bounds"
+    lm = some_model(draw)
+    ids, at = ids_of(draw, min(400, lm.vocab_size), 4, 60), mostly(draw, st.integers(0, 6), st.integers(-2, 70))
+    documents = draw(st.one_of(st.none(), st.just([ids_of(draw, 90, 4, 20) for _ in range(draw(st.integers(1, 3)))])))
+    with clear():
+        report = ll.sink_anatomy(lm, form_of_ids(draw, ids), documents=documents, position=at, swap=draw(st.integers(0, 9)),
+                                 targets=draw(st.integers(1, 30)), recent=draw(st.integers(1, 50)),
+                                 chunk=draw(st.one_of(st.none(), st.integers(1, 30))))
+        _page(report)
+    for layer, p in right_patterns(lm.hf, ids[None]).items():
+        f = report.frames["heads"].filter(layer=layer).sort("head")
+        close(f["attention"], p[0, :, at + 1:, at].mean(-1), 1e-4, f"attention of layer {layer}")
+        assert f["cosine"].is_between(-1.001, 1.001).all() and (f["fetched"] >= 0).all()
+
+
+@case("patch_heads", "PatchReport", weight=0.3)
+def patching(draw: Draw) -> None:
+    "All rows of all heads bring back everything from the first change on"
+    lm = some_model(draw)
+    ids = ids_of(draw, min(400, lm.vocab_size), 3, 40)
+    other, n, at = ids.clone(), len(ids), draw(st.integers(0, len(ids) - 2))
+    other[at] = (other[at] + draw(st.integers(0, 5))) % 300 + 3
+    rows = mostly(draw, st.just((at + 1, n)), st.sampled_from([(0, 99), (3, 1), "a", None]))
+    answers = mostly(draw, st.just((5, 9)), st.sampled_from([None, (5, 5), (5,), "ab"]))
+    with clear():
+        report = ll.patch_heads(lm, form_of_ids(draw, ids), form_of_ids(draw, other), answers, rows, heads=[(lm.attention_layers[0], 0)],
+                                into=draw(st.sampled_from(["clean", "corrupt"])), chunk=draw(st.one_of(st.none(), st.integers(1, 20))))
+        _page(report)
+    if rows == (at + 1, n) and len(lm.attention_layers) == lm.n_layers and at < n - 1:
+        assert abs(report.meta["all_heads"] - 1) < 1e-2 * max(1, 1 / abs(report.meta["goal"] - report.meta["base"])), report.meta
+
+
+@case("fact_path", "PathReport", weight=0.3)
+def paths(draw: Draw) -> None:
+    "The ends of the scale are those of the model as it is, and with the fact cut off everywhere"
+    lm = some_model(draw)
+    ids = ids_of(draw, min(400, lm.vocab_size), 6, 40)
+    fact = mostly(draw, st.just((0, draw(st.integers(1, 3)))), st.sampled_from([(0, 99), (4, 2), "zz", None]))
+    stops = mostly(draw, st.none(), st.sampled_from([{"a": (4, 5)}, {"a": (0, 2)}, {}, "a"]))
+    answer = mostly(draw, st.sampled_from([[5], [5, 9]]), st.sampled_from([None, [], [10**6]]))
+    with clear():
+        report = ll.fact_path(lm, form_of_ids(draw, ids), fact, answer, stops, paths=0,
+                              chunk=draw(st.one_of(st.none(), st.integers(1, 20))))
+        _page(report)
+    close(report.meta["whole"], lm.score(ids, answer).total, 1e-3, "log-probability as it is")
+    with ll.knock_out(lm, {"f": fact}): gone = lm.score(ids, answer).total
+    close(report.meta["none"], gone, 2e-3, "log-probability with the fact cut off")
+
+
+@case("state_lens", "StateReport", weight=0.3)
+def state_lenses(draw: Draw) -> None:
+    "Numbers of states that are those of the cache; settings of odd kinds are refused"
+    lm = draw(st.sampled_from([lambda: with_words("jamba"), lambda: with_words("mamba"), lambda: with_words("llama")]))()
+    ids = ids_of(draw, min(400, lm.vocab_size), 4, 60)
+    trained = mostly(draw, st.integers(2, 50), st.sampled_from([0, 1, 2.5, "3"]))
+    asked = draw(st.sampled_from([None, [], [(ids[:5], ids[:1])]]))
+    with clear():
+        report = ll.state_lens(lm, form_of_ids(draw, ids), trained=trained, questions=asked,
+                               decays=draw(st.sampled_from([(), (2.0,), (0,)])),
+                               factor=draw(st.sampled_from([2.0, 1.5, 1.0])))
+        _page(report)
+    f = report.frames["states"]
+    assert (f["variance"] >= 0).all() and f["norm"].is_finite().all()
+    close(f["norm"] ** 2, f["size"] * (f["variance"] + f["mean"] ** 2), 1e-3, "norms, and means with variances")
+
+
 # ---- what has no case of its own
 
 NO_CASE: dict[str, str] = {  # public name -> why

@@ -56,6 +56,15 @@ ll.scale_spans(lm, {"a": (0, 3)}, 0.5)
 ll.scale_spans(lm, spans=0.5)  # wrong
 with ll.keep_keys(lm, {2: torch.ones(1, 8, dtype=torch.bool)}, since=8): lm("a text")
 ll.keep_keys(lm, since="8")  # wrong
+with ll.knock_out(lm, {"a": (0, 3)}, (5, 7), [(2, 0)]), ll.zero_values(lm, {"a": (0, 3)}): lm("a text")
+ll.knock_out(lm, {"a": (0, 3)}, row=(5, 7))  # wrong
+ll.zero_values(lm, spans=0.5)  # wrong
+with ll.document_mask(lm, [0, 20]): lm("a text")
+ll.document_mask(lm, starts="0")  # wrong
+with ll.silence_states(lm, [0]), ll.state_decay(lm, 2.0), ll.state_window(lm, 64): lm("a text")
+ll.silence_states(lm, layer=[0])  # wrong
+ll.state_decay(lm, "fast")  # wrong
+ll.state_window(lm, windows=64)  # wrong
 ll.intervene(lm)
 ll.intervene()  # wrong
 with ll.extend_window(enc, "ntk", length=1024): enc.encode(["a text"])
@@ -71,6 +80,14 @@ sinks = ll.attention_sinks(lm, ["a text"])
 print(sinks.findings()[0], sinks.table.height)
 ll.attention_sinks(lm, text=["a text"])  # wrong
 print(sinks.finding())  # wrong
+print(ll.sink_anatomy(lm, "a text", documents=["one", "two"]).frames["writers"].height)
+ll.sink_anatomy(lm, text=3.5)  # wrong
+patched = ll.patch_heads(lm, "a text", "a test", ("one", "two"), rows=(3, 5))
+ll.patch_heads(lm, "a text", "a test", answer=("one", "two"))  # wrong
+print(patched.findings(), ll.fact_path(lm, context, paths=1).table.height)
+ll.fact_path(lm, context, path=1)  # wrong
+print(ll.state_lens(lm, "a text", trained=64).frames["collapse"].height)
+ll.state_lens(lm, "a text", decay=(2.0,))  # wrong
 heads = ll.retrieval_heads(lm, lengths=(512,), depths=(0, 50), out="results", run=run)
 print(heads.found)
 ll.retrieval_heads(lm, length=(512,))  # wrong
