@@ -13,7 +13,7 @@ from typing import Any
 from unicodedata import category, combining
 
 # %% auto #0
-__all__ = ['SIGNS', 'visible', 'character_starts', 'part_labels', 'probability_text']
+__all__ = ['SIGNS', 'seen', 'visible', 'character_starts', 'part_labels', 'probability_text']
 
 # %% ../nbs/01_text.ipynb #2aa450a2
 SIGNS = {"\n": "⏎", "\t": "⇥"}    # what has a sign of its own
@@ -41,7 +41,7 @@ def _kept() -> Any:    # a pattern
     return regex.compile(rf"{pictures}|{letters}|(?<=\U0001f3f4)[\U000e0020-\U000e007e]{{1,6}}\U000e007f")
 
 
-def _signs(text: str) -> str:
+def seen(text: str) -> str:
     "A text with signs for what cannot be seen"
     if text.isascii() or not any(c in text for c in "\u200c\u200d\U000e007f"): return "".join(map(_sign, text))
     kept = {i for m in _kept().finditer(text) for i in range(*m.span())}
@@ -56,7 +56,7 @@ def visible(
     text, cut = text[:limit], len(text) > limit
     core = text.strip(" ")
     front = len(text) - len(text.lstrip(" ")) if core else 0
-    shown = "␣" * front + _signs(core) + "␣" * (len(text) - front - len(core))
+    shown = "␣" * front + seen(core) + "␣" * (len(text) - front - len(core))
     if core and combining(core[0]): shown = "◌" + shown    # an accent with nothing to stand on
     return shown + "…" * cut or "(empty)"
 

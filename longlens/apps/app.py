@@ -18,6 +18,7 @@ from ipywidgets import HTML, Button, Dropdown, FloatProgress, HBox, Stack, Text,
 from .linked_chart import html_box, with_classes
 from .progress import Busy, Cancelled, Progress, exclusive_use
 from ..charts.page import facts, say, static, write_page
+from ..charts.small import image_html
 from ..encoders.encoder import Encoder
 from ..patch import patch
 from ..models.forward import LongModel
@@ -35,6 +36,7 @@ class Explorer(VBox):
     name: ClassVar[str] = ""       # in files
     title: ClassVar[str] = ""      # on the tab
     app: App[Any]                  # the frame, once it is in one
+    owned: Sequence[Widget] = ()   # controls of a `Pending` that it shows itself
     report: Report | None = None   # that it shows, if it shows one
 
     def state(self) -> dict[str, Any]:
@@ -48,6 +50,13 @@ class Explorer(VBox):
         "The report that a page of this view shows"
         if self.report is None: raise ValueError("there is nothing to share yet: measure it first")
         return self.report
+
+    def write_page(
+        self,
+        path: Path,    # the file
+    ) -> Path:         # the same
+        "The view as one HTML file"
+        return write_page(self.shared(), path)
 
     def code(self) -> str:
         "Python that makes this view again; nothing where the app's own is all"
@@ -78,7 +87,12 @@ class Pending(Explorer):
     inner: Explorer | None = None    # what shows the report, once there is one
 
     def shared(self) -> Report: return self.inner.shared() if self.inner else Explorer.shared(self)
+    def write_page(self, path: Path) -> Path: return self.inner.write_page(path) if self.inner else Explorer.write_page(self, path)
     def code(self) -> str: return self.inner.code() if self.inner else ""
+
+    def opened(self) -> None:
+        if self.inner: self.inner.opened()
+        if self.model is not None: self.on_open(self)
 
     if TYPE_CHECKING: take, state, restore = _app.take, _app.state, _app.restore    # written below
 
@@ -92,11 +106,14 @@ class Pending(Explorer):
         make: Callable[[Any], Explorer],              # shows it
         model: LongModel | Encoder | None = None,     # that is used
         report: Report | None = None,                 # that is there already
+        able: str = "",                               # how to make it possible, where it is not: "give an encoder ..."
+        on_open: Callable[[Pending], None] = lambda tab: None,     # called when the tab is opened
     ):
         self.name, self.title, self.measure, self.make, self.model = name, title, measure, make, model    # type: ignore[misc]
+        self.controls, self.on_open = list(controls), on_open
         self.start = Button(description="Measure", icon="play", button_style="primary", layout=dict(width="auto"))
         self.start.on_click(self.guarded(lambda _: self.app.run(title.lower(), self.measure, self.take, self.model)))
-        self.ask = _question_box(caption, controls, self.start, model is not None)
+        self.ask = _question_box(caption, controls, self.start, model is not None, able)
         super().__init__([self.ask])
         if report is not None: self.take(report)
 
@@ -106,10 +123,13 @@ def _question_box(
     controls: Sequence[Widget],    # settings
     start: Button,                 # starts it
     able: bool,                    # is the model there?
+    how: str = "",                 # what makes it possible; "": the model
 ) -> VBox:
-    "What would be measured, and the button for it"
-    below = with_classes(HBox([*controls, start]), "lx-bar") if able else html_box(needs_model("To measure it"))
-    return with_classes(VBox([html_box(f'<p class="lx-caption">{say(caption)}</p>'), below]), "lx-ask")
+    "What would be measured, and the button for it; where it cannot be measured, the button is there, disabled, with what it needs"
+    start.disabled = not able
+    below = [with_classes(HBox([*controls, start]), "lx-bar")]
+    if not able: below.append(html_box(f'<p class="lx-soft">{say(how)}</p>' if how else needs_model("To measure it")))
+    return with_classes(VBox([html_box(f'<p class="lx-caption">{say(caption)}</p>'), *below]), "lx-ask")
 
 # %% ../../nbs/apps/02_app.ipynb #5d904bc2
 @patch
@@ -123,6 +143,7 @@ def take(
     if hasattr(self, "app"): self.inner.app = self.app
     self.inner.restore(kept)
     self.start.description = "Measure again"
+    self.ask.children[1].children = [c for c in (*self.controls, self.start) if c not in self.inner.owned]    # one menu for one thing
     self.children = [self.inner, self.ask] if self.model is not None else [self.inner]
 
 # %% ../../nbs/apps/02_app.ipynb #39803636
@@ -150,12 +171,13 @@ class App(VBox, Generic[_R]):
     explorers: list[Explorer]           # the tabs
     progress: Progress | None = None    # of what is running, or ran last
     thread: Thread | None = None        # in which something is running
+    aside = False                       # does it give way to what is asked for next?
 
     if TYPE_CHECKING:    # each is written where it is explained
         open_report, show_tab, _frame, _connect = _app.open_report, _app.show_tab, _app._frame, _app._connect
         set_status, show_error, guarded = _app.set_status, _app.show_error, _app.guarded
         run, cancel, wait, save, load = _app.run, _app.cancel, _app.wait, _app.save, _app.load
-        share, code = _app.share, _app.code
+        share, code, _still_html, _repr_mimebundle_ = _app.share, _app.code, _app._still_html, _app._repr_mimebundle_
         _work, _show_progress, _set_working = _app._work, _app._show_progress, _app._set_working
 
     def __init__(
@@ -287,10 +309,14 @@ def run(
     job: Callable[[Progress], Any],             # the work, in a thread
     then: Callable[[Any], None],                # takes the result
     model: LongModel | Encoder | None = None,   # that it uses
+    aside: bool = False,                        # does it give way to whatever is asked for next?
 ) -> None:
     "Do something that takes long"
+    if self.thread is not None and self.aside:
+        self.cancel()
+        self.wait()
     if self.thread is not None: raise Busy(f"{self.what} is still running: wait for it, or cancel it")
-    self.what, self.progress = what, Progress(self._show_progress)
+    self.what, self.progress, self.aside = what, Progress(self._show_progress), aside
     self._set_working(True)
     self.thread = Thread(target=self._work, args=(self.progress, job, then, model), daemon=True)
     self.thread.start()
@@ -389,12 +415,12 @@ def share(
         how_to = '<p class="lx-caption">Click it to select all, then copy it.</p>'
         self.shared.value = f'{how_to}<pre class="lx-code" tabindex="0">{escape(self.code())}</pre>'
         return None
-    report, folder = tab.shared(), Path(self.folder.value.strip() or ".")
+    folder = Path(self.folder.value.strip() or ".")
     if not folder.is_dir(): raise FileNotFoundError(f"there is no folder {folder}: name one that is there, or none for {Path.cwd()}")
     names = (folder / f"longlens-{tab.name}{f'-{i}' * (i > 1)}.{how}" for i in count(1))
     path = next(p for p in names if not p.exists())
-    if how == "html": write_page(report, path)
-    else: _picture_of(report).save(str(path), **({"scale_factor": 2} if how == "png" else {}))
+    if how == "html": tab.write_page(path)
+    else: _picture_of(tab.shared()).save(str(path), **({"scale_factor": 2} if how == "png" else {}))
     self.set_status(f"written to {path.resolve()}")
     return path
 
@@ -412,6 +438,24 @@ def code(self: App) -> str:
     own = tab.code()
     if not own: raise ValueError("this view has no code: save it, and open its folder with Report.load(folder).widget()")
     return own
+
+# %% ../../nbs/apps/02_app.ipynb #appstil2
+@patch
+def _still_html(self: App) -> str:
+    "What is said of the report, and its picture"
+    s = self.report.summary()
+    picture = image_html(s.picture) if s.picture is not None else ""
+    quote = f"<blockquote dir='auto'>{say(s.quote, 400)}</blockquote>" if s.quote else ""
+    tabs = f"In a notebook that runs, this has the tabs {', '.join(e.title for e in self.explorers)}."
+    head = f"<b>{say(self.heading)}</b> · {say(' · '.join(facts(self.report.meta)), 300)}"
+    return (f"<div>{head}<p><b>{say(s.verdict)}</b></p>{quote}{picture}"
+            f"<p><small>{say(tabs, 300)}</small></p></div>")
+
+
+@patch
+def _repr_mimebundle_(self: App, **kwargs: Any) -> dict[str, Any]:
+    "The widget, and HTML for where it cannot run"
+    return {**VBox._repr_mimebundle_(self, **kwargs), "text/html": self._still_html()}
 
 # %% ../../nbs/apps/02_app.ipynb #5d995b9b
 def read_parts(

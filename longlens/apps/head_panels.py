@@ -27,7 +27,7 @@ __all__ = ['QUANTITIES', 'SHARE', 'quantities', 'Panel', 'head_row', 'attended_t
 # %% ../../nbs/apps/05_head_panels.ipynb #c10cc731
 QUANTITIES: dict[str, tuple[str, str, str]] = {    # column -> name, unit, what it is
     "alpha_top": ("attention on its strongest position", "share", "The share of its attention that the most attended position gets, "
-                  "averaged over the queries that see it: a sink, where it is large."),
+                  "averaged over the queries that see it: a sink, where it is more than 0.3."),
     "alpha_first": ("attention on the first token", "share", "The first token's share of its attention, averaged over all queries."),
     "sink_mass": ("attention on the first 4 tokens", "share", "Averaged over all queries."),
     "stream_share": ("attention on the two ends", "share", "What the first 4 and the last 256 tokens hold: near 1, it needs nothing "
@@ -197,9 +197,11 @@ def attended_tokens(
     head: int,        # in its layer
     position: int,    # of the token that looks
     most: int = 12,   # tokens
+    first: bool = True,    # with the first token, which often hides the others?
 ) -> list[dict[str, Any]]:      # position, token, label, weight
     "What a token attends to most in a head"
-    pairs = [(p, w) for p, w in _largest(r, layer, head, position, most) if w > 0]    # what a window hides is not looked at
+    found = [(p, w) for p, w in _largest(r, layer, head, position, most + 1) if w > 0]    # what a window hides is not looked at
+    pairs = [(p, w) for p, w in found if first or p][:most]
     words = r.labels
     return [dict(position=p, token=visible(words[p], 30), label=_token_label(words[p], p), weight=float(f"{w:.4g}")) for p, w in pairs]
 
@@ -215,13 +217,14 @@ _CAPTIONS = {    # how to read them
 def reading_panels(
     r: PromptReading,
     token: Callable[[], int],    # gives the position of the token that looks
+    first: Callable[[], bool] = lambda: True,    # is the first token among what it looks at?
 ) -> list[Panel]:
     "By position, by distance, from one token"
     spans = [dict(span=visible(k, 30), start=s.start, stop=s.stop, where=f"{s.start:,} to {s.stop - 1:,}") for k, s in r.spans.items()]
     f = r.frames["distance"].with_columns(pl.col("mass").round_sig_figs(4))
     def profile(layer: int, head: int) -> _Rows: return {"profile": _profile_rows(r, layer, head), "spans": spans}
     def bands(layer: int, head: int) -> _Rows: return {"bands": f.filter(layer=layer, head=head).to_dicts()}
-    def row(layer: int, head: int) -> _Rows: return {"row": attended_tokens(r, layer, head, token())}
+    def row(layer: int, head: int) -> _Rows: return {"row": attended_tokens(r, layer, head, token(), first=first())}
     return [Panel("Where in the text", _CAPTIONS["where"], _position_chart(len(r.strings)), profile, wide=True, fields=["at"]),
             Panel("How far back", _CAPTIONS["back"], _band_chart(), bands),
             Panel("From one token", _CAPTIONS["token"], _row_chart(), row, fields=["position"])]

@@ -150,6 +150,12 @@ def refresh(self: HeadExplorer) -> None:
     self.caption.value = f'<p class="lx-caption">{" ".join(say(text, 600) for text in about if text)}</p>'
 
 # %% ../../nbs/apps/06_heads.ipynb #5c446898
+def _kind_name(r: Rule, row: Mapping[str, Any]) -> str:
+    "What a head is called by a rule; of a sink, with its place"
+    if r.column != "alpha_top" or "top_position" not in row or row["top_position"] != int(row["top_position"]): return r.label
+    return f"{r.label}: {'first token' if row['top_position'] == 0 else 'position ' + format(int(row['top_position']), ',')}"
+
+
 _NO_KIND = '<span class="lx-chip lx-none">no kind by these rules</span>'
 
 
@@ -159,7 +165,7 @@ def _head_html(
 ) -> str:                        # HTML
     "One head: its kinds, their rules, its numbers"
     kinds = [r for r in rules if r.holds(row)]
-    chips = "".join(f'<span class="lx-chip">{say(r.label)}</span>' for r in kinds) or _NO_KIND
+    chips = "".join(f'<span class="lx-chip">{say(_kind_name(r, row))}</span>' for r in kinds) or _NO_KIND
     why = "".join(f"<li>{say(r.label)}: {say(r.criterion)}; here {row[r.column]:.2f}</li>" for r in kinds)
     shown = [(name, row[c]) for name, c in quantities(pl.DataFrame([row])).items() if c in QUANTITIES]
     title = f"<h4 aria-live='polite'>Layer {row['layer']}, head {row['head']}</h4>"

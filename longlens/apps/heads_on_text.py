@@ -11,7 +11,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
-from ipywidgets import BoundedIntText, Button, HBox, Layout, ToggleButton, VBox, Widget
+from ipywidgets import BoundedIntText, Button, Checkbox, HBox, Layout, ToggleButton, VBox, Widget
 from torch import Tensor
 
 from .app import needs_model
@@ -53,8 +53,9 @@ class ReadingExplorer(HeadExplorer):
         self.around, self.answer = html_box(), html_box()
         self.switch = ToggleButton(description="Silence this head", icon="volume-off", layout=Layout(width="160px"))
         self.clear = Button(description="Silence none", layout=Layout(width="110px"))
+        self.without = Checkbox(False, description="without the first token", indent=False, layout=Layout(width="auto"))
         first = next((c for c in ("retrieval_score", "alpha_top") if c in reading.frames["heads"].columns), "")
-        panels = reading_panels(reading, lambda: self.choice.token)
+        panels = reading_panels(reading, lambda: self.choice.token, lambda: not self.without.value)
         super().__init__(reading, reading.frames["heads"], panels, RULES, first, choice)
 
 # %% ../../nbs/apps/07_heads_on_text.ipynb #367bb083
@@ -67,7 +68,7 @@ def boxes(self: ReadingExplorer) -> list[Widget]:
     left.remove_class("lx-main")    # its box has it
     top.children = [with_classes(VBox([left, with_classes(VBox([*ask, self.answer]), "lx-box")]), "lx-main"), side]
     row = below.children[2]
-    row.children = [row.children[0], with_classes(HBox([self.token]), "lx-bar"), self.around, *row.children[1:]]
+    row.children = [row.children[0], with_classes(HBox([self.token, self.without]), "lx-bar"), self.around, *row.children[1:]]
     return [top, below]
 
 # %% ../../nbs/apps/07_heads_on_text.ipynb #15fe429f
@@ -85,6 +86,7 @@ def connect(self: ReadingExplorer) -> None:
     for view, field in ((position, "at"), (row, "position")):
         view.observe(self.guarded(partial(self._clicked, field)), "picked")
     self.token.observe(self.guarded(lambda change: self._look(change.new)), "value")
+    self.without.observe(self.guarded(lambda _: self._from_token()), "value")
     self.choice.observe(self.guarded(lambda _: self._from_token()), "token")
     self.switch.observe(self.guarded(lambda change: self._silence(change.new)), "value")
     self.clear.on_click(self.guarded(lambda _: setattr(self.choice, "silenced", ())))

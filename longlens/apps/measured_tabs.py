@@ -5,12 +5,13 @@
 # %% ../../nbs/apps/14_measured_tabs.ipynb #1d95e316
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
-from ipywidgets import Dropdown, Layout
+from ipywidgets import Dropdown, Layout, Textarea
 
 from .app import Explorer, Pending
 from .collapse import CollapseExplorer
@@ -20,10 +21,11 @@ from .progress import Progress
 from .question_bar import answer_room
 from .reading import Live, PromptReading
 from .text_tab import TextExplorer
-from .trace import TraceExplorer, usable_methods
+from .trace import TraceExplorer, method_costs, show_costs, usable_methods
 from ..encoders.encoder import Encoder
 from ..models.forward import LongModel
 from ..models.tokens import Tokens
+from ..probes.collapse.inputs import default_lengths, room, token_counts
 from ..probes.collapse.probe import length_collapse
 from ..probes.collapse.report import CollapseReport
 from ..probes.grid.probe import needle_grid
@@ -32,15 +34,17 @@ from ..probes.middle.probe import lost_in_the_middle
 from ..run import plan
 from ..probes.middle.report import MiddleReport
 from ..probes.policies.probe import policy_lens
+from ..probes.traceback.method_names import RECOMMENDED, method_lines
 from ..probes.traceback.probe import trace_context
 from ..probes.traceback.prompts import answer_limits, context_span, ready_prompt
 from ..probes.traceback.report import Trace
 from ..probes.traceback.sources import TracePrompt, way_to_cut
+from ..probes.traceback.tracer import TraceCost
 from ..prompts.compose import Context
 from ..report import Report
 
 # %% auto #0
-__all__ = ['trace_tab', 'needle_tab', 'policies_tab', 'collapse_tab']
+__all__ = ['prompt_of_text', 'trace_tab', 'needle_tab', 'policies_tab', 'own_texts', 'own_lengths', 'collapse_tab']
 
 # %% ../../nbs/apps/14_measured_tabs.ipynb #30166c16
 def _menu(label: str, options: Mapping[str, Any] | Sequence[Any], width: str = "250px") -> Dropdown:
@@ -54,10 +58,15 @@ def _prompt_text(live: Live) -> str | Context:
     return live.context or live.tokens.text or ""
 
 # %% ../../nbs/apps/14_measured_tabs.ipynb #ecf06d1b
-def _prompt_of_text(live: Live, by: str) -> TracePrompt:    # "", sentences, words or paragraphs; "": as `longlens trace` cuts
+def prompt_of_text(
+    live: Live,
+    by: str = "",           # sentences, words or paragraphs; "": as `longlens trace` cuts
+    asked: bool = True,     # is the model asked for its answer, where there is none? Else what it was seen to say stands for it
+) -> TracePrompt:
     "The text as a prompt with its answer"
     ctx = live.context
     answer = ctx.completion if ctx and (ctx.kind == "asked" or not live.silenced[()]["reply"]) else None
+    if not asked: answer = answer or live.silenced[()]["reply"] or "?"
     if not by:
         text = live.tokens.text or ""
         try: a, b = context_span(ctx) if ctx else (0, len(text))
@@ -74,6 +83,8 @@ def _prompt_of_kept(r: PromptReading, found: Trace) -> TracePrompt | None:
     return ready_prompt(r.live.lm, _prompt_text(r.live), answer=found.meta["answer"], by=spans)
 
 # %% ../../nbs/apps/14_measured_tabs.ipynb #0064d2b3
+_NO_WORDS = ("This tab needs the words of the text: load the model with its tokenizer, and open a text instead of token ids: "
+             "longlens.explore(lm, \"a text\").")
 _TRACE = "Which passages made the model say what it says to this text? The context is cut into sources, and each gets a score."
 
 
@@ -85,20 +96,29 @@ def trace_tab(
     "Which passages made the model write that?"
     live = r.live
     by = _menu("sources", {"cut as it fits": "", **{way: way for way in ("sentences", "words", "paragraphs")}})
-    method = _menu("method", usable_methods(live.lm) if live else [""])
+    method = _menu("method", method_lines(dict.fromkeys(usable_methods(live.lm) if live else [RECOMMENDED])), "560px")
     prompts: dict[int, TracePrompt] = {}    # of the trace that was measured
 
     def measure(progress: Progress) -> Report:
         if live is None: raise ValueError("a trace needs the model: widget(model=lm)")
-        prompt = _prompt_of_text(live, by.value)
+        prompt = prompt_of_text(live, by.value)
         progress.planned = plan(trace_context, live.lm, prompt, method=method.value).tokens
         found = trace_context(live.lm, prompt, method=method.value, budget=progress.planned)    # the line of status has how much it is
         prompts[id(found)] = prompt
         return found
 
     def make(found: Trace) -> Explorer:
-        return _linked(TraceExplorer(found, live.lm if live else None, prompts.get(id(found)) or _prompt_of_kept(r, found)), text)
-    return Pending("trace", "Trace", _TRACE, [by, method], measure, make, live.lm if live else None, report)
+        prompt = prompts.get(id(found)) or _prompt_of_kept(r, found)
+        return _linked(TraceExplorer(found, live.lm if live else None, prompt, method if live else None), text)
+
+    def with_costs(tab: Pending) -> None:
+        if live is None or tab.app.thread is not None or any(" tokens" in line for line, _ in method.options): return
+        def costs(progress: Progress) -> dict[str, TraceCost | None]:
+            return method_costs(live.lm, prompt_of_text(live, by.value, asked=False), list(dict(method.options).values()), progress)
+        tab.app.run("what each method costs", costs, lambda found: show_costs(method, found), aside=True)
+    words = live is not None and bool(live.tokens.text)
+    return Pending("trace", "Trace", _TRACE, [by, method], measure, make, live.lm if live and words else None, report,
+                   _NO_WORDS if live and not words else "", with_costs)
 
 # %% ../../nbs/apps/14_measured_tabs.ipynb #818a013f
 def _linked(trace: TraceExplorer, text: TextExplorer) -> TraceExplorer:
@@ -141,11 +161,14 @@ def needle_tab(
 
     def make(found: GridReport | MiddleReport) -> Explorer:
         return PlaceExplorer(found, grid_places(found) if isinstance(found, GridReport) else middle_places(found), lm)
-    return Pending("needle", "Needle", _NEEDLE, [task, places], measure, make, lm, report)
+    able = lm is not None and lm.tokenizer is not None
+    return Pending("needle", "Needle", _NEEDLE, [task, places], measure, make, lm if able else None, report,
+                   _NO_WORDS if lm is not None and not able else "")
 
 # %% ../../nbs/apps/14_measured_tabs.ipynb #7e03ef1d
 _POLICIES = ("Which keys of this text could the model do without? Policies for key-value caches are applied to it exactly, at three "
              "budgets; what follows, the question and the answer or the last tokens, is predicted with what is left.")
+_FEWEST_TOKENS = 16
 _EIGHT = ["h2o", "snapkv", "tova", "keydiff", "ada_kv", "duo_attention", "quest", "minference"]
 _RULES: dict[str, list[str] | None] = {"eight rules": _EIGHT, "three rules": ["snapkv", "tova", "quest"], "all rules": None}
 
@@ -163,7 +186,9 @@ def policies_tab(
         progress.planned = int(plan(policy_lens, live.lm, _asked_or_text(live), **how)["tokens_through"].sum())
         return policy_lens(live.lm, _asked_or_text(live), **how)
 
-    return Pending("policies", "Policies", _POLICIES, [rules], measure, PolicyExplorer, live.lm if live else None, report)
+    short = live is not None and len(live.tokens) < _FEWEST_TOKENS
+    return Pending("policies", "Policies", _POLICIES, [rules], measure, PolicyExplorer, live.lm if live and not short else None, report,
+                   f"Policies take a text of {_FEWEST_TOKENS} tokens or more, and this one has fewer: open a longer one." if short else "")
 
 # %% ../../nbs/apps/14_measured_tabs.ipynb #67287db2
 def _asked_or_text(live: Live) -> Context | Tokens:
@@ -172,8 +197,36 @@ def _asked_or_text(live: Live) -> Context | Tokens:
     asked = ctx is not None and "question" in ctx.spans and len(ctx.completion_ids) and ctx.spans["question"].start >= 2
     return ctx if asked and ctx is not None else live.tokens
 
+# %% ../../nbs/apps/14_measured_tabs.ipynb #collown1
+_FEWEST = 8    # texts
+
+
+def own_texts(
+    pasted: str,    # texts with an empty line between two
+) -> list[str]:     # none where nothing was pasted
+    "The texts that were pasted"
+    found = [t.strip() for t in re.split(r"\n[ \t]*\n", pasted) if t.strip()]
+    if found and len(found) < _FEWEST:
+        raise ValueError(f"{len(found)} texts were given, and {_FEWEST} or more show how texts lie together: put an empty line between two "
+                         "texts, or leave the field empty for generated ones")
+    return found
+
+# %% ../../nbs/apps/14_measured_tabs.ipynb #collown2
+def own_lengths(
+    encoder: Encoder,
+    texts: Sequence[str],
+) -> tuple[int, ...]:    # tokens
+    "To how many tokens they are cut: up to what eight of them have, and the encoder reads"
+    longest, most = sorted(token_counts(encoder, texts))[-_FEWEST], room(encoder, None)
+    lengths = default_lengths(longest if most is None else min(longest, most))
+    if lengths: return lengths
+    raise ValueError(f"the {_FEWEST}th longest text has {longest} tokens: give {_FEWEST} texts or more of 8 tokens or more")
+
 # %% ../../nbs/apps/14_measured_tabs.ipynb #a5eb62b8
-_COLLAPSE = "Do embeddings of longer texts fall into a narrow cone, and does temperature help? Generated documents, cut to every length."
+_COLLAPSE = ("Do embeddings of longer texts fall into a narrow cone, and does temperature help? Documents, cut to every length: generated "
+             "ones, or yours, with an empty line between two.")
+_NO_ENCODER = ("This tab needs an encoder: longlens.explore(lm, text, encoder=longlens.load_encoder()) takes MiniLM, which comes with "
+               "longlens[embed]; encoder= takes a folder or a hub id, too.")
 
 
 def collapse_tab(
@@ -182,12 +235,19 @@ def collapse_tab(
 ) -> Pending:
     "What does length do to embeddings?"
     documents = _menu("texts", {"16": 16, "32": 32, "8": 8}, "140px")
+    own = Textarea(placeholder="texts of yours, with an empty line between two: then the number on the left is not used",
+                   layout=Layout(width="560px", height="90px"))
+    texts: dict[int, list[str]] = {}    # of yours, that were measured
 
     def measure(progress: Progress) -> Report:
-        if encoder is None: raise ValueError("embeddings need the encoder: widget(encoder=encoder)")
-        how: Any = dict(n_documents=documents.value, layer_documents=2, retrieval=())
+        if encoder is None: raise ValueError(_NO_ENCODER)
+        mine = own_texts(own.value)
+        how: Any = dict(n_documents=len(mine) or documents.value, layer_documents=2, retrieval=())
+        if mine: how |= {"texts": mine, "lengths": own_lengths(encoder, mine)}
         progress.planned = int(plan(length_collapse, encoder, **how)["tokens"].sum())
-        return length_collapse(encoder, **how)
+        found = length_collapse(encoder, **how)
+        texts[id(found)] = mine
+        return found
 
-    def make(found: CollapseReport) -> Explorer: return CollapseExplorer(found, encoder)
-    return Pending("collapse", "Collapse", _COLLAPSE, [documents], measure, make, encoder, report)
+    def make(found: CollapseReport) -> Explorer: return CollapseExplorer(found, encoder, texts.get(id(found)) or None)
+    return Pending("collapse", "Collapse", _COLLAPSE, [documents, own], measure, make, encoder, report, _NO_ENCODER)

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from longlens.apps import question_bar as _prompt_form
 
 # %% auto #0
-__all__ = ['answer_room', 'question_context', 'text_asked', 'read_asked', 'QuestionBar', 'Asked', 'asked_of', 'history_options',
-           'answered_html']
+__all__ = ['answer_room', 'question_context', 'text_asked', 'read_asked', 'QuestionBar', 'asked_before', 'Asked', 'asked_of',
+           'history_options', 'answered_html']
 
 # %% ../../nbs/apps/10_question_bar.ipynb #80b221ef
 _ASKED_TOKENS = 32    # of an answer that the model writes
@@ -51,6 +51,17 @@ def _prompt_spans(prompt: TracePrompt) -> dict[str, range]:    # name -> tokens
     first, a, b = int((~blank).nonzero()[0]), int(mine[0]), int(mine[-1]) + 1
     named = {"instruction": range(first, a), "question": range(b, len(prompt))}
     return {name: r for name, r in named.items() if len(r)}
+
+# %% ../../nbs/apps/10_question_bar.ipynb #qbanspn1
+def _answer_span(prompt: TracePrompt) -> dict[str, range]:    # nothing where the words do not stand in the context, or more than once
+    "The words of the answer in the context"
+    words = (prompt.answer.text or "").strip().rstrip(".。!?")
+    text, found = prompt.tokens.text or "", prompt.sources.text
+    if len(words) < 2 or found.count(words) != 1: return {}
+    at = text.find(found)
+    if at < 0: return {}
+    a = at + found.index(words)
+    return {"answer in the text": prompt.tokens.span(a, a + len(words))}
 
 # %% ../../nbs/apps/10_question_bar.ipynb #1b5f91f4
 def _answered_prompt(
@@ -79,7 +90,8 @@ def question_context(
     if lm.tokenizer is None: raise ValueError(f"{lm.name} has no tokenizer, so it cannot be asked anything")
     if not question: raise ValueError("the question is empty: write what you want to know about the text")
     prompt = _answered_prompt(lm, text, question, answer, chat)
-    put: Any = partial(Context, prompt.tokens, _prompt_spans(prompt), question=question, kind="asked", add_special_tokens=not chat,
+    spans = _prompt_spans(prompt) | _answer_span(prompt)
+    put: Any = partial(Context, prompt.tokens, spans, question=question, kind="asked", add_special_tokens=not chat,
                        answers=(answer,) if answer else ())
     made = put(completion=prompt.answer.text or "")
     try: _ = made.completion_ids
@@ -164,18 +176,26 @@ def _typed(self: QuestionBar, content: Any, ask: Callable[[], None]) -> None:
 _MOST_EDITED = 100_000    # characters of a text that can be edited here
 
 
+def asked_before(
+    r: PromptReading,
+) -> tuple[str, str, bool]:    # question and answer, "" where there is none; as a chat?
+    "What a text was asked"
+    asked = r.meta["context"] or {}
+    question = str(asked.get("question") or "").removeprefix("Question:").strip()
+    chat = asked.get("kind") != "asked" or not asked["add_special_tokens"]
+    return question, next(iter(asked.get("answers") or ()), ""), chat
+
+
 @patch
 def show(
     self: QuestionBar,
     r: PromptReading,     # that is shown now
 ) -> None:
     "What was asked of a text"
-    asked = r.meta["context"] or {}
-    self.question.value = str(asked.get("question") or "").removeprefix("Question:").strip()
-    self.answer.value = next(iter(asked.get("answers") or ()), "")
+    self.question.value, self.answer.value, chat = asked_before(r)
     able = bool(r.live and getattr(r.live.lm.tokenizer, "chat_template", None))
     self.chat.layout.display = None if able else "none"
-    self.chat.value = able and (asked.get("kind") != "asked" or not asked["add_special_tokens"])
+    self.chat.value = able and chat
     self.shown = self.question.value, self.answer.value, self.chat.value
     self.source = text_asked(r) or ""
     able = 0 < len(self.source) <= _MOST_EDITED

@@ -5,6 +5,7 @@
 # %% ../../nbs/apps/04_reading.ipynb #64a637a5
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,7 +26,7 @@ from ..measure.statistics import Distance, DistanceProfile, Entropy, Received, R
 from ..models.prefix import croppable, Prefix, continuation, continue_cache, rope_regime, start_cache
 from ..probes.traceback.prompts import context_span
 from ..probes.heads.scores import copy_scores, pattern_scores
-from ..probes.sinks.metrics import heads_frame, judged, mean_received
+from ..probes.sinks.metrics import SINK, heads_frame, judged, mean_received
 from ..report import Measure, Report, Section, Summary, plain
 from ..patch import patch
 from ..models.forward import LongModel
@@ -162,7 +163,8 @@ class PromptReading(Report):
         "Named parts of the text"
         return {name: range(a, b) for name, a, b in self.frames["spans"].iter_rows()}
 
-    if TYPE_CHECKING: summary, details, chart = _reading.summary, _reading.details, _reading.chart    # written below
+    if TYPE_CHECKING:    # written below
+        summary, details, chart, paired = _reading.summary, _reading.details, _reading.chart, _reading.paired
 
 # %% ../../nbs/apps/04_reading.ipynb #39c00256
 @patch
@@ -174,7 +176,32 @@ def details(self: PromptReading) -> list[str]:
     return [f"{len(self.strings):,} tokens; the model says {answer['reply']!r}{known} (log-probability {answer['logprob']:.3f})",
             "heads: " + ", ".join(f"{n} {name}" for name, n in kinds.items()) + f", of {len(self.frames['heads'])}"]
 
+# %% ../../nbs/apps/04_reading.ipynb #rdpair02
+def _words(text: str) -> list[int]:    # where each word begins
+    "Words, by white space; in scripts without spaces, characters"
+    wide = lambda i: text[i] >= "\u2e80"
+    return [i for i, c in enumerate(text) if not c.isspace() and (i == 0 or text[i - 1].isspace() or wide(i) or wide(i - 1))]
+
+
+@patch
+def paired(self: PromptReading) -> pl.DataFrame | None:    # measure, unit, value
+    "How surprising every word of the text is, in bits; without the first, which nothing foretells"
+    f, text = self.frames["tokens"], self.frames["text"]["text"][0]
+    if not text or "end" not in f.columns: return None
+    begins = _words(text)
+    of = pl.Series(begins).search_sorted(f["end"] - 1, side="right") - 1
+    bits = f.select(word=pl.Series(of).cast(pl.Int64).clip(0), bits="surprisal").filter(pl.col("bits").is_finite())
+    sums = bits.group_by("word").agg(pl.col("bits").sum())
+    every = pl.DataFrame({"word": range(1, len(begins))}, schema={"word": pl.Int64}).join(sums, on="word", how="left").fill_null(0.0)
+    name = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return every.select(measure=pl.lit("surprisal"), unit=pl.format("{} {}", pl.lit(name), "word"), value=pl.col("bits").cast(pl.Float64))
+
 # %% ../../nbs/apps/04_reading.ipynb #47b21f04
+def _small(heads: pl.DataFrame) -> Any:    # an Altair chart
+    from longlens.charts.small import small_map
+    return small_map(heads, "head", "layer", "alpha_top", ("head", "layer", "attention on its strongest position"), (0, 1))
+
+
 @patch
 def summary(self: PromptReading) -> Summary:
     "Is the answer right, and which kind of head is there most?"
@@ -182,8 +209,11 @@ def summary(self: PromptReading) -> Summary:
     kinds = {rule.label: sum(rule.holds(h) for h in heads.iter_rows(named=True)) for rule in RULES}
     most = max(kinds, key=lambda k: kinds[k])
     right = {True: "The model answers right", False: "The model does not give the right answer", None: "The model answers"}[answer["right"]]
-    measures = Measure("most_heads", most, kinds[most]), Measure("heads", "Heads", len(heads))
-    return Summary(f"{right}; the kind of most heads is {most}, {kinds[most]:,} of {len(heads):,}.", untested=("other texts",),
+    words = self.paired()
+    surprise = [] if words is None else [Measure("surprisal", "Surprise at a word", words["value"].mean(), "bits", n=words.height)]
+    measures = *surprise, Measure("most_heads", most, kinds[most]), Measure("heads", "Heads", len(heads))
+    return Summary(f"{right}; the kind of most heads is {most}, {kinds[most]:,} of {len(heads):,}.", lambda: _small(heads),
+                   untested=("other texts",),
                    sure="One text, so there is no interval.", measures=measures, quote=str(answer["reply"]))
 
 # %% ../../nbs/apps/04_reading.ipynb #8d0cad78
@@ -191,7 +221,8 @@ def summary(self: PromptReading) -> Summary:
 def chart(self: PromptReading) -> Any:
     "How strongly every head looks at one position"
     from longlens.charts.common import head_map
-    return head_map(self.frames["heads"], "alpha_top", title="The strongest sink of every head", unit="share", threshold=.3)
+    return head_map(self.frames["heads"], "alpha_top", title="The strongest sink of every head", name="attention on its strongest position",
+                    unit="share", threshold=.3)
 
 # %% ../../nbs/apps/04_reading.ipynb #6733852a
 _ENDS = 4, 256    # first and last tokens that a streaming head would keep (arXiv 2309.17453, 2410.10819)
@@ -214,7 +245,7 @@ def _copied(live: Live) -> dict[str, Tensor]:    # (layers, heads)
     "Scores of every head from the rows that write the answer: how much of the needle it copies, and how much it attends to it"
     ctx, n = live.context, len(live.tokens)
     if ctx is None or not len(ctx.completion_ids): return {}
-    span = next((ctx.spans[k] for k in ("needle", "gold") if k in ctx.spans), None)
+    span = next((ctx.spans[k] for k in ("needle", "gold", "answer in the text") if k in ctx.spans), None)
     if span is None: return {}
     want = ctx.completion_ids
     steps = torch.cat([ctx.tokens.ids[-1:], want[:-1]])
@@ -340,16 +371,16 @@ class Rule:
     column: str      # what it is judged by
     limit: float     # this or more
     criterion: str   # the rule
+    above: bool = False    # is exactly the limit too little?
 
     def holds(self, head: Mapping[str, Any]) -> bool:
         "Is it one?"
         value = head.get(self.column)
-        return value is not None and value == value and value >= self.limit
+        return value is not None and value == value and (value > self.limit if self.above else value >= self.limit)
 
 # %% ../../nbs/apps/04_reading.ipynb #021250e9
 RULES = [
-    Rule("sink", "alpha_top", .3,
-         "one position gets 0.3 or more of its attention, averaged over the queries that see it (Gu et al. 2024)"),
+    Rule("sink", "alpha_top", .3, SINK.format(epsilon=.3), above=True),
     Rule("retrieval", "retrieval_score", .1,
          "while the answer is said, it copies 0.1 or more of the needle's tokens (Wu et al. 2024)"),
     Rule("induction", "induction", .3,

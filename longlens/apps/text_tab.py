@@ -14,6 +14,7 @@ from .app import Explorer
 from .head_panels import head_row
 from .heads import Choice
 from .linked_chart import picture
+from .one_head import HeadAttention, read_head, strongest
 from .reading import PromptReading
 from ..charts.token_view import Shade, TextData, token_view, utf16_text
 from ..report import Report
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 __all__ = ['TextExplorer']
 
 # %% ../../nbs/apps/12_text_tab.ipynb #0ecd00b8
-_CAPTION = ("Every token, shaded by the quantity that is chosen above it. Click a token, or move with the arrow keys: Heads looks from it "
-            "too. Attention from the selected token is that of the head that is chosen there.")
+_CAPTION = ("Every token, shaded by the quantity that is chosen above it. Point at a token, or move with the arrow keys: a line below a "
+            "token says that it is looked at, a line above that it looks here, in the head that is chosen in Heads. Click a token, and "
+            "Heads looks from it too.")
 
 
 class TextExplorer(Explorer):
@@ -37,8 +39,9 @@ class TextExplorer(Explorer):
 
     if TYPE_CHECKING:    # each is written where it is explained
         show_trace, opened, state, restore = _text_tab.show_trace, _text_tab.opened, _text_tab.state, _text_tab.restore
-        shared = _text_tab.shared
+        shared, _link = _text_tab.shared, _text_tab._link
         _select, _is_open, _follow = _text_tab._select, _text_tab._is_open, _text_tab._follow
+        _read_head = _text_tab._read_head
 
     def __init__(
         self,
@@ -49,9 +52,12 @@ class TextExplorer(Explorer):
         received = Shade(f["received"].to_numpy(), "log", note="mean share over all heads, of the queries that see it")
         shades = {"attention received": received, "surprisal": Shade(f["surprisal"].to_numpy(), note="bits")}
         self.quantities = shades
+        self.head: HeadAttention | None = None    # that is looked at
         self.view = token_view(reading.shown, shades, reading.spans, choice.token, height=460, top=8)
+        if reading.live is not None: self.view.link(None)
         super().__init__([picture("The text", self.view, _CAPTION, classes=["lx-wide"])])
         self.view.observe(self.guarded(lambda change: self._select(change.new)), "selected")
+        self.view.observe(self.guarded(lambda change: self._link(change.new)), "hovered")
         self.choice.observe(self.guarded(lambda _: self._follow()), ["token", "head"])
 
 # %% ../../nbs/apps/12_text_tab.ipynb #56c27452
@@ -72,11 +78,32 @@ def _follow(self: TextExplorer) -> None:
     if self.report.live is None: return
     (layer, head), weights = self.choice.head, np.full(len(self.report.strings), np.nan)
     weights[:self.choice.token + 1] = head_row(self.report, self.choice.token, layer, head).numpy()
-    self.view.shade("attention from the selected token", Shade(weights, note=f"layer {layer}, head {head}"))
+    self.view.shade("attention from the selected token", Shade(weights, "log", note=f"layer {layer}, head {head}"))
+    self._link(self.view.hovered if self.view.hovered is not None else self.choice.token)
 
 
 @patch
 def opened(self: TextExplorer) -> None: self._follow()
+
+# %% ../../nbs/apps/12_text_tab.ipynb #ttlink02
+@patch
+def _read_head(self: TextExplorer) -> None:
+    "Read the text once more for the head that is chosen, unless something else is running"
+    live, (layer, head) = self.report.live, self.choice.head
+    if live is None or self.app.thread is not None: return
+    def show(found: HeadAttention) -> None:
+        self.head = found
+        if self.choice.head == (layer, head): self._link(self.view.hovered if self.view.hovered is not None else self.choice.token)
+    self.app.run(f"layer {layer}, head {head}", lambda progress: read_head(live, layer, head), show, live.lm, aside=True)
+
+
+@patch
+def _link(self: TextExplorer, token: int | None) -> None:
+    "Where a token looks, and who looks at it"
+    if token is None: return
+    if self.head is None or (self.head.layer, self.head.head) != self.choice.head: return self._read_head()
+    note = f"layer {self.head.layer}, head {self.head.head}"
+    self.view.link(token, strongest(self.head.row(token)), strongest(self.head.column(token)), note)
 
 # %% ../../nbs/apps/12_text_tab.ipynb #b4d45569
 @patch

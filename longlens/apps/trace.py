@@ -28,12 +28,13 @@ from ..charts.trace_view import trace_view
 from ..patch import patch
 from ..models.forward import LongModel
 from ..models.tokens import Span, span_ends, Tokens
+from ..probes.traceback.method_names import CASES, MEASURED, method_lines, method_name
 from ..probes.traceback.probe import trace_context
 from ..probes.traceback.prompts import trace_prompt
 from ..probes.traceback.frames import excerpt, with_evidence
 from ..probes.traceback.report import Trace
 from ..probes.traceback.sources import TracePrompt, subset_ids
-from ..probes.traceback.tracer import load_methods
+from ..probes.traceback.tracer import TraceCost, load_methods
 from ..run import plan
 from ..text import part_labels, probability_text, visible
 
@@ -41,7 +42,8 @@ if TYPE_CHECKING:
     from longlens.apps import trace as _trace_app
 
 # %% auto #0
-__all__ = ['trace_span', 'SourceReply', 'prompt_of_trace', 'usable_methods', 'TraceExplorer', 'removal_html', 'explore_trace']
+__all__ = ['trace_span', 'SourceReply', 'prompt_of_trace', 'usable_methods', 'method_costs', 'show_costs', 'TraceExplorer',
+           'removal_html', 'explore_trace']
 
 # %% ../../nbs/apps/11_trace.ipynb #bfd0e92e
 _Span = tuple[int, int]    # first token of the answer, one past the last
@@ -113,6 +115,41 @@ def usable_methods(
     chat = bool(getattr(lm.tokenizer, "chat_template", None))
     return [name for name, t in load_methods().items() if "heads" not in t.needs and (chat or "chat" not in t.needs)]
 
+# %% ../../nbs/apps/11_trace.ipynb #tmenu002
+def _method_menu(r: Trace, lm: LongModel | None) -> Dropdown:
+    "The methods that can be taken, in words; that of the trace is chosen"
+    method = r.meta["method"]
+    names = usable_methods(lm) if lm is not None else [method]
+    lines = method_lines(dict.fromkeys(names if method in names else [*names, method]))
+    return Dropdown(options=list(lines.items()), value=method, description="method", layout=Layout(width="560px"),
+                    style=dict(description_width="60px"),
+                    tooltip=f"right: the first source was a true one, in {CASES} {MEASURED}")
+
+# %% ../../nbs/apps/11_trace.ipynb #tmenu003
+def method_costs(
+    lm: LongModel,
+    prompt: TracePrompt,       # with an answer
+    methods: Sequence[str],
+    progress: Progress,        # stops it between two
+) -> dict[str, TraceCost | None]:    # None: it cannot be planned, and says why when it is chosen
+    "What methods cost on a prompt; nothing is run"
+    costs: dict[str, TraceCost | None] = {}
+    for i, name in enumerate(methods):
+        progress(i / len(methods), method_name(name))
+        try: costs[name] = plan(trace_context, lm, prompt, method=name)
+        except (ValueError, MemoryError): costs[name] = None
+    return costs
+
+
+def show_costs(
+    menu: Dropdown,                             # of methods
+    costs: Mapping[str, TraceCost | None],
+) -> None:
+    "Write what each method costs beside its name"
+    chosen, lines = menu.value, method_lines(costs)
+    menu.options = list(lines.items())
+    menu.value = chosen
+
 # %% ../../nbs/apps/11_trace.ipynb #b504b52a
 class TraceExplorer(Explorer):
     "Sources of an answer: pick a span, take sources away"
@@ -131,8 +168,11 @@ class TraceExplorer(Explorer):
         report: Trace,                          # what was traced first
         model: LongModel | None = None,         # its model, to ask more
         prompt: TracePrompt | None = None,      # its prompt; None: made again
+        method: Dropdown | None = None,         # the menu of methods, where there is one already
     ):
         self.report, self.model, f = report, model, report.frames["answer"]
+        self.method = method or _method_menu(report, model)
+        self.owned = [self.method]
         self.prompt = prompt_of_trace(model, report) if prompt is None and model is not None else prompt
         self.removed: set[int] = set()    # numbers of sources that are taken away
         self.whole: SourceReply | None = None    # to all sources
@@ -159,10 +199,6 @@ def _pickers(self: TraceExplorer, first: _Span) -> None:
     ends = [(visible(w, 14), i) for i, w in enumerate(part_labels(self.words))]
     self.span = SelectionRangeSlider(options=ends, value=(first[0], first[1] - 1), description="span of the answer", readout=False,
                                      layout=Layout(width="420px"), style=dict(description_width="130px"))
-    method = self.report.meta["method"]
-    names = usable_methods(self.model) if self.model is not None else [method]
-    self.method = Dropdown(options=names, value=method if method in names else names[0],
-                           description="method", layout=Layout(width="230px"), style=dict(description_width="60px"))
     self.go = Button(description="Trace this span", icon="search", layout=Layout(width="150px"))
     self.quote, self.found, self.result, self.how, self.twice = html_box(), VBox(), html_box(), html_box(), html_box()
     self.list, self.ask = VBox(), Button(description="Ask without them", icon="play", layout=Layout(width="160px"))
@@ -171,8 +207,8 @@ def _pickers(self: TraceExplorer, first: _Span) -> None:
 # %% ../../nbs/apps/11_trace.ipynb #e8847775
 _CAPTIONS = {    # how to read it
     "view": "Click a word of the answer, and its sources are found. A click on a row below the text shows that source.",
-    "list": "The sources with the highest scores: number, from 0, score, and beginning. Take some away and ask again. An answer that "
-            "stands without a source can still come from it, where another source says the same.",
+    "list": "The sources with the highest scores: number, score, and the sentence that matters. Take some away and ask again. An answer "
+            "that stands without a source can still come from it, where another source says the same.",
 }
 
 # %% ../../nbs/apps/11_trace.ipynb #c01e3b21
@@ -246,7 +282,7 @@ def _scored_html(
 ) -> str:          # HTML
     "What the shades mean, in the words of the method"
     unit, meaning = f" ({_unit(r)})" if _unit(r) else "", f": {r.meta['says']}" if r.meta.get("says") else ""
-    note = f"Each source of the context is shaded by its score{unit}{meaning}. Method: {r.meta['method']}."
+    note = f"Each source of the context is shaded by its score{unit}{meaning}. Method: {method_name(r.meta['method'])}."
     return f'<p class="lx-caption">{say(note, 400)}</p>'
 
 # %% ../../nbs/apps/11_trace.ipynb #19b014fa
@@ -261,7 +297,7 @@ def _copies_html(
     rows = r.frames["sources"].sort("source").select("source", "text").iter_rows()
     where = [i for i, text in rows if found.search(" ".join(text.split()))]
     if len(where) < 2: return ""
-    named = ", ".join(map(str, where[:most])) + ", …" * (len(where) > most)
+    named = ", ".join(str(i + 1) for i in where[:most]) + ", …" * (len(where) > most)
     note = f"“{excerpt(words)}” stands in {len(where)} sources ({named}): without one of them, the answer can come from another."
     return f'<p class="lx-soft">{say(note, 300)}</p>'
 
@@ -289,7 +325,7 @@ def _trace(self: TraceExplorer, wanted: _Span | None = None) -> None:
 # %% ../../nbs/apps/11_trace.ipynb #57f834b3
 def _source_box(x: Mapping[str, Any], unit: str, kept: bool, disabled: bool) -> Checkbox:    # source, score, text
     score = "–" if x["score"] is None else f"{x['score']:.3g} {unit}".strip()
-    label = f"{x['source']} · {score} · {x['excerpt'] or excerpt(x['text'], 120)}"
+    label = f"{x['source'] + 1} · {score} · {x['excerpt'] or excerpt(x['text'], 120)}"
     return Checkbox(kept, description=label, indent=False, layout=Layout(width="auto"), disabled=disabled)
 
 # %% ../../nbs/apps/11_trace.ipynb #95430322
@@ -343,7 +379,7 @@ def removal_html(
     found: SourceReply,         # without some
 ) -> str:                       # HTML
     "The answer with and without some sources"
-    names = ", ".join(map(str, removed[:6])) + ", …" * (len(removed) > 6)
+    names = ", ".join(str(i + 1) for i in removed[:6]) + ", …" * (len(removed) > 6)
     head = "<tr><th></th><th>the model says</th><th>log-probability</th><th>probability</th></tr>"
     note = f'<p class="lx-caption">Probability of “{say(answer, 120)}”.</p>'
     rows = _reply_line("with all sources", whole) + _reply_line(f"without {names}", found)

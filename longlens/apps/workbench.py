@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .app import App, Build, Explorer, read_parts
+from .compare import CompareExplorer
 from .heads import Choice, strongest_head
 from .heads_on_text import ReadingExplorer
 from .measured_tabs import collapse_tab, needle_tab, policies_tab, trace_tab
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 __all__ = ['Workbench', 'explore_reading', 'explore']
 
 # %% ../../nbs/apps/15_workbench.ipynb #3377b136
-_ABOUT_TEXT = ("heads", "tokens", "trace", "policies")    # tabs that a question changes
+_ABOUT_TEXT = ("heads", "tokens", "trace", "policies", "compare")    # tabs that a question changes
 
 
 class Workbench(App[PromptReading]):
@@ -162,7 +163,8 @@ def _show_asked(self: Workbench, reading: PromptReading) -> None:
     parts = {e.name: e.report for e in self.explorers if e.name not in _ABOUT_TEXT and e.report is not None}
     before, again = self.report, bool(self.asking.shown[0])
     self.open_report(reading, parts)
-    if again and before.frames["heads"].shape == reading.frames["heads"].shape: self.answered.value += moved_html(before, reading)
+    heads = [r.frames["heads"].select("layer", "head") for r in (before, reading)]
+    if again and heads[0].equals(heads[1]): self.answered.value += moved_html(before, reading)
 
 # %% ../../nbs/apps/15_workbench.ipynb #af8a9168
 def _tabs(
@@ -170,15 +172,11 @@ def _tabs(
     encoder: Encoder | None,
     parts: Mapping[str, Report],        # other reports, by tab
 ) -> list[Explorer]:
-    "The tabs that a text has something for"
+    "All tabs; what one cannot do with this text it says, and how it could"
     lm, choice = r.live.lm if r.live else None, Choice(token=len(r.strings) - 1, head=strongest_head(r.frames["heads"]))
     text = TextExplorer(r, choice)
-    out: list[Explorer] = [ReadingExplorer(r, choice), text]
-    if "trace" in parts or (r.live and r.live.tokens.text): out.append(trace_tab(r, text, parts.get("trace")))
-    if "needle" in parts or (lm and lm.tokenizer): out.append(needle_tab(lm, len(r.strings), parts.get("needle")))
-    if "policies" in parts or (r.live and len(r.strings) >= 16): out.append(policies_tab(r.live, parts.get("policies")))
-    if "collapse" in parts or encoder is not None: out.append(collapse_tab(encoder, parts.get("collapse")))
-    return out
+    return [ReadingExplorer(r, choice), text, trace_tab(r, text, parts.get("trace")), needle_tab(lm, len(r.strings), parts.get("needle")),
+            policies_tab(r.live, parts.get("policies")), collapse_tab(encoder, parts.get("collapse")), CompareExplorer(r)]
 
 # %% ../../nbs/apps/15_workbench.ipynb #c27575da
 def explore_reading(

@@ -24,6 +24,7 @@ from .kernels import attend_call
 from .logits import AttentionCall
 from .masks import Mask
 from .operator import AttentionOperator
+from ..models.architecture import state_only
 from ..models.text_model import TextModel, eval_mode
 from ..models.tokens import HFModel
 
@@ -371,6 +372,7 @@ def _own_code(hf: Any) -> str | None:
 
 def _check(hf: Any) -> None:
     name = type(hf).__name__
+    if state_only(hf): raise UnsupportedModel(f"{name} has no attention, only recurrent states: state_lens looks at those")
     if not hf._can_set_attn_implementation():
         if own := _own_code(hf): raise UnsupportedModel(own)
         raise UnsupportedModel(f"{name} does not route its attention through transformers' AttentionInterface, so longlens cannot "

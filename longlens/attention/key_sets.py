@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import reduce
+from operator import and_
 
 import torch
 from torch import Tensor
@@ -71,38 +73,41 @@ def _attend_kept(call: AttentionCall, alive: Tensor) -> Result:  # alive: (kv_he
 def _seen(call: AttentionCall, rows: range, keys: range) -> Tensor:  # bool, (heads|1, rows, keys)
     "What a block of queries sees"
     band = band_tile(call.mask, rows, keys, call.q.device)
-    seen = torch.ones(1, len(rows), len(keys), dtype=torch.bool, device=call.q.device) if band is None else band[None]
     heads, kv = call.q.shape[1], call.k.shape[1]
-    for s in call.sets:
-        if (tile := key_set_tile(s, 0, slice(0, heads), slice(0, kv), rows, keys)) is not None: seen = seen & tile
-    return seen
+    tiles = [key_set_tile(s, 0, slice(0, heads), slice(0, kv), rows, keys) for s in call.sets]
+    parts = [x for x in (None if band is None else band[None], *tiles) if x is not None]
+    return reduce(and_, parts) if parts else torch.ones(1, len(rows), len(keys), dtype=torch.bool, device=call.q.device)
 
 # %% ../../nbs/attention/05_key_sets.ipynb #b1686481
+_HIDDEN = 1e30  # is taken off the scores of hidden keys; exp(-1e30) is 0, and no entry is infinite
+
+
 def _attend_block(call: AttentionCall, rows: range, keys: range) -> Result:
     "Attention of a block of queries over the keys that some of them sees"
     r, seen = slice(rows.start, rows.stop), _seen(call, rows, keys)
     k, v = (x[:, :, keys.start:keys.stop] for x in (call.k, call.values))
-    used = seen.any(1)  # (heads|1, keys)
-    if len(used) > 1: used = used.unflatten(0, (k.shape[1], -1)).any(1)  # (kv_heads, keys)
+    used = seen.view(torch.uint8).amax(1)  # (heads|1, keys); of bytes, which is quicker than any()
+    if len(used) > 1: used = used.unflatten(0, (k.shape[1], -1)).amax(1)  # (kv_heads, keys)
     most = max(1, int(used.sum(-1).max()))
     if most < .75 * len(keys):
-        at = used.to(torch.int8).topk(most, -1).indices.sort(-1).values
+        at = used.topk(most, -1).indices.sort(-1).values
         k, v = (_gather(x, at.expand(x.shape[1], -1)) for x in (k, v))
         of_heads = at.repeat_interleave(len(seen) // len(at), 0)  # (heads|1, most)
         seen = seen.gather(-1, of_heads[:, None].expand(-1, len(rows), -1))
-    bias = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)
+    bias = (seen.view(torch.int8) - 1).to(torch.float32).mul_(_HIDDEN)
     out, lse = fused(call.q[:, :, r], k, v, call.scale, bias=bias)
-    nothing = ~seen.any(-1)[None]  # there a kernel may say anything
+    nothing = lse < -_HIDDEN / 2  # no key is seen: the weights are those of hidden keys
     return out.masked_fill(nothing[..., None], 0), lse.masked_fill(nothing, -torch.inf)
 
 # %% ../../nbs/attention/05_key_sets.ipynb #91c638ae
-_BLOCK = {"cpu": 1 << 22, "cuda": 1 << 26}  # entries of a mask at a time
+_BLOCK = {"cpu": 1 << 22, "cuda": 1 << 26}  # entries of a mask at a time; a quarter where each query has its own, for the cache's sake
 
 
 def _attend_blocks(call: AttentionCall) -> Result:
     "A block of queries at a time"
     n, n_k, m = call.q.shape[2], call.k.shape[2], call.mask
-    step = min(256, max(16, _BLOCK.get(call.q.device.type, _BLOCK["cpu"]) // (call.q.shape[1] * n_k)))
+    entries = _BLOCK.get(call.q.device.type, _BLOCK["cpu"]) // (4 if any(s.choice is not None for s in call.sets) else 1)
+    step = min(256, max(16, entries // (call.q.shape[1] * n_k)))
     parts = []
     for a in range(0, n, step):
         rows = range(a, min(a + step, n))

@@ -316,7 +316,7 @@ NEVER = 2**62  # as `until`: no query loses the key
 @dataclass(frozen=True, eq=False)
 class KeyChoice:
     "Keys that are chosen anew for every query"
-    choose: Callable[[int, Tensor], Tensor]  # sample and queries (m,) of the call that it was made for -> bool, (heads|1, m, n_keys)
+    choose: Callable[[int, Tensor], Tensor]  # sample and queries (m,) of its call -> bool, (heads|1, m, n_keys); keys left out at the end: not seen
     queries: Tensor  # which of that call's queries are meant, (n_queries,)
     keys: Tensor  # which of its keys, (n_keys,)
     heads: Tensor | None = None  # which of its query heads, (heads,); None: all
@@ -332,7 +332,10 @@ class KeyChoice:
             self.last[key] = self.choose(self.sample + b, wanted)
         found = self.last[key]
         if len(found) > 1: found = found[heads if self.heads is None else self.heads[heads]]
-        return found[..., self.keys[keys.start:keys.stop].to(found.device)]
+        at = self.keys[keys.start:keys.stop]
+        if len(at) and int(at.max()) >= found.shape[-1]: found = torch.nn.functional.pad(found, (0, int(at.max()) + 1 - found.shape[-1]))
+        if len(at) and int(at[-1] - at[0]) == len(at) - 1: return found[..., int(at[0]):int(at[-1]) + 1]  # one after another: no copy
+        return found[..., at.to(found.device)]
 
 # %% ../../nbs/attention/00_masks.ipynb #9b0dfa7c
 @dataclass(frozen=True, eq=False)
@@ -366,7 +369,7 @@ def key_set_tile(
         alive = keyset.at[b if len(keyset.at) > 1 else 0, rows.start:rows.stop, None] < until
         if len(alive) > 1: alive = alive.repeat_interleave((heads.stop - heads.start) // len(alive), 0)
         seen = alive if seen is None else seen & alive
-    return None if seen is None else seen | ~after
+    return seen if seen is None or bool(after.all()) else seen | ~after
 
 # %% ../../nbs/attention/00_masks.ipynb #b15769dd
 def narrow_key_set(

@@ -24,7 +24,7 @@ from ..report import Report, Section as Section, Summary, atomic_write
 from ..text import visible
 
 # %% auto #0
-__all__ = ['PAGE', 'Part', 'say', 'paragraphs', 'table_html', 'as_json', 'drawing', 'apart', 'beside', 'figure', 'facts',
+__all__ = ['PAGE', 'Part', 'say', 'paragraphs', 'table_html', 'as_json', 'drawing', 'apart', 'beside', 'figure', 'flat', 'facts',
            'leaves', 'notes_html', 'words_html', 'picture_place', 'vega_script', 'static', 'policy', 'document_html',
            'page_html', 'write_page']
 
@@ -143,6 +143,40 @@ def figure(
         places.append(picture_place(chart, drawings, section.title if title is alt.Undefined else str(title)))
     return f'<figure class="{pairs}" aria-label="{say(section.title, 200)}">{"".join(places)}</figure>'
 
+# %% ../../nbs/charts/06_page.ipynb #pgflat02
+_MAIN = {"rect": "color", "bar": "xy", "line": "y", "point": "y", "area": "y", "circle": "y"}    # mark -> the channel of its values
+
+
+def _drawn(spec: dict[str, Any], rows: list[dict[str, Any]], data: dict[str, list[dict[str, Any]]]) -> Iterator[float]:
+    "The numbers that the marks of a chart stand for"
+    own = spec.get("data") or {}
+    rows = data.get(own.get("name", ""), own.get("values", rows))
+    for part in spec.get("layer", []): yield from _drawn(part, rows, data)
+    mark = spec.get("mark", {})
+    kind = mark if isinstance(mark, str) else mark.get("type", "")
+    channels = spec.get("encoding", {})
+    for c in {"color": ["color"], "y": ["y"], "xy": ["x", "y"]}.get(_MAIN.get(kind, ""), []):
+        e = channels.get(c, {})
+        if not isinstance(e, dict) or e.get("type") != "quantitative" or "field" not in e: continue
+        yield from (float(r[e["field"]]) for r in rows if isinstance(r.get(e["field"]), int | float))
+
+# %% ../../nbs/charts/06_page.ipynb #pgflat03
+def flat(
+    chart: ChartType,
+) -> float | None:    # the value; None: there are several, or none
+    "The one value that a chart shows everywhere"
+    spec = drawing(chart)["spec"]
+    found = {float(f"{v:.4g}") for v in _drawn(spec, [], spec.get("datasets", {})) if v == v}
+    return found.pop() if len(found) == 1 else None
+
+# %% ../../nbs/charts/06_page.ipynb #pgflat05
+def _folded_if_flat(section: Section, picture: str) -> str:    # HTML
+    "A picture; folded, where all that it shows is one value"
+    values = [flat(chart) for chart in apart(section.chart)]
+    if None in values: return picture
+    said = ", ".join(dict.fromkeys(f"{v:.4g}" for v in values))
+    return f"<details class='flat'><summary>The picture: every value is {said}</summary>{picture}</details>"
+
 # %% ../../nbs/charts/06_page.ipynb #9c8b1727
 def _section_html(
     section: Section,               # what to show
@@ -152,7 +186,7 @@ def _section_html(
     texts: list[dict[str, Any]],    # all texts of the page so far
 ) -> str:                           # HTML
     "A heading, the text, the picture, the shaded text, the folded table"
-    chart = figure(section, drawings) if section.chart is not None else ""
+    chart = _folded_if_flat(section, figure(section, drawings)) if section.chart is not None else ""
     table = table_html(section.table, section.title) if section.table is not None else ""
     place = f'<div class="text" data-texts="{len(texts)}"></div>' if section.view is not None else ""
     if section.view is not None: texts.append(section.view.page())
@@ -213,7 +247,8 @@ def _folded(reports: Sequence[Report]) -> str:
 def _name(report: Report) -> str:    # its title, or ToyReport: Toy report; with the method, if there is one
     kind = type(report).__name__
     name = report.title or "".join(f" {c.lower()}" if c.isupper() and i else c for i, c in enumerate(kind))
-    return f"{name}, {method}" if isinstance(method := report.meta.get("method"), str) else name
+    method = report.meta.get("method_name") or report.meta.get("method")    # in words, where it has them
+    return f"{name}, {method}" if isinstance(method, str) else name
 
 # %% ../../nbs/charts/06_page.ipynb #8e07a3b0
 def _list(lines: Sequence[str]) -> str: return f'<ul>{"".join(f"<li>{say(line)}</li>" for line in lines)}</ul>'

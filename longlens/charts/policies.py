@@ -25,14 +25,26 @@ def _lines(frame: pl.DataFrame, value: str) -> pl.DataFrame:
     return f.with_columns(last=pl.col("budget") == pl.col("budget").max().over("policy"), policy=shown_text(f["policy"]))
 
 # %% ../../nbs/charts/10_policies.ipynb #cc89fd91
+def _named_ends(f: pl.DataFrame, span: tuple[float, float], height: int = 360) -> pl.DataFrame:  # value, policy, all, kind
+    "Names at the ends of lines, from top to bottom; lines that end at the same place have one name together"
+    pixel = ((span[1] - pl.col("value")) / ((span[1] - span[0]) or 1) * height).round(0)
+    some = pl.col("policy").head(2).str.join(", ")
+    more = pl.when(pl.len() > 2).then(pl.format("{} and {} more", some, pl.len() - 2)).otherwise(some)
+    kind = pl.when(pl.col("kind").n_unique() == 1).then(pl.col("kind").first()).otherwise(pl.lit(None))
+    found = f.filter("last").group_by(pixel.alias("pixel"), maintain_order=True)
+    return found.agg(pl.col("value").mean(), policy=more, all=pl.col("policy").str.join(", "), kind=kind).sort("pixel").drop("pixel")
+
+
 def _apart_texts(ends: pl.DataFrame, height: int, span: tuple[float, float], gap: float = 11) -> pl.DataFrame:
-    "The ends of lines with dy, so that their names do not overlap"
-    ends = ends.sort("value", descending=True)
+    "The names, from top to bottom, with y (pixels), at least a gap from each other and not below the plot"
     at = [(span[1] - v) / ((span[1] - span[0]) or 1) * height for v in ends["value"]]
     placed: list[float] = []
     for y in at: placed.append(max(y, placed[-1] + gap) if placed else y)
-    over = max(0., placed[-1] - height - 20) if placed else 0.
-    return ends.with_columns(y=pl.Series([p - over * i / max(1, len(placed) - 1) for i, p in enumerate(placed)]))
+    lowest = height + gap
+    for i in reversed(range(len(placed))):
+        placed[i] = min(placed[i], lowest)
+        lowest = placed[i] - gap
+    return ends.with_columns(y=pl.Series(placed, dtype=pl.Float64))
 
 # %% ../../nbs/charts/10_policies.ipynb #2272fa53
 def frontier(
@@ -42,10 +54,12 @@ def frontier(
     unit: str = "",  # of the value
 ) -> alt.LayerChart:
     "Quality by budget, a line for each policy"
-    f, height, width = _lines(frame, value), 360, 520
+    f, width = _lines(frame, value), 520
     what = label(value, unit)
     how, _ = y_axis(f["value"], what, False)
     low, high = how["scale"].domain
+    ends = _named_ends(f, (low, high))
+    height = max(360, 11 * len(ends))
     names = f["policy"].unique(maintain_order=True).to_list()
     shares = f["budget"].max() <= 1
     axis = axis_style(title="keys kept of the prompt" if shares else "keys", values=f["budget"].unique().sort().to_list(),
@@ -61,16 +75,18 @@ def frontier(
     dash = alt.StrokeDash("kind:N", scale=alt.Scale(domain=kinds, range=[[5, 4] if k == "control" else [1, 0] for k in kinds]), legend=None)
     line = base.mark_line(strokeWidth=2).encode(strokeDash=dash)
     points = base.mark_circle(size=60).encode(tooltip=tips).add_params(pick)
-    chart = alt.layer(line, points, _end_names(f, height, (low, high), colour)).properties(width=width, height=height)
+    chart = alt.layer(line, points, _end_names(ends, height, (low, high), kinds)).properties(width=width, height=height)
     text = f"{len(names)} policies; controls are dashed. Point at a line to see it alone."
     return titled(chart, title or label(value).capitalize(), text, width)
 
 # %% ../../nbs/charts/10_policies.ipynb #8d2bc94e
-def _end_names(f: pl.DataFrame, height: int, span: tuple[float, float], colour: alt.Color) -> alt.Chart:
-    "Names of the lines, at the right of the plot"
-    ends = _apart_texts(f.filter("last"), height, span)
-    text = alt.Chart(inline_data(ends)).mark_text(align="left", dx=8, fontSize=10, tooltip=None)
-    return text.encode(x=alt.value("width"), y=alt.Y("y:Q", scale=None, axis=None), text="policy:N", color=colour)
+def _end_names(ends: pl.DataFrame, height: int, span: tuple[float, float], kinds: list[str]) -> alt.Chart:
+    "Names of the lines, at the right of the plot; a name of lines of several kinds is dark"
+    text = alt.Chart(inline_data(_apart_texts(ends, height, span))).mark_text(align="left", dx=8, fontSize=10)
+    colour = alt.Color("kind:N", scale=alt.Scale(domain=kinds, range=[_KINDS[k] for k in kinds]))
+    named = alt.condition("datum.kind == null", alt.value("#333333"), colour)
+    return text.encode(x=alt.value("width"), y=alt.Y("y:Q", scale=None, axis=None), text="policy:N", color=named,
+                       tooltip=tooltips(("all", "nominal", "policies")))
 
 # %% ../../nbs/charts/10_policies.ipynb #ecefc98e
 def kept_strip(

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import json
+from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
+from html import escape
 from typing import Any
 
 import altair as alt
@@ -19,7 +21,7 @@ from .page import drawing
 from ..text import visible
 
 # %% auto #0
-__all__ = ['small_map', 'small_curve', 'small_bars', 'share_axes', 'picture_html']
+__all__ = ['small_map', 'small_curve', 'small_bars', 'share_axes', 'picture_html', 'image_html']
 
 # %% ../../nbs/charts/09_small.ipynb #e1701ceb
 _WIDE, _HIGH = 250, 120    # of the plot; axes and legend make it about 320 by 180
@@ -157,3 +159,14 @@ def picture_html(
     import vl_convert
     spec = drawing(chart)["spec"]
     return f"<div style='max-width:100%'>{vl_convert.vegalite_to_svg(json.dumps(spec))}</div>"
+
+# %% ../../nbs/charts/09_small.ipynb #smpng002
+def image_html(
+    chart: ChartType,
+) -> str:    # an img element with a PNG in it
+    "A chart as a picture that code hosts show, too"
+    import vl_convert
+    spec = drawing(chart)["spec"]
+    dark = json.dumps(spec).replace('"currentColor"', '"#1d2126"').replace('"transparent"', '"#ffffff"')
+    png = b64encode(vl_convert.vegalite_to_png(dark, scale=1.5)).decode()
+    return f"<img alt='{escape(visible(str(spec.get('description', 'chart')), 200), quote=True)}' src='data:image/png;base64,{png}'>"

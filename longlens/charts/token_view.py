@@ -5,10 +5,12 @@
 # %% ../../nbs/charts/07_token_view.ipynb #e136fa68
 from __future__ import annotations
 
+import math
 import re
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import anywidget
@@ -19,7 +21,7 @@ from .page import as_json, static
 from ..models.text_model import TextModel
 from ..models.tokens import Tokens, owned_characters, span_ends
 from ..patch import patch
-from ..text import character_starts
+from ..text import character_starts, seen
 
 if TYPE_CHECKING:
     from longlens.charts import token_view as _token_view
@@ -259,10 +261,14 @@ class TokenView(_Chosen, anywidget.AnyWidget):
     _spans: List = List().tag(sync=True)
     _settings = Dict().tag(sync=True)
     asked: List = List(Int()).tag(sync=True)    # tokens (first, one past the last) of the word of the answer that was clicked
+    hovered = Int(None, allow_none=True).tag(sync=True)    # the unit that is pointed at, where `_settings` asks for links
+    _links = Dict().tag(sync=True)
 
     if TYPE_CHECKING:  # each is written where it is explained
         shade = _token_view.shade
         mark = _token_view.mark
+        link = _token_view.link
+        _repr_mimebundle_ = _token_view._repr_mimebundle_
 
     def __init__(
         self,
@@ -313,6 +319,66 @@ def mark(
     rows = _span_rows(spans, self._n, colours)
     self.selected_span = ""
     self._span_names, self._spans = [row["name"] for row in rows], rows
+
+# %% ../../nbs/charts/07_token_view.ipynb #tvlink02
+@patch
+def link(
+    self: TokenView,
+    unit: int | None,                                          # that was pointed at; None: only begin to ask for links
+    to: tuple[Sequence[int], Sequence[float]] = ((), ()),      # units that it looks at and their shares, the largest first
+    by: tuple[Sequence[int], Sequence[float]] = ((), ()),      # units that look at it and their shares, the largest first
+    note: str = "",                                            # which head this is
+) -> None:
+    "Show where a unit looks and who looks at it; observe `hovered` to know of which unit"
+    if not self._settings.get("links"): self._settings = {**self._settings, "links": True}
+    if unit is None: return
+    wrong = [i for i in (unit, *to[0], *by[0]) if not 0 <= i < self._n]
+    if wrong: raise ValueError(f"unit {wrong[0]:,} cannot be linked: there are {self._n:,}, from 0")
+    ways = {name: [list(map(int, units)), list(map(float, shares))] for name, (units, shares) in (("to", to), ("from", by))}
+    self._links = {"unit": unit, "note": note, **ways}
+
+# %% ../../nbs/charts/07_token_view.ipynb #tvstill2
+_STILL = 800    # units
+
+
+def _still_parts(view: TokenView) -> Iterator[tuple[str, float]]:    # text and shade, -1 to 1
+    "The first units of a view, and what stands between them"
+    text, (starts, ends) = view._context["text"], (np.frombuffer(view._context[k], np.uint32) for k in ("starts", "ends"))
+    q = next((q for q in view._quantities if q["name"] == view.quantity), None)
+    values = np.frombuffer(q["values"], np.float32) if q else np.zeros(len(starts), np.float32)
+    at = 0
+    for a, b, v in zip(starts[:_STILL].tolist(), ends[:_STILL].tolist(), values.tolist(), strict=False):
+        if a > at: yield utf16_text(text[2 * at:2 * a]), 0.0
+        if b > max(a, at): yield utf16_text(text[2 * max(a, at):2 * b]), _share(q, v) if q else 0.0
+        at = max(at, b)
+
+# %% ../../nbs/charts/07_token_view.ipynb #tvstill3
+def _share(q: Mapping[str, Any], v: float) -> float:    # -1 to 1
+    "A number as a share of the colour, as the browser has it"
+    low, high = q["low"], q["high"]
+    if v != v: return 0.0
+    if q["kind"] == "diverging": return max(-1.0, min(1.0, v / high))
+    part = math.log(max(v, low) / low) / math.log(high / low) if q["kind"] == "log" else (v - low) / (high - low)
+    return max(0.0, min(1.0, part))
+
+
+def _still_html(view: TokenView) -> str:
+    "The first units of a view as HTML that runs nothing"
+    colour = lambda s: f"rgba({'242,142,43' if s > 0 else '90,170,224'},{abs(s):.2f})"
+    part = lambda text, s: f"<span style='background:{colour(s)}'>{escape(seen(text))}</span>" if s else escape(seen(text))
+    more = f" … {view._n - _STILL:,} more" * (view._n > _STILL)
+    note = f"shaded by {seen(view.quantity)}" if view.quantity else ""
+    text = "".join(part(t, s) for t, s in _still_parts(view)).replace("⏎", "⏎<br>")
+    return f"<div dir='auto' style='max-width:60em;white-space:pre-wrap'>{text}{more}</div><small>{escape(note)}</small>"
+
+# %% ../../nbs/charts/07_token_view.ipynb #tvstill4
+@patch
+def _repr_mimebundle_(self: TokenView, **kwargs: Any) -> Any:
+    "The widget, and HTML for where it cannot run"
+    made = anywidget.AnyWidget._repr_mimebundle_(self, **kwargs)
+    data, *rest = made if isinstance(made, tuple) else (made,)
+    both = {**(data or {}), "text/html": _still_html(self)}
+    return (both, *rest) if rest else both
 
 # %% ../../nbs/charts/07_token_view.ipynb #cc96dd25
 def text_html(

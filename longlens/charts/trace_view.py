@@ -167,7 +167,7 @@ def trace_view(
     return TokenView(trace_data(context, sources, question, answer, **more))
 
 # %% ../../nbs/charts/08_trace_view.ipynb #c4e85be7
-READING = ("Each source is shaded by its score, which is what the method that was used says it is. Sources count from 0. A click "
+READING = ("Each source is shaded by its score, which is what the method that was used says it is. A click "
            "on a row of the table shows the source in the text. Nothing was left out of the text: what is long is drawn as one scrolls.")
 
 # %% ../../nbs/charts/08_trace_view.ipynb #c4e85b1s

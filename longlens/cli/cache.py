@@ -35,5 +35,12 @@ def _run_cache(
     if asked.clear is None: return _list_models()
     print(f"{clear_cache(asked.clear or None) / 1e6:,.0f} MB are free again")
 
+# %% ../../nbs/cli/11_cache.ipynb #cchexm01
+_EXAMPLES = """examples:
+  longlens cache                   what is kept, and how large it is
+  longlens cache --clear smollm2   remove what is kept of one model
+  longlens cache --clear           remove all of it"""
+
 # %% ../../nbs/cli/11_cache.ipynb #b94e2315
-CACHE = Command("cache", "list the unpacked models that are kept on this machine, or remove them", (_CLEAR, DEBUG), _run_cache)
+CACHE = Command("cache", "list the unpacked models that are kept on this machine, or remove them", (_CLEAR, DEBUG), _run_cache,
+                examples=_EXAMPLES)

@@ -47,6 +47,12 @@ def _lines(both: Comparison) -> list[str]:
         out += [f"  {visible(line, 1000)}" for line in comparison_lines(both, i)]
     return out
 
+# %% ../../nbs/cli/12_compare.ipynb #cmpexm01
+_EXAMPLES = """examples:
+  longlens compare found-a found-b --out both                          two folders of `longlens report`: probe by probe
+  longlens compare before after --names before,after --out both        called so, and not as their models
+  longlens compare found/sinks other/sinks --out both                  one report of each"""
+
 # %% ../../nbs/cli/12_compare.ipynb #96a8fb9d
 COMPARE = Command("compare", "put reports side by side on one page", (_REPORTS, _NAMES, OUT, OVERWRITE, OPEN, DEBUG), _run_compare,
-                  "longlens compare REPORT REPORT [REPORT ...] --out DIR [--names LIST] [--overwrite] [--open]")
+                  "longlens compare REPORT REPORT [REPORT ...] --out DIR [--names LIST] [--overwrite] [--open]", _EXAMPLES)

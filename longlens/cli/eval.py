@@ -66,6 +66,13 @@ def _run_eval(
     report = longlens.evaluate_tasks(lm, questions, **given, out=asked.results, progress=True)
     return write_results(asked, {"tasks": report}, report.title, {}, [f"  {s}" for s in report.details()])
 
+# %% ../../nbs/cli/15_eval.ipynb #evlexm01
+_EXAMPLES = """examples:
+  longlens eval --list                                                       the sets that can be read
+  longlens eval --task longbench:hotpotqa data/hotpotqa.jsonl --questions 20 --chat --out found
+  longlens eval MODEL --task ruler data/ruler --results kept --out found     goes on from what is kept
+  longlens eval --task loogle data/loogle.jsonl --dry-run                    what it would cost"""
+
 # %% ../../nbs/cli/15_eval.ipynb #f63126d2
 EVAL = Command("eval", "ask a model the questions of a published set; write a page and the tables",
-               (MODEL, *_ASKED, OUT, OVERWRITE, RESULTS, ALLOW_LONGER, DEVICE, DTYPE, OPEN, DEBUG), _run_eval)
+               (MODEL, *_ASKED, OUT, OVERWRITE, RESULTS, ALLOW_LONGER, DEVICE, DTYPE, OPEN, DEBUG), _run_eval, examples=_EXAMPLES)

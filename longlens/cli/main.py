@@ -14,6 +14,7 @@ from pathlib import Path
 
 from .. import __version__
 from .cache import CACHE
+from .causes import CAUSES
 from .common import MENDABLE, add_command, flags_of, one_line
 from .compare import COMPARE
 from .eval import EVAL
@@ -26,12 +27,19 @@ from .trace import TRACE
 __all__ = ['parser', 'show', 'main']
 
 # %% ../../nbs/cli/20_main.ipynb #e2b0fcfa
-_COMMANDS = {c.name: c for c in (REPORT, TRACE, COMPARE, CACHE, POLICIES, POSITIONS, EVAL)}
+_COMMANDS = {c.name: c for c in (REPORT, TRACE, COMPARE, CACHE, POLICIES, POSITIONS, CAUSES, EVAL)}
+
+
+_EXAMPLES = """examples:
+  longlens report --minutes 4 --out found                  one page on a model, in four minutes
+  longlens trace --context report.txt --question "Who signed?" --out found
+  longlens COMMAND --help                                  options and examples of a command"""
 
 
 def parser() -> argparse.ArgumentParser:
     "The command line of `longlens`"
-    top = argparse.ArgumentParser(prog="longlens", description="See what a long context does inside a transformer.")
+    top = argparse.ArgumentParser(prog="longlens", description="See what a long context does inside a transformer.",
+                                  epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--version", action="version", version=f"longlens {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar=" | ".join(_COMMANDS))
     for command in _COMMANDS.values(): add_command(commands, command)

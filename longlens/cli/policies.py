@@ -20,7 +20,7 @@ __all__ = ['POLICIES']
 _ASKED = (
     option("--text", "a text as UTF-8, whose last tokens are predicted (default: needles that the model is asked for)", sets="", type=Path,
            metavar="FILE"),
-    option("--policies", "which, with commas: snapkv,h2o,quest ... (default: all)", sets="", metavar="LIST"),
+    option("--policies", "which, with commas; their names are below (default: all)", sets="", metavar="LIST"),
     option("--budgets", "keys that stay, with commas: shares of the prompt up to 1, or numbers (default: 0.1,0.25,0.5)", sets="",
            default="0.1,0.25,0.5", metavar="LIST"),
     option("--decide", "a policy decides before the question is read, or after it (default: context)", choices=["context", "question"],
@@ -62,6 +62,19 @@ def _run_policies(
     table = "\n".join("\t".join(map(str, r)) for r in rows) + "\n"
     return write_results(asked, {"policies": report}, report.title, {"head_budgets.tsv": table}, [f"  {s}" for s in report.findings()])
 
+# %% ../../nbs/cli/13_policies.ipynb #polexm01
+_EXAMPLES = """examples:
+  longlens policies --out found                                              every policy, eight needles
+  longlens policies --policies snapkv,h2o,quest --budgets 0.1,0.5 --out found
+  longlens policies MODEL --text report.txt --policies snapkv --out found    a text of yours
+  longlens policies --dry-run                                                what it would cost
+
+policies:
+  full, random, streaming, oracle, h2o, snapkv, tova, expected_attention, knorm, keydiff, value_norm,
+  sirllm, pyramid_kv, ada_kv, duo_attention, longgen, lacache, moba, quest, longheads, landmark, shadow_kv,
+  token_select, look_m, kv_merger, lococo, squeezed, squeezed_tree, a2ats, hip, hyper_attention, longformer,
+  bigbird, shifted_groups, minference, xattention, nsa, dsa, speckv, specpc, recycled"""
+
 # %% ../../nbs/cli/13_policies.ipynb #38689e92
 POLICIES = Command("policies", "find out which keys a model could do without; write a page and the tables",
-                   (MODEL, *_ASKED, OUT, OVERWRITE, ALLOW_LONGER, DEVICE, DTYPE, OPEN, DEBUG), _run_policies)
+                   (MODEL, *_ASKED, OUT, OVERWRITE, ALLOW_LONGER, DEVICE, DTYPE, OPEN, DEBUG), _run_policies, examples=_EXAMPLES)

@@ -21,7 +21,7 @@ _ASKED = (
     option("--text", "a text as UTF-8, as long as the longest length (default: text that comes with longlens)", sets="", type=Path,
            metavar="FILE"),
     option("--lengths", "tokens, with commas (default: the trained length, and one and a half times it)", sets="", metavar="LIST"),
-    option("--methods", "which, with commas: yarn,dual_chunk ... or all (default: linear,ntk,yarn,self_extend,dual_chunk)",
+    option("--methods", "which, with commas, or all; their names are below (default: linear,ntk,yarn,self_extend,dual_chunk)",
            sets="", default="linear,ntk,yarn,self_extend,dual_chunk", metavar="LIST"),
     option("--texts", "so many texts that come with longlens (default: 3)", sets="n_texts", type=int, default=3, metavar="N"),
     option("--needles", "needles that each length is asked for (default: 0)", sets="n_needles", type=int, default=0, metavar="N"),
@@ -61,6 +61,19 @@ def _run_positions(
     report = longlens.position_lens(lm, lengths, **given, progress=True)
     return write_results(asked, {"positions": report}, report.title, {}, [f"  {s}" for s in report.findings()])
 
+# %% ../../nbs/cli/14_positions.ipynb #posexm01
+_EXAMPLES = """examples:
+  longlens positions --out found                                           five methods, at one and a half times the trained length
+  longlens positions --lengths 8192,12288,16384 --methods yarn --out found
+  longlens positions MODEL --text book.txt --methods all --out found       a text of yours, every method
+  longlens positions --needles 5 --dry-run                                 what it would cost
+
+methods:
+  linear, ntk, abf, ntk_by_parts, yarn, llama3, giraffe, distributional, entropy_abf, self_extend, rerope,
+  leaky_rerope, dual_chunk, dual_chunk_yarn, by_dimension, lm_infinite, lm_infinite_top_k, sharpened,
+  softplus"""
+
 # %% ../../nbs/cli/14_positions.ipynb #9f85a832
 POSITIONS = Command("positions", "find out what happens past the trained length, and what mends it; write a page and the tables",
-                    (MODEL, *_ASKED, OUT, RESULTS, OVERWRITE, ALLOW_LONGER, DEVICE, DTYPE, OPEN, DEBUG), _run_positions)
+                    (MODEL, *_ASKED, OUT, RESULTS, OVERWRITE, ALLOW_LONGER, DEVICE, DTYPE, OPEN, DEBUG), _run_positions,
+                    examples=_EXAMPLES)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from .common import (
     ALLOW_LONGER, DEBUG, DEVICE, DTYPE, MODEL, OPEN, OUT, OVERWRITE, RESULTS, Command, advice, check_out, flags_of, load_model, one_line,
     option, read_text, switch, write_results)
+from ..probes.traceback.method_names import CASES, MEASURED, METHOD_NAMES, RECOMMENDED, method_line, method_name
 
 if TYPE_CHECKING:
     from longlens.models.forward import LongModel
@@ -36,7 +37,7 @@ _ASKED = (
 
 # %% ../../nbs/cli/01_trace.ipynb #85d26670
 _HOW = (
-    option("--method", "how, with commas: loo, attntrace, tracllm, contextcite ... (default: loo)", metavar="LIST"),
+    option("--method", f"how, with commas: {', '.join(METHOD_NAMES)} (default: {RECOMMENDED})", metavar="LIST"),
     option("--set", "a setting of the methods that have it, such as permutations=20; again for more", sets="", action="append", default=[],
            metavar="KEY=VALUE"),
     option("--by", "words, lines, sentences, paragraphs, documents or tokens (default: words; sentences, if the text is short; "
@@ -165,7 +166,7 @@ def _show_question(job: _Job, files: list[Path]) -> None:
     from longlens.text import visible
     print(f"{visible(job.lm.name, 200)} is asked: {visible(job.question, 1000)}", flush=True)
     if job.lm.card.only: print(f"{visible(job.lm.name, 200)} reads only {job.lm.card.only}: other texts make it guess", flush=True)
-    named = [f"{i} {visible(str(f), 200)}" for i, f in enumerate(files)]
+    named = [f"{i} {visible(str(f), 200)}" for i, f in enumerate(files, 1)]
     if len(named) > 1: print(f"documents: {', '.join(named)}", flush=True)
 
 # %% ../../nbs/cli/01_trace.ipynb #7df6f57a
@@ -214,7 +215,7 @@ def _run_trace(
     _show_question(job, asked.context or [])
     costs = _costs(asked, job) if asked.answer is None or asked.dry_run else {}    # refused before the model is asked
     if asked.dry_run:
-        for n, cost in costs.items(): print(f"  {n}: {cost}")
+        for n, cost in costs.items(): print(f"  {n} ({method_name(n)}): {cost}")
         return None
     made = _traces(asked, job)
     for r in made.values(): r.meta["files"] = [str(f) for f in asked.context or ()]    # a source is known by its number only
@@ -222,6 +223,16 @@ def _run_trace(
     findings = ["\n".join(f"  {n}: {advice(line, _FLAGS)}" for line in [*r.findings(), *r.details()]) for n, r in made.items()]
     return write_results(asked, made, first.meta["question"], {"context.txt": first.context}, findings)
 
+# %% ../../nbs/cli/01_trace.ipynb #trcexm01
+_EXAMPLES = f"""examples:
+  longlens trace --context report.txt --question "What did the board decide?" --out found
+  longlens trace --context a.txt b.txt c.txt --question "Who signed?" --method loo,attention --out found    documents, two methods
+  longlens trace MODEL --context report.txt --question "Who signed?" --answer "Ada" --out found       an answer of yours
+  longlens trace --context report.txt --question "Who signed?" --method contextcite --set ablations=32 --dry-run    what it would cost
+
+methods (right: their first source was a true one, in {CASES} {MEASURED}):
+{chr(10).join(f"  {name:<22}{method_line(name)}" for name in METHOD_NAMES)}"""
+
 # %% ../../nbs/cli/01_trace.ipynb #66d3701c
 TRACE = Command("trace", "find the passages that made a model write its answer; write a page and the tables", _OPTIONS, _run_trace,
-                "longlens trace [MODEL] --context FILE [FILE ...] --question TEXT --out DIR [more of the options below]")
+                "longlens trace [MODEL] --context FILE [FILE ...] --question TEXT --out DIR [more of the options below]", _EXAMPLES)

@@ -22,7 +22,7 @@ _Known: TypeAlias = HFModel | HFConfig | TextModel  # whatever has a config, or 
 _T = TypeVar("_T")
 
 # %% auto #0
-__all__ = ['first_setting', 'text_config', 'layer_setting', 'layer_number', 'attention_modules', 'attention_layers',
+__all__ = ['first_setting', 'text_config', 'layer_setting', 'layer_number', 'attention_modules', 'state_only', 'attention_layers',
            'layers_with_states', 'count_query_heads', 'count_kv_heads', 'head_counts', 'size_facts', 'head_widths',
            'cache_width', 'max_positions', 'layers_without_positions', 'position_kind']
 
@@ -90,8 +90,20 @@ def attention_modules(
 _WITHOUT = "linear_attention", "mamba", "mamba2", "recurrent", "conv", "mlp", "moe"  # kinds of layers that have no attention
 
 
+_STATES_ONLY = "mamba", "mamba2", "falcon_mamba", "rwkv"  # kinds of models without any attention
+
+
+def state_only(
+    model: _Known,  # a model, or its config
+) -> bool:
+    """Does it mix tokens by states alone, with no attention at all?"""
+    return getattr(text_config(model), "model_type", "") in _STATES_ONLY
+
+
 def _layer_kinds(config: HFConfig) -> list[str]:
     """What each layer is, as the config says it."""
+    if state_only(config):
+        return ["mamba"] * int(config.num_hidden_layers)
     kinds = first_setting(config, "layer_types", "layers_block_type", "block_types")
     if kinds is not None:
         return list(kinds)

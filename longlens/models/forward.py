@@ -55,7 +55,7 @@ class LongModel(TextModel):
 # %% ../../nbs/models/04_forward.ipynb #36624882
 @patch
 def __repr__(self: LongModel) -> str:
-    own = sorted({count_kv_heads(self.hf, layer) for layer in self.attention_layers})
+    own = sorted({count_kv_heads(self.hf, layer) for layer in self.attention_layers}) or [self.n_heads]
     kv = f" ({' or '.join(map(str, own))} with keys of their own)" if own != [self.n_heads] else ""
     some = "" if len(self.attention_layers) == self.n_layers else f" ({len(self.attention_layers)} with attention)"
     limit = "without limit" if self.max_length is None else f"up to {self.max_length:,}"

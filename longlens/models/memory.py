@@ -109,7 +109,7 @@ def _activation_bytes(
     scores = chunk * n * (1 + size)  # the mask, as bool and as numbers
     if c._attn_implementation == "eager":
         scores += 3 * m.n_heads * chunk * n * max(size, 4)
-    attention = max(_attention_bytes(m, layer, n, chunk) for layer in m.attention_layers)
+    attention = max((_attention_bytes(m, layer, n, chunk) for layer in m.attention_layers), default=0)
     return batch * max(mlp, attention + scores)
 
 # %% ../../nbs/models/06_memory.ipynb #4024550c

@@ -15,7 +15,9 @@ import torch
 
 from ..patch import patch
 from .card import ModelCard
-from .architecture import attention_layers, head_widths, count_kv_heads, max_positions, position_kind, count_query_heads, text_config
+from longlens.models.architecture import (
+    attention_layers, count_kv_heads, count_query_heads, head_widths, max_positions, position_kind, state_only, text_config,
+)
 from .tokens import HFModel, HFTokenizer, TokenIds, Tokens, as_ids, as_tokens, check_unicode
 
 if TYPE_CHECKING:
@@ -50,11 +52,11 @@ class TextModel:
         self.hf, self.tokenizer, self.allow_longer = hf, tokenizer, allow_longer
         self.config = text_config(hf)
         self.name = name or getattr(hf.config, "_name_or_path", "") or type(hf).__name__
-        if not getattr(self.config, "num_attention_heads", None):
-            raise ValueError(f"{type(hf).__name__} has no attention heads: longlens looks at attention")
+        if not getattr(self.config, "num_attention_heads", None) and not state_only(hf):
+            raise ValueError(f"{type(hf).__name__} has no attention heads and no recurrent states: longlens looks at these")
         self.n_layers, self.vocab_size = int(self.config.num_hidden_layers), int(self.config.vocab_size)
         self.attention_layers = attention_layers(hf)  # numbers of the layers that have attention: of a hybrid, not all
-        self.n_heads = count_query_heads(hf)
+        self.n_heads = count_query_heads(hf) if self.attention_layers else 0  # 0: states only (Mamba, RWKV)
         self.positions = position_kind(hf)
         self.max_length = None if self.positions == "alibi" else max_positions(hf)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..attention.hf_interface import LayerCall, UnsupportedModel
-from .base import Eviction, Prompt, register
+from .base import Eviction, Ongoing, Prompt, register
 
 # %% auto #0
 __all__ = ['H2O', 'SnapKV', 'TOVA', 'ExpectedAttention']
@@ -20,20 +20,25 @@ __all__ = ['H2O', 'SnapKV', 'TOVA', 'ExpectedAttention']
 # %% ../../nbs/policies/02_attention.ipynb #51bf73c4
 @register
 @dataclass(frozen=True)
-class H2O(Eviction):
+class H2O(Ongoing):
     "Heavy hitters and recent keys, evicted as the prompt streams by (arXiv 2306.14048)"
-    recent: float = .5  # share of the budget for the most recent keys
+    recent: float = .5  # share of the budget for the most recent keys; 0: none are sure to stay
     name: ClassVar[str] = "h2o"
     source: ClassVar[str] = "arXiv 2306.14048, FMInference/H2O"
 
-    def keep(self, prompt: Prompt, budget: int) -> Tensor:
-        n, step, recent = prompt.n, 64, max(1, round(self.recent * budget))
-        score, alive = prompt.keys.new_zeros(prompt.n_kv, n, dtype=prompt.op.dtype), torch.ones(prompt.n_kv, n, dtype=torch.bool)
-        alive = alive.to(score.device)
-        for a in range(0, n, step):
-            rows = prompt.per_kv(prompt.op.rows(range(a, min(a + step, n)))[0])  # (kv_heads, rows, n)
-            for i, row in enumerate(rows.unbind(1), a): _stream_by(score, alive, row, i, budget, recent)
-        return alive
+    def keep(self, prompt: Prompt, budget: int) -> Tensor: return self.start(prompt, budget)[1]
+
+    def start(self, prompt: Prompt, budget: int) -> tuple[Tensor, Tensor]:
+        n, many = prompt.n, 64
+        score = prompt.keys.new_zeros(prompt.n_kv, n, dtype=prompt.op.dtype)
+        alive = torch.ones_like(score, dtype=torch.bool)
+        for a in range(0, n, many):
+            rows = prompt.per_kv(prompt.op.rows(range(a, min(a + many, n)))[0])  # (kv_heads, rows, n)
+            for i, row in enumerate(rows.unbind(1), a): self.step(score, alive, row, i, budget)
+        return score, alive
+
+    def step(self, score: Tensor, alive: Tensor, row: Tensor, i: int, budget: int) -> None:
+        _stream_by(score, alive, row, i, budget, max(1, round(self.recent * budget)) if self.recent else 0)
 
 # %% ../../nbs/policies/02_attention.ipynb #b6d73366
 def _stream_by(score: Tensor, alive: Tensor, row: Tensor, i: int, budget: int, recent: int) -> None:
@@ -71,7 +76,7 @@ class SnapKV(Eviction):
 # %% ../../nbs/policies/02_attention.ipynb #cc080780
 @register
 @dataclass(frozen=True)
-class TOVA(Eviction):
+class TOVA(Ongoing):
     "Keys that the last query attends to, the same for all heads of a layer (arXiv 2401.06104)"
     name: ClassVar[str] = "tova"
     source: ClassVar[str] = "arXiv 2401.06104, kvpress"
@@ -80,6 +85,9 @@ class TOVA(Eviction):
         got = prompt.op.rows(-1)[0, :, 0].mean(0)  # (n,)
         got[-1] = got.max() + 1  # itself
         return got.expand(prompt.n_kv, -1)
+
+    def step(self, score: Tensor, alive: Tensor, row: Tensor, i: int, budget: int) -> None:
+        if int(alive[0, :i + 1].sum()) > budget: alive[:, row.mean(0)[:i + 1].masked_fill(~alive[0, :i + 1], torch.inf).argmin()] = False
 
 # %% ../../nbs/policies/02_attention.ipynb #a88e9589
 @register

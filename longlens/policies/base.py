@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from longlens.models.forward import LongModel
 
 # %% auto #0
-__all__ = ['POLICIES', 'Prompt', 'Policy', 'Eviction', 'Selection', 'Replacement', 'top_keys', 'register', 'OwnPolicy']
+__all__ = ['POLICIES', 'Prompt', 'Policy', 'Eviction', 'Selection', 'Replacement', 'kth_largest', 'top_keys', 'register', 'Steps',
+           'Ongoing', 'OwnPolicy']
 
 # %% ../../nbs/policies/00_base.ipynb #18ba17e6
 @dataclass(frozen=True)
@@ -142,14 +144,35 @@ class Replacement(Policy):
         "Which keys stay, bool (kv_heads|1, n), and all keys and values as they are now, (kv_heads, n, d) each"
         raise NotImplementedError(f"{type(self).__name__} changes nothing: define change(prompt, budget)")
 
+# %% ../../nbs/policies/00_base.ipynb #3a77c0df
+def kth_largest(
+    scores: Tensor,  # (..., n)
+    k: int,  # 1: the largest
+) -> Tensor:  # (..., 1)
+    "The k-th largest entry of every row"
+    if scores.device.type != "cpu": return scores.topk(k, -1, sorted=False).values.amin(-1, keepdim=True)
+    x = scores.detach() if scores.dtype in (torch.float32, torch.float64) else scores.detach().float()
+    at = scores.shape[-1] - k
+    return torch.from_numpy(np.partition(x.numpy(), at, -1)[..., at:at + 1].copy()).to(scores.dtype)
+
+
+def _counts(kept: Tensor) -> Tensor:  # (...)
+    "How many there are in each row"
+    return kept.sum(-1) if kept.device.type != "cpu" else torch.from_numpy(np.asarray(np.count_nonzero(kept.numpy(), -1)))
+
 # %% ../../nbs/policies/00_base.ipynb #317a174d
 def top_keys(
     scores: Tensor,  # (..., n)
     budget: int,  # how many
 ) -> Tensor:  # bool, (..., n)
     "The keys with the highest scores; of equal ones the first"
-    order = scores.sort(stable=True, dim=-1, descending=True).indices[..., :budget]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
+    if not 0 < budget < scores.shape[-1]: return torch.full_like(scores, budget > 0, dtype=torch.bool)
+    kept = scores >= kth_largest(scores, budget)
+    odd = _counts(kept) != budget  # equal scores at the end
+    if bool(odd.any()):
+        order = scores[odd].sort(stable=True, dim=-1, descending=True).indices[..., :budget]
+        kept[odd] = torch.zeros_like(scores[odd], dtype=torch.bool).scatter_(-1, order, True)
+    return kept
 
 # %% ../../nbs/policies/00_base.ipynb #4fbb4600
 POLICIES: dict[str, Policy] = {}  # name -> the policy with its published settings
@@ -161,6 +184,45 @@ def register(
     "Class decorator: list the policy in `POLICIES` under its name"
     POLICIES[cls.name] = cls()
     return cls
+
+# %% ../../nbs/policies/00_base.ipynb #5b1e9a02
+@dataclass
+class Steps:
+    "Whose choice holds at each step after the prompt"
+    base: dict[int, int] = field(default_factory=dict)  # step -> the step that chose
+    queries: dict[int, Tensor] = field(default_factory=dict)  # step that chose -> its queries, (heads, d_head)
+
+    def note(self, queries: Tensor, at: Tensor, anew: Callable[[Tensor, Tensor, int], bool]) -> None:
+        "Queries (heads, m, d_head) of the steps (m,), in order; anew(queries that chose, queries now, steps since): is it chosen anew?"
+        for i, step in enumerate(at.tolist()):
+            base = self.base.get(step - 1) if step else None
+            if step and base is None:
+                raise ValueError(f"step {step} after the prompt comes without those before it: read them inside the block")
+            if base is None or anew(self.queries[base], queries[:, i], step - base): base = step
+            self.base[step] = base
+            if base == step: self.queries[step] = queries[:, i].clone()
+
+    def chosen(self, queries: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        "Queries that choose, (heads, c, d_head); which of them each step goes by, (m,); and whether it is its own, bool (m,)"
+        bases = [self.base.get(step, step) for step in at.tolist()]  # queries of the prompt itself choose for themselves
+        of = {b: i for i, b in enumerate(dict.fromkeys(bases))}
+        rows = [self.queries[b] if b in self.queries else queries[:, bases.index(b)] for b in of]
+        return torch.stack(rows, 1), torch.tensor([of[b] for b in bases]), torch.tensor(bases) == at.cpu()
+
+# %% ../../nbs/policies/00_base.ipynb #5b1e9a05
+@dataclass(frozen=True)
+class Ongoing(Eviction):
+    "An eviction that can go on as text follows the prompt: the budget is then that of the whole cache"
+    go_on: bool = field(default=False, kw_only=True)  # does it, under `use_policy`?
+
+    def start(self, prompt: Prompt, budget: int) -> tuple[Tensor, Tensor]:
+        "What keys are worth and which stay when the prompt has been read, (kv_heads, n) each"
+        kept = self.keep(prompt, budget).expand(prompt.n_kv, -1).clone()
+        return kept.new_zeros(kept.shape, dtype=prompt.op.dtype), kept
+
+    def step(self, score: Tensor, alive: Tensor, row: Tensor, i: int, budget: int) -> None:
+        "Query i has given the keys that are left the attention `row`, (kv_heads, n): change `score`, and `alive` if there are too many"
+        raise NotImplementedError(f"{type(self).__name__} cannot go on: define step(score, alive, row, i, budget)")
 
 # %% ../../nbs/policies/00_base.ipynb #0faf7be5
 @dataclass(frozen=True)

@@ -129,17 +129,29 @@ class LongGen(Eviction):
 @register
 @dataclass(frozen=True)
 class LaCache(Eviction):
-    "Shallow layers keep earlier stretches of the text, deep ones later stretches (arXiv 2507.14204)"
+    "Of the older text every layer keeps other tokens, like the rungs of a ladder (arXiv 2507.14204)"
     sink: int = 4  # first tokens
-    recent: float = .25  # share of the budget for the most recent tokens
+    span: int | None = None  # layers that a token stays in; None: half of them
+    overlap: int = 0  # of these, layers that it shares with the next rung
     name: ClassVar[str] = "lacache"
     source: ClassVar[str] = "arXiv 2507.14204, GATECH-EIC/LaCache"
 
     def keep(self, prompt: Prompt, budget: int) -> Tensor:
         (i, layers), n = prompt.depth, prompt.n
-        sink, recent = min(self.sink, budget - 1), max(1, round(self.recent * budget))
-        span = budget - sink - recent
-        room = n - sink - recent - span  # how far the stretch can move
-        start = sink + round(room * i / max(1, layers - 1))
-        at = torch.arange(n)[None]
-        return (at < sink) | (at >= n - recent) | ((at >= start) & (at < start + span))
+        span, sink = self.span or max(1, layers // 2), min(self.sink, budget - 1)
+        if not 0 <= self.overlap < span: raise ValueError(f"overlap is {self.overlap}, and must be less than span, which is {span}")
+        before = max(2, 1 - (span - layers) // (span - self.overlap))  # tokens of a rung
+        after = min(-(-span // (span - self.overlap)), before - 1)  # those of them that a layer keeps
+        at = torch.arange(n)
+        while len(at) > budget: at = _laddered(at, i, before, after, sink, budget, layers)
+        kept = torch.zeros(n, dtype=torch.bool).index_fill_(0, at, True)
+        return top_keys(torch.where(kept, n, torch.arange(n)).float(), budget)[None]
+
+# %% ../../nbs/policies/04_budgets.ipynb #5b1e9a06
+def _laddered(at: Tensor, layer: int, before: int, after: int, sink: int, budget: int, layers: int) -> Tensor:
+    "Positions in a cache after one ladder: of every `before` tokens a layer keeps `after`, the oldest first, as far as is needed"
+    rungs = min(-(-(len(at) - budget) // (before - after)), max(1, (len(at) - sink - layers) // before))
+    start = sink + layer % (before - after + 1) + before * torch.arange(rungs)
+    middle = (start[:, None] + torch.arange(after)).flatten()
+    end = min(sink + before * rungs, len(at))
+    return at[torch.cat([torch.arange(sink), middle[middle < len(at)], torch.arange(end, len(at))])]

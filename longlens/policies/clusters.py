@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..attention.hf_interface import LayerCall, UnsupportedModel
 from .base import Prompt, Selection, register, top_keys
-from .controls import logits_of
 
 # %% auto #0
 __all__ = ['SqueezedAttention', 'SqueezedTree', 'A2ATS']
@@ -92,7 +91,7 @@ def _most_over_heads(score: Tensor, budget: int) -> Tensor:  # bool, (heads, m, 
 @register
 @dataclass(frozen=True)
 class SqueezedTree(SqueezedAttention):
-    "Squeezed Attention with coarse clusters that are compared first (arXiv 2411.09688, section 4.3)"
+    "Squeezed Attention with coarse clusters that are compared first, its hierarchical lookup (arXiv 2411.09688)"
     coarse: float = .01
     name: ClassVar[str] = "squeezed_tree"
 
@@ -100,11 +99,13 @@ class SqueezedTree(SqueezedAttention):
 @register
 @dataclass(frozen=True)
 class A2ATS(Selection):
-    "Keys by their products with codes that stand in for them, without positions (arXiv 2502.12665, by its abstract)"
+    "Keys by their products with codes that stand in for them, without positions (arXiv 2502.12665)"
     codes: int = 256  # a KV head; a quarter of the keys at most
-    window: int = 64  # keys before a query that have their exact product; also the offset of all others
+    sink: int = 8  # first keys, which are always seen; an eighth of the budget at most
+    window: int = 64  # keys before a query, which are always seen; a quarter of the budget at most
+    offset: int = 2048  # distance at which all other keys are taken to be
     name: ClassVar[str] = "a2ats"
-    source: ClassVar[str] = "arXiv 2502.12665 (abstract)"
+    source: ClassVar[str] = "arXiv 2502.12665, junhuihe-hjh/A2ATS"
 
     def index(self, prompt: Prompt, budget: int) -> Any:
         k = _turn_back(prompt, prompt.keys[None], torch.arange(prompt.n))[0]
@@ -115,7 +116,9 @@ class A2ATS(Selection):
         return label, _means_of(k, label, k[:, :int(label.max()) + 1].clone())
 
     def select_at(self, prompt: Prompt, index: Any, queries: Tensor, at: Tensor, budget: int) -> Tensor:
-        return top_keys(_approximate_logits(self, prompt, index, queries, at), budget)
+        where, each = torch.arange(prompt.n, device=queries.device), prompt.n + at.to(queries.device)
+        sure = (where < min(self.sink, budget // 8)) | (each[:, None] - where < min(self.window, budget // 4))
+        return top_keys(_far_logits(self, prompt, index, queries, at).masked_fill(sure, torch.inf), budget)
 
 # %% ../../nbs/policies/07_clusters.ipynb #df92d24e
 def _turn_back(prompt: Prompt, x: Tensor, at: Tensor) -> Tensor:  # as x, (1, heads, m, d_head)
@@ -126,12 +129,10 @@ def _turn_back(prompt: Prompt, x: Tensor, at: Tensor) -> Tensor:  # as x, (1, he
     return prompt.turner.turn(call, prompt.layer, x.to(prompt.op.dtype), -at.to(x.device)[None])
 
 # %% ../../nbs/policies/07_clusters.ipynb #a36dd955
-def _approximate_logits(a: A2ATS, prompt: Prompt, index: Any, queries: Tensor, at: Tensor) -> Tensor:  # (heads, m, n)
-    "Products with codes, and near the query with the keys themselves"
+def _far_logits(a: A2ATS, prompt: Prompt, index: Any, queries: Tensor, at: Tensor) -> Tensor:  # (heads, m, n)
+    "Products with codes, all at the same distance"
     label, code = index
     g, where = len(queries) // prompt.n_kv, prompt.n + at.to(queries.device)
-    far = _turn_back(prompt, queries[None], where - a.window)[0]
+    far = _turn_back(prompt, queries[None], where - a.offset)[0]
     x = torch.bmm(far, code.repeat_interleave(g, 0).mT) * prompt.op.call.scale
-    x = x.gather(-1, label.repeat_interleave(g, 0)[:, None].expand(-1, queries.shape[1], -1))
-    near = where[:, None] - torch.arange(prompt.n, device=where.device) < a.window
-    return torch.where(near, logits_of(prompt, queries), x)
+    return x.gather(-1, label.repeat_interleave(g, 0)[:, None].expand(-1, queries.shape[1], -1))

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .base import Eviction, Prompt, Selection, register, top_keys
+from .base import Eviction, Ongoing, Prompt, Selection, register, top_keys
 
 # %% auto #0
 __all__ = ['FullAttention', 'RandomKeys', 'first_and_recent', 'StreamingKeys', 'Oracle', 'logits_of']
@@ -51,13 +51,17 @@ def first_and_recent(
 # %% ../../nbs/policies/01_controls.ipynb #e841be86
 @register
 @dataclass(frozen=True)
-class StreamingKeys(Eviction):
+class StreamingKeys(Ongoing):
     "The first tokens and the most recent ones (StreamingLLM, arXiv 2309.17453)"
     sink: int = 4  # tokens at the beginning
     name: ClassVar[str] = "streaming"
-    source: ClassVar[str] = "arXiv 2309.17453"
+    source: ClassVar[str] = "arXiv 2309.17453, mit-han-lab/streaming-llm"
 
     def keep(self, prompt: Prompt, budget: int) -> Tensor: return first_and_recent(prompt.n, budget, self.sink)
+
+    def step(self, score: Tensor, alive: Tensor, row: Tensor, i: int, budget: int) -> None:
+        oldest = min(self.sink, budget - 1) + alive[:, min(self.sink, budget - 1):].int().argmax(-1)
+        if i >= budget: alive[torch.arange(len(alive)), oldest] = False
 
 # %% ../../nbs/policies/01_controls.ipynb #3eb1bed9
 @register
@@ -75,5 +79,6 @@ def logits_of(
     queries: Tensor,  # (heads, m, d_head)
 ) -> Tensor:  # scaled products, (heads, m, n), float32 or more
     "Logits of queries for the keys of a prompt; a soft cap would not change their order"
-    k = prompt.keys.repeat_interleave(len(queries) // prompt.n_kv, 0).to(prompt.op.dtype)
-    return torch.bmm(queries.to(k.dtype), k.mT) * prompt.op.call.scale
+    k = prompt.keys.to(prompt.op.dtype)
+    together = queries.to(k.dtype).reshape(prompt.n_kv, -1, queries.shape[-1])  # the query heads of a KV head, one after another
+    return torch.bmm(together * prompt.op.call.scale, k.mT).view(*queries.shape[:2], -1)

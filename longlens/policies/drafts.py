@@ -73,7 +73,9 @@ class SpecKV(Eviction):
 
     def keep(self, prompt: Prompt, budget: int) -> Tensor:
         if self.looks is None: raise ValueError("speckv has no draft yet: call prepared(lm, ids), or use use_policy")
-        return _keep_with_window(_pooled_peaks(self.looks[prompt.layer], prompt.n_kv, self.kernel), self.window, budget)
+        w = max(1, min(self.window, budget // 2))
+        peaks = _pooled_peaks(self.looks[prompt.layer][..., :-w], prompt.n_kv, self.kernel)
+        return top_keys(torch.nn.functional.pad(peaks, (0, w), value=torch.inf), budget)
 
     def describe(self) -> dict[str, object]:
         return {**super().describe(), "draft": "the model itself" if self.draft is None else self.draft.name}

@@ -56,15 +56,16 @@ class ValueNormKeys(Eviction):
 class SirLLM(Eviction):
     "Tokens of the highest surprisal, the first and the most recent ones (arXiv 2405.12528)"
     sink: int = 4  # tokens at the beginning
-    recent: float = .25  # share of the budget for the most recent tokens
+    recent: float = .25  # share of the budget for the most recent tokens, or more, where the others name the same ones
     decay: float = 1.  # what surprisal is multiplied by for every `turn` tokens that it is older; 1: nothing
     turn: int = 512  # tokens
     name: ClassVar[str] = "sirllm"
-    source: ClassVar[str] = "arXiv 2405.12528"
+    source: ClassVar[str] = "arXiv 2405.12528, Zoeyyao27/SirLLM"
 
     def keep(self, prompt: Prompt, budget: int) -> Tensor:
         if prompt.surprisal is None: raise ValueError("sirllm goes by surprisal, and this prompt has none: give Prompt surprisal=")
         at, n = torch.arange(prompt.n), prompt.n
         score = prompt.surprisal.cpu() * self.decay ** ((n - 1 - at) // self.turn)
-        sure = (at < min(self.sink, budget - 1)) | (at >= n - max(1, round(self.recent * budget)))
-        return top_keys(score.masked_fill(sure, torch.inf), budget)[None]
+        sink, recent = min(self.sink, budget - 1), max(1, round(self.recent * budget))
+        first = (at < sink) | top_keys(score, max(0, min(budget - sink - recent, n)))
+        return top_keys(torch.where(first, n, at).float(), budget)[None]  # what is left goes to the most recent

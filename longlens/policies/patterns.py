@@ -25,7 +25,7 @@ class Longformer(Eviction):
     "Global tokens at the beginning and a window (arXiv 2004.05150, trained there)"
     everywhere: float = .25  # share of the budget for global tokens
     name: ClassVar[str] = "longformer"
-    source: ClassVar[str] = "arXiv 2004.05150"
+    source: ClassVar[str] = "arXiv 2004.05150, allenai/longformer"
     trained: ClassVar[bool] = True
 
     def keep(self, prompt: Prompt, budget: int) -> Tensor:
@@ -40,7 +40,7 @@ class BigBird(Eviction):
     block: int = 64  # keys a block; an eighth of the budget at most
     seed: int = 0  # of the draws
     name: ClassVar[str] = "bigbird"
-    source: ClassVar[str] = "arXiv 2007.14062"
+    source: ClassVar[str] = "arXiv 2007.14062, google-research/bigbird"
     trained: ClassVar[bool] = True
 
     def keep(self, prompt: Prompt, budget: int) -> Tensor:
@@ -58,7 +58,7 @@ class BigBird(Eviction):
 class ShiftedGroups(Selection):
     "A query's own group of the text, shifted by half for half of the heads (LongLoRA, arXiv 2309.12307, trained there)"
     name: ClassVar[str] = "shifted_groups"
-    source: ClassVar[str] = "arXiv 2309.12307"
+    source: ClassVar[str] = "arXiv 2309.12307, dvlab-research/LongLoRA"
     trained: ClassVar[bool] = True
 
     def select_at(self, prompt: Prompt, index: Any, queries: Tensor, at: Tensor, budget: int) -> Tensor:
@@ -129,7 +129,7 @@ class NSA(Selection):
     block: int = 64  # keys a block; an eighth of the budget at most
     window: float = .25  # share of the budget for the most recent keys
     name: ClassVar[str] = "nsa"
-    source: ClassVar[str] = "arXiv 2502.11089"
+    source: ClassVar[str] = "arXiv 2502.11089, fla-org/native-sparse-attention"
     trained: ClassVar[bool] = True
 
     def select(self, prompt: Prompt, index: Any, queries: Tensor, budget: int) -> Tensor:
@@ -148,7 +148,7 @@ class NSA(Selection):
 class DSA(Selection):
     "Keys by the sum over heads of the positive parts of products, the same for all heads (DeepSeek-V3.2, trained there)"
     name: ClassVar[str] = "dsa"
-    source: ClassVar[str] = "DeepSeek-V3.2 (arXiv 2512.02556)"
+    source: ClassVar[str] = "DeepSeek-V3.2 (arXiv 2512.02556), deepseek-ai/DeepSeek-V3.2-Exp"
     trained: ClassVar[bool] = True
 
     def select(self, prompt: Prompt, index: Any, queries: Tensor, budget: int) -> Tensor:

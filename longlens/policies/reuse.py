@@ -5,26 +5,19 @@
 # %% ../../nbs/policies/11_reuse.ipynb #2b4bb4f0
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import Prompt, Selection, register, top_keys
+from .base import Prompt, Selection, Steps, register, top_keys
 from .controls import logits_of
 
 # %% auto #0
 __all__ = ['RecycledAttention']
 
 # %% ../../nbs/policies/11_reuse.ipynb #c9a98242
-@dataclass
-class _Full:
-    "The full steps so far"
-    base: dict[int, int] = field(default_factory=dict)  # step -> the full step whose choice holds
-    queries: dict[int, Tensor] = field(default_factory=dict)  # full step -> (heads, d_head)
-
-
 @register
 @dataclass(frozen=True)
 class RecycledAttention(Selection):
@@ -34,24 +27,15 @@ class RecycledAttention(Selection):
     name: ClassVar[str] = "recycled"
     source: ClassVar[str] = "arXiv 2411.05787, carriex/recycled-attention"
 
-    def index(self, prompt: Prompt, budget: int) -> Any: return _Full()
+    def index(self, prompt: Prompt, budget: int) -> Any: return Steps()
 
     def note(self, index: Any, queries: Tensor, at: Tensor) -> None:
-        for i, step in enumerate(at.tolist()):
-            base = index.base.get(step - 1) if step else None
-            if step and base is None:
-                raise ValueError(f"step {step} after the prompt comes without those before it: read them inside the block")
-            if base is None or step - base >= self.stride or self._changed(index.queries[base], queries[:, i]): base = step
-            index.base[step] = base
-            if base == step: index.queries[step] = queries[:, i].clone()
+        index.note(queries, at, lambda old, new, age: age >= self.stride or self._changed(old, new))
 
     def _changed(self, old: Tensor, new: Tensor) -> bool:
         return self.alike is not None and float(torch.cosine_similarity(old, new, dim=-1).mean()) < self.alike
 
     def select_at(self, prompt: Prompt, index: Any, queries: Tensor, at: Tensor, budget: int) -> Tensor:
-        bases = [index.base.get(step, step) for step in at.tolist()]  # queries of the prompt itself see everything
-        of = {b: i for i, b in enumerate(dict.fromkeys(bases))}
-        rows = torch.stack([index.queries[b] if b in index.queries else queries[:, bases.index(b)] for b in of], 1)
+        rows, which, own = index.chosen(queries, at)
         best = top_keys(logits_of(prompt, rows), budget)
-        full = torch.tensor([b == step for b, step in zip(bases, at.tolist(), strict=True)], device=best.device)
-        return best[:, [of[b] for b in bases]] | full[:, None]
+        return best[:, which] | own.to(best.device)[:, None]  # a full step sees everything

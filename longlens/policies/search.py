@@ -20,30 +20,35 @@ __all__ = ['HiP', 'gray_numbers', 'HyperAttention']
 @register
 @dataclass(frozen=True)
 class HiP(Selection):
-    "Blocks by a search in a tree of stretches, each judged by its middle key (arXiv 2406.09827)"
+    "Blocks by a search in a tree of stretches, each judged by one of its keys (arXiv 2406.09827)"
     block: int = 2  # keys a block
+    judge: str = "middle"  # what a stretch is judged by: "middle", the key there; or "first", the best key of its first block
     name: ClassVar[str] = "hip"
     source: ClassVar[str] = "arXiv 2406.09827, DeepAuto-AI/hip-attention"
 
     def select(self, prompt: Prompt, index: Any, queries: Tensor, budget: int) -> Tensor:
+        if self.judge not in ("middle", "first"): raise ValueError(f'judge is {self.judge!r}, and must be "middle" or "first"')
         n, size = prompt.n, max(1, min(self.block, budget))
         total, many = -(-n // size), max(1, budget // size)
         ends = torch.arange(many + 1, device=queries.device) * total // many
         start, stop = (e.expand(*queries.shape[:2], -1) for e in (ends[:-1], ends[1:]))  # (heads, m, stretches), in blocks
         k = prompt.keys.to(prompt.op.dtype).repeat_interleave(len(queries) // prompt.n_kv, 0)
-        while bool((stop - start > 1).any()): start, stop = _best_halves(queries.to(k), k, start, stop, size, many)
+        while bool((stop - start > 1).any()):
+            start, stop = _best_halves(queries.to(k), k, start, stop, size, many, self.judge == "first")
         kept = torch.zeros(*queries.shape[:2], total + 1, dtype=torch.bool, device=k.device)
         kept.scatter_(-1, torch.where(stop > start, start, total), True)
         return kept[..., :total].repeat_interleave(size, -1)[..., :n]
 
 # %% ../../nbs/policies/08_search.ipynb #034d9a96
-def _best_halves(q: Tensor, k: Tensor, start: Tensor, stop: Tensor, size: int, many: int) -> tuple[Tensor, Tensor]:
+def _best_halves(q: Tensor, k: Tensor, start: Tensor, stop: Tensor, size: int, many: int, first: bool) -> tuple[Tensor, Tensor]:
     "Stretches (heads, m, c) halved, and of the halves the best, as many as there may be"
-    middle = (start + stop + 1) // 2
-    start, stop = torch.cat([start, middle], -1), torch.cat([middle, stop], -1)
-    at = ((start + stop) * size // 2).clamp_max(k.shape[1] - 1)  # the key that stands for it
-    heads = torch.arange(len(k), device=k.device)[:, None, None]
-    score = torch.einsum("hmd,hmcd->hmc", q, k[heads, at]).masked_fill(stop <= start, -torch.inf)
+    middle = (start + stop) // 2
+    start, stop = torch.stack([start, middle], -1).flatten(-2), torch.stack([middle, stop], -1).flatten(-2)
+    at = start[..., None] * size + torch.arange(size, device=k.device) if first else ((start + stop) * size // 2)[..., None]
+    heads = torch.arange(len(k), device=k.device)[:, None, None, None]
+    x = torch.einsum("hmd,hmcsd->hmcs", q, k[heads, at.clamp_max(k.shape[1] - 1)])  # of the keys that stand for it
+    score = x.masked_fill(at >= k.shape[1], -torch.inf).amax(-1) if first else x[..., 0]
+    score = score.masked_fill(stop <= start, -torch.inf)
     best = score.sort(stable=True, dim=-1, descending=True).indices[..., :many]
     return start.gather(-1, best), stop.gather(-1, best)
 

@@ -6,13 +6,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import Prompt, Selection, register, top_keys
+from ..attention.hf_interface import LayerCall, UnsupportedModel
+from .base import Policy, Prompt, Selection, Steps, register, top_keys
 from .controls import logits_of
+
+if TYPE_CHECKING:
+    from longlens.models.forward import LongModel
 
 # %% auto #0
 __all__ = ['blocks', 'pick_blocks', 'mean_keys', 'MoBA', 'Quest', 'LongHeads', 'Landmark', 'ShadowKV', 'TokenSelect']
@@ -36,9 +40,10 @@ def pick_blocks(
 ) -> Tensor:  # bool, (heads|1, m, n)
     "The keys of the best blocks, as many as the budget holds"
     order = scores.sort(stable=True, dim=-1, descending=True).indices
-    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
-    of_key = rank.repeat_interleave(size, -1)[..., :n] * size + torch.arange(n, device=rank.device) % size  # place in the queue
-    return top_keys(-of_key.float(), budget)
+    has = torch.full_like(order, size).masked_fill_(order == scores.shape[-1] - 1, n - size * (scores.shape[-1] - 1))
+    room = (budget - has.cumsum(-1) + has).clamp_min(0).minimum(has)  # of the best block first
+    taken = torch.empty_like(order).scatter_(-1, order, room)
+    return (torch.arange(size, device=order.device) < taken[..., None]).flatten(-2)[..., :n]
 
 # %% ../../nbs/policies/05_selection.ipynb #d398c159
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def mean_keys(
 class MoBA(_Blocks):
     "Blocks by the product of query and mean key (arXiv 2502.13189, which trains with it)"
     name: ClassVar[str] = "moba"
-    source: ClassVar[str] = "arXiv 2502.13189"
+    source: ClassVar[str] = "arXiv 2502.13189, MoonshotAI/MoBA"
     trained: ClassVar[bool] = True
 
     def summary(self, prompt: Prompt, size: int) -> Tensor: return mean_keys(prompt, size)
@@ -108,18 +113,36 @@ class LongHeads(_Blocks):
     name: ClassVar[str] = "longheads"
     source: ClassVar[str] = "arXiv 2402.10685, LuLuLuyi/LongHeads"
 
+    def prepared(self, lm: LongModel, ids: Tensor) -> Policy:
+        if lm.max_length and len(ids) > lm.max_length:
+            raise UnsupportedModel(f"longheads numbers chosen chunks anew, to stay within the {lm.max_length:,} tokens that a model reads, "
+                                   f"and that is not done here: give a prompt of at most as many, not {len(ids):,}, or another policy")
+        return self
+
     def index(self, prompt: Prompt, budget: int) -> Any:  # (heads, blocks, d_head)
         call, size = prompt.op.call, self.size(budget)
-        k = blocks(call.k[0].to(call.dtype), size).repeat_interleave(call.group, 0)  # (heads, blocks, size, d)
-        there = blocks(torch.ones_like(call.k[0][:1, :, :1], dtype=call.dtype), size)[..., 0] > 0  # (1, blocks, size)
-        q = blocks(call.q[0].to(call.dtype), size).sum(2) / there.sum(-1, keepdim=True)  # (heads, blocks, d)
-        weights = (torch.einsum("hcd,hcsd->hcs", q, k) * call.scale).masked_fill(~there, -torch.inf).softmax(-1)
-        return torch.einsum("hcs,hcsd->hcd", weights, k)
+        start = torch.arange(prompt.n) // size * size
+        k = blocks(_moved_back(prompt, call.k, start), size).repeat_interleave(call.group, 0)  # (heads, blocks, size, d)
+        q = blocks(_moved_back(prompt, call.q, start), size)
+        v = blocks(call.values[0].to(call.dtype), size).repeat_interleave(call.group, 0)
+        if v.shape[-1] != k.shape[-1]: raise UnsupportedModel("longheads compares what attention gives with keys: values are not as long")
+        there = blocks(k.new_ones(1, prompt.n, 1), size)[..., 0] > 0  # (1, blocks, size)
+        inside = torch.einsum("hcsd,hctd->hcst", q, k).mul_(call.scale).masked_fill_(~there[:, :, None], -torch.inf).softmax(-1)
+        one = torch.einsum("hcst,hctd,hcs->hcd", inside, v, there.to(v)) / there.sum(-1, keepdim=True)  # stands for a chunk
+        weights = (torch.einsum("hcd,hctd->hct", one, k) * call.scale).masked_fill(~there, -torch.inf).softmax(-1)
+        return torch.einsum("hct,hctd->hcd", weights, k)
 
-    def select(self, prompt: Prompt, index: Any, queries: Tensor, budget: int) -> Tensor:
-        scores = torch.bmm(queries.to(index), index.mT)
+    def select_at(self, prompt: Prompt, index: Any, queries: Tensor, at: Tensor, budget: int) -> Tensor:
+        scores = torch.bmm(_moved_back(prompt, queries[None], prompt.n + at).to(index), index.mT)
         scores[..., [0, -1]] = torch.inf
         return pick_blocks(scores, self.size(budget), prompt.n, budget)
+
+
+def _moved_back(prompt: Prompt, x: Tensor, by: Tensor) -> Tensor:  # (heads, m, d_head)
+    "Queries or keys (1, heads, m, d_head) as they would be so many tokens, (m,), further to the left; as they are where nothing is rotary"
+    x, call = x.to(prompt.op.dtype), prompt.op.call
+    if prompt.turner is None or not isinstance(call, LayerCall): return x[0]
+    return prompt.turner.turn(call, prompt.layer, x, -by.to(x.device)[None])[0]
 
 # %% ../../nbs/policies/05_selection.ipynb #a9f590ff
 @register
@@ -127,7 +150,7 @@ class LongHeads(_Blocks):
 class Landmark(_Blocks):
     "Blocks by the exact sum of their weights: the bound of what a landmark could learn (arXiv 2305.16300)"
     name: ClassVar[str] = "landmark"
-    source: ClassVar[str] = "arXiv 2305.16300"
+    source: ClassVar[str] = "arXiv 2305.16300, epfml/landmark-attention"
     trained: ClassVar[bool] = True
 
     def index(self, prompt: Prompt, budget: int) -> Any: return None
@@ -141,32 +164,55 @@ class Landmark(_Blocks):
 @register
 @dataclass(frozen=True)
 class ShadowKV(_Blocks):
-    "Small chunks by mean key, outliers always (arXiv 2410.21465)"
+    "Small chunks by mean key, outliers and the last ones always (arXiv 2410.21465)"
     block: int = 8
     outliers: int = 48  # chunks that are always seen; a quarter of the budget at most
+    local: int = 4  # last chunks, which are always seen; a quarter of the budget at most
     name: ClassVar[str] = "shadow_kv"
     source: ClassVar[str] = "arXiv 2410.21465, ByteDance-Seed/ShadowKV"
 
-    def index(self, prompt: Prompt, budget: int) -> Any:
-        size, g = self.size(budget), prompt.op.call.group
+    def index(self, prompt: Prompt, budget: int) -> Any:  # means (kv_heads, blocks, d_head), and which are always seen (kv_heads, blocks)
+        size = self.size(budget)
         mean, k = mean_keys(prompt, size), blocks(prompt.keys.to(prompt.op.dtype), size)
         there = blocks(torch.ones_like(prompt.keys[:1, :, :1], dtype=k.dtype), size)[..., 0] > 0
         alike = torch.cosine_similarity(k, mean[:, :, None], dim=-1).masked_fill(~there, torch.inf).amin(-1)  # (kv_heads, blocks)
-        odd = top_keys(-alike, min(self.outliers, budget // (4 * size)))
-        return mean.repeat_interleave(g, 0), odd.repeat_interleave(g, 0)
+        few = budget // (4 * size)
+        last = torch.arange(alike.shape[-1], device=alike.device) >= alike.shape[-1] - min(self.local, few)
+        odd = top_keys(-alike.masked_fill(last, torch.inf), min(self.outliers, few))
+        return mean, odd | last
 
     def select(self, prompt: Prompt, index: Any, queries: Tensor, budget: int) -> Tensor:
-        mean, odd = index
-        scores = torch.bmm(queries.to(mean), mean.mT).masked_fill(odd[:, None], torch.inf)
-        return pick_blocks(scores, self.size(budget), prompt.n, budget)
+        (mean, sure), g = index, len(queries) // prompt.n_kv
+        x = torch.bmm(queries.to(mean), mean.repeat_interleave(g, 0).mT) * prompt.op.call.scale
+        share = x.masked_fill(sure.repeat_interleave(g, 0)[:, None], -torch.inf).softmax(-1).nan_to_num(0.)  # where all are sure
+        share = share.unflatten(0, (-1, g)).amax(1).masked_fill(sure[:, None], torch.inf)  # (kv_heads, m, blocks)
+        return pick_blocks(share, self.size(budget), prompt.n, budget).repeat_interleave(g, 0)
 
 # %% ../../nbs/policies/05_selection.ipynb #45cf5129
 @register
 @dataclass(frozen=True)
 class TokenSelect(Selection):
-    "Keys by the sum of the weights of all heads, the same for all (arXiv 2411.02886)"
+    "Keys by the sum of the weights of all heads, the same for all, for as long as queries are alike (arXiv 2411.02886)"
+    sink: int = 128  # first tokens; an eighth of the budget at most
+    recent: int = 512  # last tokens; a quarter of the budget at most
+    alike: float | None = .9  # cosine with the query that chose, from which on its choice is used again; None: never
     name: ClassVar[str] = "token_select"
     source: ClassVar[str] = "arXiv 2411.02886, pzs19/TokenSelect"
 
-    def select(self, prompt: Prompt, index: Any, queries: Tensor, budget: int) -> Tensor:
-        return top_keys(logits_of(prompt, queries).softmax(-1).sum(0, keepdim=True), budget)
+    def index(self, prompt: Prompt, budget: int) -> Any: return Steps()
+
+    def note(self, index: Any, queries: Tensor, at: Tensor) -> None:
+        index.note(queries, at, lambda old, new, age: self.alike is None or _cosine(old, new) < self.alike)
+
+    def select_at(self, prompt: Prompt, index: Any, queries: Tensor, at: Tensor, budget: int) -> Tensor:
+        rows, which, _ = index.chosen(queries, at)
+        return self._voted(prompt, rows, budget)[:, which]
+
+    def _voted(self, prompt: Prompt, queries: Tensor, budget: int) -> Tensor:
+        where = torch.arange(prompt.n, device=queries.device)
+        sure = (where < min(self.sink, budget // 8)) | (where >= prompt.n - min(self.recent, budget // 4))
+        votes = logits_of(prompt, queries).masked_fill(sure, -torch.inf).softmax(-1).nan_to_num(0.)  # all are sure: no vote
+        return top_keys(votes.sum(0, keepdim=True).masked_fill(sure, torch.inf), budget)
+
+
+def _cosine(a: Tensor, b: Tensor) -> float: return float(torch.cosine_similarity(a.flatten(), b.flatten(), dim=0))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..attention.hf_interface import AttachableModel, LayerCall, UnsupportedModel, hf_model
+from ..attention.masks import NEVER
 from ..attention.operator import AttentionOperator
 from ..interventions.base import Intervention, intervene
 from ..interventions.heads import Turner
@@ -33,7 +34,7 @@ from . import patterns as patterns
 from . import drafts as drafts
 from . import reuse as reuse
 from .base import POLICIES as POLICIES  # which these have filled
-from .base import Eviction, OwnPolicy, Policy, Prompt, Replacement, Selection
+from .base import Eviction, Ongoing, OwnPolicy, Policy, Prompt, Replacement, Selection
 
 # %% auto #0
 __all__ = ['PolicyLike', 'policy_of', 'policy_name', 'UsePolicy', 'prompt_operator', 'decision', 'turner_of', 'surprisals',
@@ -79,6 +80,49 @@ def _selecting(
         return choose
     return of_call
 
+# %% ../../nbs/policies/20_use.ipynb #5b1e9a08
+@dataclass
+class _Going:
+    "An eviction of one layer, as text follows the prompt"
+    policy: Ongoing
+    budget: int  # keys that a KV head may keep, of the prompt and of what follows
+    n_prompt: int  # tokens of the prompt
+    score: Tensor  # what keys are worth, (kv_heads, n)
+    alive: Tensor  # which are left, bool, (kv_heads, n)
+    until: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # position from which on a key is gone, (kv_heads, n)
+    begun: tuple[Tensor, Tensor] | None = None  # scores and keys when the prompt had been read
+
+    def after(self, call: LayerCall, layer: int) -> KeepKeys:
+        "Who sees what, after the queries of a call"
+        first, m, n = call.mask.offset + call.mask.start, call.q.shape[2], call.k.shape[2]
+        if call.mask.start: raise UnsupportedModel(f"layer {layer}: a sliding cache has dropped keys that {self.policy.name} wants")
+        if self.begun is None or first <= self.n_prompt: self._again()
+        if max(first, self.n_prompt) != self.until.shape[1]:
+            raise ValueError(f"token {first} comes without those before it: {self.policy.name} goes on: read every one inside the block")
+        more = n - self.until.shape[1]
+        self.score, self.alive, self.until = (torch.nn.functional.pad(x, (0, more), value=fill) for x, fill in (
+            (self.score, 0), (self.alive, True), (self.until, NEVER)))
+        for i, row in self._rows(call, max(0, self.n_prompt - first), m):
+            before = self.alive.clone()
+            self.policy.step(self.score, self.alive, row, first + i, self.budget)
+            self.until[before & ~self.alive] = first + i + 1
+        return KeepKeys(self.n_prompt, {layer: self.until})
+
+    def _again(self) -> None:
+        "Back to the end of the prompt"
+        self.begun = self.begun or (self.score, self.alive)
+        self.score, self.alive = (x.clone() for x in self.begun)
+        self.until = torch.where(self.alive, NEVER, 0)
+
+    def _rows(self, call: LayerCall, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
+        "Attention of each query to the keys that are left when it comes, (kv_heads, n), mean over the query heads of a KV head"
+        op, kv = call.operator(), call.k.shape[1]
+        for a in range(start, stop, 64):
+            for i, p in enumerate(op.rows(range(a, min(a + 64, stop)))[0].unbind(1), a):  # (heads, n)
+                left = p.unflatten(0, (kv, -1)) * self.alive[:, None]
+                sink = (1 - p.sum(-1)).clamp_min(0).unflatten(0, (kv, -1))  # what a learned sink takes
+                yield i, (left / (left.sum(-1) + sink).clamp_min(1e-30)[..., None]).mean(1)
+
 # %% ../../nbs/policies/20_use.ipynb #9631a00f
 @dataclass(frozen=True)
 class UsePolicy(Intervention):
@@ -91,6 +135,7 @@ class UsePolicy(Intervention):
     having: tuple[int, ...] = field(default=(), repr=False)  # the layers that have attention
     waiting: dict[int, list[Tensor]] = field(default_factory=dict, repr=False)  # layer -> queries of the prompt so far
     decided: dict[int, KeepKeys] = field(default_factory=dict, repr=False)  # layer -> what was decided
+    going: dict[int, _Going] = field(default_factory=dict, repr=False)  # layer -> an eviction that goes on
     name: ClassVar[str] = "policy"
 
     def prepare(self, model: AttachableModel) -> UsePolicy:
@@ -108,6 +153,7 @@ class UsePolicy(Intervention):
             if first + call.q.shape[2] >= n: self.decided[layer] = self._decide(call, layer)
         if first + call.q.shape[2] <= n: return call
         if layer not in self.decided: raise ValueError(f"the first {n} tokens are the prompt: read them inside the block")
+        if layer in self.going: return self.going[layer].after(call, layer).before(call, layer)
         return self.decided[layer].before(call, layer)
 
     def _decide(self, call: LayerCall, layer: int) -> KeepKeys:
@@ -115,7 +161,9 @@ class UsePolicy(Intervention):
         if q.shape[2] != self.n_prompt: raise ValueError("the beginning of the prompt was read outside of the block: read it inside")
         op = prompt_operator(call, q)
         prompt = Prompt(op, layer, self.having, self.surprisal, self.turner)
-        return decision(self.policy, prompt, self.budget)
+        if not (isinstance(self.policy, Ongoing) and self.policy.go_on): return decision(self.policy, prompt, self.budget)
+        self.going[layer] = _Going(self.policy, self.budget, self.n_prompt, *self.policy.start(prompt, self.budget))
+        return KeepKeys(self.n_prompt, {layer: self.going[layer].alive})
 
 # %% ../../nbs/policies/20_use.ipynb #c4cb0fde
 def prompt_operator(

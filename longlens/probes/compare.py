@@ -54,7 +54,8 @@ def _together(sides: Sequence[Sequence[Report]]) -> list[list[Report | None]]:  
 def row_title(row: Sequence[Report | None]) -> str:
     "What the probe of a row is called"
     r = next(r for r in row if r is not None)
-    return (r.title or type(r).__name__) + (f", {r.meta['method']}" if r.meta.get("method") else "")
+    method = r.meta.get("method_name") or r.meta.get("method")
+    return (r.title or type(r).__name__) + (f", {method}" if method else "")
 
 
 def _side_names(

@@ -21,7 +21,7 @@ from ...interventions.key_sets import KeepKeys
 from ...models.architecture import attention_layers
 from ...models.forward import LongModel
 from ...models.prefix import Prefix
-from ...policies.base import Policy, Prompt
+from ...policies.base import Policy, Prompt, kth_largest
 from ...policies.keys import SirLLM
 from ...policies.use import decision, prompt_operator, surprisals, turner_of
 from .inputs import PolicyCase, budget_keys
@@ -107,7 +107,7 @@ class _Truth:
     def among_the_first(self, weights: Tensor, keys: int) -> Tensor:  # bool, (heads, m, n_prompt)
         "Which keys of the prompt are among the most attended; equal ones at the end all are"
         mine = weights[..., :self.n_prompt]
-        if keys not in self.least: self.least[keys] = mine.topk(keys, -1).values[..., -1:]
+        if keys not in self.least: self.least[keys] = kth_largest(mine, keys)
         return mine >= self.least[keys]
 
 # %% ../../../nbs/probes/policies/01_measures.ipynb #be09da01

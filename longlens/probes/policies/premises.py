@@ -36,7 +36,7 @@ __all__ = ['query_sparsity', 'lazy_queries', 'hyper_hardness', 'policy_premises'
 def query_sparsity(
     op: AttentionOperator,  # one sample
 ) -> Tensor:  # (heads, n_queries)
-    "M of every query: the largest logit less the mean logit of the keys that it sees (Informer, equation 3)"
+    "M of every query: the largest logit less the mean logit of the keys that it sees (Informer, max-mean)"
     out = torch.zeros(op.shape[1], op.shape[2], dtype=op.dtype, device=op.device)
     for at, log2p in op.log_tiles(whole_rows=True):
         seen = log2p > HIDDEN / 2

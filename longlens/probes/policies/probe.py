@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any, Unpack
 
 import polars as pl
 
+from ...attention.hf_interface import UnsupportedModel
 from ...interventions.base import head_sizes
 from ...models.forward import LongModel
 from ...models.load import ModelLike, load
-from ...policies.base import OwnPolicy, Policy
+from ...policies.base import Ongoing, OwnPolicy, Policy
 from ...policies.use import POLICIES, PolicyLike, policy_name, policy_of
 from .frames import CONTROLS, means_frame, paired_frame, strip_frame
 from .inputs import ContextLike, PolicyCase, example_contexts, policy_case
@@ -58,6 +59,8 @@ class _Work:
     budgets: list[float]
     settings: PolicySettings
     run: Run
+    every: bool = False  # all policies that there are? Then those that cannot be applied to the model are left out
+    left_out: dict[str, str] = field(default_factory=dict)  # policy -> why
 
 # %% ../../../nbs/probes/policies/04_probe.ipynb #7c42a54d
 def _chosen(policies: PolicyLike | Sequence[PolicyLike] | None) -> dict[str, Policy]:
@@ -67,6 +70,9 @@ def _chosen(policies: PolicyLike | Sequence[PolicyLike] | None) -> dict[str, Pol
     named: dict[str, Policy] = {name: POLICIES[name] for name in CONTROLS}
     for p in map(policy_of, policies):
         name = policy_name(p)
+        if isinstance(p, Ongoing) and p.go_on:
+            raise ValueError(f"{name} goes on while text follows (go_on=True), and the lens measures what is decided about the prompt, so "
+                             "that all policies meet the same text: give it with go_on=False here, and to use_policy with go_on=True")
         if name in named and named[name] != p and name not in CONTROLS: raise ValueError(f"two policies are both named {name!r}")
         named[name] = p
     return named
@@ -93,7 +99,7 @@ def _prepared(model: ModelLike, contexts: Any, policies: Any, budgets: Any, sett
     wanted = _read_budgets(budgets)
     if not given or not wanted: raise ValueError("policy_lens needs one context or more, and one budget or more")
     cases = [policy_case(lm, c, s.decide, s.targets) for c in given]
-    return _Work(lm, cases, chosen, wanted, s, run)
+    return _Work(lm, cases, chosen, wanted, s, run, policies is None)
 
 # %% ../../../nbs/probes/policies/04_probe.ipynb #d8690c85
 def _planned(work: _Work) -> pl.DataFrame:  # context, tokens, runs, tokens_through
@@ -113,6 +119,7 @@ def _check_cost(work: _Work) -> None:
 def _report(work: _Work, found: Sequence[CaseFound]) -> PolicyReport:
     "The tables of all contexts"
     lm, first = work.lm, found[0]
+    for f in found: f.rows, f.heads = (x.filter(~pl.col("policy").is_in(list(work.left_out))) for x in (f.rows, f.heads))
     number = lambda frames: pl.concat([f.select(pl.lit(i).alias("context"), *f.columns) for i, f in enumerate(frames)])
     cases = number([f.rows for f in found])
     heads = pl.concat([f.heads for f in found]).group_by("policy", "budget", "layer", "head", maintain_order=True).mean()
@@ -122,7 +129,8 @@ def _report(work: _Work, found: Sequence[CaseFound]) -> PolicyReport:
               "kept": first.kept}
     meta = {"model": lm.name, "contexts": len(found), "planned_contexts": len(work.cases), "budgets": work.budgets,
             "settings": asdict(work.settings),
-            "policies": [p.describe() for p in work.policies.values()], "trained": [n for n, p in work.policies.items() if p.trained],
+            "policies": [p.describe() for n, p in work.policies.items() if n not in work.left_out], "left_out": work.left_out,
+            "trained": [n for n, p in work.policies.items() if p.trained and n not in work.left_out],
             "kv_heads": head_sizes(lm)[2], "kept_tokens": work.cases[0].n_prompt, "seed": seed}
     return PolicyReport({name: f for name, f in frames.items() if len(f.columns)}, meta)
 
@@ -151,7 +159,11 @@ def _measured(work: _Work, bar: Any) -> list[CaseFound]:
         for name, policy in work.policies.items():
             if clock is not None and not found: clock.check(what="policy_lens")
             make, key = partial(measure_policy, reading, name, policy, work.budgets), _policy_key(policy)
-            parts.append(make() if key is None else store.once([*about, name, key, work.budgets], make))
+            try:
+                if name not in work.left_out: parts.append(make() if key is None else store.once([*about, name, key, work.budgets], make))
+            except UnsupportedModel as e:
+                if not work.every: raise
+                work.left_out[name] = str(e)
             bar.set_postfix_str(f"context {i}: {name}")
             bar.update()
         places = store.once([*about, "attention"], lambda r=reading: {"attention": attention_by_place(r)})  # type: ignore[misc]

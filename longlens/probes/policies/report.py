@@ -34,7 +34,7 @@ class PolicyReport(Report):
     def findings(self) -> list[str]:
         "What was found, a sentence each"
         made = (_best_sentence(self), _random_sentence(self), _loss_sentence(self), _span_sentence(self), _trained_sentence(self),
-                _NOT_SPEED)
+                _left_sentence(self), _NOT_SPEED)
         return [s for s in made if s]
 
     def summary(self) -> Summary:
@@ -159,6 +159,11 @@ def _span_sentence(r: PolicyReport) -> str:
 def _trained_sentence(r: PolicyReport) -> str:
     names = r.meta["trained"]
     return f"measured by rule, though trained in their papers: {', '.join(names)}" if names else ""
+
+
+def _left_sentence(r: PolicyReport) -> str:
+    "Which policies could not be applied to this model, and why"
+    return "; ".join(f"{name} was left out: {why}" for name, why in r.meta.get("left_out", {}).items())
 
 # %% ../../../nbs/probes/policies/03_report.ipynb #b9b858de
 def _policy_verdict(r: PolicyReport) -> str:

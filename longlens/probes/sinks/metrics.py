@@ -23,7 +23,7 @@ from ...models.forward import LongModel
 from ...models.tokens import Tokens, whole_number
 
 # %% auto #0
-__all__ = ['SinkSettings', 'sink_rate', 'natural_sequences', 'made_sequences', 'mean_received', 'metric_frame', 'judged',
+__all__ = ['SINK', 'SinkSettings', 'sink_rate', 'natural_sequences', 'made_sequences', 'mean_received', 'metric_frame', 'judged',
            'heads_frame', 'text_frames']
 
 # %% ../../../nbs/probes/sinks/00_metrics.ipynb #66f8c6fd
@@ -43,6 +43,10 @@ class SinkSettings:
         if whole_number(self.T, "T") < 2: raise ValueError(f"T is {self.T}: a sequence needs 2 tokens or more")
         for name in ("sequences", "first"):
             if whole_number(getattr(self, name), name) < 1: raise ValueError(f"{name} is {getattr(self, name)}: it must be 1 or more")
+
+# %% ../../../nbs/probes/sinks/00_metrics.ipynb #snkmean1
+SINK = ("a token is an attention sink of a head that gives it more than {epsilon} of its attention, averaged over the queries that see it "
+        "(Gu et al. 2024)")    # {epsilon}: a share of attention
 
 # %% ../../../nbs/probes/sinks/00_metrics.ipynb #feed1ca3
 def sink_rate(

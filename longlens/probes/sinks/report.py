@@ -13,7 +13,7 @@ import polars as pl
 from longlens.probes.sinks.findings import (
     head_sentence, mean_heads, metric_sentence, shape_sentence, sink_summary, token_sentence, why_sentence,
 )
-from .metrics import judged
+from .metrics import SINK, judged
 from ...report import Report, Section, Summary
 
 if TYPE_CHECKING:
@@ -50,10 +50,9 @@ class SinkReport(Report):
 
 # %% ../../../nbs/probes/sinks/02_report.ipynb #7fccbe15
 _EXPLAINED = {  # what a section's picture shows; filled in with the settings
-    "heads": "The first token's share of each head's attention, averaged over all queries of the text. A head with more than "
-             "{epsilon} has a sink there by the published criterion.",
-    "tokens": "Sinks can stand anywhere. For every position: its mean share of the attention of the queries that see it, averaged "
-              "over all heads, and in the head that gives it most. Positions that fewer than 64 queries can see are not judged.",
+    "heads": "The first token's share of each head's attention, averaged over all queries: " + SINK + ".",
+    "tokens": "Sinks can stand anywhere: " + SINK + ". For every position: its mean share of the attention of the queries that see it, "
+              "averaged over all heads, and in the head that gives it most. Positions that fewer than 64 queries can see are not judged.",
     "lengths": "A query at position t sees t + 1 tokens, so one long text shows every context length up to its own. Mass that "
                "stays on the first tokens while the context grows is mass that the context does not get.",
     "reach": "Effective support is the number of tokens a row would attend to if it shared its attention equally among them; the "

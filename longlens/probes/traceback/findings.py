@@ -5,12 +5,14 @@
 # %% ../../../nbs/probes/traceback/06_findings.ipynb #c017x5
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import polars as pl
 
 from .frames import best_sources, evidence, excerpt, finer_levels, finer_sources
 from ..guess import doubt
+from .method_names import method_name
 from ...report import Measure, Report, Summary
 from ...text import probability_text
 
@@ -39,8 +41,9 @@ def _on_top(r: Report) -> str:
         return f"there is one source by {r.meta['by']}, score {_number(best)}{unit}, and none to compare it with: cut finer (by=)"
     if best["score"] <= 0 and r.meta["signed"]:
         return f"no source speaks for the answer: the highest score of {many} is {_number(best)}{unit}"
-    where = f"source {best['source']}" + f" (document {best['document']})" * (r.meta["documents"] > 1 and r.meta["by"] != "documents")
-    behind = f"; next: source {rows[1]['source']}, {_number(rows[1])}" if len(rows) > 1 else ""
+    several = r.meta["documents"] > 1 and r.meta["by"] != "documents"
+    where = f"source {best['source'] + 1}" + f" (document {best['document'] + 1})" * several
+    behind = f"; next: source {rows[1]['source'] + 1}, {_number(rows[1])}" if len(rows) > 1 else ""
     text = str(f.filter(source=best["source"])["text"].item())
     return (f"{where} of {many} has the highest score, {_number(best)}{unit}{behind}. It says "
             f"{evidence(text, r.meta['traced'].strip(), r.meta['question'], 120)!r}")
@@ -82,12 +85,12 @@ def _source_verdict(r: Report) -> str:
     n, best = r.frames["sources"].height, f.row(0, named=True)
     if n == 1: return "There is one source only, and none to compare it with"
     if best["score"] <= 0 and r.meta["signed"]: return f"None of {n:,} sources speaks for the answer"
-    if f.height == 1: return f"Source {best['source']} of {n:,} is the only one with a score"
+    if f.height == 1: return f"Source {best['source'] + 1} of {n:,} is the only one with a score"
     second = f.row(1, named=True)
     noise = 2 * ((best["error"] or 0) ** 2 + (second["error"] or 0) ** 2) ** 0.5
     if best["score"] - second["score"] <= noise: return "No source stands out: the best two differ by less than their errors"
     clear = second["score"] <= best["score"] / 2
-    return f"Source {best['source']} carries the answer{', clearly ahead of the others' if clear else ', with others close behind'}"
+    return f"Source {best['source'] + 1} carries the answer{', clearly ahead of the others' if clear else ', with others close behind'}"
 
 # %% ../../../nbs/probes/traceback/06_findings.ipynb #7f935826
 def _carried(r: Report) -> str:
@@ -104,7 +107,8 @@ def _trace_sure(r: Report) -> str:
     runs = f"{c:,} run{'s' * (c != 1)} of the model" if c else "no run of the model but the answer's own"
     drawn = r.frames["sources"]["error"].drop_nulls().len() > 0
     errors = "scores have a standard error of the draws" if drawn else "scores have no error from drawing"
-    return f"Method {r.meta['method']}, {runs}; {errors}." + "".join(f" {n[:1].upper()}{n[1:]}." for n in r.meta["notes"][:1])
+    method = method_name(r.meta["method"])
+    return f"{method[:1].upper()}{method[1:]}, {runs}; {errors}." + "".join(f" {n[:1].upper()}{n[1:]}." for n in r.meta["notes"][:1])
 
 # %% ../../../nbs/probes/traceback/06_findings.ipynb #c4e37f05
 def trace_summary(
@@ -113,6 +117,7 @@ def trace_summary(
     """What a person can repeat of it."""
     total = float(r.frames["answer"].filter("traced")["logprob"].sum())
     guess, source = _guess(r), _source_verdict(r)
+    if "without it" in guess: source = re.sub(r"^Source \S+ carries", "One source carries", source)    # two numbers a sentence at most
     verdict = f"{guess}. {source}." if guess else f"{source}."
     measures = [Measure("answer_logprob", "Log-probability of the answer", total, "nats"),
                 Measure("sources", "Sources", r.frames["sources"].height)]
@@ -125,6 +130,6 @@ def trace_summary(
 def _trace_picture(r: Report) -> Any:  # an Altair chart
     from longlens.charts.small import small_bars
     f = best_sources(r.frames["sources"], min(6, r.frames["sources"].height), r.meta["traced"], r.meta["question"]).drop_nulls("score")
-    f = f.with_columns(name=pl.format("{}: {}", "source", "excerpt"))
+    f = f.with_columns(name=pl.format("{}: {}", pl.col("source") + 1, "excerpt"))
     errors = "error" if f["error"].null_count() < f.height else None
     return small_bars(f, "name", "score", f"score, {r.meta['unit']}" if r.meta["unit"] != "score" else "score", errors)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from .frames import best_sources, excerpts, finer_levels, finer_sources, with_evidence
+from .method_names import method_name
 from ...report import Report
 
 if TYPE_CHECKING:
@@ -66,8 +67,9 @@ def source_bars(
     unit = r.meta["unit"]
     errors = f["error"].null_count() < len(f)
     if errors: f = f.with_columns(lower=pl.col("score") - pl.col("error"), upper=pl.col("score") + pl.col("error"))
-    text = f"The {len(f)} highest scores, by the source's number in the context, from 0." + " Thin lines: one standard error." * errors
-    return bars(f, ["source", "excerpt"], "score", title=f"Sources by {r.meta['method']}", unit="" if unit == "score" else unit,
+    text = f"The {len(f)} highest scores, with the source's number in the context." + " Thin lines: one standard error." * errors
+    f, title = f.with_columns(source=pl.col("source") + 1), f"Sources: {method_name(r.meta['method'])}"
+    return bars(f, ["source", "excerpt"], "score", title=title, unit="" if unit == "score" else unit,
                 subtitle=text)
 
 # %% ../../../nbs/probes/traceback/07_page.ipynb #c473d14b
@@ -95,7 +97,7 @@ def trace_sections(
 ) -> list[Any]:  # each a Section of charts/page
     """What a page shows of a trace."""
     from longlens.report import Section
-    text = _EXPLAINED.format(says=r.meta["says"], method=r.meta["method"], by=r.meta["by"])
+    text = _EXPLAINED.format(says=r.meta["says"], method=method_name(r.meta["method"]), by=r.meta["by"])
     best = Section("The strongest passages", text, source_bars(r), best_sources(r.frames["sources"], int(r.meta["k"]), r.meta["traced"],
                                                                                    r.meta["question"]))
     return [_shaded(r, text), best, *_finest(r), *_own_tables(r), Section("The answer", _ANSWER, table=r.frames["answer"]),

@@ -14,6 +14,7 @@ import polars as pl
 from ...patch import patch
 from .findings import trace_findings, trace_summary
 from .frames import answer_frame, best_sources, excerpts, finer_levels, finer_sources, scored_frame
+from .method_names import method_name
 from .page import source_bars, trace_sections
 from .sources import TracePrompt
 from .tracer import TraceScores
@@ -65,7 +66,8 @@ def top(
     self: Trace,
     k: int | None = None,  # how many; None: as many as were asked for
 ) -> pl.DataFrame:
-    """The k sources with the highest scores, best first; all, where there are fewer."""
+    """The k sources with the highest scores, best first; all, where there are fewer. Tables count sources from 0, as Python does; sentences
+    and pictures from 1."""
     return best_sources(self.frames["sources"], int(self.meta["k"]) if k is None else k, self.meta["traced"], self.meta["question"])
 
 # %% ../../../nbs/probes/traceback/08_report.ipynb #c047x5
@@ -100,6 +102,7 @@ def make_trace(
     part = "".join(answer.strings[i] for i in prompt.traced)
     frames = {"sources": scored_frame(prompt, found), "answer": answer_frame(prompt, logprobs), "costs": costs,
               "context": pl.DataFrame({"text": [sources.text]}), **found.frames}
-    about = {"question": prompt.question, "answer": text, "traced": part, "by": sources.by, "documents": max(sources.documents) + 1,
+    about = {"method_name": method_name(str(meta.get("method", ""))), "question": prompt.question,
+             "answer": text, "traced": part, "by": sources.by, "documents": max(sources.documents) + 1,
              "prompt_tokens": len(prompt), "answer_tokens": len(answer), **prompt.meta, "notes": list(found.notes)}
     return Trace(frames, {**about, **meta})

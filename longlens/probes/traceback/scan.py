@@ -92,9 +92,9 @@ def _on_scan(r: ScanReport) -> list[str]:
     f, n = r.frames["scan"], len(r.frames["sources"])
     texts = dict(r.frames["sources"].select("source", "text").rows())
     hits, failed = f.filter("flagged"), f.filter(pl.col("error").is_not_null())
-    found = [f"source {x['source']} (rank {x['rank']}) is flagged: {excerpt(texts[x['source']], 100)!r}"
+    found = [f"source {x['source'] + 1} (rank {x['rank']}) is flagged: {excerpt(texts[x['source']], 100)!r}"
              for x in hits.iter_rows(named=True)]
-    lost = [f"the detector failed on source {x['source']} (rank {x['rank']}), which may be anything: {excerpt(x['error'], 160)}"
+    lost = [f"the detector failed on source {x['source'] + 1} (rank {x['rank']}), which may be anything: {excerpt(x['error'], 160)}"
             for x in failed.iter_rows(named=True)]
     many = f"{len(hits)} of the {len(f)} sources that the answer rests on most are flagged; {n - len(f)} of {n} were not looked at"
     return [many, *found, *lost]
