@@ -34,7 +34,7 @@ def _needle(lm: LongModel, asked: argparse.Namespace, n: int) -> Context:
     "The prompt with the needle"
     import longlens
     from longlens.prompts.haystack import Haystack
-    haystack = None if asked.text is None else Haystack([read_text(asked.text)])
+    haystack = None if asked.text is None else Haystack.from_text(read_text(asked.text), repeat=True)
     return longlens.needle_context(lm, n, asked.depth, wording=lm.card.wording, n_keys=4, haystack=haystack)
 
 

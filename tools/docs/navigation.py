@@ -30,7 +30,8 @@ class Navigation:
         entries = soup.find_all("li")
         number = {id(entry): i for i, entry in enumerate(entries)}
         for i, entry in enumerate(entries):
-            link, box = entry.find("a"), entry.find("input", recursive=False)
+            link: Any = entry.find("a")
+            box: Any = entry.find("input", recursive=False)
             at = page if link["href"] == "#" else posixpath.normpath(posixpath.join(posixpath.dirname(page), link["href"]))
             around = [number[id(p)] for p in entry.parents if isinstance(p, Tag) and p.name == "li"]
             paths.setdefault(at, [*reversed(around), i])
