@@ -316,7 +316,7 @@ NEVER = 2**62  # as `until`: no query loses the key
 @dataclass(frozen=True, eq=False)
 class KeyChoice:
     "Keys that are chosen anew for every query"
-    choose: Callable[[int, Tensor], Tensor]  # sample and queries (m,) of its call -> bool, (heads|1, m, n_keys or fewer): keys left out are not seen
+    choose: Callable[[int, Tensor], Tensor]  # sample, queries (m,) -> bool, (heads|1, m, n_keys or fewer: the rest is not seen)
     queries: Tensor  # which of that call's queries are meant, (n_queries,)
     keys: Tensor  # which of its keys, (n_keys,)
     heads: Tensor | None = None  # which of its query heads, (heads,); None: all
