@@ -57,6 +57,8 @@ from .sweeps.speed import measure_speed as measure_speed
 from .charts.token_view import token_view as token_view
 from .probes.context_gain import context_gain as context_gain
 from .probes.context_gain import GainReport as GainReport
+from .probes.token_gain import token_gain as token_gain
+from .probes.token_gain import TokenGainReport as TokenGainReport
 from .probes.compare import compare_reports as compare_reports
 from .probes.sinks.report import SinkReport as SinkReport
 from .probes.sinks.probe import attention_sinks as attention_sinks
@@ -67,6 +69,8 @@ from .probes.causes.patch import PatchReport as PatchReport
 from .probes.causes.path import fact_path as fact_path
 from .probes.causes.path import PathReport as PathReport
 from .probes.heads.duo_gates import duo_gates as duo_gates
+from .probes.heads.deeper import write_scores as write_scores
+from .probes.heads.deeper import full_attention_needs as full_attention_needs
 from .probes.heads.report import HeadReport as HeadReport
 from .probes.heads.probe import retrieval_heads as retrieval_heads
 from .probes.states.probe import state_lens as state_lens

@@ -2110,6 +2110,41 @@ def state_lenses(draw: Draw) -> None:
     close(f["norm"] ** 2, f["size"] * (f["variance"] + f["mean"] ** 2), 1e-3, "norms, and means with variances")
 
 
+@case("write_scores", "full_attention_needs", weight=0.3)
+def deeper(draw: Draw) -> None:
+    "Shares outside of first and recent tokens against formed patterns; scores that are finite"
+    lm = draw(st.sampled_from([needle_lm, lambda: with_words("llama"), lambda: with_words("gpt_oss")]))()
+    ids, sink = ids_of(draw, min(400, lm.vocab_size), 8, 60), mostly(draw, st.integers(1, 4), st.sampled_from([0, 99, "4"]))
+    recent = mostly(draw, st.integers(1, 4), st.sampled_from([0, 99, None]))
+    with clear():
+        found = ll.full_attention_needs(lm, form_of_ids(draw, ids), sink, recent, draw(st.one_of(st.none(), st.integers(1, 20))))
+        context = ll.needle_context(lm, draw(st.integers(150, 250)), draw(st.integers(0, 100)), seed=draw(st.integers(0, 99)))
+        scores = ll.write_scores(lm, [context])
+    i = torch.arange(len(ids))
+    outside = (i[None] >= sink) & (i[:, None] - i >= recent)
+    for layer, p in right_patterns(lm.hf, ids[None]).items():
+        want = (p[0] * outside).sum(-1)[:, sink + recent :].mean(-1)
+        close(found.filter(layer=layer).sort("head")["outside"], want, 1e-4, f"outside of layer {layer}")
+    assert scores.select(pl.col("on", "off", "write_score").is_finite().all()).row(0) == (True,) * 3
+
+
+@case("token_gain", "TokenGainReport", weight=0.3)
+def token_gains(draw: Draw) -> None:
+    "Both predictions against whole passes"
+    lm = some_model(draw)
+    ids, short = ids_of(draw, min(400, lm.vocab_size), 3, 60), mostly(draw, st.integers(1, 20), st.sampled_from([0, 99, "4"]))
+    block = mostly(draw, st.integers(1, 20), st.sampled_from([0, 2.5]))
+    with clear():
+        report = ll.token_gain(lm, form_of_ids(draw, ids), short, block=block, notable=draw(st.sampled_from([0, 0.1, -1.0])))
+        _page(report)
+    f = report.table
+    logprobs = lm.logits(ids)[:-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
+    close(f["long"], logprobs[f["position"].to_numpy() - 1], 1e-3, "the long context")
+    a = int(f["position"][0])
+    read = ids[a - short : a]
+    close(f["short"][0], lm.logits(read, [-1])[0].log_softmax(-1)[ids[a]], 1e-3, "the short context")
+
+
 # ---- what has no case of its own
 
 NO_CASE: dict[str, str] = {  # public name -> why

@@ -88,6 +88,9 @@ print(patched.findings(), ll.fact_path(lm, context, paths=1).table.height)
 ll.fact_path(lm, context, path=1)  # wrong
 print(ll.state_lens(lm, "a text", trained=64).frames["collapse"].height)
 ll.state_lens(lm, "a text", decay=(2.0,))  # wrong
+print(ll.write_scores(lm, [context]).height, ll.full_attention_needs(lm, "a text", sink=4, recent=64).height)
+ll.write_scores(lm, context)  # wrong
+ll.full_attention_needs(lm, "a text", sinks=4)  # wrong
 heads = ll.retrieval_heads(lm, lengths=(512,), depths=(0, 50), out="results", run=run)
 print(heads.found)
 ll.retrieval_heads(lm, length=(512,))  # wrong
@@ -105,6 +108,8 @@ collapse = ll.length_collapse(enc, ["a text"], lengths=(16, 64), seed=3)
 ll.length_collapse(enc, length=(16, 64))  # wrong
 gain = ll.context_gain(lm, ["a text"])
 ll.context_gain(lm, texts=3)  # wrong
+print(ll.token_gain(lm, "a text", short=64).frames["kinds"].height)
+ll.token_gain(lm, "a text", shorts=64)  # wrong
 trace = ll.trace_context(lm, context, method="loo", by="sentences", budget=10_000)
 print(trace.top())
 ll.trace_context(lm, context, budget="all")  # wrong
