@@ -37,7 +37,7 @@ def _needle(lm: LongModel, asked: argparse.Namespace, n: int) -> Context:
     haystack = None if asked.text is None else Haystack.from_text(read_text(asked.text), repeat=True)
     return longlens.needle_context(lm, n, asked.depth, wording=lm.card.wording, n_keys=4, haystack=haystack)
 
-
+# %% ../../nbs/cli/16_causes.ipynb #250c6a8e
 def _room(lm: LongModel, asked: argparse.Namespace) -> int:
     "Tokens of the prompt"
     return asked.tokens or min(512, lm.max_length or 512)
@@ -63,7 +63,7 @@ def _reports(lm: LongModel, asked: argparse.Namespace, context: Context, n: int)
     if state_mixers(lm): found["states"] = longlens.state_lens(lm, context.tokens.ids, trained=max(2, n // 2), questions=[context])
     return found
 
-
+# %% ../../nbs/cli/16_causes.ipynb #d7d65c90
 def _run_causes(
     asked: argparse.Namespace,  # the arguments
 ) -> Path | None:  # the page

@@ -26,6 +26,7 @@ _ASKED = (
     option("--texts", "so many texts that come with longlens (default: 3)", sets="n_texts", type=int, default=3, metavar="N"),
     option("--needles", "needles that each length is asked for (default: 0)", sets="n_needles", type=int, default=0, metavar="N"),
     option("--questions", "questions that each length is asked (default: 0)", sets="n_questions", type=int, default=0, metavar="N"),
+    option("--trained", "tokens that the model was trained on (default: as its config says)", sets="", type=int, metavar="N"),
     switch("--dry-run", "only show what it would cost"))
 
 # %% ../../nbs/cli/14_positions.ipynb #eab46aad
@@ -52,8 +53,8 @@ def _run_positions(
     text = None if asked.text is None else read_text(asked.text)
     lm = load_model(asked)
     given: dict[str, Any] = dict(methods=_methods(asked), texts=text, n_texts=asked.texts, n_needles=asked.needles,
-                                 n_questions=asked.questions, out=asked.results)
-    lengths = _lengths(asked, trained_length(lm))
+                                 n_questions=asked.questions, trained=asked.trained, out=asked.results)
+    lengths = _lengths(asked, trained_length(lm, asked.trained))
     if asked.dry_run:
         cost = longlens.plan(longlens.position_lens, lm, lengths, **given)
         print(f"{cost['inputs'].sum()} texts and questions: up to {cost['tokens'].sum():,} tokens through the model")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .encoder_text import collapse_lengths, readable_texts, sample_questions, text_documents, window_ways
 from .model_text import document_questions, first_tokens, is_sample, prompt_lengths, prompt_room, text_haystack, traced_prompt
-from .sizes import CollapseSize, GridSize, HeadsSize, MiddleSize, PoliciesSize, SinksSize, TraceSize
+from .sizes import CollapseSize, GridSize, HeadsSize, MiddleSize, PoliciesSize, PositionsSize, SinksSize, TraceSize
 
 if TYPE_CHECKING:
     from longlens.encoders.encoder import Encoder
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from longlens.probes.heads.report import HeadReport
     from longlens.probes.middle.report import MiddleReport
     from longlens.probes.policies.report import PolicyReport
+    from longlens.probes.positions.report import PositionReport
     from longlens.probes.sinks.report import SinkReport
     from longlens.probes.traceback.report import Trace
     from longlens.prompts.questions import Question
@@ -121,6 +122,25 @@ def _policies(
              for i, d in enumerate(depths)]
     return longlens.policy_lens(lm, asked, size.names or None, size.budgets, **how)
 
+# %% ../../nbs/cli/04_sections.ipynb #possec02
+def _positions(
+    lm: LongModel,
+    tokens: Tokens,      # the text
+    size: PositionsSize, # tokens of a text, texts, methods
+    **how: Any,          # out, time_budget, progress
+) -> PositionReport:
+    "What happens past the trained length, or within it where the texts are short"
+    import longlens
+    from longlens.interventions.methods import trained_length
+    how.pop("engine", None)
+    try: trained, rotary = trained_length(lm), "rotary" in lm.positions
+    except ValueError as e: raise ValueError(f"{e}: leave positions out of --probes") from e
+    n = size.tokens if rotary or lm.positions == "alibi" else min(size.tokens, trained)
+    if len(tokens) < n and (n <= trained or len(tokens) > trained): n = len(tokens)
+    own = len(tokens) >= n and (size.texts == 1 or not is_sample(tokens))
+    methods = size.methods if rotary and n > trained else ()
+    return longlens.position_lens(lm, (n,), methods, texts=[first_tokens(tokens, n)] if own else None, n_texts=size.texts, **how)
+
 # %% ../../nbs/cli/04_sections.ipynb #49678b6f
 _WHOLE = CollapseSize(0)
 
@@ -150,5 +170,5 @@ def _collapse(
 # %% ../../nbs/cli/04_sections.ipynb #90bbf176
 MODEL_SECTIONS: dict[str, Callable[..., Report]] = {
     "sinks": _sinks, "heads": _heads, "middle": _middle, "grid": _grid, "trace": _trace,
-    "policies": _policies}
+    "policies": _policies, "positions": _positions}
 ENCODER_SECTIONS: dict[str, Callable[..., Report]] = {"collapse": _collapse}

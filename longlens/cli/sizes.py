@@ -13,7 +13,7 @@ from ..budget import Speed
 
 # %% auto #0
 __all__ = ['LADDERS', 'Size', 'size_facts', 'SinksSize', 'HeadsSize', 'MiddleSize', 'GridSize', 'TraceSize', 'PoliciesSize',
-           'CollapseSize', 'default_size']
+           'PositionsSize', 'CollapseSize', 'default_size']
 
 # %% ../../nbs/cli/05_sizes.ipynb #08472881
 class Size(Protocol):
@@ -158,6 +158,25 @@ class PoliciesSize:
         runs = (4 + (len(self.names) or 40)) * len(self.budgets)
         return self.contexts * (2 + runs) * speed.reading(self.tokens, captured=True)
 
+# %% ../../nbs/cli/05_sizes.ipynb #possiz02
+_METHODS = ("linear", "ntk", "yarn", "self_extend", "dual_chunk")
+
+
+@dataclass(frozen=True)
+class PositionsSize:
+    "Of the section on positions past the trained length"
+    tokens: int  # of a text
+    texts: int = 2
+    methods: tuple[str, ...] = ("linear", "yarn")  # that are compared where the texts are longer than the trained length
+
+    def __str__(self) -> str:
+        many = f"{self.texts} text{'s' * (self.texts != 1)} of {self.tokens:,} tokens"
+        return f"{many}, {len(self.methods)} methods past the trained length" if self.methods else many
+
+    def seconds(self, speed: Speed) -> float:
+        "About how long it takes, if the texts are longer than the trained length: then a window is read, too"
+        return self.texts * ((1 + len(self.methods)) * speed.reading(self.tokens, captured=True) + 2 * speed.reading(self.tokens))
+
 # %% ../../nbs/cli/05_sizes.ipynb #a6d80f63
 @dataclass(frozen=True)
 class CollapseSize:
@@ -194,6 +213,9 @@ LADDERS: dict[str, Sequence[Size]] = {  # section -> sizes, each larger than the
         (256, 1, _FEW[1:2], (.1,)), (256, 1, _FEW[:2], (.1,)), (256, 1, _FEW, (.1,)),
         (512, 1, _FEW), (512, 2, _FEW), (1024, 2, _FEW), (1024, 4, _FEW), (1024, 4, ()),
         (2048, 4, ()), (4096, 4, ()), (8192, 8, ()))],
+    "positions": [PositionsSize(*x) for x in (
+        (256, 1, ()), (512, 1, ()), (512, 3, ()), (1024, 3, ()), (2048, 3, ()), (3072, 2, ("yarn",)), (3072, 3), (4096, 3), (8192, 3),
+        (12288, 3), (16384, 3), (16384, 5, _METHODS))],
     "collapse": [CollapseSize(*x) for x in (
         (64, 8, 20), (128, 12, 30), (256, 16, 40), (256, 24, 50), (0, 24, 50), (0, 32, 100))],
 }
@@ -206,6 +228,7 @@ def default_size(
 ) -> Size:
     "What a section is asked for where time does not count"
     if section == "collapse": return CollapseSize(0, 24, 50) if quick else CollapseSize(0)
+    if section == "positions": return PositionsSize(n * 3 // 2)
     kinds: dict[str, Any] = {"sinks": SinksSize, "heads": HeadsSize, "middle": MiddleSize, "grid": GridSize, "trace": TraceSize,
                             "policies": PoliciesSize}
     return kinds[section](n)

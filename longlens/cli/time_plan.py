@@ -17,9 +17,10 @@ from .sizes import LADDERS, Size, default_size
 __all__ = ['SHARES', 'TITLES', 'PlannedSection', 'ReportPlan', 'plan_sections', 'slowness', 'waiting', 'plan_again', 'longer_run']
 
 # %% ../../nbs/cli/06_time_plan.ipynb #93f49ce4
-SHARES = {"sinks": .08, "heads": .24, "middle": .27, "grid": .12, "trace": .10, "policies": .10, "collapse": .09}  # of the time, by section
+SHARES = {"sinks": .08, "heads": .23, "middle": .26, "grid": .11, "trace": .10, "policies": .09, "positions": .05,
+          "collapse": .08}  # of the time, by section
 TITLES = {"sinks": "attention sinks", "heads": "retrieval heads", "middle": "lost in the middle", "grid": "needle grid",
-          "trace": "traceback", "policies": "key-value policies", "collapse": "length collapse"}
+          "trace": "traceback", "policies": "key-value policies", "positions": "past the trained length", "collapse": "length collapse"}
 
 # %% ../../nbs/cli/06_time_plan.ipynb #86f491ea
 @dataclass
@@ -64,8 +65,8 @@ def _ladder_of(
     name: str,  # of a section
     most: int,  # tokens of the text
 ) -> list[Size]:
-    "The sizes that a section can have on a text: none is longer than it"
-    if name == "collapse": return [*LADDERS[name]]
+    "The sizes that a section can have on a text: none is longer than it, but for those that have texts of their own"
+    if name in ("collapse", "positions"): return [*LADDERS[name]]
     least = LADDERS[name][0].tokens
     return list(dict.fromkeys(replace(s, tokens=min(s.tokens, max(most, least))) for s in LADDERS[name]))  # type: ignore[type-var]
 

@@ -258,12 +258,14 @@ def _buffers(hf: Any, modules: list[nn.Module]) -> list[tuple[nn.Module, str]]: 
 def rotary_of(
     model: AttachableModel,  # a LongModel or a transformers model with rotary positions
     factor: float = 1.0,  # how many times longer texts become
+    trained: int | None = None,  # tokens that it was trained on; None: as its config says
 ) -> Rotary:
     """The frequencies of a model, and what it was trained on; raises UnsupportedModel where there are none."""
     hf = hf_model(model)
     config = hf.config.get_text_config()
     module, name = _buffers(hf, rotary_modules(hf, config))[0]
-    return Rotary(getattr(module, f"{name}inv_freq").double().cpu(), int(config.max_position_embeddings), float(factor))
+    length = int(config.max_position_embeddings) if trained is None else trained
+    return Rotary(getattr(module, f"{name}inv_freq").double().cpu(), length, float(factor))
 
 
 # %% ../../nbs/interventions/06_frequencies.ipynb #04eb8dce
@@ -272,12 +274,13 @@ def other_frequencies(
     model: AttachableModel,  # a LongModel or a transformers model with rotary positions
     method: str | _Method,  # one of FREQUENCIES, or a function from a Rotary to a Turning
     factor: float,  # how many times longer texts become, above 1
+    trained: int | None = None,  # tokens that the model was trained on; None: as its config says
 ) -> Iterator[list[Intervention]]:  # the interventions as they act
     """Rotary frequencies made by a method for texts `factor` times as long as the trained ones, while the block runs."""
     if not (math.isfinite(factor) and factor > 1):
         raise ValueError(f"factor is {factor}: texts become longer by a factor above 1")
     name, make = _find(method)
-    hf, rotary = hf_model(model), rotary_of(model, factor)
+    hf, rotary = hf_model(model), rotary_of(model, factor, trained)
     if any(isinstance(i, RescaledPositions) for i in active_interventions(hf)):
         raise ValueError("positions are rescaled already: leave that block first, or use one larger factor")
     new, what = _checked(make(rotary), rotary, name), _OtherFrequencies(name, factor)

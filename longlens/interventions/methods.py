@@ -19,6 +19,7 @@ from .heads import LambdaMask, Turner
 from .positions import lengthen
 from .weights import Sharpened
 from ..models.architecture import text_config
+from ..models.tokens import whole_number
 
 # %% auto #0
 __all__ = ['POSITION_METHODS', 'PositionMethod', 'find_method', 'trained_length', 'position_method']
@@ -84,8 +85,12 @@ def find_method(
 # %% ../../nbs/interventions/10_methods.ipynb #d8fc77e0
 def trained_length(
     model: AttachableModel,  # a LongModel or a transformers model
+    trained: int | None = None,  # tokens; None: as the config says
 ) -> int:  # tokens
-    """How long the texts were that a model was trained on, as its config says."""
+    """How long the texts were that a model was trained on."""
+    if trained is not None:
+        if whole_number(trained, "trained") < 16: raise ValueError(f"trained is {trained}: the texts of training had 16 tokens or more")
+        return int(trained)
     n = getattr(text_config(hf_model(model)), "max_position_embeddings", None)
     if not n: raise UnsupportedModel(f"the config of {type(hf_model(model)).__name__} does not say how many positions it was trained on")
     return int(n)
@@ -96,15 +101,17 @@ def position_method(
     model: AttachableModel,  # a LongModel or a transformers model with rotary positions
     method: str | PositionMethod,  # a name in POSITION_METHODS, or a method of one's own
     factor: float,  # how many times longer texts become, above 1
+    trained: int | None = None,  # tokens that the model was trained on; None: as its config says
 ) -> Iterator[list[Intervention]]:  # the interventions as they act
     """A method to read texts `factor` times as long as the trained ones, while the block runs."""
     what, hf = find_method(method), hf_model(model)
     if not (math.isfinite(factor) and factor > 1): raise ValueError(f"factor is {factor}: texts become longer by a factor above 1")
     Turner(model)  # raises where there is nothing to turn
-    ready = [i.prepare(model) for i in what.interventions(trained_length(model), factor)]
+    length = trained_length(model, trained)
+    ready = [i.prepare(model) for i in what.interventions(length, factor)]
     with ExitStack() as stack:
         active: list[Intervention] = []
-        if what.frequencies is not None: active += stack.enter_context(other_frequencies(model, what.frequencies, factor))
+        if what.frequencies is not None: active += stack.enter_context(other_frequencies(model, what.frequencies, factor, length))
         else: lengthen(model, text_config(hf), "method", factor, stack)
         if ready: active += stack.enter_context(intervene(model, *ready))
         yield active

@@ -25,7 +25,7 @@ __all__ = ['Outputs', 'head_outputs', 'PatchHeads']
 # %% ../../nbs/interventions/12_patching.ipynb #b750d3f5
 Outputs = Mapping[int, Tensor]  # layer -> outputs of its heads at the rows, (heads, rows, d_value)
 
-
+# %% ../../nbs/interventions/12_patching.ipynb #fe2916dc
 def _in_call(call: LayerCall, rows: range, sample: int = 0) -> tuple[Tensor, Tensor]:  # indices, (m,) each
     "Which queries of a call are rows that are meant, and which of the rows they are"
     n_q, n_k, off = call.q.shape[2], call.k.shape[2], call.mask.offset

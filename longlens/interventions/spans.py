@@ -49,7 +49,7 @@ def _on(what: _Cut, call: LayerCall, layer: int) -> Tensor:  # bool, (heads,)
     on[[h for l, h in what.heads or () if l == layer]] = True
     return on
 
-
+# %% ../../nbs/interventions/11_spans.ipynb #ce45de0b
 def _places(what: _Cut, call: LayerCall, layer: int) -> tuple[Tensor, Tensor]:  # (batch|1, n_queries) and (batch|1, n_keys)
     "Where queries and keys of a call stand in their texts"
     n_q, n_k, off = call.q.shape[2], call.k.shape[2], call.mask.offset

@@ -21,13 +21,12 @@ from ..models.architecture import layer_number
 from ..models.tokens import real_number, whole_number, whole_numbers
 
 # %% auto #0
-__all__ = ['state_mixers', 'decay_parameter', 'SilenceStates', 'silence_states', 'StateDecay', 'state_decay', 'StateWindow',
-           'state_window']
+__all__ = ['state_mixers', 'SilenceStates', 'silence_states', 'StateDecay', 'state_decay', 'StateWindow', 'state_window']
 
 # %% ../../nbs/interventions/13_states.ipynb #12b1ce99
 _DECAYS = "A_log", "time_decay", "recurrent_param"  # how families call the parameter of the decay
 
-
+# %% ../../nbs/interventions/13_states.ipynb #8e437834
 def state_mixers(
     model: AttachableModel,  # a LongModel or a transformers model
 ) -> list[tuple[int, nn.Module]]:  # number of the layer, and the module
@@ -38,8 +37,8 @@ def state_mixers(
         if layer is not None and any(isinstance(getattr(m, p, None), nn.Parameter) for p in _DECAYS): found.append((layer, m))
     return found
 
-
-def decay_parameter(
+# %% ../../nbs/interventions/13_states.ipynb #4faf63b5
+def _decay_parameter(
     module: nn.Module,  # from `state_mixers`
 ) -> tuple[str, nn.Parameter]:
     "The name and the parameter of a module's decay"
@@ -76,7 +75,7 @@ def _zero(module: nn.Module, args: tuple, output: Any) -> Any:
     "Zeros in place of what a module gives; a state or cache beside it stays"
     return torch.zeros_like(output) if isinstance(output, Tensor) else (torch.zeros_like(output[0]), *output[1:])
 
-
+# %% ../../nbs/interventions/13_states.ipynb #49f1b717
 @dataclass(frozen=True)
 class SilenceStates(_OnStates):
     "State layers whose output is zero"
@@ -100,7 +99,7 @@ def _faster(name: str, x: Tensor, factor: float) -> Tensor:
     if name == "recurrent_param": return torch.log(torch.expm1(factor * torch.nn.functional.softplus(x.double()))).to(x)
     return x + math.log(factor)
 
-
+# %% ../../nbs/interventions/13_states.ipynb #a7f60b69
 @dataclass(frozen=True)
 class StateDecay(_OnStates):
     "State layers that forget faster or slower"
@@ -113,7 +112,7 @@ class StateDecay(_OnStates):
         return super().prepare(model)
 
     def change(self, layer: int, module: nn.Module, stack: ExitStack) -> None:
-        name, x = decay_parameter(module)
+        name, x = _decay_parameter(module)
         before = x.data
         x.data = _faster(name, before, self.factor)
         stack.callback(setattr, x, "data", before)
@@ -145,7 +144,7 @@ class StateWindow(_OnStates):
         stack.callback(_put_back, module, module.__dict__.get("forward"))
         module.forward = partial(_windowed, module.forward, self.window, self.block, type(module).__name__)
 
-
+# %% ../../nbs/interventions/13_states.ipynb #89c95fe8
 def _put_back(module: nn.Module, before: Any) -> None:
     "The forward that a module had: of its own, or its class's"
     if before is None: del module.__dict__["forward"]
@@ -156,7 +155,7 @@ def _piece(x: Any, n: int, a: int, b: int) -> Any:
     "What belongs to the tokens from a to b: of tensors with tokens on the second axis"
     return x[:, a:b] if isinstance(x, Tensor) and x.ndim > 1 and x.shape[1] == n else x
 
-
+# %% ../../nbs/interventions/13_states.ipynb #44f29452
 def _windowed(whole: Callable[..., Any], window: int, block: int, who: str, *args: Any, **kwargs: Any) -> Any:
     "A module's forward over a text, a block after the other, each with `window - 1` tokens before it"
     x = args[0] if args else next(iter(kwargs.values()))

@@ -122,11 +122,12 @@ def position_model(
 class KindRecipe:
     """Everything that decides a run"""
 
-    steps: int = 2000  # of one batch each
-    size: int = 64  # texts of a batch
-    trained: int = 64  # tokens of the longest text in training
+    steps: int = 1000  # of one batch each
+    size: int = 32  # texts of a batch
+    trained: int = 32  # tokens of the longest text in training
     rate: float = 4e-3  # learning rate, highest
-    lengths: tuple[int, ...] = (32, 64, 96, 128, 192, 256)  # tokens at which it is measured
+    lengths: tuple[int, ...] = (16, 32, 48, 64, 96, 128)  # tokens at which it is measured
+    tasks: tuple[str, ...] = ("copy",)  # of TASKS, in turn
     samples: int = 64  # texts that each length is measured on
 
 
@@ -144,7 +145,7 @@ def train_kind(
     optimizer = torch.optim.AdamW(model.parameters(), lr=r.rate, betas=(0.9, 0.98), weight_decay=0.01)
     for step in range(r.steps):
         rng = random.Random(f"{seed} {step}")
-        ids, places = make_batch(TASKS[step % 2], rng.randint(16, r.trained), r.size, rng)
+        ids, places = make_batch(r.tasks[step % len(r.tasks)], rng.randint(8, r.trained), r.size, rng)
         logits = model(ids).logits[:, places - 1]
         loss = F.cross_entropy(logits.flatten(0, 1), ids[:, places].flatten())
         optimizer.zero_grad()
@@ -163,7 +164,7 @@ def measure_kind(
 ) -> pl.DataFrame:  # task, length (tokens), accuracy, loss (nats)
     """How well a model does each task at each length, on texts it has not seen."""
     r, rows = recipe or KindRecipe(), []
-    for task in TASKS:
+    for task in r.tasks:
         for n in r.lengths:
             ids, places = make_batch(task, n, r.samples, random.Random(f"test {seed} {task} {n}"))
             logits, want = model(ids).logits[:, places - 1], ids[:, places]
@@ -175,12 +176,13 @@ def measure_kind(
 @torch.no_grad()
 def distance_profiles(
     model: PositionKindLM,  # trained
-    n: int = 62,  # tokens of a text, 2 more than a multiple of 4
+    n: int = 30,  # tokens of a text, 2 more than a multiple of 4
     seed: int = 0,  # of the texts
+    tasks: Sequence[str] = TASKS,  # whose texts are read
 ) -> Tensor:  # (layers, heads, n), each sums to 1
     """How each head's attention spreads over distances, mean over 16 texts of each task."""
     if n % 4 != 2: raise ValueError(f"n is {n}: texts of both tasks are equally long at 2 more than a multiple of 4")
-    texts = [make_batch(t, n, 16, random.Random(f"{seed} {t}"))[0] for t in TASKS]
+    texts = [make_batch(t, n, 16, random.Random(f"{seed} {t}"))[0] for t in tasks]
     weights: list[Tensor] = []  # layer by layer, and text by text
     hooks = [x.self_attn.register_forward_hook(lambda m, given, out: weights.append(out[1])) for x in model.model.layers]
     try:
@@ -235,7 +237,7 @@ def _one_run(kind: str, seed: int, recipe: KindRecipe, out: Path) -> dict[str, A
         return kept
     model = train_kind(kind, seed, recipe)
     made = {"kind": kind, "seed": seed, "recipe": settings, "accuracy": measure_kind(model, seed, recipe).to_dicts(),
-            "profiles": distance_profiles(model, seed=seed).tolist()}
+            "profiles": distance_profiles(model, recipe.trained // 4 * 4 - 2, seed, recipe.tasks).tolist()}
     model.save_pretrained(out / f"{kind}-{seed}")
     path.write_text(json.dumps(made), encoding="utf-8")
     return made

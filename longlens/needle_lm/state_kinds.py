@@ -21,10 +21,10 @@ from transformers import BambaConfig, BambaForCausalLM, Mamba2Config, Mamba2ForC
 from .position_kinds import make_batch
 
 # %% auto #0
-__all__ = ['STATE_KINDS', 'state_model', 'StateRecipe', 'train_state_model', 'measure_state_model', 'state_study', 'main']
+__all__ = ['main']
 
 # %% ../../nbs/needle_lm/05_state_kinds.ipynb #5a13a53d
-STATE_KINDS = {"small state": 4, "large state": 32, "hybrid": 4}  # numbers of state for each channel
+_STATE_KINDS = {"small state": 4, "large state": 32, "hybrid": 4}  # numbers of state for each channel
 _SHARED = dict(
     vocab_size=99,
     hidden_size=64,
@@ -36,16 +36,16 @@ _SHARED = dict(
     pad_token_id=None,
 )
 
-
+# %% ../../nbs/needle_lm/05_state_kinds.ipynb #1559a7a0
 def state_model(
-    kind: str,  # one of STATE_KINDS
+    kind: str,  # one of _STATE_KINDS
     seed: int = 0,  # of the first weights
 ) -> PreTrainedModel:  # untrained
     "A small model with states"
-    if kind not in STATE_KINDS:
-        raise ValueError(f"kind is {kind!r}: there are {', '.join(STATE_KINDS)}")
+    if kind not in _STATE_KINDS:
+        raise ValueError(f"kind is {kind!r}: there are {', '.join(_STATE_KINDS)}")
     torch.manual_seed(seed)
-    state = STATE_KINDS[kind]
+    state = _STATE_KINDS[kind]
     if kind != "hybrid":
         return Mamba2ForCausalLM(
             Mamba2Config(**_SHARED, state_size=state, expand=2, num_heads=8, head_dim=16, n_groups=1, chunk_size=32)
@@ -78,9 +78,9 @@ class StateRecipe:
     lengths: tuple[int, ...] = (16, 24, 32, 48, 64, 96, 128)  # tokens at which it is measured
     samples: int = 64  # texts that each length is measured on
 
-
+# %% ../../nbs/needle_lm/05_state_kinds.ipynb #648b1824
 def train_state_model(
-    kind: str,  # one of STATE_KINDS
+    kind: str,  # one of _STATE_KINDS
     seed: int = 0,  # of weights and data
     recipe: StateRecipe | None = None,  # None: the defaults
     report_every: int = 0,  # steps between two lines to stderr; 0: none
@@ -122,7 +122,7 @@ def measure_state_model(
 # %% ../../nbs/needle_lm/05_state_kinds.ipynb #b4e975c8
 def state_study(
     out: str | Path,  # a folder: models are kept there, and the same call goes on from it
-    kinds: Sequence[str] = tuple(STATE_KINDS),  # which
+    kinds: Sequence[str] = tuple(_STATE_KINDS),  # which
     seed: int = 0,  # of weights and data
     recipe: StateRecipe | None = None,  # None: the defaults
 ) -> pl.DataFrame:  # kind, length, pairs, accuracy, loss

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,9 +24,9 @@ _all_ = ["normalize_answer"]
 
 # %% auto #0
 __all__ = ['METRICS', 'best_subspan_em', 'kv_match', 'string_match_all', 'string_match_part', 'edit_distance',
-           'needlebench_score', 'Interval', 'bootstrap_interval', 'wilson_interval', 'score_interval', 'sign_flip_p',
-           'PairedTest', 'paired_ends_against_middle', 'position_indices', 'effective_length', 'rag_order', 'reorder',
-           'read_niah_scores', 'normalize_answer']
+           'needlebench_score', 'Interval', 'bootstrap_interval', 'mean_interval', 'wilson_interval', 'score_interval',
+           'sign_flip_p', 'PairedTest', 'paired_ends_against_middle', 'position_indices', 'effective_length',
+           'rag_order', 'reorder', 'read_niah_scores', 'normalize_answer']
 
 # %% ../../nbs/probes/00_answer_scores.ipynb #f8c3dc48
 def best_subspan_em(
@@ -148,6 +149,42 @@ def bootstrap_interval(
         means.append(sums[drawn].sum(1) / counts[drawn].sum(1))
     lower, upper = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return Interval(mean, float(lower), float(upper))
+
+# %% ../../nbs/probes/00_answer_scores.ipynb #stdcd001
+def _share_within(t: float, df: int) -> float:
+    """How often Student's t with so many degrees of freedom lies between -t and t (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    angle = math.atan(t / math.sqrt(df))
+    cosine, odd = math.cos(angle), df % 2
+    term, total = (cosine, 0.0) if odd else (1.0, 0.0)
+    for i in range(1 + odd, df, 2):
+        total += term
+        term *= cosine**2 * i / (i + 1)
+    return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
+
+
+def _student_quantile(
+    level: float,  # how often, 0 to 1
+    df: int,  # degrees of freedom, 1 or more
+) -> float:  # t, such that so much lies between -t and t
+    """How far Student's t reaches."""
+    low, high = 0.0, 1.0
+    while _share_within(high, df) < level: high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _share_within(middle, df) < level else (low, middle)
+    return high
+
+# %% ../../nbs/probes/00_answer_scores.ipynb #stdcd002
+def mean_interval(
+    values: Iterable[float],  # measured differences
+    level: float = 0.95,  # how often such intervals hold the true mean, 0 to 1
+) -> Interval:  # mean, lower, upper; the ends are NaN if there is one value only
+    """The mean, and Student's interval."""
+    v = _sums(values, None)[0]
+    if not 0 < level < 1: raise ValueError(f"level is between 0 and 1, and it is {level}")
+    mean, n = float(v.mean()), len(v)
+    half = _student_quantile(level, n - 1) * float(v.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+    return Interval(mean, mean - half, mean + half)
 
 # %% ../../nbs/probes/00_answer_scores.ipynb #d6cca1db
 def wilson_interval(

@@ -34,7 +34,7 @@ __all__ = ['PatchReport', 'patch_heads']
 # %% ../../../nbs/probes/causes/00_patch.ipynb #1cb93838
 _Text: TypeAlias = str | Tokens | TokenIds
 
-
+# %% ../../../nbs/probes/causes/00_patch.ipynb #6dd1a4fc
 @dataclass(frozen=True, eq=False)
 class _Pair:
     "Two prompts, their answers, and the rows whose heads are patched"
@@ -43,7 +43,7 @@ class _Pair:
     answers: tuple[int, int]  # token ids: of the clean prompt's answer, of the other's
     rows: range
 
-
+# %% ../../../nbs/probes/causes/00_patch.ipynb #4e32b32e
 def _token(lm: LongModel, answer: str | int) -> int:
     "The first token of an answer"
     return answer if isinstance(answer, int) else int(lm.tokens(answer, add_special_tokens=False, allow_longer=True).ids[0])
@@ -58,7 +58,7 @@ def _answers(lm: LongModel, answers: tuple[str | int, str | int] | None, clean: 
         raise ValueError("the model's first choice is the same after both prompts: name the two answers, answers=(right, other)")
     raise ValueError(f"both answers begin with the same token ({a}): give two that differ there")
 
-
+# %% ../../../nbs/probes/causes/00_patch.ipynb #7ba9510d
 def _pair(lm: LongModel, clean: _Text, corrupt: _Text, answers: tuple[str | int, str | int] | None, rows: Span | None) -> _Pair:
     "Both prompts, checked"
     a, b = lm.tokens(clean).ids, lm.tokens(corrupt).ids
@@ -138,7 +138,7 @@ def _patch_sentences(r: Report) -> list[str]:
         f"of all layers {100 * m['all_heads']:.0f} %",
     ]
 
-
+# %% ../../../nbs/probes/causes/00_patch.ipynb #57b012fa
 def _patch_summary(r: Report) -> Summary:
     h = r.frames["heads"].sort("recovered", descending=True)
     best, strong = h.row(0, named=True), int((h["recovered"] >= 0.1).sum())
@@ -154,7 +154,7 @@ def _patch_summary(r: Report) -> Summary:
     untested = "MLP layers, and rows before these", "heads together that do nothing alone"
     return Summary(verdict, lambda: _patch_picture(r), (), untested, "One pair of prompts, so there is no interval.", measures)
 
-
+# %% ../../../nbs/probes/causes/00_patch.ipynb #67d9f65b
 def _patch_picture(r: Report) -> object:  # an Altair chart
     from longlens.charts.small import small_map
 
@@ -168,7 +168,7 @@ _PATCH_EXPLAINED = (
     "prompt the head was taken from; 0, nothing changed; below 0, the head works against it. Shares of several heads need not add up."
 )
 
-
+# %% ../../../nbs/probes/causes/00_patch.ipynb #f7ca016e
 def _heads_section(r: Report) -> Section:
     from longlens.charts.common import head_map
 
@@ -180,7 +180,7 @@ def _heads_section(r: Report) -> Section:
         r.frames["heads"].sort("recovered", descending=True),
     )
 
-
+# %% ../../../nbs/probes/causes/00_patch.ipynb #d38cb337
 def _layers_section(r: Report) -> Section:
     from longlens.charts.common import layer_profile
 
@@ -241,7 +241,7 @@ def _tried(run: _Run, heads: Sequence[tuple[int, int]], progress: bool) -> pl.Da
         rows.append(dict(layer=layer, head=head, difference=d, recovered=run.recovered(d)))
     return pl.DataFrame(rows)
 
-
+# %% ../../../nbs/probes/causes/00_patch.ipynb #6ce84e7f
 def _by_layer(run: _Run, every: Sequence[tuple[int, int]]) -> pl.DataFrame:
     "layer, difference, recovered: all heads of a layer"
     of = {layer: run.difference([x for x in every if x[0] == layer]) for layer in sorted({layer for layer, _ in every})}

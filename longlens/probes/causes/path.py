@@ -45,7 +45,7 @@ class _Places:
     rows: tuple[int, int]  # that write the answer
     names: dict[str, str] = field(default_factory=dict)  # stop -> its words
 
-
+# %% ../../../nbs/probes/causes/01_path.ipynb #25e47cf3
 def _check_places(p: _Places) -> None:
     "Raise if something stands where it cannot"
     a, b = p.fact
@@ -84,7 +84,7 @@ def _own_stops(tokens: Tokens, fact: tuple[int, int], asked: tuple[int, int] | N
 # %% ../../../nbs/probes/causes/01_path.ipynb #73e4874c
 _Text: TypeAlias = str | Tokens | TokenIds | Context
 
-
+# %% ../../../nbs/probes/causes/01_path.ipynb #87324ca6
 def _said(lm: LongModel, ctx: Context | None, answer: str | TokenIds | None) -> Tensor:  # (k,)
     "The tokens of the answer"
     if answer is not None:
@@ -93,7 +93,7 @@ def _said(lm: LongModel, ctx: Context | None, answer: str | TokenIds | None) -> 
         raise ValueError("what is the answer? Give answer=, or a Context with a completion")
     return ctx.completion_ids
 
-
+# %% ../../../nbs/probes/causes/01_path.ipynb #12fbc56b
 def _places(
     lm: LongModel, text: _Text, fact: Span | str | None, answer: str | TokenIds | None, stops: Mapping[str, Span] | None
 ) -> _Places:
@@ -120,7 +120,7 @@ def _places(
 _Rows: TypeAlias = tuple[int, int]
 _CutOf: TypeAlias = tuple[_Rows, _Rows]  # rows that are cut off, and from what
 
-
+# %% ../../../nbs/probes/causes/01_path.ipynb #9b8eacf0
 class _Cutter:
     "Log-probability of the answer while rows are cut off from spans"
     def __init__(self, lm: LongModel, p: _Places, chunk: int | None):
@@ -143,7 +143,6 @@ class _Cutter:
         if row == self.p.fact[1]: return self.before
         if len(self.later) != row: self.later = self.before.extend(self.p.ids[self.p.fact[1]:row], self.chunk)
         return self.later
-
 
 # %% ../../../nbs/probes/causes/01_path.ipynb #15105c71
 def _all_but(p: _Places, spared: Sequence[_Rows]) -> list[_CutOf]:
@@ -191,7 +190,7 @@ def _ends_of(p: _Places, edge: tuple[str, str]) -> _CutOf:
     place = {"fact": p.fact, "answer": p.rows, **p.stops}
     return place[edge[1]], place[edge[0]]
 
-
+# %% ../../../nbs/probes/causes/01_path.ipynb #6171acbc
 def _head_rows(cutter: _Cutter, edge: tuple[str, str], whole: float, bar: Any) -> list[dict[str, Any]]:
     "What is lost when one head is cut there"
     lm, rows = cutter.lm, []
@@ -249,11 +248,11 @@ def _in_edges(r: Report) -> pl.DataFrame:
 def _over(target: str) -> str:
     return "straight to the answer" if target == "answer" else f"over “{visible(target, 40)}”"
 
-
+# %% ../../../nbs/probes/causes/01_path.ipynb #6b9c6ab3
 def _percent(x: float | None) -> str:
     return "–" if x is None else f"{100 * x:.0f} %"
 
-
+# %% ../../../nbs/probes/causes/01_path.ipynb #e640c1e8
 def _path_sentences(r: Report) -> list[str]:
     m, best, out = r.meta, _in_edges(r).head(4), []
     out.append(f"log-probability of {m['answer']!r}: {m['whole']:.2f}; {m['none']:.2f} with every row after the fact cut off from it")
@@ -308,7 +307,7 @@ def _path_summary(r: Report) -> Summary:
         verdict, (lambda: _path_picture(r)) if some else None, (), untested, "One prompt, so there is no interval.", measures
     )
 
-
+# %% ../../../nbs/probes/causes/01_path.ipynb #f83a0959
 def _path_picture(r: Report) -> Any:  # an Altair chart
     from longlens.charts.small import small_bars
 
@@ -326,13 +325,13 @@ _HEADS_EXPLAINED = (
     "ones are cut together, beside as many others drawn at random."
 )
 
-
+# %% ../../../nbs/probes/causes/01_path.ipynb #99e7d6a6
 def _graph_section(r: Report) -> Section:
     from longlens.charts.paths import path_graph
 
     return Section("The paths on the text", _PATH_EXPLAINED, path_graph(r.frames["nodes"], _drawn(r)), r.frames["edges"])
 
-
+# %% ../../../nbs/probes/causes/01_path.ipynb #10b32dbc
 def _drawn(r: Report) -> pl.DataFrame:
     "source, target, share: what an arc is as thick as"
     f = r.frames["edges"]
@@ -365,7 +364,7 @@ def _main_edges(f: pl.DataFrame, paths: int) -> list[tuple[str, str]]:
     best = f.filter(source="fact").sort("alone_share", descending=True, nulls_last=True).head(paths)["target"].to_list()
     return [e for t in best for e in ([("fact", "answer")] if t == "answer" else [("fact", t), (t, "answer")])]
 
-
+# %% ../../../nbs/probes/causes/01_path.ipynb #f150e8e7
 def _node_frame(p: _Places) -> pl.DataFrame:
     "name, start, stop, words: what stands where"
     rows = [("fact", *p.fact, p.names["fact"]), *((s, *at, p.names[s]) for s, at in p.stops.items()), ("answer", *p.rows, "")]
@@ -406,7 +405,7 @@ def fact_path(
     }
     return PathReport(frames, {**model_meta(lm, sizes=True), **meta})
 
-
+# %% ../../../nbs/probes/causes/01_path.ipynb #796dc496
 def _heads_of(
     cutter: _Cutter, edges: Sequence[tuple[str, str]], whole: float, draws: int, seed: int, progress: bool
 ) -> dict[str, pl.DataFrame]:

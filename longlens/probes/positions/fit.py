@@ -54,7 +54,7 @@ def fit_clex(
     n, rows = _check(lm, ids, trained), []
     for middle in (0.0, 0.25, 0.5, 0.75, 1.0):
         for width in (0.03, 0.15):
-            with _longer(lm), other_frequencies(lm, clex(ramp_rate(middle, width)), len(ids) / n):
+            with _longer(lm), other_frequencies(lm, clex(ramp_rate(middle, width)), len(ids) / n, n):
                 rows.append({"middle": middle, "width": width, "loss": _late(lm, ids, n)})
     table = pl.DataFrame(rows)
     best = table.sort("loss").row(0, named=True)

@@ -15,7 +15,7 @@ from ...measure.capture import capture
 from ...measure.statistics import Rows
 from ...models.forward import LongModel
 from ...models.tokens import whole_number
-from ..answer_scores import bootstrap_interval
+from ..answer_scores import mean_interval
 
 # %% auto #0
 __all__ = []
@@ -39,9 +39,8 @@ def shift_drift(
     texts: Sequence[Tensor],  # ids of texts, (n,) each
     shifts: Sequence[int] = (16, 256, 1024),  # tokens by which a text is shifted, 1 or more
     anchored: int = 0,  # tokens at the beginning that stay at their positions
-    seed: int = 0,  # of intervals
-) -> pl.DataFrame:  # shift, drift (of a query, 0 to 2), lower, upper, first_share (of the drift at the first token), texts
-    """How much attention weights change when texts are shifted (arXiv 2411.13476)."""
+) -> pl.DataFrame:  # length, shift, drift (of a query, 0 to 2), lower, upper, first_share (of the drift at the first token), texts
+    """How much attention weights change when texts are shifted, by length of the texts and shift (arXiv 2411.13476)."""
     if not texts or min(map(len, texts)) < 8: raise ValueError("there is no text of 8 tokens or more: give one or several")
     if anchored and whole_number(anchored, "anchored") < 0: raise ValueError(f"anchored is {anchored}: 0 tokens or more")
     rows = []
@@ -51,14 +50,15 @@ def shift_drift(
         for shift in shifts:
             if whole_number(shift, "a shift") < 1: raise ValueError(f"a shift is {shift}: 1 token or more")
             off = (_weights(lm, ids, at + shift * (at >= anchored)) - before).abs().mean(0)
-            rows.append({"shift": shift, "drift": float(off.sum()), "first": float(off[0])})
-    return _over_texts(pl.DataFrame(rows), seed)
+            rows.append({"length": len(ids), "shift": shift, "drift": float(off.sum()), "first": float(off[0])})
+    return _over_texts(pl.DataFrame(rows))
 
 
-def _over_texts(table: pl.DataFrame, seed: int) -> pl.DataFrame:
+def _over_texts(table: pl.DataFrame) -> pl.DataFrame:
     out = []
-    for (shift,), g in table.group_by("shift", maintain_order=True):
-        i = bootstrap_interval(g["drift"], seed=seed)
+    for (length, shift), g in table.group_by("length", "shift", maintain_order=True):
+        i = mean_interval(g["drift"])
         share = g["first"].sum() / g["drift"].sum() if g["drift"].sum() else float("nan")
-        out.append({"shift": shift, "drift": i.mean, "lower": i.lower, "upper": i.upper, "first_share": share, "texts": len(g)})
+        out.append({"length": length, "shift": shift, "drift": i.mean,
+                    "lower": i.lower, "upper": i.upper, "first_share": share, "texts": len(g)})
     return pl.DataFrame(out)

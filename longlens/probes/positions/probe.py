@@ -23,9 +23,9 @@ from ...interventions.methods import PositionMethod, find_method, position_metho
 from ...models.forward import LongModel
 from ...models.load import ModelLike, load
 from ...models.tokens import TokenIds, Tokens, whole_number
-from ..answer_scores import bootstrap_interval, score_interval
+from ..answer_scores import mean_interval, score_interval
 from .asked import answer_rows, asked_contexts
-from .loss import attention_by_length, by_bins, window_losses
+from .loss import attention_by_length, by_bins, token_losses, window_losses
 from .report import PositionReport
 from ...progress import progress_bar
 from ...prompts.haystack import Haystack
@@ -49,6 +49,7 @@ class PositionDesign:
     questions: int = 0  # of each length
     bins: int = 12  # stretches of each text
     seed: int = 0
+    attention: bool = True  # measure how attention spreads
 
     def edges(self, n: int) -> tuple[int, ...]:
         """Upper ends of the stretches of a text; one of them is the trained length, if the text is longer."""
@@ -73,16 +74,19 @@ def _named(methods: Methods) -> dict[str, PositionMethod]:
     return {name: find_method(m) for name, m in found.items()}
 
 # %% ../../../nbs/probes/positions/03_probe.ipynb #79bf8e76
-def _design(lm: LongModel, lengths: Sequence[int], methods: Collection[str], asked: Mapping[str, int], seed: int) -> PositionDesign:
+def _design(
+    lm: LongModel, lengths: Sequence[int], methods: Collection[str], asked: Mapping[str, int], trained: int | None, seed: int
+) -> PositionDesign:
     if not lengths or min(lengths) < 16: raise ValueError(f"lengths are {list(lengths)}: one or more, each of 16 tokens or more")
     for name, n in asked.items():
         if whole_number(n, f"n_{name}") < (least := int(name == "texts")): raise ValueError(f"n_{name} is {n}: {least} or more")
-    trained = trained_length(lm)
+    trained = trained_length(lm, trained)
     if methods: Turner(lm)
     if methods and max(lengths) <= trained:
         raise ValueError(f"the longest text has {max(lengths):,} tokens and the model was trained on {trained:,}: methods are for longer "
                          "ones, so give a length above that, or methods=()")
-    return PositionDesign(tuple(sorted(set(lengths))), tuple(methods), trained, **asked, seed=seed)
+    return PositionDesign(tuple(sorted(set(lengths))), tuple(methods), trained, asked["texts"], asked["needles"], asked["questions"],
+                          seed=seed)
 
 # %% ../../../nbs/probes/positions/03_probe.ipynb #50284e28
 def _sentences(lm: LongModel, need: int, i: int, design: PositionDesign) -> tuple[list[str], list[str]]:
@@ -123,11 +127,11 @@ def _given_texts(lm: LongModel, texts: Sequence[str | Tokens | TokenIds], need: 
 
 # %% ../../../nbs/probes/positions/03_probe.ipynb #e76299be
 @contextmanager
-def _changed(lm: LongModel, method: PositionMethod | None, factor: float) -> Iterator[None]:
-    """The model with a method, or as it is, allowed to read what is longer."""
+def _changed(lm: LongModel, method: PositionMethod | None, n: int, trained: int) -> Iterator[None]:
+    """The model with a method for n tokens, or as it is, allowed to read what is longer."""
     longest, lm.allow_longer = lm.allow_longer, True
     try:
-        with nullcontext() if method is None else position_method(lm, method, factor): yield
+        with nullcontext() if method is None else position_method(lm, method, n / trained, trained): yield
     finally:
         lm.allow_longer = longest
 
@@ -142,6 +146,7 @@ def _read(lm: LongModel, ids: Tensor, text: int, method: str, design: PositionDe
     """One text at one length, in one way, which is at work: loss, and attention."""
     n = len(ids)
     if method == "window": return {"loss": _binned(window_losses(lm, ids, design.trained), method, n, text, design)}
+    if not design.attention: return {"loss": _binned(token_losses(lm, ids), method, n, text, design)}
     losses, attention = attention_by_length(lm, ids, design.edges(n))
     return {"loss": _binned(losses, method, n, text, design),
             "attention": attention.with_columns(method=pl.lit(method), length=pl.lit(n), text=pl.lit(text))}
@@ -160,27 +165,57 @@ class _Job:
 
     def part(self, n: int, method: str, what: str, given: Any, make: Callable[[], Tables]) -> Tables:
         """One part, with its method at work."""
-        with _changed(self.lm, self.methods.get(method), n / self.design.trained):
+        with _changed(self.lm, self.methods.get(method), n, self.design.trained):
             # the settings of interventions, and frequencies, which a function may have made
             speeds = [b for name, b in self.lm.hf.named_buffers() if name.endswith("inv_freq")]
             key = ["position_lens", self.model, method, what, n, given, speeds, [str(i) for i in interventions(self.lm)]]
             return self.store.once(key, make)
 
 # %% ../../../nbs/probes/positions/03_probe.ipynb #4a51ae04
-def _parts(job: _Job) -> Iterator[Tables]:
-    """Every text at every length in every way, and what each length is asked."""
+def _text_parts(job: _Job, i: int) -> Iterator[Tables]:
+    """A text at every length in every way."""
+    d = job.design
+    for n in d.lengths:
+        ids = job.texts[i][:n]
+        for method in (*d.conditions(n), *(["window"] if n > d.trained else [])):
+            yield job.part(n, method, "read" if d.attention else "losses", [ids, i, d.edges(n)], partial(_read, job.lm, ids, i, method, d))
+
+
+def _asked_parts(job: _Job) -> Iterator[Tables]:
+    """What each length is asked, in every way."""
     lm, d = job.lm, job.design
     for n in d.lengths:
-        for method in (*d.conditions(n), *(["window"] if n > d.trained else [])):
-            for i, ids in enumerate(job.texts):
-                yield job.part(n, method, "read", [ids[:n], i, d.edges(n)], partial(_read, lm, ids[:n], i, method, d))
-        if not (d.needles or d.questions): continue
         asked = asked_contexts(lm, n, d.needles, d.questions, d.seed)
         given = [[kind, c.tokens.ids, c.completion_ids] for kind, c in asked]
         for method in d.conditions(n):
             ask = lambda method=method, n=n, asked=asked: {
                 "answers": answer_rows(lm, asked).with_columns(method=pl.lit(method), length=pl.lit(n))}
             yield job.part(n, method, "asked", given, ask)
+
+# %% ../../../nbs/probes/positions/03_probe.ipynb #posrnd02
+def _rounds(job: _Job) -> Iterator[Iterator[Tables]]:
+    """What belongs together."""
+    for i in range(len(job.texts)): yield _text_parts(job, i)
+    if job.design.needles or job.design.questions: yield _asked_parts(job)
+
+
+def _measure(job: _Job, run: Run) -> tuple[dict[str, pl.DataFrame], int]:  # tables, and how many texts were read
+    """All rounds, or as many as there is time for."""
+    found: list[Tables] = []
+    done, clock = 0, run.time_budget
+    with progress_bar(total=_cost(job)["inputs"].sum(), desc="positions", unit="input", disable=not run.progress) as bar:
+        for parts in _rounds(job):
+            new: list[Tables] = []
+            while clock is None or clock.enough():
+                if (tables := next(parts, None)) is None: break
+                new.append(tables)
+                bar.update(len(tables.get("answers", [0])))
+            else:
+                if not done and clock is not None: clock.check(what="the reading of the first text")
+                break
+            found, done = found + new, done + 1
+    names = dict.fromkeys(name for tables in found for name in tables)
+    return {name: pl.concat([t[name] for t in found if name in t]) for name in names}, min(done, len(job.texts))
 
 # %% ../../../nbs/probes/positions/03_probe.ipynb #dcaaf241
 def _effects(loss: pl.DataFrame, design: PositionDesign) -> pl.DataFrame:  # length, method, loss, window, difference, lower, upper, texts
@@ -194,7 +229,7 @@ def _effects(loss: pl.DataFrame, design: PositionDesign) -> pl.DataFrame:  # len
         )
         window = mean.filter(method="window").select("text", window="loss")
         for (method,), g in mean.filter(pl.col("method") != "window").join(window, on="text").group_by("method", maintain_order=True):
-            i = bootstrap_interval(g["loss"] - g["window"], seed=design.seed)
+            i = mean_interval(g["loss"] - g["window"])
             out.append(
                 {
                     "length": n,
@@ -225,29 +260,28 @@ def position_lens(
     n_texts: int = 3,  # how many of these
     n_needles: int = 0,  # that each length is asked for, at so many depths
     n_questions: int = 0,  # real ones that each length is asked, with documents that fill it
-    run: Run | None = None,  # how it is run: of its fields out, progress and seed
+    trained: int | None = None,  # tokens that the model was trained on; None: as its config says
+    attention: bool = True,  # measure how attention spreads, too: a pass then takes several times as long
+    run: Run | None = None,  # how it is run: of its fields out, progress, seed and time_budget
     **options: Unpack[RunOptions],  # fields of Run, one by one
 ) -> PositionReport:
     """What happens past the trained length: loss by position against a window, answers, attention, rotary angles, by method."""
     asked = {"texts": n_texts, "needles": n_needles, "questions": n_questions}
-    job, run = _prepare(model, lengths, methods, texts, asked, run, options)
-    found: dict[str, list[pl.DataFrame]] = {}
-    with progress_bar(total=_cost(job)["inputs"].sum(), desc="positions", unit="input", disable=not run.progress) as bar:
-        for tables in _parts(job):
-            for name, table in tables.items(): found.setdefault(name, []).append(table)
-            bar.update(len(tables.get("answers", [0])))
-    return _report(job, {name: pl.concat(t) for name, t in found.items()})
+    job, run = _prepare(model, lengths, methods, texts, asked, (trained, attention), run, options)
+    found, read = _measure(job, run)
+    return _report(replace(job, design=replace(job.design, texts=read)), found)
 
 # %% ../../../nbs/probes/positions/03_probe.ipynb #548d4061
 def _prepare(
-    model: ModelLike, lengths: Sequence[int], methods: Methods, texts: Any, asked: dict[str, int], run: Run | None, options: RunOptions
+    model: ModelLike, lengths: Sequence[int], methods: Methods, texts: Any, asked: dict[str, int], how: tuple[int | None, bool],
+    run: Run | None, options: RunOptions
 ) -> tuple[_Job, Run]:
-    run = run_of(run, rest := dict(options), ("out", "progress", "seed"), "position_lens")
+    run = run_of(run, rest := dict(options), ("out", "progress", "seed", "time_budget"), "position_lens")
     if rest: raise TypeError(f"position_lens got an unexpected keyword argument {next(iter(rest))!r}")
     lm, named = load(model), _named(methods)
-    design = _design(lm, lengths, named, asked, run.seed)
+    design = replace(_design(lm, lengths, named, asked, how[0], run.seed), attention=bool(how[1]))
     for method in named.values():
-        with _changed(lm, method, design.lengths[-1] / design.trained): pass  # raises where the model cannot take it
+        with _changed(lm, method, design.lengths[-1], design.trained): pass  # raises where the model cannot take it
     if design.needles or design.questions: asked_contexts(lm, design.lengths[0], min(1, design.needles), min(1, design.questions), run.seed)
     ready = _own_texts(lm, design) if texts is None else _given_texts(lm, texts, design.lengths[-1])
     return _Job(lm, replace(design, texts=len(ready)), named, ready, Store(run.out), fingerprint(lm)), run
@@ -259,7 +293,7 @@ def _answers(table: pl.DataFrame, design: PositionDesign) -> pl.DataFrame:  # ki
     for (kind, n, method), g in table.group_by("kind", "length", "method", maintain_order=True):
         none = table.filter(kind=kind, length=n, method="none").sort("item")
         right, log_p = score_interval(g["right"].cast(pl.Float64)), g.sort("item")["log_p"]
-        by = bootstrap_interval(log_p - none["log_p"], seed=design.seed)
+        by = mean_interval(log_p - none["log_p"])
         out.append({"kind": kind, "length": n, "method": method, "right": right.mean, "lower": right.lower, "upper": right.upper,
                     "log_p": log_p.mean(), "change": by.mean, "change_lower": by.lower, "change_upper": by.upper, "items": len(g)})
     return pl.DataFrame(out)
@@ -271,7 +305,7 @@ def _dimensions(job: _Job) -> dict[str, pl.DataFrame]:
     if not d.methods: return {}
     turning = {name: m.frequencies for name, m in job.methods.items() if m.frequencies is not None}
     factor = d.lengths[-1] / d.trained
-    angles = angle_table(rotary_of(lm, factor), turning, factor).with_columns(pl.col("method").replace({"as it is": "none"}))
+    angles = angle_table(rotary_of(lm, factor, d.trained), turning, factor).with_columns(pl.col("method").replace({"as it is": "none"}))
     ids = job.texts[0][: min(d.trained, 1024)]
     pairs = job.store.once(["key_dimensions", job.model, ids], lambda: {"pairs": key_dimensions(lm, ids)[0]})["pairs"]
     mean = pairs.group_by("pair", maintain_order=True).agg(share=pl.col("share").mean(), chosen=pl.col("chosen").mean()).sort("pair")
@@ -280,12 +314,15 @@ def _dimensions(job: _Job) -> dict[str, pl.DataFrame]:
 # %% ../../../nbs/probes/positions/03_probe.ipynb #9038a22b
 def _report(job: _Job, found: dict[str, pl.DataFrame]) -> PositionReport:
     lm, design = job.lm, job.design
-    mean = found["attention"].group_by("method", "length", "layer", "head", "context_length", maintain_order=True).agg(
-        pl.col("entropy_norm", "sink_mass", "logit").mean())
-    frames = {"effects": _effects(found["loss"], design), "loss": found["loss"], "attention": mean} | _dimensions(job)
+    frames = {"effects": _effects(found["loss"], design), "loss": found["loss"]}
+    if "attention" in found:
+        frames["attention"] = found["attention"].group_by("method", "length", "layer", "head", "context_length", maintain_order=True).agg(
+            pl.col("entropy_norm", "sink_mass", "logit").mean())
+    frames |= _dimensions(job)
     if "answers" in found: frames |= {"answers": _answers(found["answers"], design), "asked": found["answers"]}
-    meta = {**model_meta(lm), **asdict(design), "lengths": list(design.lengths), "methods": list(design.methods),
-            "positions": lm.positions, "says": {name: m.says for name, m in job.methods.items()}, "context_length": design.lengths[-1]}
+    meta = {**model_meta(lm), **asdict(design), "planned_texts": len(job.texts), "lengths": list(design.lengths),
+            "methods": list(design.methods), "positions": lm.positions,
+            "says": {name: m.says for name, m in job.methods.items()}, "context_length": design.lengths[-1]}
     return PositionReport(frames, meta)
 
 # %% ../../../nbs/probes/positions/03_probe.ipynb #c3798e06
@@ -302,7 +339,8 @@ def _plan(*args: Any, **kw: Any) -> pl.DataFrame:  # length, method, inputs (tex
     """What `position_lens` would read."""
     named = arguments_of(position_lens, args, kw)
     asked = {name: named.pop(f"n_{name}") for name in ("texts", "needles", "questions")}
-    return _cost(_prepare(**named, asked=asked)[0])
+    how = named.pop("trained"), named.pop("attention")
+    return _cost(_prepare(**named, asked=asked, how=how)[0])
 
 
 PLANNERS[position_lens] = _plan

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import polars as pl
 
+from ..answer_scores import mean_interval
 from ...report import Report, Section, Summary
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ class PositionReport(Report):
 
     def findings(self) -> list[str]:
         """What was found, a sentence each"""
-        said = [_sentence(self, row) for row in self.frames["effects"].iter_rows(named=True)]
+        said = [_within(self, n) for n in self.meta["lengths"] if n <= self.meta["trained"]]
+        said += [_sentence(self, row) for row in self.frames["effects"].iter_rows(named=True)]
         if "answers" in self.frames: said += [_answered(row) for row in self.frames["answers"].iter_rows(named=True)]
         return said
 
@@ -66,8 +68,9 @@ class PositionReport(Report):
             Section(
                 "Loss by position", _EXPLAINED.format(longest=m["lengths"][-1], trained=m["trained"]), self.chart(), self.frames["effects"]
             ),
-            Section("Attention", _ATTENTION, _attention_chart(self), _attention_table(self)),
         ]
+        if "attention" in self.frames:
+            shown.append(Section("Attention", _ATTENTION, _attention_chart(self), _attention_table(self)))
         if "answers" in self.frames:
             shown.insert(1, Section("Answers", _ANSWERS, _answer_chart(self), self.frames["answers"]))
         if "angles" in self.frames:
@@ -86,7 +89,8 @@ class PositionReport(Report):
         """Loss, attention and angles of some methods at one length"""
         lengths = self.meta["lengths"]
         if length is not None and length not in lengths: raise ValueError(f"length is {length}: there are {lengths}")
-        found = {"Loss by position": _loss_chart(self, length, methods), "Attention": _attention_chart(self, length, methods)}
+        found = {"Loss by position": _loss_chart(self, length, methods)}
+        if "attention" in self.frames: found["Attention"] = _attention_chart(self, length, methods)
         return found | ({"Angles": _angle_chart(self, methods)} if "angles" in self.frames else {})
 
 
@@ -108,6 +112,20 @@ def _sentence(r: PositionReport, row: dict) -> str:
         return f"{where}: no difference from a window that could be told, {size}"
     return f"{where}: {'worse' if row['difference'] > 0 else 'better'} than a window by {size}"
 
+# %% ../../../nbs/probes/positions/01_report.ipynb #poswth02
+def _within(r: PositionReport, n: int) -> str:
+    """A length within the trained one: the last stretch of the texts against the first."""
+    f = r.frames["loss"].filter(length=n, method="none")
+    last = f.filter(pl.col("position") == n).select("text", last="loss")
+    by = f.filter(pl.col("position") == pl.col("position").min()).join(last, on="text").sort("text")
+    i = mean_interval(by["last"] - by["loss"])
+    where = f"{n:,} tokens, as it is: from the first {by['position'][0]:,} tokens to the last ones"
+    size = f"{abs(i.mean):.2f} nats a token"
+    if len(by) < 2: return f"{where} the loss {'falls' if i.mean < 0 else 'rises'} by {size}"
+    size += f" ({i.lower:+.2f} to {i.upper:+.2f}, {len(by)} texts)"
+    if i.lower <= 0 <= i.upper: return f"{where} the loss does not change so that it could be told, {size}"
+    return f"{where} the loss {'falls' if i.mean < 0 else 'rises'} by {size}"
+
 # %% ../../../nbs/probes/positions/01_report.ipynb #be78dac4
 def _answered(row: dict) -> str:
     """A method at a length, by what it answers."""
@@ -121,7 +139,8 @@ def _answered(row: dict) -> str:
 def _summary(r: PositionReport) -> Summary:
     m, e = r.meta, r.frames["effects"].filter(length=r.meta["lengths"][-1])
     if e.is_empty():
-        return Summary(f"All texts fit into the {m['trained']:,} tokens that the model was trained on, so no method was needed.")
+        short = f"All texts fit into the {m['trained']:,} tokens that the model was trained on, so no method was needed."
+        return Summary(short, lambda: _loss_chart(r))
     none, best = e.filter(method="none").row(0, named=True), e.sort("difference").row(0, named=True)
     plain = f"Past its trained {m['trained']:,} tokens the model predicts {_against(none)}"
     if best["method"] == "none": verdict = f"{plain}; no method did better."

@@ -28,7 +28,7 @@ from ...models.tokens import whole_number
 from .metrics import mean_received
 
 # %% auto #0
-__all__ = ['AnatomySettings', 'check_text', 'gates_of', 'meeting_frame', 'writers_frame', 'reading_frame', 'packed_frame']
+__all__ = ['AnatomySettings', 'check_text', 'meeting_frame', 'writers_frame', 'reading_frame', 'packed_frame']
 
 # %% ../../../nbs/probes/sinks/04_anatomy.ipynb #9683ed3d
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def check_text(
         )
 
 # %% ../../../nbs/probes/sinks/04_anatomy.ipynb #92913f5b
-def gates_of(
+def _gates_of(
     module: nn.Module,  # an attention module
 ) -> tuple[nn.Module, bool] | None:  # the projection, and whether it makes queries too; None: outputs are not gated
     "The projection that makes gates of head outputs: beside the queries (Qwen3-Next), or alone (AFMoE)"
@@ -81,7 +81,7 @@ class _Meeting(Intervention):
 
     def enter(self, model: AttachableModel, stack: ExitStack) -> None:
         for _, _, m in attention_modules(hf_model(model)):
-            if (found := gates_of(m)) is not None:
+            if (found := _gates_of(m)) is not None:
                 stack.callback(found[0].register_forward_hook(partial(self._keep_gate, m, found[1])).remove)
 
     def _keep_gate(self, attention: Any, beside: bool, module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -105,7 +105,7 @@ def _later(call: LayerCall, j: int, at: int, place: Tensor) -> Tensor:  # bool, 
 # %% ../../../nbs/probes/sinks/04_anatomy.ipynb #e4088b40
 def _unit(x: Tensor) -> Tensor: return torch.nn.functional.normalize(x.float(), dim=-1)
 
-
+# %% ../../../nbs/probes/sinks/04_anatomy.ipynb #09df8b20
 def _cosines(call: LayerCall, j: int) -> tuple[Tensor, Tensor]:  # (heads, n_queries) each
     "Of every query with the key of the token, and on average with the other keys up to its own"
     q, k, first = _unit(call.q[0]).unflatten(0, (call.k.shape[1], -1)), _unit(call.k[0]), call.mask.offset
@@ -186,7 +186,7 @@ def _stack(hf: nn.Module) -> list[tuple[int, nn.Module]]:
 # %% ../../../nbs/probes/sinks/04_anatomy.ipynb #87bdc6c9
 def _tensor(x: Any) -> Tensor: return x if isinstance(x, Tensor) else x[0]
 
-
+# %% ../../../nbs/probes/sinks/04_anatomy.ipynb #62c4aaf4
 class _Parts:
     "What a layer is given, what it gives, and what each of its parts is given and gives"
     def __init__(self, block: nn.Module, stack: ExitStack):
@@ -212,7 +212,7 @@ def _given(parts: _Parts, which: int) -> Tensor:
         if given is out and "norm" in name: out = gives
     return out
 
-
+# %% ../../../nbs/probes/sinks/04_anatomy.ipynb #07c95c3c
 def _added(parts: _Parts, scale: float) -> dict[str, Tensor]:  # component -> (n, d_model)
     "What a layer adds to the stream, part by part"
     whole = (parts.end - parts.start)[0].float()
@@ -260,7 +260,7 @@ def _swapped(x: Tensor, a: int, b: int) -> Tensor:
     x[[a, b]] = x[[b, a]]
     return x
 
-
+# %% ../../../nbs/probes/sinks/04_anatomy.ipynb #874511cb
 def _another(lm: LongModel, ids: Tensor, s: AnatomySettings) -> Tensor:
     "The text with another token in its place"
     special = {*(getattr(lm.tokenizer, "all_special_ids", None) or []), int(ids[s.position])}
@@ -272,7 +272,7 @@ def _another(lm: LongModel, ids: Tensor, s: AnatomySettings) -> Tensor:
 # %% ../../../nbs/probes/sinks/04_anatomy.ipynb #df64da90
 _Way = tuple[Tensor, Callable[[], AbstractContextManager], Tensor | None]  # token ids, what is changed meanwhile, positions of the tokens
 
-
+# %% ../../../nbs/probes/sinks/04_anatomy.ipynb #14c59b18
 def _ways(lm: LongModel, ids: Tensor, s: AnatomySettings) -> dict[str, _Way]:
     "Every reading by name"
     n, token = len(ids), {"token": (s.position, s.position + 1)}

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     import altair as alt
 
 # %% auto #0
-__all__ = ['meeting_sentence', 'writer_of', 'writer_sentence', 'reading_sentence', 'packed_sentence', 'anatomy_summary',
-           'AnatomyReport', 'sink_anatomy']
+__all__ = ['AnatomyReport', 'sink_anatomy']
 
 # %% ../../../nbs/probes/sinks/05_anatomy_report.ipynb #8582c20c
 def _ordinal(i: int) -> str: return f"token {i + 1}" if i else "the first token"
@@ -35,7 +34,7 @@ def _resting(r: Report) -> pl.DataFrame:
     return held if held.height else h
 
 # %% ../../../nbs/probes/sinks/05_anatomy_report.ipynb #399a00ad
-def meeting_sentence(
+def _meeting_sentence(
     r: Report,  # an AnatomyReport
 ) -> str:
     "How queries meet its key"
@@ -57,31 +56,31 @@ def meeting_sentence(
     )
 
 # %% ../../../nbs/probes/sinks/05_anatomy_report.ipynb #0e9fef28
-def writer_of(
+def _writer_of(
     r: Report,  # an AnatomyReport
 ) -> dict[str, Any]:  # layer, component, dim, written, after, share
     "What wrote most into the largest dimension of the token's state"
     f = r.frames["writers"]
     return f.filter(dim=f["dim"][0]).sort(pl.col("written").abs(), descending=True).row(0, named=True)
 
-
+# %% ../../../nbs/probes/sinks/05_anatomy_report.ipynb #f1effb5a
 def _part_name(w: dict[str, Any]) -> str:
     if w["layer"] < 0: return "the embedding"
     return f"the {dict(attention='attention', mlp='MLP').get(w['component'], 'rest')} of layer {w['layer']}"
 
-
-def writer_sentence(
+# %% ../../../nbs/probes/sinks/05_anatomy_report.ipynb #3790a0d9
+def _writer_sentence(
     r: Report,  # an AnatomyReport
 ) -> str:
     "Which part marks it"
-    w, f = writer_of(r), r.frames["writers"]
+    w, f = _writer_of(r), r.frames["writers"]
     gone = f.filter(pl.col("dim") == w["dim"], pl.col("written") * w["written"] < 0).sort(pl.col("written").abs(), descending=True)
     off = f"; {_part_name(gone.row(0, named=True))} takes {abs(gone['written'][0]):,.1f} off" if gone.height else ""
     return (f"largest dimension of its state: {w['dim']}, where {_part_name(w)} writes {w['written']:,.1f} "
             f"({100 * abs(w['share']):.0f} % of the largest value there){off}")
 
 # %% ../../../nbs/probes/sinks/05_anatomy_report.ipynb #53751525
-def reading_sentence(
+def _reading_sentence(
     r: Report,  # an AnatomyReport
 ) -> str:
     "What each change does"
@@ -89,8 +88,8 @@ def reading_sentence(
     parts = [f"{x['reading']} {x[at]:.0f} %, perplexity x {x['perplexity_ratio']:.2f}" for x in f.iter_rows(named=True)]
     return f"heads with a sink at {_ordinal(r.meta['settings']['position'])}: " + "; ".join(parts)
 
-
-def packed_sentence(
+# %% ../../../nbs/probes/sinks/05_anatomy_report.ipynb #1216714e
+def _packed_sentence(
     r: Report,  # an AnatomyReport with documents
 ) -> str:
     "What packing does"
@@ -107,12 +106,12 @@ def packed_sentence(
 # %% ../../../nbs/probes/sinks/05_anatomy_report.ipynb #95871b39
 def _mark(r: Report) -> str:
     "Which part writes the activation that marks the token; it is massive above 100, as published"
-    w, first = writer_of(r), r.frames["readings"].row(0, named=True)
+    w, first = _writer_of(r), r.frames["readings"].row(0, named=True)
     massive = first["largest"] > 100 and first["largest_position"] == r.meta["settings"]["position"]
     return f"{_part_name(w)} writes the massive activation that marks it" if massive else "no massive activation marks it"
 
-
-def anatomy_summary(
+# %% ../../../nbs/probes/sinks/05_anatomy_report.ipynb #a8b09f12
+def _anatomy_summary(
     r: Report,  # an AnatomyReport
 ) -> Summary:
     "What a person can repeat"
@@ -146,7 +145,7 @@ def anatomy_summary(
         tuple(measures),
     )
 
-
+# %% ../../../nbs/probes/sinks/05_anatomy_report.ipynb #dded7d0a
 def _cosine_picture(r: Report) -> Any:  # an Altair chart
     from longlens.charts.small import small_map
 
@@ -174,7 +173,7 @@ _EXPLAINED = {
     "on the document's first token; first: on the first token of the whole text.",
 }
 
-
+# %% ../../../nbs/probes/sinks/05_anatomy_report.ipynb #8249dc9e
 def _shown(frame: pl.DataFrame) -> pl.DataFrame:
     return frame.filter(pl.col("cosine").is_not_null())
 
@@ -189,7 +188,7 @@ def _meeting_section(r: Report) -> Section:
     ]
     return Section("How queries meet its key", _EXPLAINED["meeting"], arrange(charts), h)
 
-
+# %% ../../../nbs/probes/sinks/05_anatomy_report.ipynb #4ad9c2a8
 def _writers_section(r: Report) -> Section:
     from longlens.charts.common import layer_profile
 
@@ -214,7 +213,7 @@ def _rates(r: Report) -> pl.DataFrame:
     long = f.unpivot([*names], index="reading", variable_name="token", value_name="heads")
     return long.with_columns(pl.col("token").replace(names), lower=pl.lit(None, pl.Float64), upper=pl.lit(None, pl.Float64))
 
-
+# %% ../../../nbs/probes/sinks/05_anatomy_report.ipynb #155a524b
 def _readings_section(r: Report) -> Section:
     from longlens.charts.common import arrange, bars
     from longlens.charts.curves import remedy_dots
@@ -243,7 +242,7 @@ def _readings_section(r: Report) -> Section:
         "Moved, replaced, hidden, forgotten", _EXPLAINED["readings"].format(**r.meta["settings"]), arrange(charts, columns=1), f
     )
 
-
+# %% ../../../nbs/probes/sinks/05_anatomy_report.ipynb #3a6bb79c
 def _packed_section(r: Report) -> Section:
     from longlens.charts.curves import remedy_dots
 
@@ -271,12 +270,12 @@ class AnatomyReport(Report):
 
     def summary(self) -> Summary:
         "Why it is a sink, and what marks it"
-        return anatomy_summary(self)
+        return _anatomy_summary(self)
 
     def details(self) -> list[str]:
         "What was found, with every number"
-        made = [meeting_sentence(self), writer_sentence(self), reading_sentence(self)]
-        return [*made, packed_sentence(self)] if "packed" in self.frames else made
+        made = [_meeting_sentence(self), _writer_sentence(self), _reading_sentence(self)]
+        return [*made, _packed_sentence(self)] if "packed" in self.frames else made
 
     def sections(self) -> list[Section]:
         "The report as a page shows it"
@@ -291,7 +290,7 @@ class AnatomyReport(Report):
 # %% ../../../nbs/probes/sinks/05_anatomy_report.ipynb #1edceb35
 _Text: TypeAlias = str | Tokens | TokenIds
 
-
+# %% ../../../nbs/probes/sinks/05_anatomy_report.ipynb #7c6c9046
 def sink_anatomy(
     model: ModelLike,  # a LongModel, or whatever `load` takes
     text: _Text,  # a text, Tokens or token ids

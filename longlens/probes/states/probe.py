@@ -54,7 +54,7 @@ class StateSettings:
 # %% ../../../nbs/probes/states/01_probe.ipynb #231aba45
 Question: TypeAlias = Context | tuple[TokenIds, TokenIds]  # a prompt with its completion: a Context, or token ids of both
 
-
+# %% ../../../nbs/probes/states/01_probe.ipynb #62c5bc2d
 def _pairs(lm: LongModel, questions: Sequence[Question]) -> list[tuple[Tensor, Tensor]]:
     "Token ids of prompts and answers"
     out = []
@@ -92,7 +92,7 @@ def _readings(lm: LongModel, s: StateSettings) -> dict[str, _Change]:
     out |= {f"decay x {x:g}": partial(state_decay, lm, x) for x in s.decays}
     return out | {f"window {n}": partial(state_window, lm, n, max(1, n // 4)) for n in s.windows}
 
-
+# %% ../../../nbs/probes/states/01_probe.ipynb #9d95fb90
 def _recall_frame(lm: LongModel, pairs: Sequence[tuple[Tensor, Tensor]], s: StateSettings) -> pl.DataFrame:
     "reading, question, tokens, right, logprob"
     rows = []
@@ -105,7 +105,7 @@ def _heads_of(lm: LongModel, layer: int | None = None) -> list[tuple[int, int]]:
     "The heads of a layer, or of all"
     return [(i, h) for i in lm.attention_layers if layer in (None, i) for h in range(count_query_heads(lm, i))]
 
-
+# %% ../../../nbs/probes/states/01_probe.ipynb #8a70c9db
 def _silences(lm: LongModel) -> Iterator[tuple[str, int, _Change]]:
     "stream, layer (-1: all), and what silences it"
     states = [layer for layer, _ in state_mixers(lm)]
@@ -114,7 +114,7 @@ def _silences(lm: LongModel) -> Iterator[tuple[str, int, _Change]]:
     yield "attention", -1, partial(ablate, lm, _heads_of(lm))
     yield "state", -1, partial(silence_states, lm)
 
-
+# %% ../../../nbs/probes/states/01_probe.ipynb #4ca9a6e3
 def _streams_frame(lm: LongModel, pairs: Sequence[tuple[Tensor, Tensor]]) -> pl.DataFrame:
     "stream (attention, state, none), layer (-1: all), accuracy, logprob, lost (nats a token)"
     before = _answered(lm, pairs)
@@ -123,7 +123,7 @@ def _streams_frame(lm: LongModel, pairs: Sequence[tuple[Tensor, Tensor]]) -> pl.
         with change(): rows.append(dict(stream=stream, layer=layer, **_mean(_answered(lm, pairs))))
     return pl.DataFrame(rows).with_columns(lost=rows[0]["logprob"] - pl.col("logprob"))
 
-
+# %% ../../../nbs/probes/states/01_probe.ipynb #0c1004f7
 def _mean(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {"accuracy": sum(r["right"] for r in rows) / len(rows), "logprob": sum(r["logprob"] for r in rows) / len(rows)}
 
@@ -174,7 +174,7 @@ class StateReport(Report):
 def _out_of_range(r: Report) -> pl.DataFrame:
     return r.frames["collapse"].filter(pl.col("since").is_not_null())
 
-
+# %% ../../../nbs/probes/states/01_probe.ipynb #21e35bcf
 def _collapse_sentence(r: Report) -> str:
     "How many states leave their range"
     f, out, m = r.frames["collapse"], _out_of_range(r), r.meta
@@ -192,7 +192,7 @@ def _collapse_sentence(r: Report) -> str:
     where = f", the first of them at {out['since'].min():,} tokens" if out.height else ""
     return f"{head}{where}; largest ratio {top['ratio']:.2f}, layer {top['layer']}, head {top['head']}"
 
-
+# %% ../../../nbs/probes/states/01_probe.ipynb #bfbd2c4d
 def _by_length(r: Report, reading: str = "as it is") -> pl.DataFrame:
     return (
         r.frames["recall"]
@@ -202,7 +202,7 @@ def _by_length(r: Report, reading: str = "as it is") -> pl.DataFrame:
         .sort("tokens")
     )
 
-
+# %% ../../../nbs/probes/states/01_probe.ipynb #55966b53
 def _recall_sentence(r: Report) -> str:
     parts = [f"{x['tokens']:,} tokens {100 * x['accuracy']:.0f} %" for x in _by_length(r).iter_rows(named=True)]
     size = r.meta["state_size"]
@@ -225,7 +225,7 @@ def _stream_sentences(r: Report) -> list[str]:
         f"costliest single layer: {one['stream']} of layer {one['layer']}, {one['lost']:.2f} nats a token{heads}"
     ]
 
-
+# %% ../../../nbs/probes/states/01_probe.ipynb #18900703
 def _state_summary(r: Report) -> Summary:
     out, f, s = _out_of_range(r), r.frames["collapse"], r.meta["settings"]
     beyond = r.frames["states"]["position"].max() > s["trained"]
@@ -244,7 +244,7 @@ def _state_summary(r: Report) -> Summary:
     sure = f"One text; {n} questions." if n else "One text, so there is no interval."
     return Summary(verdict, lambda: _state_picture(r), (), tuple(untested), sure, tuple(measures))
 
-
+# %% ../../../nbs/probes/states/01_probe.ipynb #4e7898e0
 def _state_picture(r: Report) -> Any:  # an Altair chart
     from longlens.charts.small import small_curve
 
@@ -262,7 +262,7 @@ _STATE_EXPLAINED = {
     "layer, then all of a kind (layer: all); below, only the best heads are kept.",
 }
 
-
+# %% ../../../nbs/probes/states/01_probe.ipynb #42d8af16
 def _states_section(r: Report) -> Section:
     from longlens.charts.common import arrange, length_curve
 
@@ -270,7 +270,7 @@ def _states_section(r: Report) -> Section:
     chart = arrange([length_curve(f, name, title=f"{name.capitalize()} of the states") for name in ("norm", "variance")])
     return Section("States by position", _STATE_EXPLAINED["states"].format(**r.meta["settings"]), chart, r.frames["collapse"])
 
-
+# %% ../../../nbs/probes/states/01_probe.ipynb #6248c0ed
 def _recall_section(r: Report) -> Section:
     from longlens.charts.common import length_curve
 
@@ -282,7 +282,7 @@ def _recall_section(r: Report) -> Section:
         f.drop("context_length"),
     )
 
-
+# %% ../../../nbs/probes/states/01_probe.ipynb #e7a122c6
 def _streams_section(r: Report) -> Section:
     from longlens.charts.common import arrange, bars
     from longlens.charts.heatmaps import count_curve

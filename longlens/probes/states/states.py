@@ -19,7 +19,7 @@ from ...models.text_model import eval_mode
 from ...models.tokens import whole_numbers
 
 # %% auto #0
-__all__ = ['log_positions', 'read_states', 'states_frame', 'collapse_frame']
+__all__ = ['log_positions', 'states_frame', 'collapse_frame']
 
 # %% ../../../nbs/probes/states/00_states.ipynb #c600625d
 def log_positions(
@@ -41,7 +41,7 @@ def _from_cache(out: Any) -> dict[int, Tensor]:  # layer -> (1, ...)
         if isinstance(state, Tensor): found[layer] = state
     return found
 
-
+# %% ../../../nbs/probes/states/00_states.ipynb #a8175384
 def _states_of(lm: LongModel, out: Any) -> dict[int, Tensor]:
     "The recurrent states after a run, wherever the family keeps them"
     if out.get("state") is not None:  # RWKV: sums of values and of weights, whose ratio does not depend on how they are scaled
@@ -52,7 +52,7 @@ def _states_of(lm: LongModel, out: Any) -> dict[int, Tensor]:
 
 # %% ../../../nbs/probes/states/00_states.ipynb #ddf6d2f7
 @torch.no_grad()
-def read_states(
+def _read_states(
     lm: LongModel,  # the model
     ids: Tensor,  # a text, (n,)
     positions: Sequence[int],  # numbers of tokens that are read, 1 to n
@@ -71,7 +71,7 @@ def read_states(
             raise UnsupportedModel(f"{type(lm.hf).__name__} gives no recurrent state with its cache")
         yield p, {layer: _by_head(x[0].float()) for layer, x in found.items()}
 
-
+# %% ../../../nbs/probes/states/00_states.ipynb #a702d92f
 def _by_head(x: Tensor) -> Tensor:  # (heads, ...)
     "A state with a first axis of heads: one where the family has none (Mamba: channels by state; RWKV, RG-LRU: channels)"
     return x if x.ndim == 3 else x[None]
@@ -87,7 +87,7 @@ def _numbers(x: Tensor) -> dict[str, list[float]]:  # of (heads, ...)
         "largest": flat.abs().amax(1).tolist(),
     }
 
-
+# %% ../../../nbs/probes/states/00_states.ipynb #244acfe8
 def states_frame(
     lm: LongModel,  # the model
     ids: Tensor,  # a text, (n,)
@@ -95,7 +95,7 @@ def states_frame(
 ) -> pl.DataFrame:  # layer, head, position, size (numbers of the state), norm, mean, variance, largest
     "Norm, mean, variance and largest number of every state"
     rows = []
-    for p, found in read_states(lm, ids, positions):
+    for p, found in _read_states(lm, ids, positions):
         for layer, x in found.items():
             values = _numbers(x)
             rows += [
