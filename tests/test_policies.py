@@ -285,6 +285,21 @@ def test_h2o_goes_on_as_formed_weights_say() -> None:
     assert torch.equal(until.clamp_max(1 << 40), wanted)
 
 
+@torch.no_grad()
+def test_what_cannot_be_applied_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    "Where all policies are asked for; one that is asked for by name is an error"
+    from longlens import policy_lens
+    from longlens.probes.policies import probe
+    few = ("full", "random", "streaming", "oracle", "expected_attention", "tova")
+    monkeypatch.setattr(probe, "POLICIES", {name: POLICIES[name] for name in few})
+    lm, ids = load(zoo_model("gpt2")), token_ids(60)[0]
+    report = policy_lens(lm, ids, budgets=.5, targets=8)
+    assert report.table["policy"].unique().sort().to_list() == sorted(set(few) - {"expected_attention"})
+    assert "no rotary positions" in report.meta["left_out"]["expected_attention"]
+    assert any("expected_attention was left out" in s for s in report.findings())
+    with pytest.raises(UnsupportedModel, match="no rotary positions"): policy_lens(lm, ids, "expected_attention", .5, targets=8)
+
+
 def test_the_lens_and_the_command(tmp_path: Any, capsys: Any) -> None:
     "Tables of one policy beside the controls, files for serving code, a page"
     from longlens.cli.main import main
