@@ -262,6 +262,44 @@ def test_a_policy_in_force() -> None:
     with use_policy(lm, "tova", 8, ids[:SINCE]), pytest.raises(ValueError, match="read them inside"): before.extend(ids[SINCE:])
 
 
+@torch.no_grad()
+def test_h2o_goes_on_as_formed_weights_say() -> None:
+    "The first layer, whose keys no policy changes: key after key, by the softmax over the keys that are left"
+    from longlens.policies.attention import H2O
+    lm, n, budget = load(zoo_model("llama")), 20, 8
+    ids = token_ids(32)[0]
+    with use_policy(lm, H2O(go_on=True), budget, ids[:n]) as (on,):
+        lm.prefill(ids[:n]).logits_after(ids[n:])
+        until = on.going[0].until
+    call = prompts(lm, 32)[0].op.call
+    x = call.q[0] @ call.k[0].repeat_interleave(call.group, 0).mT * call.scale  # (heads, 32, 32)
+    formed = lambda i, alive: x[:, i, :i + 1].masked_fill(~alive.repeat_interleave(call.group, 0)[:, :i + 1], -torch.inf).softmax(-1)
+    score, alive = torch.zeros(len(call.k[0]), 32), torch.ones(len(call.k[0]), 32, dtype=torch.bool)
+    wanted = torch.full_like(alive, 1 << 40, dtype=torch.int64)
+    for i in range(32):
+        seen = alive if i >= n else torch.ones_like(alive)  # the prompt's rows are over the whole text
+        score[:, :i + 1] += formed(i, seen).unflatten(0, (len(alive), -1)).mean(1)
+        if i < budget: continue
+        goes = score[:, :i + 1 - budget // 2].masked_fill(~alive[:, :i + 1 - budget // 2], torch.inf).argmin(-1)
+        for h, j in enumerate(goes.tolist()): alive[h, j], wanted[h, j] = False, 0 if i < n else i + 1
+    assert torch.equal(until.clamp_max(1 << 40), wanted)
+
+
+@torch.no_grad()
+def test_what_cannot_be_applied_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    "Where all policies are asked for; one that is asked for by name is an error"
+    from longlens import policy_lens
+    from longlens.probes.policies import probe
+    few = ("full", "random", "streaming", "oracle", "expected_attention", "tova")
+    monkeypatch.setattr(probe, "POLICIES", {name: POLICIES[name] for name in few})
+    lm, ids = load(zoo_model("gpt2")), token_ids(60)[0]
+    report = policy_lens(lm, ids, budgets=.5, targets=8)
+    assert report.table["policy"].unique().sort().to_list() == sorted(set(few) - {"expected_attention"})
+    assert "no rotary positions" in report.meta["left_out"]["expected_attention"]
+    assert any("expected_attention was left out" in s for s in report.findings())
+    with pytest.raises(UnsupportedModel, match="no rotary positions"): policy_lens(lm, ids, "expected_attention", .5, targets=8)
+
+
 def test_the_lens_and_the_command(tmp_path: Any, capsys: Any) -> None:
     "Tables of one policy beside the controls, files for serving code, a page"
     from longlens.cli.main import main

@@ -25,7 +25,7 @@ from common import Comparison, apart, commit_of, functions, smollm2, text_ids
 N, BUDGET, LAYERS = 512, 128, (0, 9, 18, 27)
 SOURCES = (
     "H2O SnapKV KVCache-Factory Quest TOVA streaming-llm LOOK-M LaCache SirLLM hyper-attn MInference x-attention draft-based-approx-llm "
-    "ShadowKV hip-attention MoBA TokenSelect"
+    "ShadowKV hip-attention MoBA TokenSelect SqueezedAttention"
 ).split()
 ON = f"{N} tokens of English, layers {', '.join(map(str, LAYERS))}"
 
@@ -506,9 +506,34 @@ def tokenselect(c: Comparison, repos: Path, reads: dict[int, Read]) -> None:
     )
 
 
+def squeezed(c: Comparison, repos: Path, reads: dict[int, Read]) -> None:
+    "What each key's cluster is worth to the next 64 queries: the quantiles that its thresholds are made of; clusters by longlens in both"
+    from longlens.policies.clusters import SqueezedAttention, _cluster_shares
+
+    f = functions(repos / "SqueezedAttention/squeezedattention/clustering.py", "run_global_threshold", torch=torch, np=np, math=math)
+    keys, queries, centres, labels, ours = {}, {}, {}, {}, []
+    for i, r in enumerate(reads.values()):
+        g = r.q.shape[1] // r.k.shape[1]
+        label, centre = SqueezedAttention().index(r.prompt, BUDGET)[0]
+        keys[i], queries[i] = r.k.repeat_interleave(g, 1), r.q
+        labels[i], centres[i] = (x.repeat_interleave(g, 0)[None] for x in (label, centre))
+        ours.append(_cluster_shares(r.prompt, r.q[0, :, N:], label, centre).mean(1))
+    theirs = f.run_global_threshold(keys, queries, centres, labels, centres[0].shape[2], 64, device="cpu")
+    at = (0.5, 0.7, 0.8, 0.9)
+    a, b = [theirs[x] for x in at], np.quantile(torch.stack(ours).numpy(), at)
+    c.add(
+        "Squeezed Attention: median and higher quantiles of what clusters are worth",
+        ON,
+        ", ".join(f"{x:.2e}" for x in a),
+        ", ".join(f"{x:.2e}" for x in b),
+        apart(a, b),
+        "mean over 64 queries; here the best are taken, there those above such a threshold",
+    )
+
+
 NOT_RUN = (
-    "LongHeads, A2ATS, Squeezed Attention, NSA (fla-org and lucidrains), DSA's indexer, LongLoRA's shift: their rules are inside layers "
-    "that want flash-attn, Triton, TileLang or trained weights; read line by line, and written again.",
+    "LongHeads, A2ATS, NSA (fla-org and lucidrains), DSA's indexer, LongLoRA's shift: their rules are inside layers "
+    "that want flash-attn, Triton, TileLang or trained weights; read, and written again.",
     "LoCoCo: its convolution is learned; what is fitted here is told on its page.",
     "KVMerger, LongGen: no code of the authors was found. Recycled Attention: its repository could not be had; by its paper.",
     "Longformer, BigBird, HyperAttention's and Landmark's attention itself: patterns and kernels for models trained with them.",
@@ -531,7 +556,7 @@ def main() -> None:
     )
     with torch.no_grad():
         reads = read_layers(lm)
-        for part in (h2o, snapkv, pyramid, quest, lookm, hyper, minference, xattention, speckv, shadow, hip, moba, tokenselect):
+        for part in (h2o, snapkv, pyramid, quest, lookm, hyper, minference, xattention, speckv, shadow, hip, moba, tokenselect, squeezed):
             try:
                 part(c, a.repos, reads)
             except Exception as e:  # what a checkout lacks is told in the table
