@@ -2096,14 +2096,14 @@ def paths(draw: Draw) -> None:
 @case("state_lens", "StateReport", weight=0.3)
 def state_lenses(draw: Draw) -> None:
     "Numbers of states that are those of the cache; settings of odd kinds are refused"
-    lm = draw(st.sampled_from([lambda: with_words("jamba"), lambda: with_words("mamba"), lambda: with_words("llama")]))()
+    lm = mostly(draw, st.sampled_from(["jamba", "mamba", "bamba"]).map(with_words), st.just("llama").map(with_words))
     ids = ids_of(draw, min(400, lm.vocab_size), 4, 60)
     trained = mostly(draw, st.integers(2, 50), st.sampled_from([0, 1, 2.5, "3"]))
-    asked = draw(st.sampled_from([None, [], [(ids[:5], ids[:1])]]))
+    asked = mostly(draw, st.sampled_from([None, [(ids[:5], ids[:1])]]), st.just([]))
     with clear():
         report = ll.state_lens(lm, form_of_ids(draw, ids), trained=trained, questions=asked,
-                               decays=draw(st.sampled_from([(), (2.0,), (0,)])),
-                               factor=draw(st.sampled_from([2.0, 1.5, 1.0])))
+                               decays=mostly(draw, st.sampled_from([(), (2.0,)]), st.just((0,))),
+                               factor=mostly(draw, st.sampled_from([2.0, 1.5]), st.just(1.0)))
         _page(report)
     f = report.frames["states"]
     assert (f["variance"] >= 0).all() and f["norm"].is_finite().all()
