@@ -376,6 +376,8 @@ def test_a_word_of_the_answer_is_clicked_and_its_sources_are_found(page: Any, ap
     expect(plain.locator(f".ll-view .ll-u[data-u='{int(won) - 1}']").first).to_be_in_viewport()
     expect(plain.locator(".lx-side input[type=checkbox]").first.locator("xpath=..")).to_contain_text(f"{won} · ")
     assert plain.get_by_label("method").count() == 1    # one menu for one thing
+    tab(plain, "Heads")
+    tab(plain, "Trace")    # what each method costs is planned when the tab is opened
     line = re.compile(r"leave\sone\sout\s·\sabout\s[\d,]+\stokens\s·\sright\sin")
     expect(plain.get_by_label("method").locator("option").first).to_contain_text(line)
 

@@ -68,7 +68,7 @@ def test_names_and_questions_do_nothing_to_a_terminal(capsys: pytest.CaptureFixt
     assert run("--context", "red\x1b[31m.txt", "b.txt", "--question", "What \x1b[31mis?", "--answer", "stone", "--dry-run") == 0
     said = capsys.readouterr()
     assert "\x1b[31m" not in said.out + said.err
-    assert "is asked: What \\x1b[31mis?" in said.out and "0 red\\x1b[31m.txt, 1 b.txt" in said.out
+    assert "is asked: What \\x1b[31mis?" in said.out and "1 red\\x1b[31m.txt, 2 b.txt" in said.out
 
 
 def test_a_folder_is_needed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,9 +16,10 @@ CELL = """
 import longlens as ll
 from longlens.prompts.questions import read_questions, title_and_text
 lm = ll.load("smollm2")
-first = next(i for i, q in enumerate(questions := read_questions("nq-sample")) if "coming home for christmas" in q.question)
-text = "\\n\\n".join(": ".join(title_and_text(q.gold)) for q in questions[first - 2:first + 2])
-ll.explore(lm, text, question=questions[first].question + "?")"""
+questions = read_questions("nq-sample")
+film = next(q for q in questions if "coming home for christmas" in q.question)
+text = "\\n\\n".join(": ".join(title_and_text(q.gold)) for q in (questions[0], film, questions[1]))
+ll.explore(lm, text, question=film.question + "?")"""
 
 
 def silenced(page: Any) -> Any:
