@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from longlens.apps import compare as _compare
 
 # %% auto #0
-__all__ = ['readings_html', 'agreement', 'CompareExplorer']
+__all__ = ['agreement', 'CompareExplorer']
 
 # %% ../../nbs/apps/18_compare.ipynb #cp000008
 def readings_html(

@@ -50,8 +50,7 @@ from ..prompts.compose import Context
 from ..report import Report
 
 # %% auto #0
-__all__ = ['prompt_of_text', 'trace_tab', 'needle_tab', 'policies_tab', 'positions_tab', 'own_texts', 'own_lengths',
-           'collapse_tab']
+__all__ = ['prompt_of_text', 'trace_tab', 'needle_tab', 'policies_tab', 'positions_tab', 'collapse_tab']
 
 # %% ../../nbs/apps/15_measured_tabs.ipynb #30166c16
 def _menu(label: str, options: Mapping[str, Any] | Sequence[Any], width: str = "250px") -> Dropdown:

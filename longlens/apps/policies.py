@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import altair as alt
 import polars as pl
-from ipywidgets import Dropdown, HBox, Layout, SelectionSlider
+from ipywidgets import Dropdown, HBox, Layout, SelectionSlider, VBox
 
 from .app import App, Explorer
 from .linked_chart import VegaView, html_box, numbers_html, picture
@@ -84,6 +84,7 @@ class PolicyExplorer(Explorer):
     "Budget and policy, and what is kept and lost"
     name, title = "policies", "Policies"
     report: PolicyReport
+    kept: VBox  # the strip of tokens, hidden where there is none
 
     if TYPE_CHECKING:  # each is written where it is explained
         state, restore, _connect, _refresh = _policies.state, _policies.restore, _policies._connect, _policies._refresh
@@ -118,10 +119,11 @@ class PolicyExplorer(Explorer):
 
 # %% ../../nbs/apps/13_policies.ipynb #5e7efa4d
 def _first_shown(r: PolicyReport) -> str:
-    "The policy that keeps most with the fewest keys, and is no control"
-    f = r.table.filter(pl.col("budget") == pl.col("budget").min())
+    "The policy that keeps most with the fewest keys, and is no control; one that drops keys, if there is any, so that these show"
+    f = r.table.filter(pl.col("budget") == pl.col("budget").min()).sort("mass_kept", descending=True)
     rules = f.filter(~pl.col("policy").is_in(["full", "oracle", "random", "streaming"]))
-    return str((rules if len(rules) else f).sort("mass_kept", descending=True)["policy"][0])
+    dropping = rules.filter(pl.col("kind") != "selection")
+    return str(next(g for g in (dropping, rules, f) if len(g))["policy"][0])
 
 
 def _boxes(e: PolicyExplorer) -> list[Any]:
@@ -133,7 +135,8 @@ def _boxes(e: PolicyExplorer) -> list[Any]:
                     "true input: mean over contexts.")
     strip = picture("Which tokens are kept", e.strip, "The first context from left to right: the share of KV heads that keep each stretch. "
                     "Policies that choose for every query keep all keys, and have no strip.")
-    return [HBox([e.policy, e.budget]), e.table, frontier, heads, strip, e.note]
+    e.kept = VBox([strip])
+    return [HBox([e.policy, e.budget]), e.table, frontier, heads, e.kept, e.note]
 
 # %% ../../nbs/apps/13_policies.ipynb #e6408fb5
 @patch
@@ -178,6 +181,7 @@ def _show_heads(self: PolicyExplorer) -> None:
     strips = self.report.frames.get("strips", pl.DataFrame())
     rows = strips.filter(policy=self.policy.value, budget=self.budget.value) if len(strips) else strips
     self.strip.rows = {"strip": rows.to_dicts()}
+    self.kept.layout.display = None if len(rows) else "none"
     self.note.value = "" if len(rows) else '<p class="lx-soft">This policy drops no keys for good, so there is no strip of tokens.</p>'
 
 # %% ../../nbs/apps/13_policies.ipynb #73776a1f
@@ -208,4 +212,4 @@ def explore_policies(
     model: LongModel | Encoder | None = None,   # not needed: all that is shown is in the report
 ) -> App[PolicyReport]:
     "A report of policies to click through"
-    return App(report, lambda r, parts: [PolicyExplorer(r), SectionsExplorer(r)], str(report.meta["kind"]))
+    return App(report, lambda r, parts: [PolicyExplorer(r), SectionsExplorer(r)], "Policies for the cache")

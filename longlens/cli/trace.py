@@ -215,7 +215,7 @@ def _run_trace(
     _show_question(job, asked.context or [])
     costs = _costs(asked, job) if asked.answer is None or asked.dry_run else {}    # refused before the model is asked
     if asked.dry_run:
-        for n, cost in costs.items(): print(f"  {n} ({method_name(n)}): {cost}")
+        for n, cost in costs.items(): print(f"  {n}: {cost} ({method_name(n)})")
         return None
     made = _traces(asked, job)
     for r in made.values(): r.meta["files"] = [str(f) for f in asked.context or ()]    # a source is known by its number only

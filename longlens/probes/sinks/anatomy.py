@@ -5,6 +5,7 @@
 # %% ../../../nbs/probes/sinks/04_anatomy.ipynb #f49ec258
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from ...measure.capture import capture
 from ...measure.statistics import MassiveActivations, Received, SpanMass
 from ...models.architecture import attention_modules, text_config
 from ...models.forward import LongModel
+from ...models.prefix import continuation
 from ...models.tokens import whole_number
 from .metrics import mean_received
 
@@ -291,11 +293,12 @@ def _ways(lm: LongModel, ids: Tensor, s: AnatomySettings) -> dict[str, _Way]:
 def _read(lm: LongModel, way: _Way, s: AnatomySettings, targets: int) -> dict[str, Any]:
     "What is measured of one reading"
     ids, change, places = way
-    with change(), capture(lm, Received(), MassiveActivations()) as seen:
-        if places is None:
-            loss = -lm.score(ids[:-targets], ids[-targets:], chunk=s.chunk).mean
-        else:
-            loss = _loss_at(lm, ids, places, targets)
+    in_chunks = places is None and continuation(lm) == "chunks" and (s.chunk or lm.best_chunk(len(ids))) < len(ids)
+    with change():
+        with capture(lm, Received(), MassiveActivations()) as seen:
+            loss = math.nan if in_chunks else _loss_at(lm, ids, places, targets)
+            if in_chunks: lm.prefill(ids, s.chunk)
+        if in_chunks: loss = -lm.score(ids[:-targets], ids[-targets:], chunk=s.chunk).mean
     alpha = mean_received(seen)[:, 0]  # (layers, heads, n)
     largest = seen.frame("massive_activations").sort(pl.col("value").abs()).row(-1, named=True)
     at = {f"sink_{i + 1}": 100 * float((alpha[..., i] > s.epsilon).double().mean()) for i in sorted({0, 1, s.position, s.swap})}
@@ -308,11 +311,12 @@ def _read(lm: LongModel, way: _Way, s: AnatomySettings, targets: int) -> dict[st
     }
 
 # %% ../../../nbs/probes/sinks/04_anatomy.ipynb #840f3be6
-def _loss_at(lm: LongModel, ids: Tensor, places: Tensor, targets: int) -> float:
-    "Mean loss of the last tokens, with positions of their own"
+def _loss_at(lm: LongModel, ids: Tensor, places: Tensor | None, targets: int) -> float:
+    "Mean loss of the last tokens in one pass, perhaps with positions of their own"
     rows, x = torch.arange(len(ids) - targets - 1, len(ids) - 1), ids[None].to(lm.device)
     with torch.no_grad():
-        logits = lm.logits_at(rows, input_ids=x, position_ids=places[None].to(lm.device), attention_mask=torch.ones_like(x))[0].float()
+        own = {} if places is None else {"position_ids": places[None].to(lm.device), "attention_mask": torch.ones_like(x)}
+        logits = lm.logits_at(rows, input_ids=x, **own)[0].float()
     return -float(logits.log_softmax(-1).gather(-1, ids[-targets:, None].to(logits.device)).mean())
 
 # %% ../../../nbs/probes/sinks/04_anatomy.ipynb #925ebad3

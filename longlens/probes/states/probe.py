@@ -312,7 +312,7 @@ def state_lens(
     text: str | Tokens | TokenIds,  # what is read; longer than the trained length shows collapse
     *,
     trained: int | None = None,  # tokens of the longest training texts; None: as the config says
-    positions: Sequence[int] | None = None,  # numbers of tokens after which states are read; None: 16, 32, 64, ... all
+    positions: Sequence[int] | None = None,  # numbers of tokens after which states are read; None: 16, 32, 64, ... all, and `trained`
     questions: Sequence[Question] | None = None,  # prompts with completions, of several lengths; None: nothing is asked
     decays: Sequence[float] = (0.5, 2.0),  # rates of the decay, times the model's own, with which questions are asked again
     windows: Sequence[int] = (),  # tokens that states are made of, with which questions are asked again
@@ -327,7 +327,8 @@ def state_lens(
     if length is None:
         raise ValueError("the config does not say how long the training texts were: give trained=")
     s = StateSettings(length, factor, tuple(decays), tuple(windows), seed)
-    states = states_frame(lm, ids, log_positions(len(ids)) if positions is None else positions)
+    usual = [*log_positions(len(ids)), min(s.trained, len(ids))]
+    states = states_frame(lm, ids, usual if positions is None else positions)
     frames = {"states": states, "collapse": collapse_frame(states, s.trained, s.factor)}
     if questions is not None:
         frames |= _asked(lm, questions, s)

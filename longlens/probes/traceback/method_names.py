@@ -15,8 +15,7 @@ if TYPE_CHECKING:    # the command line reads the names, and loads nothing heavy
     from longlens.probes.traceback.tracer import TraceCost
 
 # %% auto #0
-__all__ = ['CASES', 'MEASURED', 'RECOMMENDED', 'METHOD_NAMES', 'MethodName', 'method_name', 'method_line', 'method_lines',
-           'methods_frame']
+__all__ = ['CASES', 'MEASURED', 'RECOMMENDED', 'METHOD_NAMES', 'MethodName', 'method_name', 'method_line', 'method_lines']
 
 # %% ../../../nbs/probes/traceback/12_method_names.ipynb #mw000007
 CASES, MEASURED = 20, "generated contexts of needle-lm with two false facts"    # what `right` was counted in
