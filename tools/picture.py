@@ -12,14 +12,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "nbs/images/workbench.png"
 WIDEST = 1240    # of what is kept, pixels
-CELL = """
+CELL = '''
 import longlens as ll
-from longlens.prompts.questions import read_questions, title_and_text
 lm = ll.load("smollm2")
-questions = read_questions("nq-sample")
-film = next(q for q in questions if "coming home for christmas" in q.question)
-text = "\\n\\n".join(": ".join(title_and_text(q.gold)) for q in (questions[0], film, questions[1]))
-ll.explore(lm, text, question=film.question + "?")"""
+text = """The library of Lindau was opened at the harbour in 1896. Its first director was Clara Voss, who had been a watchmaker.
+She collected sea charts and the logs of ships. In 1923 a fire destroyed the reading room, but the charts were saved.
+Today the library is led by Dora Lund. She had the roof covered with green tiles. There is a tour every Thursday."""
+ll.explore(lm, text, question="Who was the first director of the library?")'''
 
 
 def silenced(page: Any) -> Any:
@@ -28,7 +27,7 @@ def silenced(page: Any) -> Any:
     app = page.locator(".lx-app")
     app.locator(".lx-chart svg.marks").first.wait_for()
     app.get_by_role("button", name="Silence this head").click()
-    expect(app.get_by_role("rowheader", name="without")).to_be_visible()
+    expect(app.get_by_role("rowheader", name="without")).to_be_visible(timeout=150_000)
     page.wait_for_timeout(1000)
     return app
 
