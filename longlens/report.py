@@ -371,7 +371,7 @@ def _named(place: str) -> Any:    # what is there
     module, _, name = place.partition(":")
     return getattr(import_module(module), name)
 
-
+# %% ../nbs/00_report.ipynb #e18f0b13
 def _explorer_of(report: Report) -> Any:    # a function: (report, **what else there is) -> a widget
     "The function that a report names as its explorer"
     if all(report.explorer.partition(":")): return _named(report.explorer)

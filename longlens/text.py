@@ -20,7 +20,7 @@ SIGNS = {"\n": "⏎", "\t": "⇥"}    # what has a sign of its own
 _SELECTORS = frozenset(map(chr, (*range(0xfe00, 0xfe0e), *range(0xe0100, 0xe01f0))))    # of variants; those of emoji are left
 _BLANK = _SELECTORS | set("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")    # letters or marks by their class, and yet nothing is drawn
 
-
+# %% ../nbs/01_text.ipynb #4bc22c36
 def _sign(char: str) -> str:
     if char in SIGNS: return SIGNS[char]
     kind, n = category(char), ord(char)

@@ -59,7 +59,7 @@ def _cosine_chart(
 # %% ../../nbs/apps/09_collapse.ipynb #29944316
 _AGAINST = "chosen", "shortest, temperature 1"
 
-
+# %% ../../nbs/apps/09_collapse.ipynb #b7498878
 def _spectrum_chart() -> alt.Chart:
     "Share of each direction: over spectrum (direction, share, series)"
     tips = tooltips(("direction", "quantitative", "direction"), ("share", "quantitative", "share"), ("series", "nominal", "which"))

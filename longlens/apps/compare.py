@@ -225,7 +225,7 @@ def _go(self: CompareExplorer) -> None:
     def show(found: tuple[Comparison | None, str]) -> None: self.comparison, self.result.value = found
     self.app.run("comparing", self._job, show, live.lm if live is not None and self.what.value != "report" else None)
 
-
+# %% ../../nbs/apps/18_compare.ipynb #9a30f2ea
 @patch
 def write_page(self: CompareExplorer, path: Path) -> Path:
     if self.comparison is None: raise ValueError("there is no page to share yet: compare with a model, text, question or report first")

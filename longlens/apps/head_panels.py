@@ -71,7 +71,7 @@ def quantities(
 # %% ../../nbs/apps/05_head_panels.ipynb #12d24b51
 _Rows = dict[str, list[dict[str, Any]]]    # name of the data -> its rows
 
-
+# %% ../../nbs/apps/05_head_panels.ipynb #19c6920f
 @dataclass
 class Panel:
     "A picture of one head"
@@ -100,7 +100,7 @@ def _position_axes(n: int) -> tuple[Callable[[str], alt.X], Callable[[str], alt.
 # %% ../../nbs/apps/05_head_panels.ipynb #5e0afab1
 _PROFILE_LINES = {"top": ("highest of a stretch", "at", 1.2), "mean": ("mean", "first", 1.8)}    # column -> name, its position, width
 
-
+# %% ../../nbs/apps/05_head_panels.ipynb #499086c7
 def _profile_line(rows: alt.Chart, column: str, x: Callable[[str], alt.X], y: Callable[[str], alt.Y]) -> alt.Chart:
     "One of the two lines, with its name in the legend"
     name, position, width = _PROFILE_LINES[column]

@@ -70,7 +70,7 @@ def _send_vega(self: VegaView, _: Any, content: Any, buffers: Any) -> None:
 # %% ../../nbs/apps/00_linked_chart.ipynb #8c6c2918
 _PICKED = "#ff4f2e"    # seen on every colour of the maps, and on both papers
 
-
+# %% ../../nbs/apps/00_linked_chart.ipynb #46197e54
 def with_pick(
     chart: Any,           # a layered Altair chart, whose first layer says where a mark stands
 ) -> dict[str, Any]:      # its specification with a frame around the mark that is picked
@@ -93,7 +93,7 @@ def html_box(
 # %% ../../nbs/apps/00_linked_chart.ipynb #1fe69d83
 _W = TypeVar("_W", bound=Widget)
 
-
+# %% ../../nbs/apps/00_linked_chart.ipynb #436901e6
 def with_classes(
     widget: _W,               # any widget
     *classes: str,           # of explore.css

@@ -241,7 +241,7 @@ def positions_tab(
 # %% ../../nbs/apps/15_measured_tabs.ipynb #collown1
 _FEWEST = 8    # texts
 
-
+# %% ../../nbs/apps/15_measured_tabs.ipynb #6a7e9b8b
 def own_texts(
     pasted: str,    # texts with an empty line between two
 ) -> list[str]:     # none where nothing was pasted

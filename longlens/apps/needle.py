@@ -289,7 +289,7 @@ def _cell(self: PlaceExplorer) -> dict[str, Any]:
     depth = min(self.measured, key=lambda d: abs(d - self.place.value))
     return {"context_length": self.conditions["context_length"].value, "depth_percent": depth}
 
-
+# %% ../../nbs/apps/08_needle.ipynb #6ed01edd
 @patch
 def _go_to_cell(self: PlaceExplorer, picked: Mapping[str, Any]) -> None:
     "To a cell of the map that was clicked"

@@ -34,7 +34,7 @@ __all__ = ['answer_room', 'question_context', 'text_asked', 'read_asked', 'Quest
 # %% ../../nbs/apps/10_question_bar.ipynb #80b221ef
 _ASKED_TOKENS = 32    # of an answer that the model writes
 
-
+# %% ../../nbs/apps/10_question_bar.ipynb #0f6d7291
 def answer_room(
     lm: LongModel,
     n: int,                     # tokens of its prompt

@@ -96,7 +96,7 @@ def _read_head(self: TextExplorer) -> None:
         if self.choice.head == (layer, head): self._link(self.view.hovered if self.view.hovered is not None else self.choice.token)
     self.app.run(f"layer {layer}, head {head}", lambda progress: read_head(live, layer, head), show, live.lm, aside=True)
 
-
+# %% ../../nbs/apps/12_text_tab.ipynb #43cc1dbc
 @patch
 def _link(self: TextExplorer, token: int | None) -> None:
     "Where a token looks, and who looks at it"

@@ -88,7 +88,7 @@ def _has_flash(q: Tensor) -> bool:
     if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] > 256: return False
     return torch.cuda.get_device_capability(q.device) >= (8, 0)
 
-
+# %% ../../nbs/attention/02_backends.ipynb #a36ebf5a
 def _flash_op(q: Tensor, k: Tensor, v: Tensor, scale: float, window: tuple[int, int]) -> Result:
     "One call of it: the last query stands at the last key, and sees so many keys before and after it (-1: all)"
     left, right = window
@@ -269,7 +269,7 @@ def can_flash(
     if not f.plain or f.padded or f.graded or not f.room: return False
     return m.right == 0 or m.offset == f.n_keys - f.n_queries
 
-
+# %% ../../nbs/attention/02_backends.ipynb #d99ebde3
 def can_flex(
     f: Facts,  # of a call
 ) -> bool:
@@ -351,7 +351,7 @@ def _flex_compiled() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
     return torch.compile(flex_attention)
 
-
+# %% ../../nbs/attention/02_backends.ipynb #0e6ebe3e
 def _flex_kernel(q: Tensor) -> Callable[..., Any]:
     "FlexAttention, compiled on a GPU; on a CPU (for tests) as torch defines it, with the logits formed"
     if q.is_cuda: return _flex_compiled()

@@ -65,7 +65,7 @@ def _way_of(
     facts = Facts(call)
     return next(w for w in WAYS if w.when(facts))
 
-
+# %% ../../nbs/attention/06_kernels.ipynb #52e985fd
 def best(
     call: AttentionCall,  # of any kind
 ) -> Result:

@@ -151,7 +151,7 @@ def per_query(self: AttentionOperator, *extra: int) -> Tensor:
     "Zeros, (batch, heads, n_queries, *extra)"
     return self.call.q.new_zeros(*self.shape[:3], *extra, dtype=self.dtype)
 
-
+# %% ../../nbs/attention/08_operator.ipynb #23d359e8
 @patch
 def per_key(self: AttentionOperator, *extra: int) -> Tensor:
     "Zeros, (batch, heads, n_keys, *extra)"
@@ -206,7 +206,7 @@ def walk(
 # %% ../../nbs/attention/08_operator.ipynb #2aee14e6
 _SUMMED_BY: ContextVar[str] = ContextVar("summed_by", default="auto")
 
-
+# %% ../../nbs/attention/08_operator.ipynb #fc1990b5
 @contextmanager
 def summed_by(
     kernels: Literal["auto", "torch", "triton"],  # "auto": Triton on a GPU where it can, else torch
@@ -334,7 +334,7 @@ def mass_sums(self: AttentionOperator) -> list[Reducer]:
     "What must be added up to know, to the last digit, what a row gives to keys: nothing, if there is no learned sink"
     return [] if self.sinks is None else [WindowMass([self.shape[2] + self.shape[3]])]    # a window that holds everything
 
-
+# %% ../../nbs/attention/08_operator.ipynb #723f91dc
 @patch
 def _summed_mass(self: AttentionOperator) -> Tensor:  # (batch, heads, n_queries)
     "`key_mass`, exact to the last digit"

@@ -115,7 +115,7 @@ ABOVE = dict(orient="top", direction="horizontal", titleOrient="left")    # wher
 def axis_style(**given: Any) -> alt.Axis:
     return alt.Axis(**{**FONT, "labelOverlap": "greedy", "titlePadding": 8, **given})
 
-
+# %% ../../nbs/charts/00_base.ipynb #a70dfa99
 def legend_style(**given: Any) -> alt.Legend:
     return alt.Legend(**{**FONT, "titleLimit": 360, "labelLimit": 220, "symbolOpacity": 1, **given})
 

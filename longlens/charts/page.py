@@ -95,7 +95,7 @@ def _over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:   
 # %% ../../nbs/charts/06_page.ipynb #6d65ef9d
 _MANY = 3000    # marks: above this, a chart is drawn on a canvas, below it as SVG
 
-
+# %% ../../nbs/charts/06_page.ipynb #d69c5315
 def drawing(
     chart: ChartType,
 ) -> dict[str, Any]:    # spec and renderer
@@ -243,7 +243,7 @@ def _folded(reports: Sequence[Report]) -> str:
     if len(reports) == 1: return _run_html(reports[0])
     return "".join(f"<details><summary>{say(_name(r))}</summary>{_run_html(r)}</details>" for r in reports)
 
-
+# %% ../../nbs/charts/06_page.ipynb #b06e2cb5
 def _name(report: Report) -> str:    # its title, or ToyReport: Toy report; with the method, if there is one
     kind = type(report).__name__
     name = report.title or "".join(f" {c.lower()}" if c.isupper() and i else c for i, c in enumerate(kind))
@@ -308,7 +308,7 @@ def words_html(
     quote = f"<blockquote dir='auto'>{say(s.quote, 400)}</blockquote>" if s.quote else ""
     return f"<p class='verdict'>{_whole(say(s.verdict))}</p>{quote}"
 
-
+# %% ../../nbs/charts/06_page.ipynb #4196fde1
 def picture_place(
     chart: ChartType,
     drawings: list[dict[str, Any]],    # all charts of the page so far; this one is added

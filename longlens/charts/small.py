@@ -32,7 +32,7 @@ def _few(values: Sequence[Any], most: int) -> list[Any]:
     "Some of the ticks, evenly spread"
     return list(values[::-(-len(values) // most)])
 
-
+# %% ../../nbs/charts/09_small.ipynb #ef4211b1
 def _cells_axis(values: pl.Series, title: str, most: int) -> dict[str, Any]:
     "An axis of cells, with few ticks"
     at = values.unique().sort().to_list()

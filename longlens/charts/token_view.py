@@ -33,7 +33,7 @@ __all__ = ['KINDS', 'Shade', 'quantity_state', 'utf16', 'utf16_text', 'utf16_at'
 # %% ../../nbs/charts/07_token_view.ipynb #5b2f1c36
 KINDS = "sequential", "diverging", "log"
 
-
+# %% ../../nbs/charts/07_token_view.ipynb #51764c8f
 @dataclass(frozen=True, eq=False)
 class Shade:
     "One number for every token, and how it becomes a colour"
@@ -136,7 +136,7 @@ def _shares(offsets: Any, n: int) -> np.ndarray:    # (n, 2) or None -> (n,), ch
     back = owned_characters(offsets)[:, 0].numpy() - first
     return np.where(first < last, back.clip(0), 0)
 
-
+# %% ../../nbs/charts/07_token_view.ipynb #1b1035a1
 def _joined(text: str, starts: np.ndarray, shares: np.ndarray) -> list[int]:    # tokens, in order
     "The tokens that begin inside a character, which is drawn with the token before"
     if text.isascii(): return []
@@ -361,7 +361,7 @@ def _share(q: Mapping[str, Any], v: float) -> float:    # -1 to 1
     part = math.log(max(v, low) / low) / math.log(high / low) if q["kind"] == "log" else (v - low) / (high - low)
     return max(0.0, min(1.0, part))
 
-
+# %% ../../nbs/charts/07_token_view.ipynb #e0afad59
 def _still_html(view: TokenView) -> str:
     "The first units of a view as HTML that runs nothing"
     colour = lambda s: f"rgba({'242,142,43' if s > 0 else '90,170,224'},{abs(s):.2f})"

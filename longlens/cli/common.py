@@ -100,7 +100,7 @@ def flags_of(
 # %% ../../nbs/cli/00_common.ipynb #b88f75eb
 _NAMED = re.compile(r"\b(\w+)=(?:True\b|(?=[\s,;:.)]|$))")    # a parameter, alone or switched on
 
-
+# %% ../../nbs/cli/00_common.ipynb #be179662
 def one_line(
     error: BaseException,
     flags: Mapping[str, str] = {},    # from `flags_of`

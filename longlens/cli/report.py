@@ -44,6 +44,8 @@ _PROBES = option("--probes", "what to measure, with commas: sinks,heads,middle,g
                  "encoder (default: the first seven; collapse with --encoder; all if nothing is asked for)", sets="", metavar="LIST")
 _MINUTES = option("--minutes", "take about N minutes: what is measured is chosen so that it fits (default: all of it, as long as it takes)",
                   sets="", type=float, metavar="N")
+
+# %% ../../nbs/cli/10_report.ipynb #6ad07a1d
 _DRY_RUN = switch("--dry-run", "say what would be measured and how long it takes; measure only the speed")
 _ENGINE = option("--engine", "where questions are asked (default: here)", choices=["local", "ray"], default="local")
 

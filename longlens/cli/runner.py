@@ -119,7 +119,7 @@ def _clock(r: SectionRunner, at: int) -> TimeBudget | None:
     seconds = min(most, 1.25 * max(s.share, s.seconds)) if later else max(r.left, .1)
     return TimeBudget(max(seconds, .1) / 60, _speed(r.plan, s.name).slower(factor)).start()
 
-
+# %% ../../nbs/cli/09_runner.ipynb #46fa1710
 def _speed(plan: ReportPlan, name: str) -> Speed: return plan.speeds["encoder" if name == "collapse" else "model"]
 
 # %% ../../nbs/cli/09_runner.ipynb #a67f7b85
@@ -154,7 +154,7 @@ def _measure_least(r: SectionRunner) -> None:
     _measure_section(r, at, None)
     print(_end_line(r.plan.sections[at]), flush=True)
 
-
+# %% ../../nbs/cli/09_runner.ipynb #2e6da48b
 def _least_seconds(plan: ReportPlan, name: str) -> float: return LADDERS[name][0].seconds(_speed(plan, name).slower(slowness(plan)))
 
 # %% ../../nbs/cli/09_runner.ipynb #d01ceb4e

@@ -54,7 +54,7 @@ def _lengths_to(longest: int, least: int = 256) -> list[int]:
     "A quarter, a half and all of a length"
     return sorted({max(min(least, longest), longest // k) for k in (4, 2, 1)})
 
-
+# %% ../../nbs/cli/05_sizes.ipynb #555d1d32
 def _prompts(speed: Speed, longest: int, depths: int) -> float:
     "Seconds to read one needle at every depth of every length"
     return sum((depths + 1) / 2 * speed.reading(n) for n in _lengths_to(longest))

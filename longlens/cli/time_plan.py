@@ -60,7 +60,7 @@ def _seconds(name: str, size: Size, speeds: Mapping[str, Speed]) -> float:
     "About how long a section of that size takes"
     return size.seconds(speeds["encoder" if name == "collapse" else "model"])
 
-
+# %% ../../nbs/cli/06_time_plan.ipynb #cf52abba
 def _ladder_of(
     name: str,  # of a section
     most: int,  # tokens of the text

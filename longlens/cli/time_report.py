@@ -48,7 +48,7 @@ def _missing_sentences(r: TimeReport) -> list[str]:
     "What is not there"
     return [f"{row['section']} is not measured: {row['why']}" for row in r.table.iter_rows(named=True) if row["state"] != "finished"]
 
-
+# %% ../../nbs/cli/08_time_report.ipynb #59d7ecc2
 def _longer_sentences(r: TimeReport) -> list[str]:
     "What more time would add"
     more = [f"{row['section']}: {row['longer']}" for row in r.table.iter_rows(named=True) if row["longer"]]

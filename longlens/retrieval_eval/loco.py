@@ -22,7 +22,7 @@ def _entry(row: Mapping[str, Any], where: str, name: str, kind: type) -> Any:
         raise ValueError(f"{where}: {name} is {value!r:.40}, and must be a {kind.__name__}: is this a file of LoCoV1?")
     return value
 
-
+# %% ../../nbs/retrieval_eval/05_loco.ipynb #4183e275
 def _of_set(path: str | Path, dataset: str) -> list[tuple[str, dict[str, Any]]]:
     "The rows of one set"
     found, others = [], set()

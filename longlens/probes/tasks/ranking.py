@@ -22,12 +22,12 @@ from ...task_data.metrics import score_reply
 from ...task_data.question import TaskQuestion
 
 # %% auto #0
-__all__ = ['Ranker', 'whole_order', 'windows_from_the_end', 'sliding_order', 'attention_order', 'ranking_table']
+__all__ = ['whole_order', 'sliding_order', 'attention_order', 'ranking_table']
 
 # %% ../../../nbs/probes/tasks/05_ranking.ipynb #11c00007
 _HEAD = re.compile(r"\[ID: \d+\] Document(?: \(Title: (.*?)\))?: ", re.S)
 
-
+# %% ../../../nbs/probes/tasks/05_ranking.ipynb #9142d678
 def _reordered(q: TaskQuestion, order: Sequence[int]) -> TaskQuestion:
     "The same question about these documents, in this order; where none of them is relevant, the first counts as such"
     held = []
@@ -39,7 +39,7 @@ def _reordered(q: TaskQuestion, order: Sequence[int]) -> TaskQuestion:
     return rank_task(q.question, held, gains if any(gains) else [1, *[0] * (len(order) - 1)], q.id)
 
 # %% ../../../nbs/probes/tasks/05_ranking.ipynb #11c0000a
-Ranker = Callable[[LongModel, TaskQuestion], list[int]]  # indices of documents, the best first
+_Ranker = Callable[[LongModel, TaskQuestion], list[int]]  # indices of documents, the best first
 
 
 def whole_order(
@@ -49,8 +49,8 @@ def whole_order(
     "The order that the model writes when it sees all documents"
     return named_order(lm.generate(q.prompt(lm).tokens, q.max_new_tokens or 64), len(q.parts))
 
-
-def windows_from_the_end(
+# %% ../../../nbs/probes/tasks/05_ranking.ipynb #65aee03d
+def _windows(
     n: int,  # documents
     window: int,  # documents at a time
     step: int,  # how far a window moves
@@ -65,11 +65,11 @@ def sliding_order(
     q: TaskQuestion,  # from `rank_task`
     window: int = 4,  # documents at a time
     step: int = 2,  # how far a window moves
-    rank: Ranker = whole_order,  # puts the documents of a window in order
+    rank: _Ranker = whole_order,  # puts the documents of a window in order
 ) -> list[int]:  # indices of documents, the best first
     "Windows of documents put in order, from the last to the first (RankGPT, arXiv 2304.09542)"
     order = list(range(len(q.parts)))
-    for places in windows_from_the_end(len(order), window, step):
+    for places in _windows(len(order), window, step):
         mine = order[places.start:places.stop]
         order[places.start:places.stop] = [mine[i] for i in rank(lm, _reordered(q, mine))]
     return order
@@ -97,7 +97,7 @@ def _tau(a: Sequence[int], b: Sequence[int]) -> float:
     pairs = [place[x] < place[y] for x, y in combinations(a, 2)]
     return 2 * sum(pairs) / len(pairs) - 1
 
-
+# %% ../../../nbs/probes/tasks/05_ranking.ipynb #fed1cc65
 def _shown_orders(n: int, seed: int | str) -> list[list[int]]:
     "As they are, reversed, shuffled"
     mixed = list(range(n))
@@ -116,7 +116,7 @@ def ranking_table(
     "How well a model ranks, whole and by windows, with attention as reference, and how much it depends on the order of its input"
     if not questions: raise ValueError("no questions: there is nothing to rank")
     lm, rows = load(model), []
-    ways: dict[str, Ranker] = {"whole" if w is None else f"windows of {w}": whole_order if w is None else (
+    ways: dict[str, _Ranker] = {"whole" if w is None else f"windows of {w}": whole_order if w is None else (
         lambda lm, q, w=w: sliding_order(lm, q, w, step)) for w in windows}  # type: ignore[misc]
     for name, rank in {**ways, "by attention": attention_order}.items():
         scores, same = [], []

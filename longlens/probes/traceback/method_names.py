@@ -21,7 +21,7 @@ __all__ = ['CASES', 'MEASURED', 'RECOMMENDED', 'METHOD_NAMES', 'MethodName', 'me
 CASES, MEASURED = 20, "generated contexts of needle-lm with two false facts"    # what `right` was counted in
 RECOMMENDED = "loo"    # it asks the model itself, costs one run a source, and needs no settings
 
-
+# %% ../../../nbs/probes/traceback/12_method_names.ipynb #eb92983e
 @dataclass(frozen=True)
 class MethodName:
     "What a method is called, and what was measured of it"
@@ -58,7 +58,7 @@ def method_name(
     "What a method is called for people"
     return METHOD_NAMES[method].name if method in METHOD_NAMES else method.replace("_", " ")
 
-
+# %% ../../../nbs/probes/traceback/12_method_names.ipynb #541c15e5
 def _tokens_text(n: int) -> str:
     "About how many tokens: two digits"
     size = 10 ** max(0, len(str(n)) - 2)
