@@ -35,8 +35,7 @@ RULES, KEPT = ["snapkv", "knorm", "quest"], None
     "10_positions": """
 TRAINED, LENGTHS, TEXTS = 64, (96,), 1
 METHODS = ("yarn",)
-SHIFTS, SHORT = (16,), (24,)
-OWN, MANY = (64, 160), 2
+OWN = (64, 160)
 TRIED = ("yarn",)
 KEPT = None
 """,
