@@ -26,7 +26,9 @@ def _weights(lm: LongModel, ids: Tensor, places: Tensor) -> Tensor:  # positions
     n = len(ids)
     queries = sorted({n // 4, n // 2, 3 * n // 4, n - 1})
     with capture(lm, Rows(queries, top=None)) as seen:
-        lm.hf(ids[None].to(lm.device), position_ids=places[None].to(lm.device), use_cache=False, logits_to_keep=1)
+        every = torch.ones_like(ids[None])  # without a mask, transformers takes a jump of positions for the beginning of another text
+        lm.hf(ids[None].to(lm.device), attention_mask=every.to(lm.device), position_ids=places[None].to(lm.device), use_cache=False,
+              logits_to_keep=1)
     rows = seen.frame("rows")
     one = rows.select(pl.struct("layer", "head", "query").rank("dense").alias("row"), "position", "weight")
     out = torch.zeros(one["row"].n_unique(), n)
