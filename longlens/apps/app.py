@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from html import escape
+from importlib import import_module
 from itertools import count
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -301,6 +303,12 @@ def guarded(
         except Exception as e: self.show_error(e)
     return run
 
+# %% ../../nbs/apps/02_app.ipynb #pandas01
+def _import_pandas() -> None:
+    "Import it in this thread, not in two at once"
+    with suppress(ImportError): import_module("pandas")
+
+
 # %% ../../nbs/apps/02_app.ipynb #66c1e807
 @patch
 def run(
@@ -318,6 +326,7 @@ def run(
     if self.thread is not None: raise Busy(f"{self.what} is still running: wait for it, or cancel it")
     self.what, self.progress, self.aside = what, Progress(self._show_progress), aside
     self._set_working(True)
+    _import_pandas()
     self.thread = Thread(target=self._work, args=(self.progress, job, then, model), daemon=True)
     self.thread.start()
 
