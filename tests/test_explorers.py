@@ -39,7 +39,7 @@ trace = trace_context(lm, prompt, method="attention").widget(model=lm, prompt=pr
 trace""", """
 plain = ll.explore(lm, f"Most were gone. The code for Ada is lamb. {HOSTILE} was read. The code for Bob is river. It rained.")
 plain"""]
-TABS = ["Heads", "Text", "Trace", "Needle", "Policies", "Positions", "Collapse", "Compare"]
+TABS = ["Heads", "Text", "Trace", "Needle", "Policies", "Collapse", "Compare"]
 APPS = ["work", "hostile", "grid", "collapse", "trace", "plain"]    # in this order
 CLICK = """([app, layer, head]) => new Promise((done) => {    // milliseconds until every picture has its new rows
   const charts = [...app.querySelectorAll(".lx-chart")], before = charts.map((c) => c.dataset.refreshed);
