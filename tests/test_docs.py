@@ -390,7 +390,7 @@ def test_stored_workbenches_are_what_the_code_shows() -> None:
     for page in pages(ROOT / "nbs"):
         for data in (out.get("data", {}) for c in page.cells if c["cell_type"] == "code" for out in c["outputs"]):
             if "longlens workbench" in "".join(data.get("text/plain", "")): stored[page.name] = made_of(data[outputs.WIDGET])
-    assert {"tutorials/00_ten_minutes", "apps/16_workbench"} <= {*stored}
+    assert {"tutorials/00_ten_minutes", "apps/18_workbench"} <= {*stored}
     lm = longlens.load()
     app = longlens.explore(lm, longlens.needle_context(lm, 300, 40, wording="facts", n_keys=3, seed=1))
     state = outputs.widget_state({"model_id": app.model_id})
@@ -553,7 +553,7 @@ class TestPages3:
 @pytest.mark.browser
 def test_narrow_dark_and_from_files(playwright: Any, site: Path) -> None:
     "From the file system, as a phone shows it: nothing is wider than the screen, or cut off, and the search finds something"
-    names = ["index.html", "tutorials/01_sinks.html", "tutorials/04_collapse.html", "probes/02_remedies.html", "apps/16_workbench.html",
+    names = ["index.html", "tutorials/01_sinks.html", "tutorials/04_collapse.html", "probes/02_remedies.html", "apps/18_workbench.html",
              "reference/probes.html", "measure/01_statistics.html", "benchmarks.html"]
 
     async def look(context: Any) -> tuple[list[dict[str, Any]], int]:

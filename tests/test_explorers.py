@@ -39,7 +39,9 @@ trace = trace_context(lm, prompt, method="attention").widget(model=lm, prompt=pr
 trace""", """
 plain = ll.explore(lm, f"Most were gone. The code for Ada is lamb. {HOSTILE} was read. The code for Bob is river. It rained.")
 plain"""]
-TABS = ["Heads", "Text", "Trace", "Needle", "Policies", "Collapse", "Compare"]
+# ipywidgets: a size that was due is told to a widget that was taken away meanwhile; nothing comes of it
+LATE = "processLuminoMessage"
+TABS = ["Heads", "Text", "Trace", "Needle", "Policies", "Positions", "Collapse", "Compare"]
 APPS = ["work", "hostile", "grid", "collapse", "trace", "plain"]    # in this order
 CLICK = """([app, layer, head]) => new Promise((done) => {    // milliseconds until every picture has its new rows
   const charts = [...app.querySelectorAll(".lx-chart")], before = charts.map((c) => c.dataset.refreshed);
@@ -144,6 +146,7 @@ def test_silenced_heads_change_the_answer(page: Any, app: Any) -> None:
     says(work, "asking without 2-0: done")
     expect(answers).to_contain_text("without 2-0")
     work.locator('path[aria-label^="head: 1; layer: 2"]').first.click()
+    expect(work.locator(".lx-head h4")).to_have_text("Layer 2, head 1")
     silence.click()
     says(work, "asking without 2-0, 2-1: done")
     row = work.locator(".lx-answers tr", has_text="without 2-0, 2-1")
@@ -426,17 +429,18 @@ def test_two_models_side_by_side(page: Any, app: Any) -> None:
     from playwright.sync_api import expect
     plain = app("plain")
     tab(plain, "Compare")
-    plain.get_by_role("button", name="Compare").last.click()
+    go = plain.locator(".lx-stack").get_by_role("button", name="Compare")
+    go.click()
     expect(plain.get_by_role("alert")).to_contain_text("nothing to compare with was named")
     plain.get_by_label("which").fill("needle-lm")
     plain.get_by_label("which").press("Enter")
-    plain.get_by_role("button", name="Compare").last.click()
+    go.click()
     says(plain, "comparing: done")
     table = plain.locator(".lx-compared table.differences")
     expect(table).to_contain_text("Surprise at a word")
     expect(table).to_contain_text(re.compile(r"0 to 0.*\d+ shared cases", re.S))
     plain.get_by_label("with", exact=True).select_option(label="another method of traceback")
-    plain.get_by_role("button", name="Compare").last.click()
+    go.click()
     says(plain, "comparing: done")
     expect(plain.locator(".lx-compared")).to_contain_text("Rank correlation of all sources")
     keep_picture(page, plain, "compare")
@@ -506,4 +510,5 @@ def test_dark_is_dark(page: Any, app: Any) -> None:
 def test_nothing_left_the_machine_and_nothing_was_complained_of(page: Any) -> None:
     assert page.outside == []
     assert errors_of(page) == []
-    assert [w for w in page.wrong if "longlens" in w.lower() or "vega" in w.lower() or "widget" in w.lower()] == []
+    ours = [w for w in page.wrong if any(word in w.lower() for word in ("longlens", "vega", "widget"))]
+    assert [w for w in ours if not (w.startswith("TypeError") and LATE in w)] == []
