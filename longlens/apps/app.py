@@ -297,9 +297,8 @@ def guarded(
 ) -> Callable[[Any], None]:         # for observe and on_click
     "A callback whose errors are shown"
     def run(event: Any = None) -> None:
-        try:
-            f(event)
-            self.error.value = ""
+        self.error.value = ""    # before, not after: a thread that starts here may end with an error at once
+        try: f(event)
         except Exception as e: self.show_error(e)
     return run
 
@@ -325,6 +324,7 @@ def run(
         self.wait()
     if self.thread is not None: raise Busy(f"{self.what} is still running: wait for it, or cancel it")
     self.what, self.progress, self.aside = what, Progress(self._show_progress), aside
+    self.progress.aside = aside
     self._set_working(True)
     _import_pandas()
     self.thread = Thread(target=self._work, args=(self.progress, job, then, model), daemon=True)
@@ -339,9 +339,10 @@ def _work(self: App, progress: Progress, job: Callable[[Progress], Any], then: C
     try:
         with exclusive_use(model, progress): result = job(progress)
         then(result)
-        self.error.value = ""
+        if not progress.aside: self.error.value = ""
         self.set_status(f"{self.what}: done in {time.perf_counter() - start:.1f} s")
     except Cancelled:
+        if progress.aside: return self.set_status("")
         self.error.value = ""    # of what was asked for meanwhile, and had to wait for this
         self.set_status(f"{self.what}: cancelled, and nothing was changed")
     except Exception as e: self.show_error(e)

@@ -121,7 +121,7 @@ def trace_tab(
         if live is None or tab.app.thread is not None or any(" tokens" in line for line, _ in method.options): return
         def costs(progress: Progress) -> dict[str, TraceCost | None]:
             return method_costs(live.lm, prompt_of_text(live, by.value, asked=False), list(dict(method.options).values()), progress)
-        tab.app.run("what each method costs", costs, lambda found: show_costs(method, found), aside=True)
+        tab.app.run("what each method costs", costs, lambda found: show_costs(method, found), live.lm, aside=True)
     words = live is not None and bool(live.tokens.text)
     return Pending("trace", "Trace", _TRACE, [by, method], measure, make, live.lm if live and words else None, report,
                    _NO_WORDS if live and not words else "", with_costs)

@@ -36,6 +36,7 @@ class Busy(RuntimeError):
 class Progress:
     "How far a piece of work is; raises `Cancelled` once somebody wants it to stop"
     planned: int | None = None    # tokens that will go through the model, where that is known
+    aside = False                 # does the work give way to whoever wants its model?
 
     if TYPE_CHECKING: __call__, forward = _progress.__call__, _progress.forward    # written below
 
@@ -72,6 +73,8 @@ def forward(
 
 # %% ../../nbs/apps/01_progress.ipynb #3564c797
 _LOCKS: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()    # torch module -> lock
+_AT_WORK: WeakKeyDictionary[Any, Progress] = WeakKeyDictionary()    # torch module -> what runs aside with it
+_GIVES_WAY = 30.    # seconds that work which runs aside has to stop
 
 # %% ../../nbs/apps/01_progress.ipynb #c497a126
 def _take(
@@ -96,11 +99,14 @@ def exclusive_use(
         yield
         return
     lock, me = _LOCKS.setdefault(model.hf, RLock()), get_ident()
+    if aside := _AT_WORK.get(model.hf): aside.cancelled, wait = True, max(wait, _GIVES_WAY)
     if not _take(lock, progress, wait): raise Busy("the model is at work on something else: wait for it, or cancel it")
     def before(module: Any, args: tuple, kwargs: dict) -> None:
         if progress and get_ident() == me: progress.forward(kwargs.get("input_ids", args[0] if args else None))
     hook = model.hf.register_forward_pre_hook(before, with_kwargs=True)
+    if progress and progress.aside: _AT_WORK[model.hf] = progress
     try: yield
     finally:
+        if progress and progress.aside: _AT_WORK.pop(model.hf, None)
         hook.remove()
         lock.release()

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from threading import enumerate as threads, get_ident
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -73,6 +74,7 @@ class _Forward:
     module: nn.Module  # the outermost model that was called
     cache: Any  # what it was given
     group: _Group | None = None
+    thread: int = field(default_factory=get_ident)  # in which it runs
     seen: dict[int, nn.Module] = field(default_factory=dict)  # layer -> the module that was recorded as this layer
     residual: dict[int, tuple[Tensor, int]] = field(default_factory=dict)  # layer -> query positions, index of the first
 
@@ -218,7 +220,11 @@ def _measure(self: Capture, call: Call) -> list[tuple[Statistic, Call]]:
 # %% ../../nbs/measure/02_capture.ipynb #17fd1b61
 @patch
 def _begin(self: Capture, module: nn.Module, args: tuple, kwargs: dict) -> None:
-    if self._forward is not None and self._forward.module is not module: return  # the base model inside the one that runs
+    now = self._forward
+    if now is not None and now.thread != get_ident() and any(t.ident == now.thread for t in threads()):
+        raise RuntimeError(f"{type(self.hf).__name__} is run in two threads at once while its attention is captured, and which call "
+                           "belongs to which text cannot be told: run one after the other")
+    if now is not None and now.module is not module: return  # the base model inside the one that runs
     self._drop_unfinished()
     self._forward = _Forward(module, _find_cache([*args, *kwargs.values()]))
 
@@ -226,7 +232,7 @@ def _begin(self: Capture, module: nn.Module, args: tuple, kwargs: dict) -> None:
 @patch
 def _end(self: Capture, module: nn.Module, args: tuple, output: Any) -> None:
     now = self._forward
-    if now is None or now.module is not module: return
+    if now is None or now.module is not module or now.thread != get_ident(): return
     if output is None: return self._drop_unfinished()  # an error is on its way
     if now.group is None: raise UnsupportedModel(f"{type(self.hf).__name__} ran without calling the attention interface. {WAY_OUT}")
     cache = now.cache if now.cache is not None else _find_cache(output.values() if isinstance(output, dict) else output)
