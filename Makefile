@@ -28,8 +28,8 @@ test: .venv/.for-work    ## every check: repository, lint, types, notebooks, tes
 	skip='^[_.]'; $(BIN)/python -c 'import triton' 2>/dev/null || skip='^[_.]|_triton_'; \
 	export TRITON_INTERPRET=$$($(BIN)/python -c 'import torch; print(int(not torch.cuda.is_available()))'); \
 	step "notebooks" env OMP_NUM_THREADS=1 RAY_worker_niceness=0 $(BIN)/nbdev_test --n_workers 2 --timing --skip_file_re "$$skip"; \
-	step "tests" env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not browser"; \
-	step "tests in a browser" $(BIN)/python -m pytest -n 2 --dist loadscope -m browser; \
+	step "tests" env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not browser and not slow"; \
+	step "tests in a browser" $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -m "browser and not slow"; \
 	test -z "$$failed"
 
 lab: .venv/.for-work    ## JupyterLab on the tutorials
@@ -37,6 +37,9 @@ lab: .venv/.for-work    ## JupyterLab on the tutorials
 
 bench: .venv/.for-work    ## measure what longlens costs, and write benchmarks/RESULTS.md
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || test $$? = 3 || exit 1; done
+
+slow: .venv/.for-work    ## the tests that take minutes and are left out by `make test`, and benchmarks/SLOW.md
+	@$(BIN)/python tests/slow.py
 
 matrix: .venv/.for-work    ## every feature on every architecture of the zoo (a quarter of an hour), and docs/models.md
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/matrix.py --fresh
@@ -80,4 +83,4 @@ clean:    ## remove what was made, except .venv
 	@$(BIN)/python -c 'import triton' 2>/dev/null || test -z "$(TRITON)" || $(PIP) --no-deps $(TRITON) || echo "No Triton to be had: tests and notebooks of the GPU kernels are left out."
 	@touch $@
 
-.PHONY: help demo test lab bench matrix fuzz docs readme clean
+.PHONY: help demo test slow lab bench matrix fuzz docs readme clean

@@ -19,6 +19,17 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
     return argname if isinstance(val, bytes) else None
 
 
+# files that take longest: they begin first, so that no process is left with one of them at the end (--no-loadscope-reorder)
+LONG = ("test_docs", "test_cluster", "test_cli", "test_tutorials", "test_collapse", "test_trace_cost", "test_trace", "test_sweep", "test_budget",
+        "test_explorers")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    "Long files first"
+    place = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[Any]:
     "Where CI=true, a skipped test that is marked `browser` is a failure that says why it was skipped"

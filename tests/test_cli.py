@@ -271,6 +271,7 @@ def test_model_and_text_where_nothing_is_named(monkeypatch: pytest.MonkeyPatch, 
     assert len(few[0].others) == 2  # three documents, however small the room: there is no middle of two
 
 
+@pytest.mark.slow
 def test_real_encoder(tmp_path: Path) -> None:
     "MiniLM, offline, in a process of its own"
     asked = [COMMAND, "report", "--encoder", "--context", "32", "--out", tmp_path / "out"]
@@ -296,9 +297,10 @@ def test_short_and_unpunctuated_texts(tmp_path: Path, capsys: pytest.CaptureFixt
         assert type(Report.load(tmp_path / "out/grid")).__name__ == "GridReport"
 
 
-def test_real_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("probes", [["--probes", "sinks,trace"], pytest.param([], marks=pytest.mark.slow)], ids=["two", "all"])
+def test_real_run(tmp_path: Path, probes: list[str]) -> None:
     "needle-lm, offline, in a process of its own; then again over it"
-    asked = ["report", "needle-lm", "--context", "256", "--out", str(tmp_path / "out"), "--overwrite"]
+    asked = ["report", "needle-lm", "--context", "256", "--out", str(tmp_path / "out"), "--overwrite", *probes]
     done = subprocess.run([COMMAND, *asked], env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "out/index.html").read_text(encoding="utf-8")
@@ -308,7 +310,7 @@ def test_real_run(tmp_path: Path) -> None:
     for line in report.findings(): assert line in done.stdout
     assert cli.main([*asked, "--probes", "sinks"]) == 0
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    assert not (tmp_path / "out/heads").exists() and Report.load(tmp_path / "out/sinks").table.equals(report.table)
+    assert not (tmp_path / "out/trace").exists() and Report.load(tmp_path / "out/sinks").table.equals(report.table)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT to a process")

@@ -128,6 +128,7 @@ def test_a_worker_is_killed(two_workers: None, lm: LongModel, cells: list[Cell],
     assert wait_for(lambda: free_cpus() == 2)
 
 
+@pytest.mark.slow
 def test_a_batch_that_kills(two_workers: None, lm: LongModel, cells: list[Cell], tmp_path: Path) -> None:
     "It is given up, with its cells named; what was finished is kept"
     with pytest.warns(SweepWarning, match=GONE), pytest.raises(ClusterError, match=r"2 workers died, one after another.*depth=50, trial="):
@@ -144,6 +145,7 @@ def test_an_error_of_the_task(two_workers: None, lm: LongModel, cells: list[Cell
     assert "raised by the worker ray-0 (" in raised.value.__notes__[0] and "in a batch of the cells [" in raised.value.__notes__[0]
 
 
+@pytest.mark.slow
 def test_another_model(two_workers: None, lm: LongModel, cells: list[Cell]) -> None:
     with pytest.raises(ClusterError, match="workers have another model than this process.*bfloat16 on cpu.* there, .*float32 on cpu"):
         sweep(lm, cells, NextToken(), engine=Cluster(workers=1, load=dict(dtype="bfloat16")))

@@ -496,13 +496,8 @@ def expected(page: Any) -> int:
     return sum(outputs.chart_of(out.get("data", {})) is not None for c in shown for out in c["outputs"])
 
 
-SHARES = 4
-
-
-def pages_draw_themselves(share: int, playwright: Any, project: Path, site: Path, address: str) -> None:
-    "Open every fourth page, and look at what is on it"
-    names = sorted(p.relative_to(site).as_posix() for p in site.rglob("*.html"))[share::SHARES]
-
+def pages_draw_themselves(names: list[str], playwright: Any, project: Path, address: str) -> None:
+    "Open pages, and look at what is on them"
     async def all_pages(context: Any) -> list[dict[str, Any]]:
         few = asyncio.Semaphore(3)
 
@@ -517,37 +512,40 @@ def pages_draw_themselves(share: int, playwright: Any, project: Path, site: Path
     assert {name: one["charts"] for name, one in found.items() if one["charts"]} == {name: n for name, n in charts.items() if n}
     assert sum(charts.values()) > 5, "these pages have hardly a chart"
     assert {name for name, one in found.items() if one["empty"] or one["wrong"]} == set()
-    assert sum(one["formulas"] for one in seen) > 20 / SHARES
+    assert sum(one["formulas"] for one in seen) > len(names) / 20
     assert {name: one["wide"] for name, one in found.items() if one["wide"] > 0} == {}, "pages that scroll sideways"
     assert {name: one["cut"] for name, one in found.items() if one["cut"]} == {}, "charts that are cut off, and nothing says so"
     assert {name: one["tiny"] for name, one in found.items() if one["tiny"] < 8.9} == {}, "charts with letters too small to read"
     assert {name: one["unwrapped"] for name, one in found.items() if one["unwrapped"]} == {}, "printed text that is cut off"
 
 
-# a class is what processes share out (--dist loadscope): all pages in one of them would keep the others waiting
+def page_names(site: Path) -> tuple[list[str], list[str]]:
+    "Pages that are opened each time: tutorials, contents, and every twelfth of the rest; and those left to `make slow`"
+    names = sorted(p.relative_to(site).as_posix() for p in site.rglob("*.html"))
+    first = [n for n in names if n.startswith("tutorials/") or n.endswith("index.html")]
+    rest = [n for n in names if n not in first]
+    return sorted([*first, *rest[::12]]), [n for i, n in enumerate(rest) if i % 12]
+
+
+# a class is what processes share out (--dist loadscope)
 
 @pytest.mark.browser
 class TestPages0:
-    def test_in_a_browser(self, playwright: Any, project: Path, site: Path, address: str) -> None:
-        pages_draw_themselves(0, playwright, project, site, address)
+    def test_draw_themselves(self, playwright: Any, project: Path, site: Path, address: str) -> None:
+        pages_draw_themselves(page_names(site)[0][::2], playwright, project, address)
 
 
 @pytest.mark.browser
 class TestPages1:
-    def test_in_a_browser(self, playwright: Any, project: Path, site: Path, address: str) -> None:
-        pages_draw_themselves(1, playwright, project, site, address)
+    def test_draw_themselves(self, playwright: Any, project: Path, site: Path, address: str) -> None:
+        pages_draw_themselves(page_names(site)[0][1::2], playwright, project, address)
 
 
 @pytest.mark.browser
-class TestPages2:
-    def test_in_a_browser(self, playwright: Any, project: Path, site: Path, address: str) -> None:
-        pages_draw_themselves(2, playwright, project, site, address)
-
-
-@pytest.mark.browser
-class TestPages3:
-    def test_in_a_browser(self, playwright: Any, project: Path, site: Path, address: str) -> None:
-        pages_draw_themselves(3, playwright, project, site, address)
+@pytest.mark.slow
+def test_all_other_pages_draw_themselves(playwright: Any, project: Path, site: Path, address: str) -> None:
+    "Every page of the site that is not opened each time"
+    pages_draw_themselves(page_names(site)[1], playwright, project, address)
 
 
 @pytest.mark.browser

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -64,13 +65,18 @@ def _work(script: Path, folder: Path, pause: float, table: Path) -> subprocess.P
 def _parts(folder: Path) -> int: return len(list(folder.glob("part-*.parquet")))
 
 
-def test_killed_again_and_again_ends_with_the_identical_table(tmp_path: Path) -> None:
+def _work_here(script: Path, folder: Path, table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [str(script), str(folder), "0", str(table)])
+    runpy.run_path(str(script))
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(5, marks=pytest.mark.slow)])
+def test_killed_again_and_again_ends_with_the_identical_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: int) -> None:
+    "A sweep that is killed at some moment, several times, ends with the table of one that was not"
     script = tmp_path / "work.py"
     script.write_text(WORK)
-    plain = _work(script, tmp_path / "plain", 0, tmp_path / "plain-table")
-    assert plain.communicate(timeout=120)[0].endswith("ends\n")
     folder, finished = tmp_path / "killed", []
-    for kill in range(4):
+    for kill in range(kills):
         run = _work(script, folder, 0.3, tmp_path / "killed-table")
         assert run.stdout is not None and run.stdout.readline() == "begins\n"
         before = _parts(folder) if folder.exists() else 0
@@ -82,8 +88,7 @@ def test_killed_again_and_again_ends_with_the_identical_table(tmp_path: Path) ->
         run.stdout.close()
         finished.append(sum(len(pl.read_parquet(p)) for p in folder.glob("part-*.parquet")))
     assert finished == sorted(finished) and 0 < finished[0] and finished[-1] < 40, finished
-    last = _work(script, folder, 0, tmp_path / "killed-table")
-    assert last.communicate(timeout=120)[0].endswith("ends\n")
+    for name in ("killed", "plain"): _work_here(script, tmp_path / name, tmp_path / f"{name}-table", monkeypatch)
     for name in ("answers", "attention"):
         assert_frame_equal(pl.read_parquet(tmp_path / f"plain-table-{name}.parquet"),
                            pl.read_parquet(tmp_path / f"killed-table-{name}.parquet"), check_exact=True)

@@ -135,6 +135,7 @@ def test_hostile_documents_do_nothing() -> None:
     assert "\x1b" not in page and "\u202e" not in page
 
 
+@pytest.mark.slow
 def test_real_run(tmp_path: Path) -> None:
     "With nothing but a folder: needle-lm, a false fact that stands twice, offline, in a process of its own"
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}

@@ -58,7 +58,10 @@ def smaller(name: str) -> list[str]:
 def smollm2() -> ll.LongModel: return ll.load("smollm2", device="cpu")
 
 
-@pytest.mark.parametrize("name", SMALLER)
+LONGER = ("07_why_did_it_fail", "09_policies")    # more than 20 s
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LONGER else n for n in SMALLER])
 def test_tutorial(name: str, smollm2: ll.LongModel, monkeypatch: pytest.MonkeyPatch) -> None:
     "All cells run, one after the other, where the notebook stands; the model is loaded once for all of them"
     load = ll.load

@@ -68,15 +68,25 @@ def _note(group: _Group, call: Call) -> None:
     group.n_tokens = np.maximum(group.n_tokens, pos.max(1) + 1)
 
 # %% ../../nbs/measure/02_capture.ipynb #3f2aff83
+def _thread() -> int:
+    "The thread that runs; 0 where torch.compile reads this code, which cannot tell"
+    return 0 if torch.compiler.is_compiling() else get_ident()
+
+
 @dataclass
 class _Forward:
     "One forward of the model, while it runs"
     module: nn.Module  # the outermost model that was called
     cache: Any  # what it was given
     group: _Group | None = None
-    thread: int = field(default_factory=get_ident)  # in which it runs
+    thread: int = field(default_factory=_thread)  # in which it runs
     seen: dict[int, nn.Module] = field(default_factory=dict)  # layer -> the module that was recorded as this layer
     residual: dict[int, tuple[Tensor, int]] = field(default_factory=dict)  # layer -> query positions, index of the first
+
+    @property
+    def elsewhere(self) -> bool:
+        "Does it run in another thread?"
+        return 0 not in (self.thread, _thread()) and self.thread != _thread()
 
 # %% ../../nbs/measure/02_capture.ipynb #2f1327e4
 def _find_cache(values: Iterable[Any]) -> Any:
@@ -221,7 +231,7 @@ def _measure(self: Capture, call: Call) -> list[tuple[Statistic, Call]]:
 @patch
 def _begin(self: Capture, module: nn.Module, args: tuple, kwargs: dict) -> None:
     now = self._forward
-    if now is not None and now.thread != get_ident() and any(t.ident == now.thread for t in threads()):
+    if now is not None and now.elsewhere and any(t.ident == now.thread for t in threads()):
         raise RuntimeError(f"{type(self.hf).__name__} is run in two threads at once while its attention is captured, and which call "
                            "belongs to which text cannot be told: run one after the other")
     if now is not None and now.module is not module: return  # the base model inside the one that runs
@@ -232,7 +242,7 @@ def _begin(self: Capture, module: nn.Module, args: tuple, kwargs: dict) -> None:
 @patch
 def _end(self: Capture, module: nn.Module, args: tuple, output: Any) -> None:
     now = self._forward
-    if now is None or now.module is not module or now.thread != get_ident(): return
+    if now is None or now.module is not module or now.elsewhere: return
     if output is None: return self._drop_unfinished()  # an error is on its way
     if now.group is None: raise UnsupportedModel(f"{type(self.hf).__name__} ran without calling the attention interface. {WAY_OUT}")
     cache = now.cache if now.cache is not None else _find_cache(output.values() if isinstance(output, dict) else output)
