@@ -20,8 +20,8 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
 
 
 # files that take longest: they begin first, so that no process is left with one of them at the end (--no-loadscope-reorder)
-LONG = ("test_docs", "test_cluster", "test_cli", "test_tutorials", "test_collapse", "test_trace_cost", "test_trace", "test_sweep", "test_budget",
-        "test_explorers")
+LONG = ("test_docs", "test_cluster", "test_cli", "test_tutorials", "test_collapse", "test_trace_cost", "test_trace", "test_sweep",
+        "test_budget", "test_explorers")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

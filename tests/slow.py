@@ -17,7 +17,8 @@ HEAD = """# Slow tests
 
 What takes minutes is marked `slow`, is left out by `make test`, and is run by `make slow`, which writes this page.
 
-Run on {date} with Python {python}, transformers {transformers} and torch {torch}, on {cores} CPU cores: {passed} passed, {failed} failed, in {minutes:.0f} minutes.
+Run on {date} with Python {python}, transformers {transformers} and torch {torch}, on {cores} CPU cores:
+{passed} passed, {failed} failed, in {minutes:.0f} minutes.
 
 | test | what it checks | seconds | |
 |---|---|---|---|

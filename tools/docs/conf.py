@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from navigation import after_furo, before_furo
+from objects import QuickPython
 from stage import settings
 
 HERE = Path(__file__).resolve().parent
@@ -61,6 +62,7 @@ def live(app: Any, pagename: str, templatename: str, context: dict[str, Any], do
 
 
 def setup(app: Any) -> None:
+    app.add_domain(QuickPython, override=True)
     app.connect("html-page-context", before_furo, priority=400)    # the theme's own has 500
     app.connect("html-page-context", after_furo, priority=600)
     app.connect("html-page-context", lines)
