@@ -11,13 +11,14 @@ import polars as pl
 import torch
 
 from ...models.forward import LongModel
-from ...prompts.compose import Context
+from ...prompts.compose import Context, PromptSettings
 from ...prompts.multi_document import place_answer
 from ...prompts.needle import needle_context
 from ...prompts.questions import Question, fact_questions, read_questions, with_distractors
+from ...task_data.question import TaskQuestion
 
 # %% auto #0
-__all__ = ['asked_contexts', 'answer_rows']
+__all__ = ['asked_contexts', 'task_contexts', 'answer_rows']
 
 # %% ../../../nbs/probes/positions/02_asked.ipynb #04600518
 def _needle(lm: LongModel, n: int, i: int, of: int, seed: int) -> Context:
@@ -57,6 +58,31 @@ def asked_contexts(
     """What a length is asked."""
     needles = [("needle", _needle(lm, n, i, n_needles, seed)) for i in range(n_needles)]
     return needles + [("question", c) for c in (_questions(lm, n, n_questions, seed) if n_questions else [])]
+
+# %% ../../../nbs/probes/positions/02_asked.ipynb #pos19c2
+def _shortest(q: TaskQuestion, made: Context, lengths: Sequence[int]) -> int:
+    """The shortest length that holds a prompt with its answer."""
+    where, need = q.where or f"{q.task} {q.id}", len(made) + len(made.completion_ids)
+    if not len(made.completion_ids):
+        raise ValueError(f"{where} has no right answer of up to 64 tokens that could be predicted: leave it out")
+    if need > lengths[-1]:
+        raise ValueError(f"{where} has {need:,} tokens with its answer, and the longest length is {lengths[-1]:,}: give a longer length, "
+                         "or leave it out")
+    return next(n for n in lengths if n >= need)
+
+# %% ../../../nbs/probes/positions/02_asked.ipynb #pos19c1
+def task_contexts(
+    lm: LongModel,
+    questions: Sequence[TaskQuestion],  # of `ll.tasks`
+    lengths: Sequence[int],  # tokens, ascending
+) -> dict[int, list[tuple[str, Context]]]:  # by length: the task, and the prompt
+    """Prompts of published questions, by the shortest length that holds prompt and answer."""
+    out: dict[int, list[tuple[str, Context]]] = {n: [] for n in lengths}
+    for q in questions:
+        if not isinstance(q, TaskQuestion): raise TypeError(f"questions are those of longlens.tasks, and this is a {type(q).__name__}")
+        made = q.prompt(lm, settings=PromptSettings(allow_longer=True))
+        out[_shortest(q, made, lengths)].append((f"{q.task} question", made))
+    return out
 
 # %% ../../../nbs/probes/positions/02_asked.ipynb #779e9e4b
 @torch.no_grad()

@@ -24,14 +24,16 @@ from ...models.forward import LongModel
 from ...models.load import ModelLike, load
 from ...models.tokens import TokenIds, Tokens, whole_number
 from ..answer_scores import mean_interval, score_interval
-from .asked import answer_rows, asked_contexts
+from .asked import answer_rows, asked_contexts, task_contexts
 from .loss import attention_by_length, by_bins, token_losses, window_losses
 from .report import PositionReport
 from ...progress import progress_bar
+from ...prompts.compose import Context
 from ...prompts.haystack import Haystack
 from ...run import PLANNERS, Run, RunOptions, arguments_of, run_of
 from ...sweeps.cells import Tables, fingerprint, model_meta
 from ...sweeps.store import Store
+from ...task_data.question import TaskQuestion
 
 # %% auto #0
 __all__ = ['Methods', 'PositionDesign', 'position_lens']
@@ -47,6 +49,7 @@ class PositionDesign:
     texts: int
     needles: int = 0  # of each length, at so many depths
     questions: int = 0  # of each length
+    tasks: tuple[tuple[int, int], ...] = ()  # of published questions: how many are asked at each length
     bins: int = 12  # stretches of each text
     seed: int = 0
     attention: bool = True  # measure how attention spreads
@@ -162,6 +165,7 @@ class _Job:
     texts: list[Tensor]
     store: Store
     model: str  # its fingerprint
+    tasks: dict[int, list[tuple[str, Context]]]  # published questions, by length
 
     def part(self, n: int, method: str, what: str, given: Any, make: Callable[[], Tables]) -> Tables:
         """One part, with its method at work."""
@@ -185,7 +189,8 @@ def _asked_parts(job: _Job) -> Iterator[Tables]:
     """What each length is asked, in every way."""
     lm, d = job.lm, job.design
     for n in d.lengths:
-        asked = asked_contexts(lm, n, d.needles, d.questions, d.seed)
+        asked = asked_contexts(lm, n, d.needles, d.questions, d.seed) + job.tasks.get(n, [])
+        if not asked: continue
         given = [[kind, c.tokens.ids, c.completion_ids] for kind, c in asked]
         for method in d.conditions(n):
             ask = lambda method=method, n=n, asked=asked: {
@@ -196,7 +201,7 @@ def _asked_parts(job: _Job) -> Iterator[Tables]:
 def _rounds(job: _Job) -> Iterator[Iterator[Tables]]:
     """What belongs together."""
     for i in range(len(job.texts)): yield _text_parts(job, i)
-    if job.design.needles or job.design.questions: yield _asked_parts(job)
+    if job.design.needles or job.design.questions or job.tasks: yield _asked_parts(job)
 
 
 def _measure(job: _Job, run: Run) -> tuple[dict[str, pl.DataFrame], int]:  # tables, and how many texts were read
@@ -260,6 +265,7 @@ def position_lens(
     n_texts: int = 3,  # how many of these
     n_needles: int = 0,  # that each length is asked for, at so many depths
     n_questions: int = 0,  # real ones that each length is asked, with documents that fill it
+    questions: Sequence[TaskQuestion] = (),  # of `ll.tasks`: each is asked at the shortest length that holds it, and never cut
     trained: int | None = None,  # tokens that the model was trained on; None: as its config says
     attention: bool = True,  # measure how attention spreads, too: a pass then takes several times as long
     run: Run | None = None,  # how it is run: of its fields out, progress, seed and time_budget
@@ -267,24 +273,26 @@ def position_lens(
 ) -> PositionReport:
     """What happens past the trained length: loss by position against a window, answers, attention, rotary angles, by method."""
     asked = {"texts": n_texts, "needles": n_needles, "questions": n_questions}
-    job, run = _prepare(model, lengths, methods, texts, asked, (trained, attention), run, options)
+    job, run = _prepare(model, lengths, methods, texts, (asked, questions), (trained, attention), run, options)
     found, read = _measure(job, run)
     return _report(replace(job, design=replace(job.design, texts=read)), found)
 
 # %% ../../../nbs/probes/positions/03_probe.ipynb #548d4061
 def _prepare(
-    model: ModelLike, lengths: Sequence[int], methods: Methods, texts: Any, asked: dict[str, int], how: tuple[int | None, bool],
-    run: Run | None, options: RunOptions
+    model: ModelLike, lengths: Sequence[int], methods: Methods, texts: Any, ask: tuple[dict[str, int], Sequence[TaskQuestion]],
+    how: tuple[int | None, bool], run: Run | None, options: RunOptions
 ) -> tuple[_Job, Run]:
     run = run_of(run, rest := dict(options), ("out", "progress", "seed", "time_budget"), "position_lens")
     if rest: raise TypeError(f"position_lens got an unexpected keyword argument {next(iter(rest))!r}")
-    lm, named = load(model), _named(methods)
+    lm, named, (asked, questions) = load(model), _named(methods), ask
     design = replace(_design(lm, lengths, named, asked, how[0], run.seed), attention=bool(how[1]))
+    tasks = task_contexts(lm, questions, design.lengths) if questions else {}
+    design = replace(design, tasks=tuple((n, len(of)) for n, of in tasks.items() if of))
     for method in named.values():
         with _changed(lm, method, design.lengths[-1], design.trained): pass  # raises where the model cannot take it
     if design.needles or design.questions: asked_contexts(lm, design.lengths[0], min(1, design.needles), min(1, design.questions), run.seed)
     ready = _own_texts(lm, design) if texts is None else _given_texts(lm, texts, design.lengths[-1])
-    return _Job(lm, replace(design, texts=len(ready)), named, ready, Store(run.out), fingerprint(lm)), run
+    return _Job(lm, replace(design, texts=len(ready)), named, ready, Store(run.out), fingerprint(lm), tasks), run
 
 # %% ../../../nbs/probes/positions/03_probe.ipynb #de1a02fb
 def _answers(table: pl.DataFrame, design: PositionDesign) -> pl.DataFrame:  # kind, length, method, right, lower, upper, log_p, change ...
@@ -329,9 +337,9 @@ def _report(job: _Job, found: dict[str, pl.DataFrame]) -> PositionReport:
 def _cost(job: _Job) -> pl.DataFrame:  # length, method, inputs, tokens
     d = job.design
     ways = lambda n: [*d.conditions(n), *(["window"] if n > d.trained else [])]
-    asked = lambda way: 0 if way == "window" else d.needles + d.questions
-    passes = lambda way: d.texts * (2 if way == "window" else 1) + asked(way)
-    return pl.DataFrame([{"length": n, "method": w, "inputs": d.texts + asked(w), "tokens": n * passes(w)}
+    asked = lambda way, n: 0 if way == "window" else d.needles + d.questions + dict(d.tasks).get(n, 0)
+    passes = lambda way, n: d.texts * (2 if way == "window" else 1) + asked(way, n)
+    return pl.DataFrame([{"length": n, "method": w, "inputs": d.texts + asked(w, n), "tokens": n * passes(w, n)}
                          for n in d.lengths for w in ways(n)])
 
 # %% ../../../nbs/probes/positions/03_probe.ipynb #482791ae
@@ -339,8 +347,8 @@ def _plan(*args: Any, **kw: Any) -> pl.DataFrame:  # length, method, inputs (tex
     """What `position_lens` would read."""
     named = arguments_of(position_lens, args, kw)
     asked = {name: named.pop(f"n_{name}") for name in ("texts", "needles", "questions")}
-    how = named.pop("trained"), named.pop("attention")
-    return _cost(_prepare(**named, asked=asked, how=how)[0])
+    ask, how = (asked, named.pop("questions")), (named.pop("trained"), named.pop("attention"))
+    return _cost(_prepare(**named, ask=ask, how=how)[0])
 
 
 PLANNERS[position_lens] = _plan
