@@ -87,6 +87,39 @@ def test_what_stands_twice_is_kept_and_told(tmp_path: Path) -> None:
     assert len(found) == 3 and "2 stand there twice, and are kept" in found.notes()
 
 
+def on_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "A folder in the place of LongBench on the hub: `datasets` reads both alike"
+    folder.mkdir()
+    row = {"input": "Who?", "context": "Bo did.", "answers": ["Bo"], "dataset": "qasper", "language": "en", "all_classes": None, "_id": "1"}
+    (folder / "qasper.jsonl").write_text("\n".join(json.dumps({**row, "_id": str(i)}) for i in range(3)))
+    about = {"configs": [{"config_name": "qasper", "data_files": [{"split": "test", "path": "qasper.jsonl"}]}]}
+    (folder / "README.md").write_text(f"---\n{json.dumps(about)}\n---\n")
+    monkeypatch.setitem(DATASETS, "longbench", replace(DATASETS["longbench"], hub=str(folder)))
+
+
+def test_a_set_on_the_hub_is_read_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_the_hub(tmp_path / "LongBench", monkeypatch)
+    found = tasks("longbench:qasper", hub=True, limit=2)
+    assert [q.id for q in found] == ["0", "1"] and found[1].where == f"{tmp_path / 'LongBench'} on the hub, row 2"
+    with pytest.raises(ValueError, match=r"LongBench: datasets [\d.]+ cannot read hotpotqa from .*: download it from http.* and give its path"):
+        tasks("longbench:hotpotqa", hub=True)
+
+
+def test_a_set_that_is_a_script_is_read_as_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "`datasets` runs no scripts; the hub keeps the rows of many as parquet, under a revision of its own"
+    import datasets
+    on_the_hub(folder := tmp_path / "LongBench", monkeypatch)
+    load, revisions = datasets.load_dataset, []
+
+    def asked(*args: object, revision: str | None = None, **how: object) -> object:
+        revisions.append(revision)
+        script = folder / "LongBench.py"
+        script.unlink() if revision else script.write_text("")    # a folder has no revisions
+        return load(*args, **how)
+    monkeypatch.setattr(datasets, "load_dataset", asked)
+    assert len(tasks("longbench:qasper", hub=True)) == 3 and revisions == [None, "refs/convert/parquet"]
+
+
 def test_a_row_of_another_form_names_its_line(tmp_path: Path) -> None:
     good = {"input": "Who?", "context": "Bo did.", "answers": ["Bo"], "dataset": "qasper"}
     for bad, why in (({**good, "answers": None}, "answers"), ({**good, "context": ""}, "context is empty"), ({"x": 1}, "there is no")):

@@ -5,9 +5,10 @@
 # %% ../../nbs/task_data/11_load.ipynb #4aed8af2
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from . import conversations, evidence, longbench, needles, order, procedures, suites
 from .base import DATASETS, Dataset, Files, Tasks, known_datasets, register, split_name
@@ -19,16 +20,31 @@ _all_ = ["DATASETS", "Dataset", "Tasks", "known_datasets", "register"]
 # %% auto #0
 __all__ = ['tasks', 'DATASETS', 'Dataset', 'Tasks', 'known_datasets', 'register']
 
+# %% ../../nbs/task_data/11_load.ipynb #hubstream1
+def _streamed(d: Dataset, part: str) -> Iterable[Any]:
+    "A data set on the hub; where it still is a script, which `datasets` runs no more, the hub's own copy of its rows as parquet"
+    from datasets import load_dataset
+    how: dict[str, Any] = dict(split=d.hub_split, streaming=True)
+    try:
+        return load_dataset(d.hub, *([part] if part else []), **how)
+    except RuntimeError as e:
+        if "scripts are no longer supported" not in str(e): raise
+        return load_dataset(d.hub, *([part] if part else []), revision="refs/convert/parquet", **how)
+
 # %% ../../nbs/task_data/11_load.ipynb #f5ccd1aa
 def _from_hub(d: Dataset, part: str) -> Iterator[Row]:
     "The rows of a set on the hub, as they stream"
     if not d.hub:
         raise ValueError(f"{d.title} has no data set on the hub that longlens knows: download it from {d.source} and give its path")
     try:
-        from datasets import load_dataset
+        import datasets
     except ImportError as e:
         raise ImportError("reading from the hub needs datasets: pip install datasets, or give a path") from e
-    rows = load_dataset(d.hub, *([part] if part else []), split=d.hub_split, streaming=True)
+    try:
+        rows = _streamed(d, part)
+    except (RuntimeError, ValueError, OSError) as e:  # what `datasets` and the network raise
+        raise ValueError(f"{d.title}: datasets {datasets.__version__} cannot read {part or 'it'} from {d.hub} on the hub ({e}): download it "
+                         f"from {d.source} and give its path") from e
     for i, row in enumerate(rows, 1):
         yield f"{d.hub} on the hub, row {i:,}", dict(row)
 
