@@ -101,8 +101,8 @@ def test_a_set_on_the_hub_is_read_through_datasets(tmp_path: Path, monkeypatch: 
     on_the_hub(tmp_path / "LongBench", monkeypatch)
     found = tasks("longbench:qasper", hub=True, limit=2)
     assert [q.id for q in found] == ["0", "1"] and found[1].where == f"{tmp_path / 'LongBench'} on the hub, row 2"
-    with pytest.raises(ValueError, match=r"LongBench: datasets [\d.]+ cannot read hotpotqa from .*: download it from http.* and give its path"):
-        tasks("longbench:hotpotqa", hub=True)
+    said = r"LongBench: datasets [\d.]+ cannot read hotpotqa from .*: download it from http.* and give its path"
+    with pytest.raises(ValueError, match=said): tasks("longbench:hotpotqa", hub=True)
 
 
 def test_a_set_that_is_a_script_is_read_as_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

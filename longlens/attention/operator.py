@@ -20,7 +20,7 @@ from .kernels import attend_call
 from .logits import TILE, AttentionCall, Tile, make_call, score_tile, tiles
 from .masks import KeySet, Mask, Stream, seen_by
 from longlens.attention.reducers import (
-    BlockMass, DistanceSum, EntropySum, Product, ReceivedSum, Reducer, SquareSum, TransposedProduct, WindowMass,
+    BlockMass, DistanceSum, EntropySum, Product, ReceivedSum, Reducer, SquareSum, TransposedProduct, WindowMass, add_tile,
 )
 from ..models.tokens import Span, read_spans, whole_number, whole_numbers
 from ..patch import patch
@@ -239,8 +239,7 @@ def _pass(self: AttentionOperator, reducers: Sequence[Reducer]) -> None:
         left = reducers if kernels is None else kernels.add_up(self.call, self.lse, reducers)
         if not left: return
         for r in left: r.start(self)
-        for at, p, log2p in self.walk():
-            for r in left: r.tile(p, log2p, at)
+        for at, p, log2p in self.walk(): add_tile(left, p, log2p, at)
 
 # %% ../../nbs/attention/08_operator.ipynb #b349de23
 @patch

@@ -18,7 +18,7 @@ from ..models.tokens import whole_numbers
 
 # %% auto #0
 __all__ = ['Pattern', 'Reducer', 'EntropySum', 'SquareSum', 'ReceivedSum', 'Product', 'TransposedProduct', 'DistanceSum',
-           'WindowMass', 'BlockMass']
+           'WindowMass', 'BlockMass', 'add_tile']
 
 # %% ../../nbs/attention/07_reducers.ipynb #5a3ea132
 class Pattern(Protocol):
@@ -52,6 +52,22 @@ class Reducer:
         "Add one tile"
         raise NotImplementedError(f"{type(self).__name__} does not say what it does with a tile: define tile(p, log2p, at)")
 
+    def spend(self, p: Tensor, log2p: Tensor, at: Tile) -> None:
+        "Add one tile, as the last who sees it: `log2p` may be overwritten"
+        self.tile(p, log2p, at)
+
+    def columns(self, p: Tensor, at: Tile) -> Tensor | None:    # (heads, keys, columns)
+        "Columns whose products with the tile are all that it needs; None: it needs the tile itself"
+        return None
+
+    def take(
+        self,
+        found: Tensor,  # products of the tile with `columns`, (heads, rows, columns)
+        at: Tile,
+    ) -> None:
+        "Add the products of one tile"
+        raise NotImplementedError(f"{type(self).__name__} names columns, and not what it does with their products: define take(found, at)")
+
     def result(self) -> Tensor:
         "What was accumulated"
         return self.acc
@@ -70,6 +86,10 @@ class EntropySum(Reducer):
     def start(self, op: Pattern) -> None: self.acc = op.per_query()
 
     def tile(self, p: Tensor, log2p: Tensor, at: Tile) -> None: self.acc[_rows(at)] -= torch.linalg.vecdot(p, log2p)
+
+    def spend(self, p: Tensor, log2p: Tensor, at: Tile) -> None:
+        one = p.new_ones(p.shape[-1], 1).expand(len(p), -1, 1)
+        self.acc[_rows(at)] -= torch.bmm(log2p.mul_(p), one)[..., 0]
 
     def result(self) -> Tensor: return self.acc * math.log(2)
 
@@ -101,8 +121,8 @@ class ReceivedSum(Reducer):
 # %% ../../nbs/attention/07_reducers.ipynb #f4d56f3f
 def _times(p: Tensor, x: Tensor) -> Tensor:  # (heads, rows, columns)
     "p @ x, for weights (heads, rows, keys) and columns (heads, keys, columns)"
-    if x.shape[-1] > 8 or p.device.type != "cpu": return torch.bmm(p, x)
-    return torch.cat([torch.bmm(p, x[..., i:i + 1]) for i in range(x.shape[-1])], -1)
+    if x.shape[-1] > 6 or p.device.type != "cpu": return torch.bmm(p, x)
+    return torch.bmm(x.mT.contiguous(), p.mT).mT
 
 # %% ../../nbs/attention/07_reducers.ipynb #7ab964eb
 def _columns(x: Tensor, at: Tile, along: range) -> Tensor:  # (heads, len(along), columns)
@@ -118,8 +138,11 @@ class Product(Reducer):
 
     def start(self, op: Pattern) -> None: self.acc = op.per_query(self.x.shape[-1])
 
-    def tile(self, p: Tensor, log2p: Tensor, at: Tile) -> None:
-        self.acc[_rows(at)] += _times(p, _columns(self.x, at, at.keys).to(p))
+    def columns(self, p: Tensor, at: Tile) -> Tensor: return _columns(self.x, at, at.keys).to(p)
+
+    def take(self, found: Tensor, at: Tile) -> None: self.acc[_rows(at)] += found
+
+    def tile(self, p: Tensor, log2p: Tensor, at: Tile) -> None: self.take(_times(p, self.columns(p, at)), at)
 
 # %% ../../nbs/attention/07_reducers.ipynb #67834133
 class TransposedProduct(Reducer):
@@ -140,12 +163,22 @@ class DistanceSum(Reducer):
     def start(self, op: Pattern) -> None:
         self.acc, self.offset, self.causal = op.per_query(), op.mask.offset, op.mask.right == 0
 
-    def tile(self, p: Tensor, log2p: Tensor, at: Tile) -> None:
-        i = torch.arange(at.rows.start, at.rows.stop, device=p.device, dtype=p.dtype) + self.offset - at.keys.start
+    def _ahead(self, at: Tile, like: Tensor) -> Tensor:    # (rows,)
+        "How far each query stands behind the tile's first key"
+        return torch.arange(at.rows.start, at.rows.stop, device=like.device, dtype=like.dtype) + self.offset - at.keys.start
+
+    def columns(self, p: Tensor, at: Tile) -> Tensor | None:
+        "Ones, and places in the tile: where all keys are at or before their query, sum p (i - j) is of two sums"
+        if not self.causal and at.rows.start + self.offset < at.keys.stop - 1: return None
         j = torch.arange(len(at.keys), device=p.device, dtype=p.dtype)
-        if self.causal or i[0] >= j[-1]:  # all keys at or before their query: sum p (i - j) from two sums
-            self.acc[_rows(at)] += p.sum(-1) * i - torch.bmm(p, j[:, None].expand(len(p), -1, 1))[..., 0]
-        else: self.acc[_rows(at)] += (p * (i[:, None] - j).abs()).sum(-1)
+        return torch.stack([torch.ones_like(j), j], -1).expand(len(p), -1, -1)
+
+    def take(self, found: Tensor, at: Tile) -> None: self.acc[_rows(at)] += found[..., 0] * self._ahead(at, found) - found[..., 1]
+
+    def tile(self, p: Tensor, log2p: Tensor, at: Tile) -> None:
+        if (x := self.columns(p, at)) is not None: return self.take(_times(p, x), at)
+        j = torch.arange(len(at.keys), device=p.device, dtype=p.dtype)
+        self.acc[_rows(at)] += (p * (self._ahead(at, p)[:, None] - j).abs()).sum(-1)
 
 # %% ../../nbs/attention/07_reducers.ipynb #70a868cb
 class WindowMass(Reducer):
@@ -190,3 +223,30 @@ class BlockMass(Reducer):
         by_keys = p.new_zeros(*p.shape[:2], int(j[-1] - j[0]) + 1).index_add_(2, j - j[0], p)
         found = by_keys.new_zeros(len(p), int(i[-1] - i[0]) + 1, by_keys.shape[2]).index_add_(1, i - i[0], by_keys)
         self.acc[at.b, at.heads, int(i[0]):int(i[-1]) + 1, int(j[0]):int(j[-1]) + 1] += found
+
+# %% ../../nbs/attention/07_reducers.ipynb #addt1
+def _take_products(
+    reducers: Sequence[Reducer],
+    p: Tensor,  # weights, (heads, rows, keys)
+    at: Tile,
+) -> list[Reducer]:  # those that need the tile itself
+    "One product with the columns of all who name some"
+    named = [(r, r.columns(p, at)) for r in reducers]
+    asked = [(r, x) for r, x in named if x is not None]
+    if asked:
+        found = _times(p, torch.cat([x for _, x in asked], -1)).split([x.shape[-1] for _, x in asked], -1)
+        for (r, _), part in zip(asked, found, strict=True): r.take(part, at)
+    return [r for r, x in named if x is None]
+
+# %% ../../nbs/attention/07_reducers.ipynb #addt2
+def add_tile(
+    reducers: Sequence[Reducer],
+    p: Tensor,  # weights, (heads, rows, keys)
+    log2p: Tensor,  # their logarithms to base 2; is overwritten
+    at: Tile,  # where the tile stands
+) -> None:
+    "Show one tile to all reducers"
+    left = _take_products(reducers, p, at)
+    left.sort(key=lambda r: type(r).spend is not Reducer.spend)
+    for r in left[:-1]: r.tile(p, log2p, at)
+    if left: left[-1].spend(p, log2p, at)

@@ -43,8 +43,9 @@ def _from_hub(d: Dataset, part: str) -> Iterator[Row]:
     try:
         rows = _streamed(d, part)
     except (RuntimeError, ValueError, OSError) as e:  # what `datasets` and the network raise
-        raise ValueError(f"{d.title}: datasets {datasets.__version__} cannot read {part or 'it'} from {d.hub} on the hub ({e}): download it "
-                         f"from {d.source} and give its path") from e
+        with_what, what = f"datasets {datasets.__version__}", part or "it"
+        raise ValueError(f"{d.title}: {with_what} cannot read {what} from {d.hub} on the hub ({e}): download it from {d.source} and give "
+                         "its path") from e
     for i, row in enumerate(rows, 1):
         yield f"{d.hub} on the hub, row {i:,}", dict(row)
 
