@@ -35,7 +35,7 @@ export const seen = (text) => (MARK.test(text) ? "◌" : "") + text.replace(HIDD
 export function visible(text, limit = 60) {    // the same as longlens.text.visible: one line for a label
   const points = [...text.slice(0, 2 * limit + 2)];
   const cut = points.length > limit;
-  const some = points.slice(0, limit).join("");
+  const begun = points.slice(0, limit).join(""), some = cut ? begun.replace(/ +$/, "") || begun : begun;    // no sign for the space before …
   const core = some.replace(/^ +| +$/g, "");
   const front = core ? some.length - some.replace(/^ +/, "").length : 0;
   return "␣".repeat(front) + seen(core) + "␣".repeat(some.length - front - core.length) + (cut ? "…" : "") || "(empty)";
