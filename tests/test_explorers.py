@@ -462,7 +462,7 @@ def test_a_tab_that_needs_something_says_what(page: Any, app: Any) -> None:
 def axe_in(page: Any, app: Any, dark: bool) -> list[str]:
     "What axe finds in an explorer as it stands"
     app.evaluate("(app) => { app.id = 'looked-at'; }")
-    page.wait_for_timeout(200)
+    page.wait_for_timeout(300)
     found = axe_violations(page, "#looked-at", contrast_only=dark)
     app.evaluate("(app) => { app.id = ''; }")
     return found
@@ -514,8 +514,10 @@ def test_the_tab_key_reaches_all_that_can_be_clicked(page: Any, app: Any, which:
         if not now[1]: unseen.append(now[0])
         page.keyboard.press("Tab")
     else: pytest.fail("the Tab key does not lead out again")
-    page.keyboard.press("Shift+Tab")
-    assert shown.evaluate(FOCUSED) is not None
+    for _ in range(5):    # what JupyterLab has between two outputs can be focused, too
+        page.keyboard.press("Shift+Tab")
+        if shown.evaluate(FOCUSED): break
+    assert shown.evaluate(FOCUSED), "Shift and Tab do not lead back"
     assert [n for i, n in enumerate(names) if i not in reached] == [], "not reached"
     assert [names[i] if i >= 0 else "?" for i in unseen] == [], "focused, and nothing shows it"
     shown.evaluate("(app) => app.querySelectorAll('[data-stop]').forEach((e) => { delete e.dataset.stop; })")
@@ -533,7 +535,7 @@ def test_arrow_keys_move_in_every_chart_that_can_be_clicked(page: Any, app: Any)
     expect(grid.locator(".noUi-handle").first).not_to_have_attribute("aria-valuetext", before)
     length = chosen.inner_text()
     app("collapse").get_by_label("Cosine by length: arrow keys choose").first.focus()
-    page.keyboard.press("ArrowLeft" if length == "32" else "ArrowRight")
+    page.keyboard.press("ArrowLeft" if length.startswith("32") else "ArrowRight")
     expect(chosen).not_to_have_text(length)
 
 
