@@ -54,6 +54,7 @@ def visible(
 ) -> str:               # one line of text, in which nothing is hidden
     "Text for a label: newlines, controls, zero-width and bidirectional marks are shown, and do nothing"
     text, cut = text[:limit], len(text) > limit
+    if cut: text = text.rstrip(" ") or text    # no sign for the space before …
     core = text.strip(" ")
     front = len(text) - len(text.lstrip(" ")) if core else 0
     shown = "␣" * front + seen(core) + "␣" * (len(text) - front - len(core))

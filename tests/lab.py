@@ -143,9 +143,17 @@ def set_theme(page: Any, name: str) -> None:
     page.wait_for_function("dark => document.body.dataset.jpThemeLight === String(!dark)", arg="Dark" in name)
 
 
-def axe_violations(page: Any, within: str = "body") -> list[str]:
-    "What axe-core finds against WCAG 2.2 A and AA inside an element: rule, element, and why"
+AXE = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]}    # its rules for WCAG 2.2, A and AA
+CONTRAST = {"runOnly": {"type": "rule", "values": ["color-contrast"]}}    # all that a dark theme can break
+
+
+def axe_lines(response: Any) -> list[str]:
+    "What axe-core found, a line each: rule, element, and why"
+    found = [(v["id"], n) for v in response["violations"] for n in v["nodes"]]
+    return [f"{rule}: {n['target'][-1]}: {n['failureSummary'].splitlines()[-1].strip()}" for rule, n in found]
+
+
+def axe_violations(page: Any, within: str = "body", contrast_only: bool = False) -> list[str]:
+    "What axe-core finds inside an element"
     from axe_playwright_python.sync_playwright import Axe
-    rules = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]}
-    found = Axe().run(page, context=within, options=rules).response["violations"]
-    return [f"{v['id']}: {n['target'][-1]}: {n['failureSummary'].splitlines()[-1].strip()}" for v in found for n in v["nodes"]]
+    return axe_lines(Axe().run(page, context=within, options=CONTRAST if contrast_only else AXE).response)

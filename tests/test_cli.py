@@ -121,7 +121,7 @@ def test_an_unexpected_error_is_one_line_too(
     def broken(*args: object, **kwargs: object) -> None: raise RuntimeError("odd\nvery odd")
     for probe in ("attention_sinks", "retrieval_heads"): monkeypatch.setitem(vars(longlens), probe, broken)
     assert run("--text", "words.txt", "--out", "out") == 1
-    assert capsys.readouterr().err == "longlens: RuntimeError: odd (--debug shows where)\n"
+    assert capsys.readouterr().err == "longlens: something went wrong inside longlens: odd (RuntimeError; --debug shows where)\n"
     assert run("--text", "words.txt", "--out", "out", "--debug") == 1
     assert "Traceback" in capsys.readouterr().err
     assert not Path("out").exists()

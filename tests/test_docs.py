@@ -25,7 +25,7 @@ import outputs
 import pytest
 from fastcore.docments import docments
 from filelock import FileLock
-from lab import ARGS, find_chromium, missing
+from lab import ARGS, AXE, axe_lines, find_chromium, missing
 
 import longlens
 
@@ -565,6 +565,26 @@ def test_narrow_dark_and_from_files(playwright: Any, site: Path) -> None:
     assert [one["console"] for one in seen] == [[]] * len(names)
     for trouble in ("wide", "cut", "unwrapped"): assert [one[trouble] for one in seen] == [0] * len(names), trouble
     assert min(one["tiny"] for one in seen) >= 8.9 and sum(one["cues"] for one in seen) > 3
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing(playwright: Any, address: str, scheme: str) -> None:
+    "Names, roles and contrast, on pages of each kind: the first, charts, a widget, an API page"
+    from axe_playwright_python.async_playwright import Axe
+    names = {"light": ["index.html", "reference/prompts.html"], "dark": ["measure/01_statistics.html", "apps/18_workbench.html"]}[scheme]
+
+    async def look(context: Any) -> list[str]:
+        found = []
+        for name in names:
+            tab = await context.new_page()
+            await tab.goto(f"{address}/{name}")
+            await tab.wait_for_function(DRAWN)
+            found += [f"{name}: {line}" for line in axe_lines((await Axe().run(tab, options=AXE)).response)]
+            await tab.close()
+        return found
+    found, _ = asyncio.run(opened(playwright, look, color_scheme=scheme))
+    assert not found, "\n".join(found)
 
 
 @pytest.mark.browser

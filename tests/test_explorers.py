@@ -38,11 +38,15 @@ prompt = ready_prompt(lm, small, answer=" lamb. The", by="sentences", answer_spa
 trace = trace_context(lm, prompt, method="attention").widget(model=lm, prompt=prompt)
 trace""", """
 plain = ll.explore(lm, f"Most were gone. The code for Ada is lamb. {HOSTILE} was read. The code for Bob is river. It rained.")
-plain"""]
+plain""", """
+policies = ll.policy_lens(lm, policies=["snapkv"], budgets=(.25, .5), n_contexts=1, n_tokens=120).widget()
+policies""", """
+positions = ll.position_lens(lm, (64, 160), ("yarn",), n_texts=1, trained=128).widget()
+positions"""]
 # ipywidgets: a size that was due is told to a widget that was taken away meanwhile; nothing comes of it
 LATE = "processLuminoMessage"
 TABS = ["Heads", "Text", "Trace", "Needle", "Policies", "Positions", "Collapse", "Compare"]
-APPS = ["work", "hostile", "grid", "collapse", "trace", "plain"]    # in this order
+APPS = ["work", "hostile", "grid", "collapse", "trace", "plain", "policies", "positions"]    # in this order
 CLICK = """([app, layer, head]) => new Promise((done) => {    // milliseconds until every picture has its new rows
   const charts = [...app.querySelectorAll(".lx-chart")], before = charts.map((c) => c.dataset.refreshed);
   const cell = [...charts[0].querySelectorAll("path[aria-label]")].find((e) => e.ariaLabel.startsWith(`head: ${head}; layer: ${layer}`));
@@ -455,18 +459,84 @@ def test_a_tab_that_needs_something_says_what(page: Any, app: Any) -> None:
     tab(work, "Heads")
 
 
-@pytest.mark.parametrize("theme", ["JupyterLab Light", "JupyterLab Dark"])
-def test_axe_finds_nothing_in_the_workbench(page: Any, app: Any, theme: str) -> None:
-    "Names, roles and contrast, on every tab"
-    set_theme(page, theme)
-    found, plain = [], app("plain")
-    plain.evaluate("(app) => { app.id = 'plain-app'; }")
+def axe_in(page: Any, app: Any, dark: bool) -> list[str]:
+    "What axe finds in an explorer as it stands"
+    app.evaluate("(app) => { app.id = 'looked-at'; }")
+    page.wait_for_timeout(300)
+    found = axe_violations(page, "#looked-at", contrast_only=dark)
+    app.evaluate("(app) => { app.id = ''; }")
+    return found
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_axe_finds_nothing(page: Any, app: Any, dark: bool) -> None:
+    "Names, roles and contrast, on every tab of the workbench, and in the other explorers with what they measured"
+    set_theme(page, f"JupyterLab {'Dark' if dark else 'Light'}")
+    found, others = [], ("grid", "collapse", "trace", "policies", "positions")
     for name in TABS:
-        tab(plain, name)
-        page.wait_for_timeout(300)
-        found += [f"{name}: {line}" for line in axe_violations(page, "#plain-app")]
+        tab(app("plain"), name)
+        found += [f"{name}: {line}" for line in axe_in(page, app("plain"), dark)]
+    for name in others: found += [f"{name}: {line}" for line in axe_in(page, app(name), dark)]
+    tab(app("grid"), "Report")
+    found += [f"report: {line}" for line in axe_in(page, app("grid"), dark)]
+    tab(app("grid"), "Needle")
     set_theme(page, "JupyterLab Light")
     assert not found, "\n".join(found)
+
+
+CAN_FOCUS = 'button, select, input, textarea, a[href], summary, .noUi-handle, [role=listbox], [tabindex="0"]'
+STOPS = """([app, kinds]) => [...app.querySelectorAll(kinds)]
+  .filter((e) => e.checkVisibility({visibilityProperty: true}) && !e.disabled && e.getBoundingClientRect().width)
+  .map((e, i) => { e.dataset.stop = i; return `${e.tagName} ${e.ariaLabel || e.title || e.textContent.trim()}`.slice(0, 60); })"""
+FOCUSED = """(app) => {
+  const now = document.activeElement, style = getComputedStyle(now);
+  const seen = style.outlineStyle === "solid" && parseFloat(style.outlineWidth) >= 2;
+  return app.contains(now) ? [Number(now.dataset.stop ?? -1), seen] : null;
+}"""
+
+
+SHOWN = ["work Heads", "work Text", "plain Compare", "trace Trace", "grid Needle", "collapse Collapse", "policies Policies"]
+
+
+@pytest.mark.parametrize("which", SHOWN)
+def test_the_tab_key_reaches_all_that_can_be_clicked(page: Any, app: Any, which: str) -> None:
+    "One after the other, each with a frame around it, and out at the end; Shift and Tab lead back"
+    shown, title = app(which.split()[0]), which.split()[1]
+    tab(shown, title)
+    says(shown, re.compile("ready|done|read|kept|^$|cancelled|above|that is what"))
+    page.wait_for_timeout(100)
+    names = page.evaluate(STOPS, [shown.element_handle(), CAN_FOCUS])
+    reached, unseen = set(), []
+    shown.evaluate("(app) => app.querySelector('[data-stop=\"0\"]').focus({focusVisible: true})")
+    for _ in range(2 * len(names) + 20):
+        if (now := shown.evaluate(FOCUSED)) is None: break
+        reached.add(now[0])
+        if not now[1]: unseen.append(now[0])
+        page.keyboard.press("Tab")
+    else: pytest.fail("the Tab key does not lead out again")
+    for _ in range(5):    # what JupyterLab has between two outputs can be focused, too
+        page.keyboard.press("Shift+Tab")
+        if shown.evaluate(FOCUSED): break
+    assert shown.evaluate(FOCUSED), "Shift and Tab do not lead back"
+    assert [n for i, n in enumerate(names) if i not in reached] == [], "not reached"
+    assert [names[i] if i >= 0 else "?" for i in unseen] == [], "focused, and nothing shows it"
+    shown.evaluate("(app) => app.querySelectorAll('[data-stop]').forEach((e) => { delete e.dataset.stop; })")
+
+
+def test_arrow_keys_move_in_every_chart_that_can_be_clicked(page: Any, app: Any) -> None:
+    "To the next mark, where a chart has no axes of choices"
+    from playwright.sync_api import expect
+    grid, chosen = app("grid"), app("collapse").locator(".widget-readout").first
+    assert page.locator(".lx-chart[aria-label='Vega visualization']").count() == 0    # Vega's name for all of them
+    curve = grid.get_by_label("Answers by depth")
+    curve.focus()
+    before = grid.locator(".noUi-handle").first.get_attribute("aria-valuetext")
+    page.keyboard.press("ArrowLeft")
+    expect(grid.locator(".noUi-handle").first).not_to_have_attribute("aria-valuetext", before)
+    length = chosen.inner_text()
+    app("collapse").get_by_label("Cosine by length: arrow keys choose").first.focus()
+    page.keyboard.press("ArrowLeft" if length.startswith("32") else "ArrowRight")
+    expect(chosen).not_to_have_text(length)
 
 
 def test_views_are_kept_and_errors_are_shown(page: Any, app: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import polars as pl
 import pytest
+from lab import axe_violations
 
 from longlens.charts import page as page_module
 from longlens.charts.common import arrange, bars, head_map, layer_profile, length_curve, position_profile
@@ -219,6 +220,13 @@ def test_ink_can_be_read(opened: Any) -> None:
         return Math.min(...inks.map(i => (Math.max(i, back) + .05) / (Math.min(i, back) + .05)));
     }""")
     assert ratio > 4.5
+
+
+@pytest.mark.browser
+def test_axe_finds_nothing(opened: Any) -> None:
+    "Names, roles and contrast of summary, sections, tables and charts"
+    dark = opened.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
+    assert axe_violations(opened, contrast_only=dark) == []
 
 
 @pytest.mark.browser

@@ -154,7 +154,7 @@ def test_a_large_cost_is_a_line(capsys: pytest.CaptureFixture[str], monkeypatch:
     asked = ["--context", "a.txt", "b.txt", "--question", "What is the code for Eve?", "--answer", "stone"]
     assert run(*asked, "--out", "out") == 0
     err = capsys.readouterr().err
-    line = next(x for x in err.splitlines() if x.startswith("longlens: LeaveOneOut on 2 sources is going to take"))
+    line = next(x for x in err.splitlines() if x.startswith("longlens: the trace of 2 sources is going to take"))
     assert "Give --budget and" in line and "(--size, --by)" in line
     assert run(*asked, "--budget", "100000", "--out", "out", "--overwrite") == 0
     assert "is going to take" not in capsys.readouterr().err

@@ -112,11 +112,12 @@ def _profile_line(rows: alt.Chart, column: str, x: Callable[[str], alt.X], y: Ca
 # %% ../../nbs/apps/05_head_panels.ipynb #1f6dde44
 def _position_chart(
     n: int,       # positions of the text
+    named: bool,  # does it have named parts? Where not, their empty layer is nothing for who listens
 ) -> alt.LayerChart:
     "Attention along the text: over the data profile (first, end, mean, top, at, where) and spans (span, start, stop)"
     x, y = _position_axes(n)
     rows = alt.Chart(alt.NamedData("profile"))
-    spans = alt.Chart(alt.NamedData("spans")).mark_rect(opacity=.22, color=COLOURS[4], clip=True).encode(
+    spans = alt.Chart(alt.NamedData("spans")).mark_rect(opacity=.22, color=COLOURS[4], clip=True, aria=named).encode(
         x=x("start"), x2="stop:Q", tooltip=tooltips(("span", "nominal", "span"), ("where", "nominal", "positions")))
     tips = tooltips(("where", "nominal", "positions"), ("token", "nominal", "strongest token"), ("at", "quantitative", "at"),
                     ("top", "quantitative", "its share"), ("mean", "quantitative", "mean share"))
@@ -225,7 +226,7 @@ def reading_panels(
     def profile(layer: int, head: int) -> _Rows: return {"profile": _profile_rows(r, layer, head), "spans": spans}
     def bands(layer: int, head: int) -> _Rows: return {"bands": f.filter(layer=layer, head=head).to_dicts()}
     def row(layer: int, head: int) -> _Rows: return {"row": attended_tokens(r, layer, head, token(), first=first())}
-    return [Panel("Where in the text", _CAPTIONS["where"], _position_chart(len(r.strings)), profile, wide=True, fields=["at"]),
+    return [Panel("Where in the text", _CAPTIONS["where"], _position_chart(len(r.strings), bool(spans)), profile, wide=True, fields=["at"]),
             Panel("How far back", _CAPTIONS["back"], _band_chart(), bands),
             Panel("From one token", _CAPTIONS["token"], _row_chart(), row, fields=["position"])]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import altair as alt
 import polars as pl
 
-from .base import axis_style, drawable, inline_data, label, legend_style, shown_text, titled, tooltips, y_axis
+from .base import SEQUENTIAL, axis_style, drawable, inline_data, label, legend_style, shown_text, titled, tooltips, y_axis
 
 _CONTROLS = ("full", "random", "streaming", "oracle")
 _KINDS = {"control": "#888888", "eviction": "#0072b2", "selection": "#d55e00", "replacement": "#009e73"}
@@ -81,10 +81,10 @@ def frontier(
 
 # %% ../../nbs/charts/10_policies.ipynb #8d2bc94e
 def _end_names(ends: pl.DataFrame, height: int, span: tuple[float, float], kinds: list[str]) -> alt.Chart:
-    "Names of the lines, at the right of the plot; a name of lines of several kinds is dark"
+    "Names of the lines, at the right of the plot; a name of lines of several kinds is grey"
     text = alt.Chart(inline_data(_apart_texts(ends, height, span))).mark_text(align="left", dx=8, fontSize=10)
     colour = alt.Color("kind:N", scale=alt.Scale(domain=kinds, range=[_KINDS[k] for k in kinds]))
-    named = alt.condition("datum.kind == null", alt.value("#333333"), colour)
+    named = alt.condition("datum.kind == null", alt.value("#7a7a7a"), colour)
     return text.encode(x=alt.value("width"), y=alt.Y("y:Q", scale=None, axis=None), text="policy:N", color=named,
                        tooltip=tooltips(("all", "nominal", "policies")))
 
@@ -93,7 +93,7 @@ def kept_strip(
     frame: pl.DataFrame,  # layer, start, stop (token positions), kept (a share)
     title: str = "What is kept",
 ) -> alt.Chart:
-    "Tokens from left to right, layers from top to bottom; the darker, the more KV heads keep a stretch"
+    "Tokens from left to right, layers from top to bottom; the brighter, the more KV heads keep a stretch"
     f, width = drawable(frame, ["start", "stop", "kept"], ["layer"]), 620
     n = f["layer"].n_unique()
     tips = tooltips(("layer", "ordinal", "layer"), ("start", "quantitative", "from token"), ("stop", "quantitative", "before token"),
@@ -102,6 +102,6 @@ def kept_strip(
     chart = alt.Chart(inline_data(f)).mark_rect().encode(
         x=alt.X("start:Q", scale=ends, axis=axis_style(title="position in the text (tokens)")),
         x2="stop:Q", y=alt.Y("layer:O", axis=axis_style(title="layer, from 0")), tooltip=tips,
-        color=alt.Color("kept:Q", scale=alt.Scale(scheme="blues", domain=[0, 1]), legend=legend_style(title="kept (share)")))
+        color=alt.Color("kept:Q", scale=alt.Scale(scheme=SEQUENTIAL, domain=[0, 1]), legend=legend_style(title="kept (share)")))
     text = "Each stretch of the text, in each layer: the share of KV heads and tokens that is kept."
     return titled(chart.properties(width=width, height=max(60, 11 * n)), title, text, width)

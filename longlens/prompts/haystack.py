@@ -24,21 +24,32 @@ __all__ = ['NOISE_SENTENCES', 'split_sentences', 'Haystack']
 
 # %% ../../nbs/prompts/00_haystack.ipynb #378df7ee
 _END = re.compile(
-    r"""((?<=[.!?…])["'”’»)\]]*(?=\s)     # . ! ? and closing quotes, before white space
-       | (?<=[。！？])(?![。！？])[”’」』）]*  # their full-width forms, which no space follows
+    r"""((?<=[.!?…؟۔।॥։።။។])["'”’“‘»«›‹)\]]*(?=\s)  # . ! ?, those of other scripts, and closing quotes, before white space
+       | (?<=[。！？｡])(?![。！？｡])[”’」』）｣]*        # their full-width forms, which no space follows
        | (?=[^\S\n]*\n[^\S\n]*\n))         # or nothing, before a blank line
        (\s*)""",
     re.VERBOSE,
 )
 
 # %% ../../nbs/prompts/00_haystack.ipynb #7e53e7d3
+_TITLE = re.compile(r"\b(?:Dr|Mr|Mrs|Ms|Prof|Fr|Hr|Nr)\.$")
+_LETTERS = re.compile(r"\b[^\W\d_]\.\s[^\W\d_]\.$")    # z. B., J. R.
+
+
+def _abbreviated(text: str, at: int) -> bool:    # at: where a sentence could end
+    "Is it a title before a name, or one of several letters with full stops?"
+    before, pair = text[max(0, at - 6) : at], text[max(0, at - 3) : at + 3]
+    return bool(_TITLE.search(before) or _LETTERS.search(before) or _LETTERS.search(pair))
+
+
 def split_sentences(
     text: str,  # any text
+    titles: bool = False,  # do titles and initials stay with what follows (Dr. Müller, z. B.)? Haystacks are cut without
 ) -> tuple[list[str], list[str]]:  # sentences, and the white space after each
     "Cut a text into sentences; joined with what follows each, they are the text again."
     units, gaps, start = [], [], 0
     for m in _END.finditer(text):
-        if text[start : m.end(1)].strip():
+        if text[start : m.end(1)].strip() and not (titles and _abbreviated(text, m.start(1))):
             units.append(text[start : m.end(1)])
             gaps.append(m[2])
             start = m.end()

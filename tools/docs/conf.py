@@ -40,6 +40,7 @@ html_theme = "furo"
 html_title = f"{project} {version}"
 html_static_path = [str(HERE / "static"), os.environ["LONGLENS_STATIC"]]
 html_css_files = ["site.css"]
+html_js_files = [("reach.js", {"defer": "defer"})]
 html_favicon = "static/favicon.svg"
 html_theme_options = {"sidebar_hide_name": False, "navigation_with_keys": True}
 html_copy_source = False
@@ -54,6 +55,14 @@ def lines(app: Any, pagename: str, templatename: str, context: dict[str, Any], d
                                   context.get("body", ""))
 
 
+def reachable(app: Any, pagename: str, templatename: str, context: dict[str, Any], doctree: Any) -> None:
+    "What screen readers ask for and neither Sphinx nor the theme writes: levels of captions; a list of parameters is no glossary"
+    for part in ("body", "furo_navigation_tree"):
+        html = context.get(part) or ""
+        html = html.replace('class="caption" role="heading">', 'class="caption" role="heading" aria-level="2">')
+        context[part] = re.sub(r'(<span class="sig-paren">\(</span>\s*)<dl>', r'\1<dl role="presentation">', html)
+
+
 def live(app: Any, pagename: str, templatename: str, context: dict[str, Any], doctree: Any) -> None:
     "Vega goes only to pages with charts, and the host of widgets to pages with widgets"
     body = context.get("body", "")
@@ -66,4 +75,5 @@ def setup(app: Any) -> None:
     app.connect("html-page-context", before_furo, priority=400)    # the theme's own has 500
     app.connect("html-page-context", after_furo, priority=600)
     app.connect("html-page-context", lines)
+    app.connect("html-page-context", reachable, priority=700)    # after the tree of pages is there
     app.connect("html-page-context", live)

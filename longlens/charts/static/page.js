@@ -15,6 +15,7 @@
     const {spec, renderer} = charts[Number(place.dataset.chart)];
     try {
       await vegaEmbed(place, renderer === "canvas" ? inked(spec, place) : spec, {...options, renderer});
+      place.querySelectorAll("summary").forEach((menu) => menu.setAttribute("aria-label", "Save this chart"));    // it has a picture only
       const svg = place.querySelector("svg.marks");    // smaller where there is no room, but not so small that nobody reads it
       if (svg) svg.style.minWidth = `${0.75 * svg.width.baseVal.value}px`;
       place.dataset.drawn = renderer;

@@ -35,7 +35,7 @@ export const seen = (text) => (MARK.test(text) ? "◌" : "") + text.replace(HIDD
 export function visible(text, limit = 60) {    // the same as longlens.text.visible: one line for a label
   const points = [...text.slice(0, 2 * limit + 2)];
   const cut = points.length > limit;
-  const some = points.slice(0, limit).join("");
+  const begun = points.slice(0, limit).join(""), some = cut ? begun.replace(/ +$/, "") || begun : begun;    // no sign for the space before …
   const core = some.replace(/^ +| +$/g, "");
   const front = core ? some.length - some.replace(/^ +/, "").length : 0;
   return "␣".repeat(front) + seen(core) + "␣".repeat(some.length - front - core.length) + (cut ? "…" : "") || "(empty)";
@@ -948,16 +948,8 @@ function guarded(place, draw) {
   }
 }
 
-function nameHandles(el) {    // of the sliders beside it: ipywidgets gives them none, and who listens needs one
-  for (const handle of el.closest(".lx-app")?.querySelectorAll(".noUi-handle:not([aria-label])") ?? []) {
-    const slider = handle.closest(".jupyter-widgets"), name = slider?.querySelector(".widget-label")?.textContent || "slider";
-    const two = slider?.querySelectorAll(".noUi-handle").length > 1, end = handle.classList.contains("noUi-handle-upper") ? "last" : "first";
-    handle.setAttribute("aria-label", two ? `${name}, ${end}` : name);
-  }
-}
-
 function render({model, el}) {    // anywidget
-  for (const wait of [300, 2000]) setTimeout(nameHandles, wait, el);    // once it stands in the page
+  nameHandles(el);    // names.js
   return guarded(el, () => {
     const told = {selected: "selected", selection: "selection", quantity: "quantity", span: "selected_span", asked: "asked", hovered: "hovered"};
     let mine = false;    // is the change told here?

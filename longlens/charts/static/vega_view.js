@@ -25,6 +25,7 @@ function render({model, el}) {
   place.setAttribute("role", "group");
   el.append(place);
   let drawn = null, turn = 0, line = Promise.resolve();
+  nameHandles(el);    // names.js
 
   const rows = () => {
     const picked = model.get("picked");
@@ -59,13 +60,15 @@ function render({model, el}) {
       if (mine !== turn) return;
       drawn?.finalize();
       drawn = null;
-      place.setAttribute("aria-label", model.get("label"));
       const spec = {...model.get("chart"), datasets: {...model.get("chart").datasets, ...rows()}};
       const renderer = model.get("renderer");
       const made = await embed(place, renderer === "canvas" ? inked(spec) : structuredClone(spec), {
         renderer, ast: true, mode: "vega-lite", actions: false, tooltip: {id: "longlens-tooltip", disableDefaultStyle: true}});
       if (mine !== turn) return made.finalize();
       drawn = made;
+      const label = model.get("label"), chosen = model.get("fields").length && !label.includes("arrow keys");
+      const name = label + (chosen ? ": arrow keys choose" : ""), about = model.get("chart").description ?? "";
+      place.setAttribute("aria-label", [name, about === label ? "" : about].filter(Boolean).join(". "));    // Vega has put its own there
       drawn.view.addEventListener("click", (event, item) => pick(item?.datum));
     } catch (error) {
       place.textContent = `This chart could not be drawn: ${error.message}`;
@@ -88,11 +91,44 @@ function render({model, el}) {
   for (const [event, does] of Object.entries(on)) model.on(event, does);
   next(draw);
 
-  // arrow keys move the picked mark along the two axes
+  // what can be picked, where it is drawn: once for each choice, by its smallest mark (a rule through the whole chart is no place)
+  const places = () => {
+    const fields = model.get("fields"), found = new Map();
+    const walk = (item, x, y) => {
+      if (item.marktype) return item.items.forEach((inside) => walk(inside, x, y));
+      if (item.items) return item.items.forEach((inside) => walk(inside, x + (item.x ?? 0), y + (item.y ?? 0)));
+      const {datum, bounds} = item;
+      if (!datum || fields.some((key) => datum[key] === undefined)) return;
+      const [wide, high] = bounds ? [bounds.width(), bounds.height()] : [0, 0], values = fields.map((key) => plain(datum[key]));
+      const at = bounds ? [x + (bounds.x1 + bounds.x2) / 2, y + (bounds.y1 + bounds.y2) / 2] : [x + (item.x ?? 0), y + (item.y ?? 0)];
+      const key = JSON.stringify(values), size = wide + high;
+      if (!(found.get(key)?.size <= size)) found.set(key, {values, at, size});
+    };
+    walk(drawn.view.scenegraph().root, 0, 0);
+    return found;
+  };
+
+  // the nearest mark in a direction; without a choice yet, the first one
+  const neighbour = ([axis, by]) => {
+    const fields = model.get("fields"), picked = model.get("picked"), all = places();
+    const here = all.get(JSON.stringify(fields.map((key) => picked[key])));
+    if (!here) return all.values().next().value;
+    const cost = ({at}) => by * (at[axis] - here.at[axis]) + 3 * Math.abs(at[1 - axis] - here.at[1 - axis]);
+    const ahead = [...all.values()].filter(({at}) => by * (at[axis] - here.at[axis]) > 0.5);
+    return ahead.length ? ahead.reduce((a, b) => cost(b) < cost(a) ? b : a) : here;
+  };
+
+  // arrow keys move the picked mark along the two axes, or to the next mark that is drawn
   place.addEventListener("keydown", (event) => {
     const step = STEP[event.key], steps = model.get("steps"), fields = model.get("fields");
-    if (!step || !steps.length) return;
+    if (!step || !fields.length || !drawn) return;
     const [axis, by] = step, now = {...model.get("picked")};
+    if (!steps.length) {
+      event.preventDefault();
+      const next = neighbour(step);
+      if (next) pick(Object.fromEntries(fields.map((key, i) => [key, next.values[i]])));
+      return;
+    }
     if (axis >= steps.length) return;
     const at = steps[axis].indexOf(now[fields[axis]]);
     fields.forEach((key, i) => { now[key] ??= steps[i][0]; });

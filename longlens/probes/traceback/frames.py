@@ -72,16 +72,20 @@ def excerpts(texts: pl.Series) -> pl.Series:
     return pl.Series([excerpt(t) for t in texts], dtype=pl.String)
 
 # %% ../../../nbs/probes/traceback/05_frames.ipynb #c010x5
+_JOINED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\U0010ffff"    # scripts without spaces, from Thai to those of East Asia
+
+
 def _words(text: str) -> set[str]:
     """The words of a text in small letters; in scripts without spaces, every two characters."""
-    found = re.findall(r"\w+", text.casefold())
-    joined = [w for w in found if any(ord(c) >= 0x2e80 for c in w)]
-    return {w for w in found if w not in joined} | {w[i:i + 2] for w in joined for i in range(max(1, len(w) - 1))}
+    runs = re.findall(rf"[{_JOINED}]+|[^{_JOINED}]+", " ".join(re.findall(r"\w+", text.casefold())))
+    pairs = {w[i:i + 2] for w in runs if re.match(f"[{_JOINED}]", w) for i in range(max(1, len(w) - 1))}
+    return pairs | {w for run in runs if not re.match(f"[{_JOINED}]", run) for w in run.split()}
 
 
 def _sentence_scores(units: Sequence[str], answer: str, question: str) -> list[float]:
     """How much each sentence has to do with an answer and its question."""
-    whole = re.compile(rf"(?<!\w){re.escape(answer.strip())}(?!\w)", re.IGNORECASE) if answer.strip() else None
+    apart = rf"[^\W{_JOINED}]"    # a letter that would make another word of it
+    whole = re.compile(rf"(?<!{apart}){re.escape(answer.strip())}(?!{apart})", re.IGNORECASE) if answer.strip() else None
     sets, wanted = [_words(u) for u in units], [(_words(answer), 2.0), (_words(question), 1.0)]
     rare = {w: 1 / sum(w in s for s in sets) for w in set().union(*sets) & (wanted[0][0] | wanted[1][0])}
     value = lambda s: sum(k * rare.get(w, 0.0) for words, k in wanted for w in words & s)
@@ -95,15 +99,17 @@ def evidence(
     limit: int = 160,  # characters
 ) -> str:
     """The sentence of a source that has most to do with an answer and its question, on one line."""
-    units = [u for u in split_sentences(text)[0] if u.strip()]
-    if not units: return excerpt(text, limit)
+    found = [(u, gap) for u, gap in zip(*split_sentences(text, titles=True), strict=True) if u.strip()]
+    if not found: return excerpt(text, limit)
+    units, gaps = [u for u, _ in found], [" " if gap else "" for _, gap in found]
     scores = _sentence_scores(units, answer, question)
     best = max(range(len(units)), key=lambda i: scores[i])
     lines = [" ".join(u.split()) for u in units]
     last = best + 1
-    while last < len(lines) and len(" ".join(lines[best:last + 1])) <= limit: last += 1
+    joined = lambda end: "".join(a + b for a, b in zip(lines[best:end], gaps[best:end], strict=True)).strip()
+    while last < len(lines) and len(joined(last + 1)) <= limit: last += 1
     before, after = "… " * (best > 0), " …" * (last < len(lines))
-    return before + _around(" ".join(lines[best:last]), answer.strip(), limit) + after
+    return before + _around(joined(last), answer.strip(), limit) + after
 
 # %% ../../../nbs/probes/traceback/05_frames.ipynb #502de740
 def _around(

@@ -31,7 +31,7 @@ __all__ = ['SEGMENTERS', 'segment_spans', 'checked_size', 'Sources', 'cut_contex
 
 # %% ../../../nbs/probes/traceback/00_sources.ipynb #134525e0
 def _sentence_ends(text: str) -> list[int]:
-    units, gaps = split_sentences(text)
+    units, gaps = split_sentences(text, titles=True)
     return [*accumulate(len(u) + len(g) for u, g in zip(units, gaps, strict=True))]
 
 

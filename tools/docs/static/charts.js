@@ -38,6 +38,7 @@ window.longlens = (() => {
     const renderer = rows(spec) > MANY ? "canvas" : "svg";
     try {
       await vegaEmbed(place, spec, {...options, renderer, config: config(place, renderer)});
+      place.querySelectorAll("summary").forEach((menu) => menu.setAttribute("aria-label", "Save this chart"));    // it has a picture only
       place.querySelectorAll("svg.marks").forEach(fitted);
       told(place);
       sizes.observe(place);

@@ -61,24 +61,25 @@
       this.asks = true;
       const label = element("label", "", {className: "widget-control"});
       if (s.description) label.append(element("span", s.description));
-      const input = (type, more = {}) => element("input", "", {type, disabled: true, ...more});
+      const name = s.description || s.tooltip || s.placeholder || kind;    // of controls without a label beside them
+      const input = (type, more = {}) => element("input", "", {type, disabled: true, ariaLabel: name, ...more});
       const options = (s._options_labels ?? []).map(String);
       if (/Button$/.test(kind)) return element("button", s.description || "·", {disabled: true, title: s.tooltip ?? ""});
       if (/^(Dropdown|Select|SelectMultiple)$/.test(kind)) {
-        const select = element("select", "", {disabled: true, size: kind === "Dropdown" ? 1 : Math.min(options.length, s.rows ?? 5)});
+        const select = element("select", "", {disabled: true, ariaLabel: name, size: kind === "Dropdown" ? 1 : Math.min(options.length, s.rows ?? 5)});
         options.forEach((text, i) => select.append(element("option", text, {selected: i === s.index})));
         label.append(select);
       } else if (/^(RadioButtons|ToggleButtons)$/.test(kind)) {
-        options.forEach((text, i) => label.append(input("radio", {checked: i === s.index}), element("span", text)));
+        options.forEach((text, i) => label.append(input("radio", {checked: i === s.index, ariaLabel: text}), element("span", text)));
       } else if (/Slider$/.test(kind)) {
         const choice = kind.startsWith("Selection"), value = choice ? s.index : s.value;
         label.append(input("range", {min: choice ? 0 : s.min, max: choice ? options.length - 1 : s.max, step: s.step ?? 1,
                                      value: Array.isArray(value) ? value[0] : value}),
                      element("output", choice ? options[s.index] : [s.value].flat().join(" to ")));
       } else if (/Progress$/.test(kind)) {
-        label.append(element("progress", "", {value: s.value - (s.min ?? 0), max: (s.max ?? 100) - (s.min ?? 0)}));
+        label.append(element("progress", "", {ariaLabel: name, value: s.value - (s.min ?? 0), max: (s.max ?? 100) - (s.min ?? 0)}));
       } else if (/^(Checkbox|Valid)$/.test(kind)) label.prepend(input("checkbox", {checked: s.value}));
-      else if (kind === "Textarea") label.append(element("textarea", s.value, {disabled: true}));
+      else if (kind === "Textarea") label.append(element("textarea", s.value, {disabled: true, ariaLabel: name}));
       else label.append(input("text", {value: s.value ?? ""}));
       return label;
     }
