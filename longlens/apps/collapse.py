@@ -135,7 +135,7 @@ def _controls(self: CollapseExplorer) -> None:
     lengths = [(f"{n:,} tokens", n) for n in self.lengths]
     self.length = SelectionSlider(options=lengths, value=self.lengths[-1], description="length", **wide)
     self.tau = SelectionSlider(options=[(f"{t:g}", t) for t in sorted(self.taus)], value=1.0, description="temperature", **wide)
-    self.centred = Dropdown(options=[("as they are", False), ("mean taken off", True)], layout=Layout(width="160px"), tooltip="embeddings")
+    self.centred = Dropdown(options=[("as they are", False), ("mean taken off", True)], layout=Layout(width="160px"))
     self.embed = Button(description="Embed at this temperature", layout=Layout(width="200px"))
 
 # %% ../../nbs/apps/09_collapse.ipynb #459cf2b5

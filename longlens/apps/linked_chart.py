@@ -32,7 +32,7 @@ def _vega_library() -> bytes:    # JavaScript
 # %% ../../nbs/apps/00_linked_chart.ipynb #c38a0f14
 class VegaView(anywidget.AnyWidget):
     "An Altair chart whose rows change, and whose marks can be picked"
-    _esm = static("names.js") + static("vega_view.js")
+    _esm = static("vega_view.js")
     chart = traitlets.Dict().tag(sync=True)     # Vega-Lite
     rows = traitlets.Dict().tag(sync=True)      # name of the data -> its rows
     picked = traitlets.Dict().tag(sync=True)    # fields of the mark that was picked; drawn as the data "picked"

@@ -101,7 +101,7 @@ class PolicyExplorer(Explorer):
         self.budget = SelectionSlider(options=[(label(b), b) for b in budgets], value=budgets[0], description="budget", **wide)
         self.policy = Dropdown(options=names, value=_first_shown(report), description="policy", **wide)
         qualities = [(text, c) for c, text in _QUALITIES.items() if f[c].drop_nulls().len()]
-        self.quality = Dropdown(options=qualities, layout=Layout(width="230px"), tooltip="quality")
+        self.quality = Dropdown(options=qualities, layout=Layout(width="230px"))
         heads = report.frames["heads"]
         layers, most = heads["layer"].n_unique(), int(heads["head"].max()) + 1
         self.curves = VegaView(_frontier_chart(self._curve(), qualities[0][0]), label="Quality by budget",

@@ -33,7 +33,7 @@ from ..models.forward import LongModel
 from ..models.load import ModelLike, load
 from ..models.tokens import TokenIds, Tokens
 from ..prompts.compose import Context
-from ..text import part_labels, seen
+from ..text import part_labels
 
 if TYPE_CHECKING:
     from longlens.apps import reading as _reading
@@ -172,8 +172,8 @@ def details(self: PromptReading) -> list[str]:
     "How long the text is, what the model replied, and which kinds of heads there are"
     kinds = {rule.label: sum(rule.holds(h) for h in self.frames["heads"].iter_rows(named=True)) for rule in RULES}
     answer = self.meta["answer"]
-    known = f", and “{seen(answer['target'])}” is right" if answer["right"] is not None else ""
-    return [f"{len(self.strings):,} tokens; the model says “{seen(answer['reply'])}”{known} (log-probability {answer['logprob']:.3f})",
+    known = f", and {answer['target']!r} is right" if answer["right"] is not None else ""
+    return [f"{len(self.strings):,} tokens; the model says {answer['reply']!r}{known} (log-probability {answer['logprob']:.3f})",
             "heads: " + ", ".join(f"{n} {name}" for name, n in kinds.items()) + f", of {len(self.frames['heads'])}"]
 
 # %% ../../nbs/apps/04_reading.ipynb #rdpair02

@@ -38,7 +38,7 @@ class SectionsExplorer(Explorer):
         report: Report,    # any that has a chart
     ):
         self.report, self.wanted = report, 0
-        self.found, self.menu, self.place = html_box(), Dropdown(options=[], layout=Layout(width="380px"), tooltip="section"), VBox()
+        self.found, self.menu, self.place = html_box(), Dropdown(options=[], layout=Layout(width="380px")), VBox()
         self.sections: list[Section] = []    # made when the tab is looked at: their charts take a while
         self.made: dict[int, VBox] = {}
         super().__init__([self.found, self.menu, self.place])

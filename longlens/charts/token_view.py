@@ -254,7 +254,7 @@ class _Chosen(HasTraits):
 # %% ../../nbs/charts/07_token_view.ipynb #82bb2d0e
 class TokenView(_Chosen, anywidget.AnyWidget):
     "A text, its units shaded by a quantity; observe `selected`, `selection`, `quantity` and `selected_span`"
-    _esm = static("names.js") + static("tokens.js")
+    _esm = static("tokens.js")
     _css = static("tokens.css")
     _context = Dict().tag(sync=True)
     _quantities: List = List().tag(sync=True)

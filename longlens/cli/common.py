@@ -101,19 +101,13 @@ def flags_of(
 _NAMED = re.compile(r"\b(\w+)=(?:True\b|(?=[\s,;:.)]|$))")    # a parameter, alone or switched on
 
 # %% ../../nbs/cli/00_common.ipynb #be179662
-def _is_clear(error: BaseException) -> bool:
-    "Was its text written for a reader?"
-    return (isinstance(error, MENDABLE) and not isinstance(error, KeyError)) or type(error).__module__.startswith("longlens.")
-
-
 def one_line(
     error: BaseException,
     flags: Mapping[str, str] = {},    # from `flags_of`
 ) -> str:
     "What went wrong, in the command's words"
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    if not (text and _is_clear(error)):
-        text = f"something went wrong inside longlens{': ' * bool(text)}{text} ({type(error).__name__}; --debug shows where)"
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if not isinstance(error, MENDABLE): text = f"{type(error).__name__}: {text} (--debug shows where)"
     return _NAMED.sub(lambda found: flags.get(found[1], found[0]), text)
 
 # %% ../../nbs/cli/00_common.ipynb #3cf2df2a

@@ -18,7 +18,6 @@ from ..models.tokens import TokenIds, Tokens, real_number, whole_number
 from .answer_scores import bootstrap_interval
 from ..report import Measure, Report, Section, Summary
 from ..sweeps.cells import model_meta
-from ..text import seen
 
 if TYPE_CHECKING:
     import altair as alt
@@ -162,7 +161,7 @@ def _gain_sentences(r: Report) -> list[str]:
     t, (up, down) = r.frames["tokens"], _shares(r)
     best = t.sort("gain", descending=True).head(3)
     worst = t.sort("gain").head(3)
-    said = lambda f: ", ".join(f"'{seen(x['token'])}' at {x['position']:,} ({x['gain']:+.2f})" for x in f.iter_rows(named=True))
+    said = lambda f: ", ".join(f"{x['token']!r} at {x['position']:,} ({x['gain']:+.2f})" for x in f.iter_rows(named=True))
     groups = "; ".join(f"{x['last']} {x['gain']:+.3f} nats ({x['tokens']:,} tokens)" for x in r.frames["last"].iter_rows(named=True))
     return [
         f"mean gain {t['gain'].mean():+.3f} nats a token over {t.height:,} tokens; {100 * up:.0f} % gain more than "

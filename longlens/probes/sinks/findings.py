@@ -9,7 +9,6 @@ import polars as pl
 
 from ...reference import compare_to
 from ...report import Measure, Report, Summary
-from ...text import seen
 
 # %% auto #0
 __all__ = ['mean_heads', 'head_sentence', 'metric_sentence', 'token_sentence', 'shape_sentence', 'why_sentence', 'sink_summary']
@@ -50,7 +49,7 @@ def token_sentence(
     if t.is_empty(): return f"no token is a sink: none gets more than {eps} of any head's attention on average"
     t = t.group_by("position", "token").agg(pl.col("heads").max()).sort("heads", "position", descending=[True, False])  # over texts
     plural = lambda n: f"{n} head{'s' * (n > 1)}"
-    shown = [f"'{seen(x['token'])}' at position {x['position']:,} in {plural(x['heads'])}" for x in t.head(4).rows(named=True)]
+    shown = [f"{x['token']!r} at position {x['position']:,} in {plural(x['heads'])}" for x in t.head(4).rows(named=True)]
     return "sink tokens: " + "; ".join(shown)
 
 # %% ../../../nbs/probes/sinks/01_findings.ipynb #6bf9cccb
@@ -71,7 +70,7 @@ def why_sentence(
     "What makes them sinks"
     top = r.frames["massive"].sort(pl.col("value").abs(), descending=True).row(0, named=True)
     verdict = "massive" if r.frames["massive"]["massive"].any() else "not massive"
-    return (f"largest activation: {abs(top['value']):,.1f} at '{seen(top['token'])}' (layer {top['layer']}, dimension {top['dim']}), "
+    return (f"largest activation: {abs(top['value']):,.1f} at {top['token']!r} (layer {top['layer']}, dimension {top['dim']}), "
             f"{top['ratio']:,.0f} times the median, {verdict} by the published criterion; {_values_clause(r)}")
 
 # %% ../../../nbs/probes/sinks/01_findings.ipynb #ca2affbd

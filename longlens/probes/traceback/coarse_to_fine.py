@@ -163,7 +163,7 @@ def _level_note(f: pl.DataFrame, unit: str, signed: bool) -> str:
     little = best["score"] <= error if signed else best["score"] <= 0
     if len(f) > 1 and (little or (unit.startswith("nats") and best["score"] < LITTLE)):
         return f"none of the {len(f):,} {by} in the best of those stands out: the highest score is {score}{f' {unit}' * (unit != 'score')}"
-    return f"the best of {len(f):,} {by} in the best of those: '{visible(' '.join(best['text'].split()), 100)}' ({score})"
+    return f"the best of {len(f):,} {by} in the best of those: {visible(' '.join(best['text'].split()), 100)!r} ({score})"
 
 # %% ../../../nbs/probes/traceback/10_coarse_to_fine.ipynb #176d817e
 TRACERS["coarse_to_fine"] = CoarseToFine()

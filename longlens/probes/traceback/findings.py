@@ -23,7 +23,7 @@ __all__ = ['trace_findings', 'trace_summary']
 def _on_answer(r: Report) -> str:
     f = r.frames["answer"].filter("traced")
     total, part = float(f["logprob"].sum()), len(f) < len(r.frames["answer"])
-    answer = f"the answer '{excerpt(r.meta['answer'], 120)}'" + f", of which '{excerpt(r.meta['traced'], 80)}' is traced" * part
+    answer = f"the answer {excerpt(r.meta['answer'], 120)!r}" + f", of which {excerpt(r.meta['traced'], 80)!r} is traced" * part
     who = "the model wrote it" if r.meta["generated"] else "it was given"
     return f"{answer}: {who}; log-probability {total:.3g} with the whole context (probability {probability_text(total)})"
 
@@ -46,7 +46,7 @@ def _on_top(r: Report) -> str:
     behind = f"; next: source {rows[1]['source'] + 1}, {_number(rows[1])}" if len(rows) > 1 else ""
     text = str(f.filter(source=best["source"])["text"].item())
     return (f"{where} of {many} has the highest score, {_number(best)}{unit}{behind}. It says "
-            f"'{evidence(text, r.meta['traced'].strip(), r.meta['question'], 120)}'")
+            f"{evidence(text, r.meta['traced'].strip(), r.meta['question'], 120)!r}")
 
 # %% ../../../nbs/probes/traceback/06_findings.ipynb #c023x5
 def _on_finer(r: Report) -> str:

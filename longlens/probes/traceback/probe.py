@@ -68,7 +68,7 @@ def _warn_large(
     if cost.tokens <= LARGE_COST: return
     whole, ask = len(job.prompt.whole), "inner" if hasattr(tracer, "inner") else "method"
     other = "" if tracer.unit == "attention" else f", and so does {ask}='attntrace', which reads attention"
-    warnings.warn(f"the trace of {job.n:,} sources is going to take {cost}, as many as {round(cost.tokens / whole):,} "
+    warnings.warn(f"{type(tracer).__name__} on {job.n:,} sources is going to take {cost}, as many as {round(cost.tokens / whole):,} "
                   f"forwards of the whole prompt. Give budget= and so much is refused; larger sources (size=, by=) take less{other}",
                   LargeTrace, stacklevel=3)
 

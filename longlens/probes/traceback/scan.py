@@ -92,7 +92,7 @@ def _on_scan(r: ScanReport) -> list[str]:
     f, n = r.frames["scan"], len(r.frames["sources"])
     texts = dict(r.frames["sources"].select("source", "text").rows())
     hits, failed = f.filter("flagged"), f.filter(pl.col("error").is_not_null())
-    found = [f"source {x['source'] + 1} (rank {x['rank']}) is flagged: '{excerpt(texts[x['source']], 100)}'"
+    found = [f"source {x['source'] + 1} (rank {x['rank']}) is flagged: {excerpt(texts[x['source']], 100)!r}"
              for x in hits.iter_rows(named=True)]
     lost = [f"the detector failed on source {x['source'] + 1} (rank {x['rank']}), which may be anything: {excerpt(x['error'], 160)}"
             for x in failed.iter_rows(named=True)]

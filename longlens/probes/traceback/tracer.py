@@ -390,7 +390,7 @@ def check_budget(
     cost = tracer.cost(job)
     cost = replace(cost, tokens=cost.tokens + answer, answer=answer)
     if budget is not None and cost.tokens > budget:
-        raise ValueError(f"this method on {job.n:,} sources takes {cost}, and budget is {budget:,}: take larger sources, fewer "
+        raise ValueError(f"{type(tracer).__name__} on {job.n:,} sources takes {cost}, and budget is {budget:,}: take larger sources, fewer "
                          "of them, a cheaper method, or a larger budget")
     return cost
 

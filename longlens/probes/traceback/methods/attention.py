@@ -188,7 +188,7 @@ def retrieval_weights(
 def _scored(report: HeadReport) -> dict[tuple[int, int], float]:
     "The retrieval heads of a HeadReport with their scores"
     if not report.found:
-        raise ValueError("this report found no retrieval heads, so there is nothing to weigh by: trace with another "
+        raise ValueError(f"this {type(report).__name__} found no retrieval heads, so there is nothing to weigh by: trace with another "
                          "method, or give heads as [(layer, head), ...] or {(layer, head): weight}")
     rows = report.frames["heads"].select("layer", "head", "retrieval_score").iter_rows()
     scores = {(layer, head): score for layer, head, score in rows}
@@ -326,7 +326,7 @@ def _check_rollout(lm: LongModel) -> None:
     "Raise if some layers mix tokens without attention, which a product of attention patterns leaves out"
     if states := layers_with_states(lm):
         raise UnsupportedModel(f"rollout follows attention through all layers, and layers {', '.join(map(str, states))} of "
-                               f"this model mix tokens without it (a state, a convolution): use another method, such as "
+                               f"{type(lm.hf).__name__} mix tokens without it (a state, a convolution): use another method, such as "
                                "'attention' or 'loo'")
 
 # %% ../../../../nbs/probes/traceback/methods/02_attention.ipynb #2da9e638
