@@ -90,6 +90,12 @@ from .probes.traceback.scan import scan_context as scan_context
 from .probes.traceback.scan import ScanReport as ScanReport
 from .probes.traceback.evaluation.report import TracebackReport as TracebackReport
 from .probes.traceback.evaluation.evaluate import evaluate_traceback as evaluate_traceback
+from .probes.traceback.methods.at2 import HeadFit as HeadFit
+from .probes.traceback.methods.at2 import fit_at2 as fit_at2
+from .probes.traceback.methods.at2 import save_fit as save_fit
+from .probes.traceback.methods.at2 import load_fit as load_fit
+from .probes.traceback.methods.citations import CitationCheck as CitationCheck
+from .probes.traceback.methods.citations import check_citations as check_citations
 from .probes.tasks.report import TaskReport as TaskReport
 from .probes.tasks.probe import evaluate_tasks as evaluate_tasks
 from .probes.policies.report import PolicyReport as PolicyReport

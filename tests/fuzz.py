@@ -1612,7 +1612,8 @@ def collapse(draw: Draw) -> None:
         _page(ll.length_collapse(encoder(), texts, n_queries=3, n_candidates=4, **options))
 
 
-METHODS = ["loo", "attention", "attntrace", "stc", "contextcite", "rollout", "shapley", "tracllm", "gradient_x_input", "odd"]
+METHODS = ["loo", "attention", "attntrace", "stc", "contextcite", "rollout", "shapley", "tracllm", "gradient_x_input", "xl3m",
+           "longcodezip", "odd"]
 
 
 def _traced(draw: Draw) -> tuple[Any, dict[str, Any]]:
@@ -1660,6 +1661,42 @@ def trace(draw: Draw) -> None:
 def _leave_one_out(found: ll.Trace) -> None:
     "Scores are finite, one for each source"
     assert found.table["score"].is_finite().all()
+
+
+@case("fit_at2", "HeadFit", "save_fit", "load_fit", weight=0.3)
+def heads_fitted(draw: Draw) -> None:
+    "Coefficients whose absolute values sum to 1, kept in a file as they are; scores are the formed pattern, weighted"
+    from longlens.probes.traceback.prompts import trace_prompt
+    lm, prompts = needle_lm(), []
+    for _ in range(mostly(draw, st.integers(1, 2), st.just(0))):
+        parts = draw(st.lists(sentence, min_size=1, max_size=4))
+        prompts.append(trace_prompt(lm, parts, draw(sentence), draw(st.sampled_from([" seven", "a stone"]))))
+    with clear():
+        fit = ll.fit_at2(lm, prompts, ablations=mostly(draw, st.integers(2, 6), st.just(1)), steps=draw(st.integers(1, 5)))
+        with tempfile.TemporaryDirectory() as folder: assert ll.load_fit(ll.save_fit(fit, Path(folder) / "fit.json")) == fit
+        assert abs(sum(abs(c) for *_, c in fit.coefficients) - 1) < 1e-4
+        p = prompts[0]
+        found = ll.trace_context(lm, p, method="at2", fitted=fit).table.sort("source")["score"]
+        hf = copy.deepcopy(lm.hf)
+        hf.set_attn_implementation("eager")
+        with torch.no_grad(): patterns = hf(input_ids=p.whole[None], output_attentions=True).attentions
+        rows = slice(p.answer_rows.start, p.answer_rows.stop)
+        want = [sum(c * float(patterns[layer][0, head, rows].mean(0)[r.start : r.stop].sum()) for layer, head, c in fit.coefficients)
+                for r in p.ranges]
+        close(torch.tensor(found.to_list()), torch.tensor(want), 1e-4, "at2")
+
+
+@case("check_citations", "CitationCheck", weight=0.3)
+def citations_checked(draw: Draw) -> None:
+    "Shares that can be counted again from the table"
+    texts = mostly(draw, st.lists(sentence, min_size=2, max_size=4), st.lists(sentence, max_size=1))
+    reply = draw(st.one_of(any_text, st.sampled_from(["stone [1].", "A stone. [2] Seven [1][9]", "[1]", "x [1, 2]? y."])))
+    with clear():
+        found = ll.check_citations(needle_lm(), texts, draw(sentence), reply=reply, least=draw(st.floats(-2, 2)))
+        f = found.sources
+        both = int((f["cited"] & f["needed"]).sum())
+        for share, of in ((found.recall, "needed"), (found.precision, "cited")):
+            assert math.isnan(share) if not f[of].sum() else abs(share * int(f[of].sum()) - both) < 1e-9
 
 
 @case("scan_context", "ScanReport", weight=0.3)

@@ -35,7 +35,7 @@ INNER: dict[str, dict[str, Any]] = {  # every method that can be inside of coars
     "tracllm": {"permutations": 3, "keep": 2}, "contextcite": {"ablations": 6, "held_out": 2, "draws": 2}, "attntrace": {"draws": 3},
     "attention": {}, "rollout": {},
     "captum_ablation": {}, "captum_shapley": {"samples": 2}, "kernel_shap": {}, "lime": {"samples": 6},
-    "gradient_x_input": {}, "integrated_gradients": {"steps": 2},
+    "gradient_x_input": {}, "integrated_gradients": {"steps": 2}, "xl3m": {}, "longcodezip": {},
 }
 WORDS = ["stone", "river", "the", "door", "rain.", "lamp.", "No.", "green", "boat."]
 sentence = st.lists(st.sampled_from(WORDS), min_size=1, max_size=25).map(lambda w: " ".join(w).capitalize() + ".")
@@ -48,7 +48,7 @@ def lm() -> LongModel: return ll.load()
 
 
 def test_all_inner_methods_are_here() -> None:
-    assert {*load_methods()} - {"coarse_to_fine", "self_citation", "retrieval_attention"} == {*INNER}
+    assert {*load_methods()} - {"coarse_to_fine", "self_citation", "cited_answer", "retrieval_attention", "at2"} == {*INNER}
 
 
 @pytest.mark.parametrize("name", INNER)

@@ -122,6 +122,13 @@ ll.scan_context(lm, context)  # wrong
 cases = fact_cases(2, conflict="later")
 print(ll.evaluate_traceback(lm, cases, methods=["loo"], seed=3).findings())
 ll.evaluate_traceback(lm, cases, methods=3)  # wrong
+fitted: ll.HeadFit = ll.fit_at2(lm, [], ablations=8)
+ll.fit_at2(lm, [], ablation=8)  # wrong
+print(ll.load_fit(ll.save_fit(fitted, "fit.json")).frame.height)
+ll.save_fit("fit.json", fitted)  # wrong
+ll.load_fit(3)  # wrong
+print(ll.check_citations(lm, ["a", "b"], "which?", reply="a [1].").verdict)
+ll.check_citations(lm, ["a", "b"], "which?", replies="a [1].")  # wrong
 print(ll.compare_reports(grid, "folder", names=["a", "b"]).differences.height)
 ll.compare_reports(grid, grid, name=["a", "b"])  # wrong
 print(grid.summary().verdict)
