@@ -529,10 +529,11 @@ def test_arrow_keys_move_in_every_chart_that_can_be_clicked(page: Any, app: Any)
     from playwright.sync_api import expect
     grid, chosen = app("grid"), app("collapse").locator(".widget-readout").first
     assert page.locator(".lx-chart[aria-label='Vega visualization']").count() == 0    # Vega's name for all of them
-    curve = grid.get_by_label("Answers by depth")
-    curve.focus()
-    before = grid.locator(".noUi-handle").first.get_attribute("aria-valuetext")
-    page.keyboard.press("ArrowLeft")
+    tab(grid, "Needle")
+    handle = grid.locator(".noUi-handle").first
+    before, least = (handle.get_attribute(f"aria-value{what}") for what in ("text", "min"))
+    grid.get_by_label("Answers by depth").focus()
+    page.keyboard.press("ArrowRight" if handle.get_attribute("aria-valuenow") == least else "ArrowLeft")
     expect(grid.locator(".noUi-handle").first).not_to_have_attribute("aria-valuetext", before)
     length = chosen.inner_text()
     app("collapse").get_by_label("Cosine by length: arrow keys choose").first.focus()
@@ -543,6 +544,7 @@ def test_arrow_keys_move_in_every_chart_that_can_be_clicked(page: Any, app: Any)
 def test_views_are_kept_and_errors_are_shown(page: Any, app: Any) -> None:
     from playwright.sync_api import expect
     work, folder = app("work"), app("work").get_by_placeholder("folder")
+    tab(work, "Heads")
     work.locator('path[aria-label^="head: 5; layer: 4"]').first.click()
     expect(work.locator(".lx-head h4")).to_have_text("Layer 4, head 5")
     folder.fill("kept <b>view</b>")

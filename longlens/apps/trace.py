@@ -113,7 +113,7 @@ def usable_methods(
 ) -> list[str]:
     "The methods that need nothing but the prompt"
     chat = bool(getattr(lm.tokenizer, "chat_template", None))
-    return [name for name, t in load_methods().items() if "heads" not in t.needs and (chat or "chat" not in t.needs)]
+    return [name for name, t in load_methods().items() if not {"heads", "fitted"} & {*t.needs} and (chat or "chat" not in t.needs)]
 
 # %% ../../nbs/apps/11_trace.ipynb #tmenu002
 def _method_menu(r: Trace, lm: LongModel | None) -> Dropdown:

@@ -42,13 +42,17 @@ METHOD_NAMES: dict[str, MethodName] = {    # in the order of a menu: what is rec
     "kernel_shap": MethodName("take away", "many at random, weighted as Shapley's, by captum", 20),
     "lime": MethodName("take away", "many at random, near ones weighted more, by captum", 20),
     "stc": MethodName("show alone", "one source at a time", 20),
+    "xl3m": MethodName("show alone", "how certain the model is after one source (XL3M)"),
+    "longcodezip": MethodName("show alone", "how one source helps to foretell the question (LongCodeZip)"),
     "retrieval_attention": MethodName("look", "attention of the heads that copy", 17),
     "attention": MethodName("look", "attention, mean of all heads", 4),
+    "at2": MethodName("look", "attention of heads fitted to what leaving out does (AT2)"),
     "attntrace": MethodName("look", "attention in random subsets (AttnTrace)", 4),
     "rollout": MethodName("look", "attention through all layers (rollout)", 1),
     "integrated_gradients": MethodName("gradients", "summed on the way from nothing (integrated gradients)", 20),
     "gradient_x_input": MethodName("gradients", "gradient times input", 2),
     "self_citation": MethodName("ask", "the model cites its sources"),
+    "cited_answer": MethodName("ask", "the model answers again, with citations"),
 }
 
 # %% ../../../nbs/probes/traceback/12_method_names.ipynb #mw000010

@@ -50,6 +50,8 @@ def check_needs(
         raise ValueError(f"{name} needs a chat model, and the tokenizer of {job.lm.name} has no chat template: take another method")
     if "heads" in tracer.needs and job.heads is None:
         raise ValueError(f"{name} needs heads: give heads=retrieval_heads(model), or a list of (layer, head)")
+    if "fitted" in tracer.needs:
+        raise ValueError("at2 needs coefficients of heads: give fitted=fit_at2(model, prompts), or the file that one was saved in")
 
 # %% ../../../nbs/probes/traceback/09_probe.ipynb #084245ce
 LARGE_COST = 1_000_000  # tokens through the model: a few minutes of needle-lm on a core, or of 8 billion parameters on a GPU

@@ -300,6 +300,9 @@ TRACER_MODULES = {  # module -> methods that it puts there
     "methods.captum_perturbation": ("captum_ablation", "captum_shapley", "kernel_shap", "lime"),
     "methods.captum_gradients": ("integrated_gradients", "gradient_x_input"),
     "methods.self_citation": ("self_citation",),
+    "methods.at2": ("at2",),
+    "methods.one_source": ("xl3m", "longcodezip"),
+    "methods.citations": ("cited_answer",),
 }
 
 # %% ../../../nbs/probes/traceback/04_tracer.ipynb #cfd46d1s
@@ -317,6 +320,7 @@ class MethodOptions(TypedDict, total=False):
     """Settings of the methods that come with longlens, and what they may need, as keyword arguments"""
 
     heads: Heads | None
+    fitted: Any  # a HeadFit, or the file of one
     permutations: int
     beta: float
     functions: str | Sequence[str]

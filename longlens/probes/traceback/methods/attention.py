@@ -31,8 +31,8 @@ from ....models.forward import LongModel
 from ...heads.report import HeadReport
 
 # %% auto #0
-__all__ = ['glance', 'pool_sources', 'glances', 'draw_sources', 'mean_of_draws', 'retrieval_weights', 'AttentionTracer',
-           'AttnTrace', 'MeanAttention', 'RetrievalAttention', 'AttentionRollout']
+__all__ = ['glance', 'pool_sources', 'glances', 'glance_costs', 'draw_sources', 'mean_of_draws', 'retrieval_weights',
+           'AttentionTracer', 'AttnTrace', 'MeanAttention', 'RetrievalAttention', 'AttentionRollout']
 
 # %% ../../../../nbs/probes/traceback/methods/02_attention.ipynb #d7c16a07
 class _Glance(NamedTuple):
@@ -112,7 +112,7 @@ def glances(
         yield numbers, g
 
 # %% ../../../../nbs/probes/traceback/methods/02_attention.ipynb #6d172382
-def _glance_costs(
+def glance_costs(
     lm: LongModel,
     prompt: TracePrompt,
     subsets: Sequence[np.ndarray],  # numbers of the sources of each, ascending
@@ -212,7 +212,7 @@ class AttentionTracer(Tracer):
 
     def cost(self, job: Job) -> TraceCost:
         job = self.on_model(job)
-        costs = _glance_costs(job.lm, job.prompt, self.subsets(job), self.held(job)[0])
+        costs = glance_costs(job.lm, job.prompt, self.subsets(job), self.held(job)[0])
         return TraceCost(costs.evaluations, costs.tokens, True)
 
     def held(self, job: TraceJob) -> tuple[np.ndarray, Prefix | None]:
@@ -246,7 +246,7 @@ class AttnTrace(AttentionTracer):
         job.release()
         for numbers, g in glances(job.lm, job.prompt, subsets, weights, job.progress, job.doing, job.max_memory):
             values[numbers] = pool_sources(g.attention, g.owner, job.n, self.top_tokens)
-        costs = _glance_costs(job.lm, job.prompt, subsets)
+        costs = glance_costs(job.lm, job.prompt, subsets)
         costs.seconds = time.perf_counter() - begun
         return _of_draws(values, costs)
 
@@ -282,7 +282,7 @@ class MeanAttention(AttentionTracer):
         job, begun = self.on_model(job), time.perf_counter()
         held, like = self.held(job)
         g = glance(job.lm, job.prompt, weights=self.weights(job), like=like, max_memory=job.max_memory)
-        costs = _glance_costs(job.lm, job.prompt, self.subsets(job), held)
+        costs = glance_costs(job.lm, job.prompt, self.subsets(job), held)
         costs.seconds = time.perf_counter() - begun
         tokens = pl.DataFrame({"position": range(len(g.owner)), "source": g.owner, "attention": g.attention})
         return TraceScores(pool_sources(g.attention, g.owner, job.n, self.top_tokens, self.total), frames={"tokens": tokens}, costs=costs)
