@@ -35,7 +35,9 @@ RULES, KEPT = ["snapkv", "knorm", "quest"], None
     "10_positions": """
 TRAINED, LENGTHS, TEXTS = 64, (96,), 1
 METHODS = ("yarn",)
-OWN = (64, 160)
+SHIFTS, SHORT = (16,), (24,)
+STARTS, HELD = (0,), (0,)
+OWN, DRAWN = (64, 160), 2
 TRIED = ("yarn",)
 KEPT = None
 """,

@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import polars as pl
 
-from ..answer_scores import mean_interval
+from ..answer_scores import Interval, mean_interval
 from ...report import Report, Section, Summary
 
 if TYPE_CHECKING:
@@ -105,12 +105,17 @@ def _name(method: str) -> str:
 def _sentence(r: PositionReport, row: dict) -> str:
     """A method at a length, against the window."""
     where = f"{row['length']:,} tokens, {_name(row['method'])}"
-    size = f"{abs(row['difference']):.2f} nats a token"
-    if row["texts"] > 1:
-        size += f" ({row['lower']:+.2f} to {row['upper']:+.2f}, {row['texts']} texts)"
-    if row["texts"] > 1 and row["lower"] <= 0 <= row["upper"]:
-        return f"{where}: no difference from a window that could be told, {size}"
-    return f"{where}: {'worse' if row['difference'] > 0 else 'better'} than a window by {size}"
+    i, texts = Interval(row["difference"], row["lower"], row["upper"]), row["texts"]
+    if texts > 1 and i.lower <= 0 <= i.upper: return f"{where}: no difference from a window that could be told, {_nats(i, texts)}"
+    return f"{where}: {'worse' if i.mean > 0 else 'better'} than a window by {_nats(i, texts)}"
+
+
+def _nats(i: Interval, texts: int) -> str:
+    """A difference of losses with its interval over texts; its size, where its sign is certain. One text has no interval."""
+    if texts < 2: return f"{abs(i.mean):.2f} nats a token (one text)"
+    if i.lower <= 0 <= i.upper: return f"{i.mean:+.2f} nats a token ({i.lower:+.2f} to {i.upper:+.2f}, {texts} texts)"
+    least, most = sorted(map(abs, (i.lower, i.upper)))
+    return f"{abs(i.mean):.2f} nats a token ({least:.2f} to {most:.2f}, {texts} texts)"
 
 # %% ../../../nbs/probes/positions/01_report.ipynb #poswth02
 def _within(r: PositionReport, n: int) -> str:
@@ -120,17 +125,14 @@ def _within(r: PositionReport, n: int) -> str:
     by = f.filter(pl.col("position") == pl.col("position").min()).join(last, on="text").sort("text")
     i = mean_interval(by["last"] - by["loss"])
     where = f"{n:,} tokens, as it is: from the first {by['position'][0]:,} tokens to the last ones"
-    size = f"{abs(i.mean):.2f} nats a token"
-    if len(by) < 2: return f"{where} the loss {'falls' if i.mean < 0 else 'rises'} by {size}"
-    size += f" ({i.lower:+.2f} to {i.upper:+.2f}, {len(by)} texts)"
-    if i.lower <= 0 <= i.upper: return f"{where} the loss does not change so that it could be told, {size}"
-    return f"{where} the loss {'falls' if i.mean < 0 else 'rises'} by {size}"
+    if len(by) > 1 and i.lower <= 0 <= i.upper: return f"{where} the loss does not change so that it could be told, {_nats(i, len(by))}"
+    return f"{where} the loss {'rises' if i.mean > 0 else 'falls'} by {_nats(i, len(by))}"
 
 # %% ../../../nbs/probes/positions/01_report.ipynb #be78dac4
 def _answered(row: dict) -> str:
     """A method at a length, by what it answers."""
     what = f"{row['length']:,} tokens, {_name(row['method'])}: {row['right']:.0%} of {row['items']} {row['kind']}s right"
-    if row["items"] < 2: return what
+    if row["items"] < 2 or row["method"] == "none": return what
     change = f"{row['change']:+.2f} nats ({row['change_lower']:+.2f} to {row['change_upper']:+.2f})"
     told = "" if row["change_lower"] > 0 or row["change_upper"] < 0 else ", which could be chance"
     return f"{what}; the right answer's log-probability changes by {change}{told}"
@@ -145,7 +147,8 @@ def _summary(r: PositionReport) -> Summary:
     plain = f"Past its trained {m['trained']:,} tokens the model predicts {_against(none)}"
     if best["method"] == "none": verdict = f"{plain}; no method did better."
     else: verdict = f"{plain}; the best method, {best['method']}, {_against(best)}."
-    sure = f"{best['texts']} texts of {m['lengths'][-1]:,} tokens" + ("" if best["texts"] > 1 else ": one text has no interval")
+    texts = f"{best['texts']} texts" if best["texts"] > 1 else "one text, which has no interval,"
+    sure = f"{texts} of {m['lengths'][-1]:,} tokens"
     return Summary(verdict, lambda: _loss_chart(r), sure=sure)
 
 
@@ -160,35 +163,62 @@ def _chosen(r: PositionReport, frame: str, length: int | None, methods: Collecti
     f = r.frames[frame].filter(length=r.meta["lengths"][-1] if length is None else length)
     return f if methods is None else f.filter(pl.col("method").is_in(["none", "window", *methods]))
 
+# %% ../../../nbs/probes/positions/01_report.ipynb #poslook2
+def _drawn(r: PositionReport, f: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, Any]]:  # with labels, and the colour and dash of a line
+    """A table with the names that a chart shows, and how each is drawn."""
+    import altair as alt
+
+    from longlens.charts.base import COLOURS
+
+    ways, colours, dashes = ["none", *r.meta["methods"]], COLOURS[:6], ([1, 0], [2, 2], [8, 2], [8, 2, 2, 2])
+    look = {m: (colours[i % 6], dashes[i // 6 % 4]) for i, m in enumerate(ways)} | {"window": (COLOURS[6], [5, 3])}
+    shown = [m for m in look if m in set(f["method"])]
+    scale = lambda part: alt.Scale(domain=[_name(m) for m in shown], range=[look[m][part] for m in shown])
+    key = alt.Legend(symbolType="stroke", symbolSize=120)
+    return f.with_columns(pl.col("method").replace(_LABELS)), {
+        "color": alt.Color("method:N", title=None, scale=scale(0), legend=key),
+        "strokeDash": alt.StrokeDash("method:N", title=None, scale=scale(1), legend=key)}
+
+
+# %% ../../../nbs/probes/positions/01_report.ipynb #poslook3
+def _positions_axis(column: str, f: pl.DataFrame) -> alt.X:
+    """An axis that ends where the text does."""
+    import altair as alt
+
+    scale = alt.Scale(domain=[0, f[column].max()], nice=False)
+    return alt.X(f"{column}:Q", title="position (tokens)", axis=alt.Axis(format=",d", tickCount=8, labelFlush=True), scale=scale)
+
+
+def _past_trained(r: PositionReport, lines: alt.Chart, longest: int, column: str) -> alt.LayerChart:
+    """Lines over a rule where the trained length ends, if the text goes past it."""
+    import altair as alt
+
+    ends = pl.DataFrame({column: [r.meta["trained"]]}).filter(pl.col(column) < longest)
+    return alt.layer(*([] if ends.is_empty() else [alt.Chart(ends).mark_rule(color="#888").encode(x=f"{column}:Q")]), lines)
+
+
 # %% ../../../nbs/probes/positions/01_report.ipynb #3343c4a7
 def _loss_chart(
     r: PositionReport, length: int | None = None, methods: Collection[str] | None = None
 ) -> alt.TopLevelMixin:
     import altair as alt
 
-    from longlens.charts.base import COLOURS
-
     f = _chosen(r, "loss", length, methods).group_by("method", "position", maintain_order=True).agg(pl.col("loss").mean())
-    f = f.with_columns(pl.col("method").replace(_LABELS))
-    names = f["method"].unique(maintain_order=True).to_list()
-    dash = [[5, 3] if n == _LABELS["window"] else [1, 0] for n in names]
-    scale = alt.Scale(domain=names, range=[COLOURS[i % len(COLOURS)] for i in range(len(names))])
+    f, look = _drawn(r, f)
     lines = (
         alt.Chart(f)
         .mark_line()
         .encode(
-            x=alt.X("position:Q", title="position (tokens)", axis=alt.Axis(format=",d"), scale=alt.Scale(nice=False)),
+            x=_positions_axis("position", f),
             y=alt.Y("loss:Q", title="loss (nats a token)", scale=alt.Scale(zero=False)),
-            color=alt.Color("method:N", title=None, scale=scale),
-            strokeDash=alt.StrokeDash("method:N", title=None, scale=alt.Scale(domain=names, range=dash)),
+            **look,
         )
     )
-    rule = alt.Chart(pl.DataFrame({"position": [r.meta["trained"]]})).mark_rule(color="#888").encode(x="position:Q")
-    return alt.layer(rule, lines).properties(width=600, height=260, title="Loss by position")
+    return _past_trained(r, lines, f["position"].max(), "position").properties(width=600, height=260, title="Loss by position")
 
 
 # %% ../../../nbs/probes/positions/01_report.ipynb #74b9cbf2
-_DRAWN = ("entropy_norm", "entropy / log n"), ("sink_mass", "mass on the first token, sink heads"), ("logit", "drift of logits")
+_MEASURES = ("entropy_norm", "entropy / log n"), ("sink_mass", "mass on the first token, sink heads"), ("logit", "drift of logits")
 
 
 def _attention_table(r: PositionReport, length: int | None = None, methods: Collection[str] | None = None) -> pl.DataFrame:
@@ -211,21 +241,11 @@ def _attention_chart(
 ) -> alt.TopLevelMixin:
     import altair as alt
 
-    f = _attention_table(r, length, methods).with_columns(pl.col("method").replace(_LABELS))
-    base = (
-        alt.Chart(f)
-        .mark_line(point=True)
-        .encode(
-            x=alt.X("context_length:Q", title="position (tokens)", axis=alt.Axis(format=",d")),
-            color=alt.Color("method:N", title=None, sort=None),
-        )
-    )
-    return alt.hconcat(
-        *(
-            base.encode(y=alt.Y(f"{c}:Q", title=title, scale=alt.Scale(zero=False))).properties(width=190, height=200)
-            for c, title in _DRAWN
-        )
-    )
+    f, look = _drawn(r, _attention_table(r, length, methods))
+    base = alt.Chart(f).mark_line(point={"size": 20}).encode(x=_positions_axis("context_length", f), **look)
+    panels = [base.encode(y=alt.Y(f"{c}:Q", title=title, scale=alt.Scale(zero=False))) for c, title in _MEASURES]
+    longest = f["context_length"].max()
+    return alt.hconcat(*(_past_trained(r, p, longest, "context_length").properties(width=190, height=200) for p in panels))
 
 
 # %% ../../../nbs/probes/positions/01_report.ipynb #42977e27
@@ -233,32 +253,25 @@ def _angle_chart(r: PositionReport, methods: Collection[str] | None = None) -> a
     import altair as alt
 
     f = r.frames["angles"] if methods is None else r.frames["angles"].filter(pl.col("method").is_in(["none", *methods]))
-    f = f.with_columns(pl.col("method").replace(_LABELS))
-    slow = f.filter(pl.col("rounds_trained") < 1)["pair"]
-    lines = (
-        alt.Chart(f)
-        .mark_line()
-        .encode(
-            x=alt.X("pair:Q", title="pair of rotary dimensions, fast to slow"),
-            y=alt.Y("disturbance:Q", title="disturbance (nats)"),
-            color=alt.Color("method:N", title=None, sort=None),
-        )
-    )
-    shares = alt.Chart(f.unique("pair")).mark_bar(color="#ddd").encode(
-        x="pair:Q", y=alt.Y("share:Q", title="share of queries and keys", axis=alt.Axis(orient="right")))
-    lines = alt.layer(shares, lines).resolve_scale(y="independent")
-    if slow.is_empty():
-        return lines.properties(width=600, height=220)
-    rule = alt.Chart(pl.DataFrame({"pair": [slow.min() - 0.5]})).mark_rule(strokeDash=[4, 3], color="#888").encode(x="pair:Q")
-    return alt.layer(rule, lines).properties(width=600, height=220)
+    slow, pairs = f.filter(pl.col("rounds_trained") < 1)["pair"], f["pair"].n_unique()
+    f, look = _drawn(r, f)
+    x = alt.X("pair:Q", title="pair of rotary dimensions, fast to slow", scale=alt.Scale(domain=[-0.5, pairs - 0.5], nice=False))
+    lines = alt.Chart(f).mark_line().encode(x=x, y=alt.Y("disturbance:Q", title="disturbance (nats)"), **look)
+    bars = alt.Chart(f.unique("pair", maintain_order=True)).mark_bar(color="#ddd", size=max(1, 360 // pairs))
+    shares = bars.encode(x=x, y=alt.Y("share:Q", title="share of queries and keys", axis=alt.Axis(orient="right")))
+    drawn = alt.layer(shares, lines).resolve_scale(y="independent")
+    if not slow.is_empty():
+        rule = alt.Chart(pl.DataFrame({"pair": [slow.min() - 0.5]})).mark_rule(strokeDash=[4, 3], color="#888").encode(x=x)
+        drawn = alt.layer(rule, drawn)
+    return drawn.properties(width=600, height=220, title="Angles never met, and how much they count")
 
 # %% ../../../nbs/probes/positions/01_report.ipynb #098e1f93
 def _answer_chart(r: PositionReport) -> alt.TopLevelMixin:
     import altair as alt
 
-    f = r.frames["answers"].with_columns(pl.col("method").replace(_LABELS))
+    f, look = _drawn(r, r.frames["answers"])
     x = alt.X("length:O", title="tokens", axis=alt.Axis(labelAngle=0, format=",d"))
-    base = alt.Chart(f).encode(x=x, xOffset=alt.XOffset("method:N", sort=None), color=alt.Color("method:N", title=None, sort=None))
+    base = alt.Chart(f).encode(x=x, xOffset=alt.XOffset("method:N", sort=None), color=look["color"].legend(symbolType="square"))
     bars = base.mark_bar().encode(y=alt.Y("right:Q", title="right", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format="%")))
     ends = base.mark_rule(color="#444").encode(y="lower:Q", y2="upper:Q", color=alt.value("#444"))
     return alt.layer(bars, ends).properties(width=270, height=180).facet(column=alt.Column("kind:N", title=None))
