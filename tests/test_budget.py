@@ -246,3 +246,16 @@ def test_the_smallest_collapse_runs() -> None:
     enc = load_asked_encoder(cli.parser().parse_args(["report", "--encoder", "--out", "x"]))
     report = ENCODER_SECTIONS["collapse"](enc, None, None, LADDERS["collapse"][0])
     assert report.findings() and report.frames["retrieval"]["value"].null_count() == 0
+
+
+def test_no_size_of_collapse_asks_for_more_questions_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    "Of the sample, 37 questions have a passage that MiniLM reads in 64 tokens, and the larger sizes have 40 candidates and more"
+    from longlens.cli.encoder_text import load_asked_encoder, sample_questions, short_questions
+    from longlens.cli.sections import ENCODER_SECTIONS
+    enc = load_asked_encoder(cli.parser().parse_args(["report", "--encoder", "--out", "x"]))
+    there, asked = sample_questions(enc, 1), []
+    assert there is not None
+    monkeypatch.setattr("longlens.length_collapse", lambda *a, **how: asked.append(how), raising=False)
+    for size in LADDERS["collapse"]: ENCODER_SECTIONS["collapse"](enc, None, None, size)
+    assert [how["n_queries"] for how in asked] == [min(size.candidates, short_questions(enc, there)) for size in LADDERS["collapse"]]
+    assert short_questions(enc, there) == 37

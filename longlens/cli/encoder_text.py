@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .common import check_place
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from longlens.prompts.questions import Question
 
 # %% auto #0
-__all__ = ['load_asked_encoder', 'text_documents', 'collapse_lengths', 'window_ways', 'readable_texts', 'sample_questions']
+__all__ = ['load_asked_encoder', 'text_documents', 'collapse_lengths', 'window_ways', 'readable_texts', 'sample_questions',
+           'short_questions']
 
 # %% ../../nbs/cli/03_encoder_text.ipynb #5c3fc204
 def load_asked_encoder(
@@ -92,3 +94,16 @@ def sample_questions(
     if enc.tokenizer is None: return None
     held = sum(token_counts(enc, [title_and_text(q.gold)[1] for q in questions]))
     return questions if held >= 1.3 * n else None
+
+# %% ../../nbs/cli/03_encoder_text.ipynb #shortq1
+def short_questions(
+    enc: Encoder,
+    questions: Path | list[Question],    # with their passages, or a file
+) -> int:
+    "How many of them can be asked at every length: those whose passage is short enough"
+    from longlens.probes.collapse.inputs import CollapseSettings, token_counts
+    from longlens.prompts.questions import read_questions
+    from longlens.retrieval_eval.tasks import passage_text
+    known = read_questions(questions) if isinstance(questions, Path) else questions
+    if enc.tokenizer is None: return len(known)
+    return sum(n <= CollapseSettings.max_passage for n in token_counts(enc, [passage_text(q.gold) for q in known]))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .encoder_text import collapse_lengths, readable_texts, sample_questions, text_documents, window_ways
+from .encoder_text import collapse_lengths, readable_texts, sample_questions, short_questions, text_documents, window_ways
 from .model_text import document_questions, first_tokens, is_sample, prompt_lengths, prompt_room, text_haystack, traced_prompt
 from .sizes import CollapseSize, GridSize, HeadsSize, MiddleSize, PoliciesSize, PositionsSize, SinksSize, TraceSize
 
@@ -163,7 +163,7 @@ def _collapse(
     texts, paragraphs = (None, []) if text is None else text_documents(enc, text, longest)
     how |= dict(n_documents=size.documents, n_candidates=size.candidates, n_queries=min(50, size.candidates))
     if questions is None and text is None: questions = sample_questions(enc, longest * size.documents)
-    if questions is not None: how["questions"] = questions
+    if questions is not None: how |= dict(questions=questions, n_queries=max(2, min(how["n_queries"], short_questions(enc, questions))))
     if ways: how["windows"] = "all" if ways == ["all"] else ways
     return longlens.length_collapse(enc, texts, lengths, natural=readable_texts(enc, paragraphs), **how)
 
