@@ -64,7 +64,8 @@ def _x_of(at: pl.Series, title: str, log: bool) -> alt.X:
     "The axis of a small curve: a tick at each place, where there are few"
     places = at.unique().sort().to_list()
     ends = [places[0], places[-1]] if len(places) > 1 else [places[0] - 1, places[0] + 1]
-    style = axis_style(title=visible(title, 60), values=_few(places, 6), format=",~g", grid=False, **_FONT)
+    whole = all(float(p).is_integer() for p in places)    # "g" alone would show as few digits as the distance of ticks needs: 9e+1
+    style = axis_style(title=visible(title, 60), values=_few(places, 6), format=",d" if whole else ",~g", grid=False, **_FONT)
     kind = {"type": "log", "base": 2} if log and places[0] > 0 else {"zero": False}
     return alt.X("x:Q", scale=alt.Scale(domain=ends, nice=False, padding=8, **kind), axis=style)
 

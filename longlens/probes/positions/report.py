@@ -137,19 +137,40 @@ def _answered(row: dict) -> str:
     told = "" if row["change_lower"] > 0 or row["change_upper"] < 0 else ", which could be chance"
     return f"{what}; the right answer's log-probability changes by {change}{told}"
 
+# %% ../../../nbs/probes/positions/01_report.ipynb #pospict1
+def _loss_picture(r: PositionReport) -> alt.TopLevelMixin:
+    """The loss by position of the longest texts, unchanged, with its interval over texts."""
+    from longlens.charts.small import small_curve
+
+    f = r.frames["loss"].filter(length=r.meta["lengths"][-1], method="none")
+    found = [(at, *mean_interval(g["loss"])) for (at,), g in f.group_by("position", maintain_order=True)]
+    rows = pl.DataFrame(found, schema=["position", "loss", "lower", "upper"], orient="row")
+    every = pl.concat([rows[c].fill_nan(None) for c in ("loss", "lower", "upper")]).drop_nulls()
+    return small_curve(rows, "position", "loss", ("position (tokens)", "loss (nats a token)"), domain=(every.min(), every.max()))
+
+
+def _method_picture(r: PositionReport) -> alt.TopLevelMixin:
+    """What each method changes past the trained length, the best first."""
+    from longlens.charts.small import small_bars
+
+    e = r.frames["effects"].filter(length=r.meta["lengths"][-1]).sort("difference").with_columns(pl.col("method").replace(_LABELS))
+    return small_bars(e, "method", "difference", "loss against a window (nats)")
+
 # %% ../../../nbs/probes/positions/01_report.ipynb #d39806c1
 def _summary(r: PositionReport) -> Summary:
     m, e = r.meta, r.frames["effects"].filter(length=r.meta["lengths"][-1])
     if e.is_empty():
         short = f"All texts fit into the {m['trained']:,} tokens that the model was trained on, so no method was needed."
-        return Summary(short, lambda: _loss_chart(r))
+        untested = (f"Texts longer than {m['lengths'][-1]:,} tokens", "Methods for longer ones")
+        sure = f"{m['texts']} texts, each read once." if m["texts"] > 1 else "One text."
+        return Summary(short, lambda: _loss_picture(r), (), untested, sure)
     none, best = e.filter(method="none").row(0, named=True), e.sort("difference").row(0, named=True)
     plain = f"Past its trained {m['trained']:,} tokens the model predicts {_against(none)}"
     if best["method"] == "none": verdict = f"{plain}; no method did better."
     else: verdict = f"{plain}; the best method, {best['method']}, {_against(best)}."
     texts = f"{best['texts']} texts" if best["texts"] > 1 else "one text, which has no interval,"
-    sure = f"{texts} of {m['lengths'][-1]:,} tokens"
-    return Summary(verdict, lambda: _loss_chart(r), sure=sure)
+    sure = f"{texts} of {m['lengths'][-1]:,} tokens."
+    return Summary(verdict, lambda: _method_picture(r), sure=sure)
 
 
 def _against(row: dict) -> str:
