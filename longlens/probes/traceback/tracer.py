@@ -339,6 +339,7 @@ class MethodOptions(TypedDict, total=False):
     held_out: int
     samples: int | None
     steps: int
+    quotes: bool
     baseline: str | int
 
 # %% ../../../nbs/probes/traceback/04_tracer.ipynb #a776950f
