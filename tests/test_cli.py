@@ -1,6 +1,7 @@
 "The command: what it refuses, what it leaves behind, and one real run"
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -208,10 +209,14 @@ def test_real_questions_and_longer_windows(quick: list[object], monkeypatch: pyt
         return StandIn({"similarity": pl.DataFrame({"layer": [0]})})
 
     monkeypatch.setitem(vars(longlens), "length_collapse", collapse)
-    Path("asked.jsonl").write_text("its content counts: a run goes on with the same questions only", encoding="utf-8")
+    texts = [f"Person {i} did it in {1900 + i}." for i in range(3)] + ["Nobody did it, and it took long. " * 20]    # no short one
+    row = {"question": "Who did it?", "answers": ["it"]}
+    lines = [json.dumps({**row, "ctxs": [{"title": f"Deed {i}", "text": t, "isgold": True}]}) for i, t in enumerate(texts)]
+    Path("asked.jsonl").write_text("\n".join(lines), encoding="utf-8")
     more = ["--questions", "asked.jsonl", "--windows", "grouped, recurrent", "--max-length", "512"]
     assert cli.main(["report", "--encoder", *more, "--out", "out"]) == 0
     assert (asked["questions"], asked["windows"], asked["texts"]) == (Path("asked.jsonl"), ["grouped", "recurrent"], None)
+    assert asked["n_queries"] == 3    # those whose passage is short enough to be found at every length
     assert (asked["lengths"], asked["enc"].max_length) == ((32, 64, 128, 256, 512), 512)
     Path("story.txt").write_text("The boat left the harbour in the rain. " * 2000, encoding="utf-8")
     assert cli.main(["report", "--encoder", "--text", "story.txt", "--context", "64", "--windows", "all", "--out", "again"]) == 0

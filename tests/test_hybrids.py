@@ -151,7 +151,7 @@ def test_layers_without_heads_are_refused_by_number(jamba: LongModel) -> None:
     how: dict[str, Any] = dict(answer=question.answer, by="sentences", progress=False)
     with pytest.raises(ValueError, match=says): ll.trace_context(jamba, question, method="attention", layers=[0], **how)
     assert ll.trace_context(jamba, question, method="attention", layers=[3], **how).details()
-    with pytest.raises(UnsupportedModel, match="layers 0, 2 of JambaForCausalLM mix tokens without it"):
+    with pytest.raises(UnsupportedModel, match="layers 0, 2 of this model mix tokens without it"):
         ll.trace_context(jamba, question, method="rollout", **how)
 
 
