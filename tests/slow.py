@@ -6,11 +6,10 @@ import platform
 import sys
 import time
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
 
 OUT = Path(__file__).resolve().parent.parent / "benchmarks/SLOW.md"
 HEAD = """# Slow tests
@@ -46,8 +45,8 @@ def main() -> int:
     told, start = Told(), time.monotonic()
     code = pytest.main(["-m", "slow", str(Path(__file__).parent), *sys.argv[1:]], plugins=[told])
     outcomes = [outcome for _, outcome in told.rows.values()]
-    head = HEAD.format(date=datetime.now(UTC).date(), python=platform.python_version(), transformers=transformers.__version__,
-                       torch=torch.__version__.split("+")[0], cores=os.cpu_count(), passed=outcomes.count("passed"),
+    head = HEAD.format(date=datetime.now(UTC).date(), python=platform.python_version(), transformers=version("transformers"),
+                       torch=version("torch").split("+")[0], cores=os.cpu_count(), passed=outcomes.count("passed"),
                        failed=outcomes.count("failed"), minutes=(time.monotonic() - start) / 60)
     lines = [f"| `{name.removeprefix('tests/')}` | {told.about[name]} | {seconds:.0f} | {outcome} |"
              for name, (seconds, outcome) in sorted(told.rows.items())]
