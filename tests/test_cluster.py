@@ -147,6 +147,7 @@ def test_an_error_of_the_task(two_workers: None, lm: LongModel, cells: list[Cell
 
 @pytest.mark.slow
 def test_another_model(two_workers: None, lm: LongModel, cells: list[Cell]) -> None:
+    "Workers that would measure another model than this process has are refused"
     with pytest.raises(ClusterError, match="workers have another model than this process.*bfloat16 on cpu.* there, .*float32 on cpu"):
         sweep(lm, cells, NextToken(), engine=Cluster(workers=1, load=dict(dtype="bfloat16")))
 
