@@ -182,10 +182,11 @@ def trained_models(
 ) -> Iterator[tuple[str, int, PreTrainedModel]]:  # kind, seed, model; seed by seed
     "Train the models that are not there yet, and give all"
     r, folder = recipe or StateRecipe(), Path(out)
+    made = "-".join(str(v) for v in asdict(r).values())    # another recipe makes other models
     folder.mkdir(parents=True, exist_ok=True)
     for seed in range(seeds):
         for kind in kinds:
-            place = folder / f"{kind.replace(' ', '-')}-{seed}-{r.steps}"
+            place = folder / f"{kind.replace(' ', '-')}-{seed}-{made}"
             if not (place / "config.json").exists(): train_state_model(kind, seed, r, report_every=100).save_pretrained(place)
             yield kind, seed, type(state_model(kind)).from_pretrained(place).eval()
 
