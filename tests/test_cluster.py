@@ -18,12 +18,14 @@ from longlens.interventions.heads import Ablate, Temperature
 from longlens.models.forward import LongModel
 from longlens.prompts.haystack import Haystack
 from longlens.prompts.needle import needle_context
+from longlens.prompts.questions import fact_questions
 from longlens.sweeps import ray_engine as cluster
 from longlens.sweeps.cells import Cell, Changed, Task
 from longlens.sweeps.ray_engine import Cluster, start_ray
 from longlens.sweeps.runner import SweepWarning
 from longlens.sweeps.serialize import ClusterError
 from longlens.sweeps.sweep import sweep
+from longlens.task_data.made import document_tasks
 
 ray = pytest.importorskip("ray", reason="engine='ray' needs Ray: pip install longlens[ray]")
 pytestmark = [pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning"),  # Ray's, where it did not start at once
@@ -190,3 +192,13 @@ def test_without_ray(lm: LongModel, cells: list[Cell], monkeypatch: pytest.Monke
 
     monkeypatch.setattr("longlens.sweeps.serialize.import_module", missing)
     with pytest.raises(ImportError, match=r"pip install longlens\[ray\]"): sweep(lm, cells, NextToken(), engine="ray")
+
+
+@pytest.mark.slow
+def test_questions_of_a_set(two_workers: None, lm: LongModel) -> None:
+    "Replies, scores and the attention on the evidence are the same on a cluster"
+    asked = [q for place in (0, 1) for q in document_tasks(fact_questions(2, 3), "middle", place)]
+    local = ll.evaluate_tasks(lm, asked, max_new_tokens=4).frames["answers"]
+    far = ll.evaluate_tasks(lm, asked, max_new_tokens=4, engine=Cluster(workers=2, load=dict(model=None))).frames["answers"]
+    assert far["reply"].to_list() == local["reply"].to_list() and far["score"].to_list() == local["score"].to_list()
+    assert far["gold_attention"].to_numpy() == pytest.approx(local["gold_attention"].to_numpy(), abs=1e-6)

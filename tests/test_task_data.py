@@ -199,6 +199,12 @@ def test_a_question_goes_through_every_probe(lm: ll.LongModel) -> None:
     assert ll.trace_context(lm, q, answer=" " + q.answers[0], method="attention", by="documents").table.height == 4
     asked = document_tasks(fact_questions(2, 3), "middle")
     assert ll.lost_in_the_middle(lm, asked, positions=2, baselines=False, max_new_tokens=4).table.height == 2
+    heads = ll.retrieval_heads(lm, asked, methods=(), ablation=None)
+    once = [q.answers[0] for q in asked if q.context.count(q.answers[0]) == 1]
+    assert heads.frames["trials"].filter("kept")["answer"].to_list() == once and 0 < len(once)
+    assert sum(n for _, n in heads.meta["settings"]["left_out"]) == len(asked) - len(once)
+    assert ll.context_gain(lm, q, windows=(8, 64), targets=8).meta["texts"] == 1  # and all that read a text
+    assert ll.attention_sinks(lm, [q, asked[1]], sequences=1).meta["lengths"] == [len(x.prompt(lm)) for x in (q, asked[1])]
 
 
 def test_scores_attention_and_bins(lm: ll.LongModel) -> None:

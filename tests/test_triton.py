@@ -190,7 +190,7 @@ def test_the_operator_hands_over_what_kernels_can_do() -> None:
         torch.testing.assert_close(op.topk([3, 60], 2)[0].double().cpu(), P[:, :, [3, 60]].topk(2, -1).values, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(cubes.double().cpu(), (P ** 3).sum(-1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(entropy.double().cpu(), exact.entropy(), rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="'auto', 'torch' or 'triton'"), summed_by("cuda"): pass
+    with pytest.raises(ValueError, match="'auto', 'torch', 'triton' or 'compiled'"), summed_by("cuda"): pass
 
 
 REFUSED = {

@@ -209,26 +209,30 @@ _SUMMED_BY: ContextVar[str] = ContextVar("summed_by", default="auto")
 # %% ../../nbs/attention/08_operator.ipynb #fc1990b5
 @contextmanager
 def summed_by(
-    kernels: Literal["auto", "torch", "triton"],  # "auto": Triton on a GPU where it can, else torch
+    kernels: Literal["auto", "torch", "triton", "compiled"],  # "auto": Triton on a GPU, a compiled loop on a CPU, or else torch
 ) -> Iterator[None]:
     "While the block runs, passes over patterns are made by these kernels; an error where they cannot"
-    if kernels not in ("auto", "torch", "triton"): raise ValueError(f"kernels are {kernels!r}: 'auto', 'torch' or 'triton'")
+    if kernels not in (known := ("auto", "torch", "triton", "compiled")):
+        raise ValueError(f"kernels are {kernels!r}: {', '.join(map(repr, known[:-1]))} or {known[-1]!r}")
     before = _SUMMED_BY.set(kernels)
     try: yield
     finally: _SUMMED_BY.reset(before)
 
 # %% ../../nbs/attention/08_operator.ipynb #a5101af1
-def _kernels_for(call: AttentionCall) -> Any | None:  # the module `triton_pass`
-    "The GPU kernels, if they are to compute a call; None: it goes by tiles"
+def _kernels_for(call: AttentionCall) -> Any | None:  # the module `triton_pass` or `compiled_pass`
+    "The kernels that are to compute a call; None: it goes by tiles"
     how = _SUMMED_BY.get()
-    if how == "torch" or (how == "auto" and not call.q.is_cuda): return None
-    try: kernels = import_module("longlens.attention.triton_pass")
+    if how == "torch": return None
+    on_gpu = how == "triton" or (how == "auto" and call.q.is_cuda)
+    try: kernels = import_module(f"longlens.attention.{'triton' if on_gpu else 'compiled'}_pass")
     except ImportError as e:
         if how == "auto": return None
         raise ImportError(f"summed_by('triton') needs Triton, which cannot be imported ({e}): pip install longlens[gpu]") from e
+    if how == "auto" and not on_gpu and not kernels.worth_it(call): return None
     if (reason := kernels.why_not(call)) is None: return kernels
     if how == "auto": return None
-    raise ValueError(f"the Triton kernels cannot compute this pattern: {reason}. Use summed_by('torch')")
+    what = "Triton kernels" if on_gpu else "compiled loop"
+    raise ValueError(f"the {what} cannot compute this pattern: {reason}. Use summed_by('torch')")
 
 # %% ../../nbs/attention/08_operator.ipynb #a7caf7d0
 @patch

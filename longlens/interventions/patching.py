@@ -17,7 +17,7 @@ from ..attention.masks import positions
 from .base import Intervention, check_heads, check_layer, intervene
 from ..models.forward import LongModel
 from ..models.prefix import Prefix
-from ..models.tokens import Span, TokenIds, Tokens, span_ends
+from ..models.tokens import Span, TextLike, span_ends
 
 # %% auto #0
 __all__ = ['Outputs', 'head_outputs', 'PatchHeads']
@@ -52,7 +52,7 @@ class _Outputs(Intervention):
 # %% ../../nbs/interventions/12_patching.ipynb #9cd455cb
 def head_outputs(
     lm: LongModel,  # the model
-    text: str | Tokens | TokenIds,  # a text of n tokens
+    text: TextLike,  # a text of n tokens
     rows: Span,  # whose outputs are wanted, token positions
     before: Prefix | None = None,  # the text's first tokens, already run, in front of the rows; None: they are run
     chunk: int | None = None,  # tokens a step; None: what fits in memory

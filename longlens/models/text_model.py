@@ -18,7 +18,7 @@ from .card import ModelCard
 from longlens.models.architecture import (
     attention_layers, count_kv_heads, count_query_heads, head_widths, max_positions, position_kind, state_only, text_config,
 )
-from .tokens import HFModel, HFTokenizer, TokenIds, Tokens, as_ids, as_tokens, check_unicode
+from .tokens import HFModel, HFTokenizer, Prompted, TextLike, TokenIds, Tokens, as_ids, as_tokens, check_unicode
 
 if TYPE_CHECKING:
     from longlens.models import text_model as _here
@@ -127,11 +127,12 @@ def check_length(
 @patch
 def tokens(
     self: TextModel,
-    x: str | Tokens | TokenIds,  # a text, or token ids (n,)
+    x: TextLike,  # a text, token ids (n,), a Context or a question of `ll.tasks`
     add_special_tokens: bool = True,  # as the tokenizer does it for a whole prompt
     allow_longer: bool | None = None,  # go past `max_length`; None: as the model was loaded
 ) -> Tokens:
     """Token ids with offsets. Empty, unknown or too long input raises; nothing is cut."""
+    if isinstance(x, Prompted): x = x.model_tokens(self, allow_longer)
     t = self.encode_text(x, add_special_tokens) if isinstance(x, str) else as_tokens(x, self.n_embeddings, self.tokenizer)
     self.check_tokens(len(t), allow_longer)
     return t

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from operator import index
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from longlens.models import tokens as _tokens
 
 # %% auto #0
-__all__ = ['TokenIds', 'Span', 'span_ends', 'read_spans', 'whole_numbers', 'whole_number', 'read_pairs', 'real_number',
-           'owned_characters', 'Tokens', 'as_ids', 'as_tokens', 'check_unicode', 'HFCache', 'HFConfig', 'HFModel',
-           'HFTokenizer']
+__all__ = ['TokenIds', 'Span', 'TextLike', 'span_ends', 'read_spans', 'whole_numbers', 'whole_number', 'read_pairs',
+           'real_number', 'owned_characters', 'Tokens', 'as_ids', 'Prompted', 'as_tokens', 'check_unicode', 'HFCache',
+           'HFConfig', 'HFModel', 'HFTokenizer']
 
 # %% ../../nbs/models/00_tokens.ipynb #1e403b2f
 if TYPE_CHECKING:
@@ -296,6 +296,15 @@ def as_ids(
     if len(bad):
         raise ValueError(f"token id {int(bad[0])} is out of range: the model has {rows} tokens (0 to {rows - 1})")
     return ids.detach().long().cpu()
+
+# %% ../../nbs/models/00_tokens.ipynb #q1900022
+@runtime_checkable
+class Prompted(Protocol):
+    """What makes its own tokens: a `Context`, or a question of `ll.tasks`."""
+    def model_tokens(self, model: Any, allow_longer: bool | None) -> Tokens: ...
+
+
+TextLike: TypeAlias = str | Tokens | TokenIds | Prompted  # one text
 
 # %% ../../nbs/models/00_tokens.ipynb #9c4b8a64
 def as_tokens(

@@ -21,7 +21,7 @@ from ..interventions.heads import Turner
 from ..interventions.key_sets import Chooser, KeepKeys
 from ..models.architecture import attention_layers
 from ..models.forward import LongModel
-from ..models.tokens import TokenIds, Tokens, whole_number
+from ..models.tokens import TextLike, whole_number
 from . import controls as controls  # policies are listed in this order
 from . import attention as attention
 from . import keys as keys
@@ -216,7 +216,7 @@ def use_policy(
     model: LongModel,  # the model
     policy: PolicyLike,  # a name in POLICIES, a policy, or a function from operator and budget to kept keys or scores
     budget: int,  # keys of the prompt that each KV head may keep (an average where a policy spends unevenly)
-    prompt: str | Tokens | TokenIds,  # what the policy decides about; the text goes on after it
+    prompt: TextLike,  # what the policy decides about; the text goes on after it
 ) -> Iterator[list[Intervention]]:
     "A policy in force while the block runs: what comes after the prompt sees what is left of it"
     what, ids = policy_of(policy), model.tokens(prompt).ids

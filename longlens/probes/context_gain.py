@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..models.forward import LongModel
 from ..models.load import ModelLike, load
-from ..models.tokens import TokenIds, Tokens
+from ..models.tokens import Prompted, TextLike
 from .answer_scores import bootstrap_interval
 from ..report import Measure, Report, Section, Summary
 from ..run import Run, RunOptions, run_of
@@ -140,8 +140,9 @@ def _gain_sentence(r: GainReport) -> str:
     first = f.row(0, named=True)
     n = enough(f, s["tolerance"])
     reach = f"no window below the largest, {n:,} tokens, is enough" if n == f["window"].max() else f"{n:,} tokens are enough"
-    return (f"with {first['window']:,} tokens of context {first['missing']:.2f} nats a token are missing ({first['lower']:.2f} to "
-            f"{first['upper']:.2f}, {first['texts']} texts); {reach} (within {s['tolerance']:g} nats of {f['window'].max():,})")
+    sure = "one text" if first["texts"] == 1 else f"{first['lower']:.2f} to {first['upper']:.2f}, {first['texts']} texts"
+    return (f"with {first['window']:,} tokens of context {first['missing']:.2f} nats a token are missing ({sure}); {reach} "
+            f"(within {s['tolerance']:g} nats of {f['window'].max():,})")
 
 # %% ../../nbs/probes/03_context_gain.ipynb #9e1f02aa
 def _gain_summary(r: GainReport) -> Summary:
@@ -167,7 +168,7 @@ def _gain_picture(f: pl.DataFrame) -> alt.TopLevelMixin:
 # %% ../../nbs/probes/03_context_gain.ipynb #c512c57f
 def _checked(
     lm: LongModel,  # the model
-    texts: Sequence[str | Tokens | TokenIds],
+    texts: Sequence[TextLike],
     settings: GainSettings,  # of which windows and targets count
     allow_longer: bool | None,  # go past the model's length; None: as it was loaded
 ) -> list[Tensor]:
@@ -184,7 +185,7 @@ def _checked(
 # %% ../../nbs/probes/03_context_gain.ipynb #1ed96244
 def context_gain(
     model: ModelLike,  # a LongModel, or whatever `load` takes
-    texts: str | Sequence[str | Tokens | TokenIds],  # texts, or token ids (n,)
+    texts: str | Prompted | Sequence[TextLike],  # texts, token ids (n,), contexts or questions of `ll.tasks`
     windows: Sequence[int] = (16, 32, 64, 128, 256, 512, 1024),  # tokens of context
     *,
     targets: int = 32,  # last tokens of each text, which are predicted
@@ -196,7 +197,7 @@ def context_gain(
     run = run_of(run, rest := dict(options), ("batch_size", "allow_longer", "progress", "seed"), "context_gain")
     if rest: raise TypeError(f"context_gain got an unexpected keyword argument {next(iter(rest))!r}")
     lm, settings = load(model), GainSettings(tuple(windows), targets, tolerance, run.seed)
-    ids = _checked(lm, [texts] if isinstance(texts, str) else texts, settings, run.allow_longer)
+    ids = _checked(lm, [texts] if isinstance(texts, str | Prompted) else texts, settings, run.allow_longer)
     rows = _gain_rows(lm, ids, settings, run.batch_size or 8, run.progress)
     meta = {"model": lm.name, "settings": asdict(settings), "context_length": max(map(len, ids)), "texts": len(ids)}
     return GainReport({"gain": _gain_frame(rows, run.seed), "rows": rows}, meta)

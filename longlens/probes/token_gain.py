@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..models.forward import LongModel
 from ..models.load import ModelLike, load
-from ..models.tokens import TokenIds, Tokens, real_number, whole_number
+from ..models.tokens import TextLike, Tokens, real_number, whole_number
 from .answer_scores import bootstrap_interval
 from ..report import Measure, Report, Section, Summary
 from ..sweeps.cells import model_meta
@@ -229,7 +229,7 @@ def _tokens_section(r: Report) -> Section:
 # %% ../../nbs/probes/06_token_gain.ipynb #51c1cf9a
 def token_gain(
     model: ModelLike,  # a LongModel, or whatever `load` takes
-    text: str | Tokens | TokenIds,  # a text, longer than the short context and a block
+    text: TextLike,  # a text, longer than the short context and a block
     short: int = 256,  # tokens of the short context, at least
     *,
     block: int = 64,  # tokens predicted together with it: fewer are nearer to a context of exactly `short`, and slower

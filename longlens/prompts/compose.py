@@ -235,6 +235,10 @@ class Context:
 
     def __len__(self) -> int: return len(self.tokens)
 
+    def model_tokens(self, model: Any, allow_longer: bool | None) -> Tokens:
+        "The prompt's tokens, where a text is read"
+        return self.tokens
+
     @property
     def text(self) -> str:
         "The whole prompt."

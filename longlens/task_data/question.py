@@ -108,6 +108,10 @@ class TaskQuestion:
         "The official prompt. Spans: context, gold (numbered if several), document_i, question"
         return _prompt(self, model, truncate, answer_tokens, settings or PromptSettings())
 
+    def model_tokens(self, model: TokenizerSource, allow_longer: bool | None) -> Tokens:
+        "The official prompt's tokens, where a text is read"
+        return self.prompt(model, settings=PromptSettings(allow_longer=allow_longer)).tokens
+
     def document_question(self) -> Question:
         "The question with its passages: the one that answers it, and the others, in their order"
         return _document_question(self)

@@ -20,7 +20,7 @@ from ...models.architecture import count_query_heads
 from ...models.forward import LongModel
 from ...models.load import ModelLike, load
 from ...models.prefix import Prefix
-from ...models.tokens import Span, TokenIds, Tokens, span_ends
+from ...models.tokens import Span, TextLike, span_ends
 from ...progress import progress_bar
 from ...report import Measure, Report, Section, Summary
 from ...sweeps.cells import model_meta
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ['PatchReport', 'patch_heads']
 
 # %% ../../../nbs/probes/causes/00_patch.ipynb #1cb93838
-_Text: TypeAlias = str | Tokens | TokenIds
+_Text: TypeAlias = TextLike
 
 # %% ../../../nbs/probes/causes/00_patch.ipynb #6dd1a4fc
 @dataclass(frozen=True, eq=False)

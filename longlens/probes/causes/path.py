@@ -20,11 +20,12 @@ from ...models.architecture import count_query_heads
 from ...models.forward import LongModel
 from ...models.load import ModelLike, load
 from ...models.prefix import Prefix
-from ...models.tokens import Span, TokenIds, Tokens, read_spans, span_ends, whole_number
+from ...models.tokens import Span, TextLike, TokenIds, Tokens, read_spans, span_ends, whole_number
 from ...progress import progress_bar
 from ...prompts.compose import Context
 from ...report import Measure, Report, Section, Summary
 from ...sweeps.cells import model_meta
+from ...task_data.question import TaskQuestion
 from ...text import visible
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def _own_stops(tokens: Tokens, fact: tuple[int, int], asked: tuple[int, int] | N
     return out | (_word_stops(tokens, (start, last)) if start < last else {})
 
 # %% ../../../nbs/probes/causes/01_path.ipynb #73e4874c
-_Text: TypeAlias = str | Tokens | TokenIds | Context
+_Text: TypeAlias = TextLike
 
 # %% ../../../nbs/probes/causes/01_path.ipynb #87324ca6
 def _said(lm: LongModel, ctx: Context | None, answer: str | TokenIds | None) -> Tensor:  # (k,)
@@ -98,12 +99,14 @@ def _places(
     lm: LongModel, text: _Text, fact: Span | str | None, answer: str | TokenIds | None, stops: Mapping[str, Span] | None
 ) -> _Places:
     "What is given, as positions"
+    if isinstance(text, TaskQuestion): text = text.prompt(lm)
     ctx = text if isinstance(text, Context) else None
     tokens = text.tokens if isinstance(text, Context) else lm.tokens(text)
     if ctx is not None and fact is None:
-        fact = ctx.spans.get("needle")
+        fact = ctx.spans.get("needle", ctx.spans.get("gold"))
     if fact is None:
-        raise ValueError("where is the fact? Give fact= as a span of tokens or as words of the text, or a Context with a span 'needle'")
+        raise ValueError("where is the fact? Give fact= as a span of tokens or as words of the text, or a Context with a span 'needle' "
+                         "or 'gold'")
     span = tokens.find(fact) if isinstance(fact, str) else fact
     said = _said(lm, ctx, answer)
     at, last = span_ends("fact", span, "fact"), len(tokens) - 1

@@ -22,6 +22,7 @@ from longlens.retrieval_eval.tasks import (
     needle_retrieval, padded_passages, passage_text, passkey_retrieval, RetrievalTask,
 )
 from ...retrieval_eval.truncate import cut_texts, long_texts
+from ...task_data.question import TaskQuestion
 
 T = TypeVar("T")
 
@@ -278,16 +279,21 @@ def _tasks_of(enc: Encoder, s: CollapseDesign, questions: Sequence[Question]) ->
                 raise ValueError(f"the task {name!r} at {n:,} tokens ({what}=): {e}") from e
     return tuple(out)
 
+# %% ../../../nbs/probes/collapse/01_inputs.ipynb #q1900031
+def _with_passages(given: Iterable[Question | TaskQuestion]) -> list[Question]:
+    "Questions of `ll.tasks` with the passage that answers each of them, and others"
+    return [q.document_question() if isinstance(q, TaskQuestion) else q for q in given]
+
 # %% ../../../nbs/probes/collapse/01_inputs.ipynb #a635f4d4
 def get_inputs(
     enc: Encoder,  # counts tokens
     texts: Iterable[str] | None,  # to be cut; None: passages or filler
     natural: Iterable[str] | None,  # of natural length; None: those among the texts that fit
-    questions: str | Path | Iterable[Question] | None,  # with passages
+    questions: str | Path | Iterable[Question | TaskQuestion] | None,  # with passages
     s: CollapseDesign,  # what is measured
 ) -> Inputs:
     """All texts, made and checked."""
-    asked = read_questions(questions, drop_empty=True) if isinstance(questions, (str, Path)) else list(questions or ())
+    asked = read_questions(questions, drop_empty=True) if isinstance(questions, (str, Path)) else _with_passages(questions or ())
     if questions is not None and not asked: raise ValueError("questions is empty: give some that have passages, or leave questions= out")
     given, whole = (None if x is None else nonempty_texts(x, name) for x, name in ((texts, "texts"), (natural, "natural")))
     passages, most = _passages(asked, s.seed), room(enc, s.document_prompt)

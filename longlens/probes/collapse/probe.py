@@ -31,6 +31,7 @@ from longlens.probes.collapse.inputs import (
 from .parts import Part, all_parts, changes, encoder_key, obstacle, reach
 from .report import CollapseReport
 from ...prompts.questions import Question
+from ...task_data.question import TaskQuestion
 from ...budget import TimeBudget
 from ...report import plain
 from ...run import PLANNERS, Run, run_of, settings_of
@@ -133,7 +134,7 @@ def length_collapse(
     lengths: int | Iterable[int] | None = None,  # tokens, special ones counted; None: five, up to 512 or what the encoder reads
     *,
     natural: Iterable[str] | None = None,  # documents to read as they are; None: those among the texts that are not too long
-    questions: str | Path | Iterable[Question] | None = None,  # with passages, or a file of them such as nq-open-oracle.jsonl.gz
+    questions: str | Path | Iterable[Question | TaskQuestion] | None = None,  # with passages, or a file such as nq-open-oracle.jsonl.gz
     n_documents: int = 32,  # that are cut to every length, at most
     taus: float | Iterable[float] | None = None,  # temperatures; 1 is always measured; None: 0.5 and 0.75, if attention can be changed
     windows: str | Sequence[str] = (),  # ways to read past the encoder's length (`windows_for` names them), or "all"
@@ -152,8 +153,9 @@ def length_collapse(
 # %% ../../../nbs/probes/collapse/14_probe.ipynb #2454b969
 def _prepare(
     encoder: EncoderLike, texts: Iterable[str] | None, lengths: int | Iterable[int] | None, natural: Iterable[str] | None,
-    questions: str | Path | Iterable[Question] | None, n_documents: int, taus: float | Iterable[float] | None, windows: str | Sequence[str],
-    beyond: int | Iterable[int] | None, retrieval: str | Sequence[str] | None, settings: CollapseSettings | None, run: Run | None,
+    questions: str | Path | Iterable[Question | TaskQuestion] | None, n_documents: int, taus: float | Iterable[float] | None,
+    windows: str | Sequence[str], beyond: int | Iterable[int] | None, retrieval: str | Sequence[str] | None,
+    settings: CollapseSettings | None, run: Run | None,
     options: dict[str, Any],
 ) -> tuple[_Job, Run]:
     """All parts of a measurement, and how it is run; the arguments are those of `length_collapse`."""

@@ -20,7 +20,7 @@ from ...budget import TimeBudget, TimeIsUp
 from ...interventions.heads import Ablate, mean_outputs
 from ...interventions.base import intervene
 from ...models.forward import LongModel
-from ...models.tokens import TokenIds, Tokens
+from ...models.tokens import TextLike
 from ...prompts.compose import Context
 from ...sweeps.cells import content, fingerprint
 from ...sweeps.store import Store
@@ -31,7 +31,7 @@ __all__ = ['Heads', 'perplexity', 'answer_quality', 'random_orders', 'ablation_c
 # %% ../../../nbs/probes/heads/03_ablation.ipynb #85b494f6
 def perplexity(
     lm: LongModel,  # the model
-    text: str | Tokens | TokenIds,  # a text, or token ids (n,)
+    text: TextLike,  # a text, or token ids (n,)
 ) -> float:
     "exp of the mean negative log-probability of every token but the first"
     ids = lm.tokens(text).ids
@@ -133,7 +133,7 @@ def ablation_curve(
     lm: LongModel,  # the model
     order: Heads,  # (layer, head), best first
     contexts: Sequence[Context],  # each with a completion
-    control: str | Tokens | TokenIds,  # ordinary text, or token ids (n,)
+    control: TextLike,  # ordinary text, or token ids (n,)
     counts: Sequence[int] | None = None,  # how many heads to silence; None: 0, 1, 2, 4, ... up to a quarter of all
     n_random: int = 5,  # draws of other heads
     mode: str = "zero",  # "zero", "mean" (of `control`) or "uniform"

@@ -21,7 +21,7 @@ from ...interventions.base import Intervention, intervene
 from ...measure.capture import capture
 from ...measure.statistics import DistanceProfile, SinkMass
 from ...models.forward import LongModel
-from ...models.tokens import TokenIds, Tokens, whole_number
+from ...models.tokens import TextLike, whole_number
 from .scores import Trial
 from ...prompts.compose import Context
 
@@ -152,7 +152,7 @@ def located_frame(
 # %% ../../../nbs/probes/heads/10_deeper.ipynb #4f9a71b8
 def full_attention_needs(
     lm: LongModel,  # the model
-    text: str | Tokens | TokenIds,  # longer than sink + recent
+    text: TextLike,  # longer than sink + recent
     sink: int = 4,  # first tokens
     recent: int = 256,  # newest tokens, the query's own included
     chunk: int | None = None,  # tokens a step; None: what fits in memory

@@ -5,13 +5,16 @@
 # %% ../../../nbs/probes/heads/05_inputs.ipynb #11035ca2
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...models.forward import LongModel
-from ...prompts.compose import Context
+from ...prompts.compose import Context, PromptSettings
 from ...prompts.haystack import Haystack
 from ...prompts.wording import Wording
+from ...task_data.question import Span, TaskQuestion
 from ...prompts.needle import needle_context
 
 # %% auto #0
@@ -31,6 +34,8 @@ class HeadDesign:
     keep_all: bool = False  # also count trials in which the model did not find the needle
     max_new_tokens: int = 50  # for "decode"
     seed: int = 0
+    questions: int = 0  # contexts that are questions of published sets: their needle is the answer
+    left_out: tuple[tuple[str, int], ...] = ()  # why questions were left out, and how many: where their answer stands
 
     def __post_init__(self) -> None: _check(self)
 
@@ -62,15 +67,49 @@ def grid_contexts(
                 out.append((n, depth, ctx))
     return out
 
+# %% ../../../nbs/probes/heads/05_inputs.ipynb #q1900002
+def _answer_places(q: TaskQuestion, answer: str) -> list[Span]:
+    "Where an answer stands in the context, whole words only"
+    words = [re.escape(w) for w in answer.split()]
+    return [m.span() for m in re.finditer(r"(?<!\w)" + r"\s+".join(words) + r"(?!\w)", q.context)] if words else []
+
+# %% ../../../nbs/probes/heads/05_inputs.ipynb #q1900003
+def _answer_in_context(
+    lm: LongModel,  # the model
+    q: TaskQuestion,
+    allow_longer: bool | None,  # go past the model's length
+) -> Context | str:  # the prompt with a span "needle"; or why there is none
+    "The official prompt, with the place of the answer as the needle"
+    found = {a: at for a in q.answers if (at := _answer_places(q, a))}
+    once = {a: at[0] for a, at in found.items() if len(at) == 1}
+    inside = {a: s for a, s in once.items() if not q.gold or any(x <= s[0] and s[1] <= y for x, y in q.gold)}
+    if not inside: return "outside the evidence" if once else "at several places" if found else "nowhere word for word"
+    answer, place = max(inside.items(), key=lambda item: len(item[0]))
+    others = tuple(a for a in q.answers if a != answer)
+    ctx = replace(q, gold=(place,), answers=(answer, *others)).prompt(lm, settings=PromptSettings(allow_longer=allow_longer))
+    if why := ctx.meta.get("completion"): return str(why)
+    return replace(ctx, spans={"needle" if name == "gold" else name: s for name, s in ctx.spans.items()})
+
 # %% ../../../nbs/probes/heads/05_inputs.ipynb #79fada81
 def given_contexts(
-    contexts: Sequence[Context],  # each with a span "needle"
-) -> list[Placed]:
+    lm: LongModel,  # the model
+    contexts: Sequence[Context | TaskQuestion],  # contexts with a span "needle", or questions of `ll.tasks`
+    allow_longer: bool | None = None,  # of questions: go past the model's length; None: as it was loaded
+) -> tuple[list[Placed], dict[str, int]]:  # and how many questions were left out, by reason
     "Contexts with their lengths and depths"
-    if not len(contexts): raise ValueError("contexts is empty: give at least one Context")
+    if not len(contexts): raise ValueError("contexts is empty: give at least one Context, or a question of ll.tasks")
+    left_out, kept = Counter[str](), list[Context]()
     for c in contexts:
+        made = _answer_in_context(lm, c, allow_longer) if isinstance(c, TaskQuestion) else c
+        if isinstance(made, str): left_out[made] += 1
+        else: kept.append(made)
+    if not kept:
+        why = ", ".join(f"{n} {reason}" for reason, n in left_out.items())
+        raise ValueError(f"none of the {len(contexts):,} questions has its answer at one place of the context ({why}): "
+                         "give questions whose answers are copied out of the text")
+    for c in kept:
         if "needle" not in c.spans: raise ValueError(f"this context ({c.kind}) has no span 'needle'; it has {', '.join(c.spans) or 'none'}")
-    return [(len(c), _depth(c), c) for c in contexts]
+    return [(len(c), _depth(c), c) for c in kept], dict(left_out)
 
 # %% ../../../nbs/probes/heads/05_inputs.ipynb #aaa404da
 def _depth(c: Context) -> float:

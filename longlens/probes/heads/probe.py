@@ -14,7 +14,7 @@ import polars as pl
 
 from ...models.forward import LongModel
 from ...models.load import ModelLike, load
-from ...models.tokens import TokenIds, Tokens
+from ...models.tokens import TextLike
 from ...needle_lm.data import filler
 from ..generate import Prepared, rounds_by
 from .ablation import ablation_curve
@@ -33,6 +33,7 @@ from ...budget import TimeIsUp
 from ...sweeps.cells import Cell, content, fingerprint, model_meta
 from ...sweeps.store import Store
 from ...sweeps.plan import Plan
+from ...task_data.question import TaskQuestion
 
 # %% auto #0
 __all__ = ['HeadSettings', 'HeadOptions', 'retrieval_heads']
@@ -85,7 +86,7 @@ def _design(
 # %% ../../../nbs/probes/heads/09_probe.ipynb #136d598b
 def _placed(
     lm: LongModel,  # the model
-    contexts: Sequence[Context] | None,  # your own; None: a grid is made
+    contexts: Sequence[Context | TaskQuestion] | None,  # your own; None: a grid is made
     lengths: Sequence[int] | None,
     depths: Sequence[float] | None,
     haystack: Haystack | None,
@@ -95,17 +96,20 @@ def _placed(
     if contexts is None:
         design = _design(lm, lengths, depths, **how)
         return design, grid_contexts(lm, design, haystack)
-    placed = given_contexts(contexts)
     if lengths or depths: raise ValueError("give contexts, or lengths and depths, not both")
-    return _design(lm, sorted({n for n, *_ in placed}), sorted({d for _, d, _ in placed}), **how), placed
+    placed, left_out = given_contexts(lm, contexts)
+    asked = sum(c.kind == "task" for *_, c in placed)
+    design = _design(lm, sorted({n for n, *_ in placed}), sorted({d for _, d, _ in placed}), **how)
+    return replace(design, questions=asked, left_out=tuple(left_out.items())), placed
 
 # %% ../../../nbs/probes/heads/09_probe.ipynb #e3668352
 _RUN = "out", "engine", "progress", "seed", "time_budget"  # of Run, what counts here
 
 
 def _prepare(
-    model: ModelLike, contexts: Sequence[Context] | None, lengths: Sequence[int] | None, depths: Sequence[float] | None, trials: int,
-    wording: str | Wording | None, haystack: Haystack | None, methods: Sequence[str], settings: HeadSettings | None, run: Run | None,
+    model: ModelLike, contexts: Sequence[Context | TaskQuestion] | None, lengths: Sequence[int] | None,
+    depths: Sequence[float] | None, trials: int, wording: str | Wording | None, haystack: Haystack | None,
+    methods: Sequence[str], settings: HeadSettings | None, run: Run | None,
     options: dict[str, Any],
 ) -> tuple[HeadDesign, HeadSettings, list[Placed], Prepared]:
     "What the arguments of `retrieval_heads` mean"
@@ -158,7 +162,7 @@ def _prove(
     report: HeadReport,  # gets the table "ablation"
     answered: Sequence[Context],  # answered right
     mode: str,  # "zero", "mean" or "uniform"
-    control: str | Tokens | TokenIds | None,  # ordinary text; None: generated filler
+    control: TextLike | None,  # ordinary text; None: generated filler
     n_random: int,  # draws of other heads
 ) -> None:
     "Silence the best heads, and as many others, if there is time"
@@ -203,7 +207,7 @@ def _trials(ready: Prepared, placed: Sequence[Placed]) -> tuple[list[Placed], li
 # %% ../../../nbs/probes/heads/09_probe.ipynb #3aeb509b
 def retrieval_heads(
     model: ModelLike,  # a LongModel, or whatever `load` takes
-    contexts: Sequence[Context] | None = None,  # your own, with a span "needle" and a completion; None: a grid is made
+    contexts: Sequence[Context | TaskQuestion] | None = None,  # with a span "needle" and a completion, or of `ll.tasks`; None: a grid
     *,
     lengths: Sequence[int] | None = None,  # context lengths, tokens; None: an eighth to all of the model's, 4,096 at most
     depths: Sequence[float] | None = None,  # percent; None: ten from 0 to 100
@@ -212,7 +216,7 @@ def retrieval_heads(
     haystack: Haystack | None = None,  # None: generated filler
     methods: Sequence[str] = ("patterns", "qr"),  # other views, from METHODS
     ablation: str | None = "zero",  # how heads are silenced: "zero", "mean", "uniform"; None: no ablation
-    control: str | Tokens | TokenIds | None = None,  # ordinary text for the ablation's perplexity; None: generated filler
+    control: TextLike | None = None,  # ordinary text for the ablation's perplexity; None: generated filler
     settings: HeadSettings | None = None,  # the rest, together
     run: Run | None = None,  # how it is run: of its fields out, engine, progress, seed and time_budget
     **options: Unpack[HeadOptions],  # fields of HeadSettings and of Run, one by one

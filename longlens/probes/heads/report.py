@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import polars as pl
@@ -78,10 +78,20 @@ def _found(r: HeadReport) -> list[tuple[int, int]]:
     return [h for h in r.ranked if h in mine]
 
 # %% ../../../nbs/probes/heads/08_report.ipynb #3c7bb4fe
+def _asked(s: dict[str, Any]) -> str:
+    "Which needles were the answers of questions, and which questions were left out"
+    if not s.get("questions"): return ""
+    out = ", ".join(f"{n} {why}" for why, n in s["left_out"])
+    rest = f"; others left out, their answers stand: {out}" if out else ""
+    return f"; {s['questions']} of them are questions whose answer is the needle{rest}"
+
+
 def _found_sentence(r: HeadReport) -> str:
     "How often the needle was found, and how many heads copy"
     t, s = r.frames["trials"], r.meta["settings"]
-    trials = f"the model found the needle in {t['kept'].sum()} of {len(t)} trials ({min(s['lengths']):,} to {max(s['lengths']):,} tokens)"
+    low, high = min(s["lengths"]), max(s["lengths"])
+    tokens = f"{low:,} to {high:,}" if low < high else f"{low:,}"
+    trials = f"the model found the needle in {t['kept'].sum()} of {len(t)} trials ({tokens} tokens){_asked(s)}"
     if not r.meta["counted"]: return f"{trials}: nothing can be said of its heads"
     top = r.frames["heads"].sort("retrieval_score", descending=True).row(0, named=True)
     return (f"{trials}; {len(r.found)} of {len(r.frames['heads'])} heads are retrieval heads (score {s['threshold']:g} or more); "
@@ -194,7 +204,8 @@ def _head_summary(r: HeadReport) -> Summary:
     "What a person can repeat"
     s, measures = r.meta["settings"], _head_measures(r)
     known = measures[1:] if s["threshold"] == 0.1 else []
-    untested = [f"contexts longer than {max(s['lengths']):,} tokens", "real questions: all answers were needles"]
+    untested = [f"contexts longer than {max(s['lengths']):,} tokens"]
+    if not s.get("questions"): untested.append("real questions: all answers were needles")
     if "ablation" not in r.frames: untested.append("what the model loses without these heads")
     draw = (lambda: _head_picture(r)) if r.found and r.meta["counted"] else None
     return Summary(_head_verdict(r), draw, compare_to(known, str(r.meta.get("model", ""))), tuple(untested), _head_sure(r), tuple(measures))

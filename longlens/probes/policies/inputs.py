@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...models.forward import LongModel
-from ...models.tokens import Tokens, TokenIds
+from ...models.tokens import TextLike
 from ...prompts.compose import Context
 from ...prompts.needle import needle_context
 from ...task_data.question import TaskQuestion
@@ -21,7 +21,7 @@ from ...task_data.question import TaskQuestion
 __all__ = ['ContextLike', 'PolicyCase', 'policy_case', 'example_contexts', 'budget_keys']
 
 # %% ../../../nbs/probes/policies/00_inputs.ipynb #ac7acace
-ContextLike = Context | TaskQuestion | str | Tokens | TokenIds  # a context with an answer, a question of `ll.tasks`, or a text
+ContextLike = Context | TaskQuestion | TextLike  # a context with an answer, a question of `ll.tasks`, or a text
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from ...attention.operator import HIDDEN, AttentionOperator
 from ...interventions.base import intervene
 from ...models.forward import LongModel
 from ...models.load import ModelLike, load
-from ...models.tokens import TokenIds, Tokens
+from ...models.tokens import TextLike
 from ...policies.base import Prompt, top_keys
 from ...policies.controls import first_and_recent
 from ...policies.drafts import token_importance
@@ -133,7 +133,7 @@ def _of_heads(prompt: Prompt) -> dict[str, Tensor]:  # (heads,) each
             "rotated_rank": energy_rank(prompt.keys).repeat_interleave(g, 0)}
 
 # %% ../../../nbs/probes/policies/05_premises.ipynb #9f09c44f
-def _read_text(model: ModelLike, text: str | Tokens | TokenIds, least: int) -> tuple[LongModel, dict[int, Prompt]]:
+def _read_text(model: ModelLike, text: TextLike, least: int) -> tuple[LongModel, dict[int, Prompt]]:
     "The attention of a text, by layer"
     lm = load(model)
     ids = lm.tokens(text).ids
@@ -144,7 +144,7 @@ def _read_text(model: ModelLike, text: str | Tokens | TokenIds, least: int) -> t
 @torch.no_grad()
 def policy_premises(
     model: ModelLike,  # a LongModel, or whatever `load` takes
-    text: str | Tokens | TokenIds,  # 32 tokens or more
+    text: TextLike,  # 32 tokens or more
 ) -> pl.DataFrame:  # layer, head, lazy_share, lazy_error, alpha, kappa_log10, hyper_error, value_correlation, key_rank, rotated_rank
     "What policies assume of a model's attention, by layer and head, exactly"
     _, read = _read_text(model, text, 32)
@@ -158,7 +158,7 @@ def policy_premises(
 @torch.no_grad()
 def reuse_by_age(
     model: ModelLike,  # a LongModel, or whatever `load` takes
-    text: str | Tokens | TokenIds,  # 64 tokens or more
+    text: TextLike,  # 64 tokens or more
     budget: float = .25,  # keys of a choice: a share of those that there are up to 1, or a number
     ages: Sequence[int] = (1, 4, 16, 64),  # tokens between a choice and its use; at most a quarter of the text
 ) -> pl.DataFrame:  # layer, head, age, overlap, mass, best (the mass of a new choice)
@@ -188,7 +188,7 @@ def _reused(op: AttentionOperator, now: list[int], age: int, keys: int) -> dict[
 @torch.no_grad()
 def layer_needs(
     model: ModelLike,  # a LongModel, or whatever `load` takes
-    text: str | Tokens | TokenIds,  # 128 tokens or more; the last 64 are predicted
+    text: TextLike,  # 128 tokens or more; the last 64 are predicted
     budget: float = .1,  # keys that the layer keeps: a share of the others up to 1, or a number
 ) -> pl.DataFrame:  # layer, loss (nats a token), rise (over that with all keys)
     "The loss when one layer keeps its first and most recent keys only"
@@ -214,7 +214,7 @@ def _loss_after(lm: LongModel, case: PolicyCase, prefix: Any, *changes: KeepKeys
 def importance_agreement(
     model: LongModel,  # whose cache is to shrink
     draft: LongModel,  # a smaller one with the same tokens
-    text: str | Tokens | TokenIds,  # what both read
+    text: TextLike,  # what both read
     window: int = 64,  # last queries
 ) -> float:
     "Rank correlation of two models' importances of the tokens before the last `window`"

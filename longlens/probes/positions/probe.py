@@ -22,7 +22,7 @@ from ...interventions.heads import Turner
 from ...interventions.methods import PositionMethod, find_method, position_method, trained_length
 from ...models.forward import LongModel
 from ...models.load import ModelLike, load
-from ...models.tokens import TokenIds, Tokens, whole_number
+from ...models.tokens import Prompted, TextLike, whole_number
 from ..answer_scores import mean_interval, score_interval
 from .asked import answer_rows, asked_contexts, task_contexts
 from .loss import attention_by_length, by_bins, token_losses, window_losses
@@ -118,8 +118,8 @@ def _own_texts(lm: LongModel, design: PositionDesign) -> list[Tensor]:
 
 
 # %% ../../../nbs/probes/positions/03_probe.ipynb #b503deef
-def _given_texts(lm: LongModel, texts: Sequence[str | Tokens | TokenIds], need: int) -> list[Tensor]:
-    out = [lm.tokens(t, allow_longer=True).ids for t in ([texts] if isinstance(texts, str) else texts)]
+def _given_texts(lm: LongModel, texts: str | Prompted | Sequence[TextLike], need: int) -> list[Tensor]:
+    out = [lm.tokens(t, allow_longer=True).ids for t in ([texts] if isinstance(texts, str | Prompted) else texts)]
     if not out:
         raise ValueError("there are no texts: give one or more, or None for text that comes with longlens")
     for i, ids in enumerate(out):
@@ -261,7 +261,7 @@ def position_lens(
     lengths: Sequence[int],  # tokens; beyond the trained length methods are compared
     methods: Methods = ("linear", "ntk", "yarn", "self_extend", "dual_chunk"),  # of POSITION_METHODS, or your own by name
     *,
-    texts: str | Sequence[str | Tokens | TokenIds] | None = None,  # as long as the longest length; None: text that comes with longlens
+    texts: str | Prompted | Sequence[TextLike] | None = None,  # as long as the longest length; None: text that comes with longlens
     n_texts: int = 3,  # how many of these
     n_needles: int = 0,  # that each length is asked for, at so many depths
     n_questions: int = 0,  # real ones that each length is asked, with documents that fill it

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 import polars as pl
 
 from ...models.load import ModelLike, load
-from ...models.tokens import TokenIds, Tokens
+from ...models.tokens import TextLike
 from .anatomy import AnatomySettings, check_text, meeting_frame, packed_frame, reading_frame, writers_frame
 from ...report import Measure, Report, Section, Summary
 from ...sweeps.cells import model_meta
@@ -288,7 +288,7 @@ class AnatomyReport(Report):
         return arrange([s.chart for s in self.sections()], columns=1)
 
 # %% ../../../nbs/probes/sinks/05_anatomy_report.ipynb #1edceb35
-_Text: TypeAlias = str | Tokens | TokenIds
+_Text: TypeAlias = TextLike
 
 # %% ../../../nbs/probes/sinks/05_anatomy_report.ipynb #7c6c9046
 def sink_anatomy(

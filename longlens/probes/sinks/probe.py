@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...models.forward import LongModel
 from ...models.load import ModelLike, load
-from ...models.tokens import TokenIds, Tokens
+from ...models.tokens import TextLike, Tokens
 from .metrics import SinkSettings, made_sequences, metric_frame, natural_sequences, text_frames
 from .report import SinkReport
 from ...budget import TimeBudget
@@ -28,7 +28,7 @@ from ...sweeps.store import Store
 __all__ = ['Text', 'attention_sinks']
 
 # %% ../../../nbs/probes/sinks/03_probe.ipynb #68c46959
-Text = str | Tokens | TokenIds  # what one text is given as
+Text = TextLike  # what one text is given as
 
 
 def _several(texts: Text | Sequence[Text]) -> TypeGuard[Sequence[Text]]:

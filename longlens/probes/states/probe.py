@@ -20,7 +20,7 @@ from ...interventions.states import silence_states, state_decay, state_mixers, s
 from ...models.architecture import count_query_heads
 from ...models.forward import LongModel
 from ...models.load import ModelLike, load
-from ...models.tokens import TokenIds, Tokens, real_number, whole_number
+from ...models.tokens import TextLike, TokenIds, real_number, whole_number
 from ..answer_scores import bootstrap_interval
 from .states import collapse_frame, log_positions, states_frame
 from ...prompts.compose import Context
@@ -309,7 +309,7 @@ def _streams_section(r: Report) -> Section:
 # %% ../../../nbs/probes/states/01_probe.ipynb #e2682eea
 def state_lens(
     model: ModelLike,  # a LongModel, or whatever `load` takes
-    text: str | Tokens | TokenIds,  # what is read; longer than the trained length shows collapse
+    text: TextLike,  # what is read; longer than the trained length shows collapse
     *,
     trained: int | None = None,  # tokens of the longest training texts; None: as the config says
     positions: Sequence[int] | None = None,  # numbers of tokens after which states are read; None: 16, 32, 64, ... all, and `trained`
