@@ -13,12 +13,13 @@ import math
 import platform
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from results import write_section
 
 from longlens.attention import logits
-from longlens.attention.operator import AttentionOperator
+from longlens.attention.operator import AttentionOperator, summed_by
 from longlens.attention.reducers import DistanceSum, EntropySum, Pattern, Product, ReceivedSum, Reducer, SquareSum
 
 
@@ -59,10 +60,14 @@ def measure(n: int, d: int, rounds: int) -> dict[str, float]:
     op = AttentionOperator(q, k, k)
     lse, work = op.lse, steps(op)
 
-    def one(make: Callable[[], list[Reducer]]) -> Callable[[], object]: return lambda: AttentionOperator.of(op.call, lse).reduce(*make())
+    def one(make: Callable[[], list[Reducer]], kernels: Literal["torch", "compiled"] = "torch") -> Callable[[], object]:
+        def run() -> object:
+            with summed_by(kernels): return AttentionOperator.of(op.call, lse).reduce(*make())
+        return run
     timed: dict[str, Callable[[], object]] = {
         "plain attention": lambda: torch.nn.functional.scaled_dot_product_attention(q, k, k, is_causal=True),
-        "products": lambda: products_alone(op), "logits": lambda: logits_alone(op), **{name: one(make) for name, make in work.items()}}
+        "products": lambda: products_alone(op), "logits": lambda: logits_alone(op), **{name: one(make) for name, make in work.items()},
+        "compiled": one(work["all of them"], "compiled")}
     best = dict.fromkeys(timed, math.inf)
     for _ in range(rounds):
         for name, f in timed.items():
@@ -84,9 +89,10 @@ def main() -> None:
     line = lambda name, seconds: f"| {name} | {1e3 * seconds:.0f} ms | {seconds / plain:.2f} |"
     rows = [line("plain attention (torch's fused kernel)", plain), line("logits of all tiles", t["logits"]),
             line("of which bare products of these tiles", t["products"]), line("and their exponentials", base - t["logits"])]
-    known = ("plain attention", "products", "logits", "logits and exponentials", "all of them")
+    known = ("plain attention", "products", "logits", "logits and exponentials", "all of them", "compiled")
     rows += [line(f"and {name}", x - base) for name, x in t.items() if name not in known]
-    rows.append(line("the pass with all of them", t["all of them"]))
+    rows += [line("the pass with all of them, by tiles of torch", t["all of them"])]
+    rows += [line("**the same in the compiled loop**", t["compiled"])]
     text = [f"One head of size {a.size}, {a.tokens:,} tokens, causal, float32, torch {torch.__version__}, 1 CPU thread "
             f"({platform.machine()}); processor seconds, the shortest of {a.rounds} rounds, all steps in turn, other programs at work, so "
             "that a few milliseconds are noise. "

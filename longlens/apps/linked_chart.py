@@ -119,7 +119,7 @@ def picture(
 def _cell_html(v: Any) -> str:    # text, or a number
     if isinstance(v, str): return f'<td class="lx-text">{say(v, 300)}</td>'
     if v is None or v != v: return "<td>–</td>"
-    return f"<td>{v:,}</td>" if isinstance(v, int) else f"<td>{v:.3g}</td>"
+    return f"<td>{v:,}</td>" if isinstance(v, int) else f"<td>{v:,.0f}</td>" if 1000 <= abs(v) < 1e9 else f"<td>{v:.3g}</td>"
 
 # %% ../../nbs/apps/00_linked_chart.ipynb #4d82e98d
 def numbers_html(

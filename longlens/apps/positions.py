@@ -11,7 +11,7 @@ from typing import Any
 from ipywidgets import Dropdown, HBox, Layout, VBox
 
 from .app import App, Explorer
-from .linked_chart import VegaView, html_box, picture
+from .linked_chart import VegaView, html_box, picture, with_classes
 from .sections import SectionsExplorer
 from ..charts.page import apart, say
 from ..encoders.encoder import Encoder
@@ -56,7 +56,8 @@ class PositionExplorer(Explorer):
         lines = [*_sentences(self.report, self.length.value, self.method.value)]
         self.found.value = "".join(f"<p>{say(line)}</p>" for line in lines)
         made = self.report.pictures(self.length.value, methods)
-        views = {title: VBox([VegaView(part, label=title) for part in apart(chart)]) for title, chart in made.items()}
+        row = lambda parts: with_classes(HBox(parts), "lx-row")
+        views = {title: row([VegaView(part, label=title) for part in apart(chart)]) for title, chart in made.items()}
         self.place.children = [picture(title, view, _CAPTIONS[title]) for title, view in views.items()]
 
     def state(self) -> dict[str, Any]: return {"length": self.length.value, "method": self.method.value}
