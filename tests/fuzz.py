@@ -44,6 +44,8 @@ from matrix import attention_is, patterns
 from transformers import PreTrainedModel
 
 import longlens as ll
+from longlens.attention import compiled_pass
+from longlens.attention.operator import summed_by
 from longlens.models.architecture import attention_layers, count_kv_heads
 from longlens.models.forward import LongModel
 from longlens.models.tokens import span_ends
@@ -443,7 +445,8 @@ def operator(draw: Draw) -> None:
     span = span_in(draw, n)
     a, b = span_ends("x", span)
     windows = sorted(draw(st.sets(st.integers(1, 60), min_size=1, max_size=4)))
-    with clear():
+    kernels = draw(st.sampled_from(["auto", "torch"] + ["compiled"] * (compiled_pass.why_not(op.call) is None)))
+    with clear(), summed_by(kernels):
         for name, got, want in [
             ("matmul", op.matmul(x.to(op.dtype)), P @ x.double()),
             ("entropy", op.entropy(), torch.special.entr(P).sum(-1)),

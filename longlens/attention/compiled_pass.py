@@ -29,7 +29,7 @@ from .reducers import DistanceSum, EntropySum, Product, ReceivedSum, Reducer, Sq
 from ..models.cache import cache_folder
 
 # %% auto #0
-__all__ = ['WORTH', 'add_up', 'why_not', 'worth_it']
+__all__ = ['WORTH', 'add_up', 'why_not', 'worth_it', 'top']
 
 # %% ../../nbs/attention/15_compiled_pass.ipynb #cp000008
 _VECTORS = r"""
@@ -392,6 +392,10 @@ def worth_it(
 ) -> bool:
     "Is the pass long enough?"
     return math.prod(call.shape) >= WORTH
+
+
+def top(call: AttentionCall, lse: Tensor, queries: Sequence[int], k: int) -> None:
+    "The most attended keys of some queries are no pass: torch finds them"
 
 # %% ../../nbs/attention/15_compiled_pass.ipynb #cp000039
 def _error_of(library: ctypes.CDLL) -> float:
