@@ -122,10 +122,12 @@ def moved_html(
     "The answer before, and the heads that changed most"
     a, f = before.meta["answer"], before.frames["heads"].select("layer", "head", was="alpha_top")
     both = f.join(now.frames["heads"].select("layer", "head", now="alpha_top"), on=["layer", "head"])
-    top = both.sort((pl.col("now") - pl.col("was")).abs(), descending=True).head(most).iter_rows(named=True)
+    far = both.filter((pl.col("now") - pl.col("was")).abs() >= 0.005)  # seen in two digits
+    top = far.sort((pl.col("now") - pl.col("was")).abs(), descending=True).head(most).iter_rows(named=True)
     heads = ", ".join(f"{x['layer']}-{x['head']} from {x['was']:.2f} to {x['now']:.2f}" for x in top)
+    moved = f"Strongest position of the heads that changed most: {heads}." if heads else "No head's strongest position changed by 0.01."
     told = f"Before: “{visible(str(a['reply']).strip(), 60)}”, probability {probability_text(a.get('reply_logprob'))}. "
-    return f"<p class='lx-soft'>{say(told + 'Strongest position of the heads that changed most: ' + heads, 400)}.</p>"
+    return f"<p class='lx-soft'>{say(told + moved, 400)}</p>"
 
 # %% ../../nbs/apps/18_workbench.ipynb #5a92af0c
 @patch

@@ -17,7 +17,7 @@ from .common import colour_scale
 __all__ = ['path_graph']
 
 # %% ../../nbs/charts/11_paths.ipynb #b828a78a
-_STEP, _HIGH = 92, 240  # pixels between nodes; above the line of nodes
+_STEP, _HIGH = 120, 240  # pixels between nodes; above the line of nodes
 
 
 def _placed(nodes: pl.DataFrame, edges: pl.DataFrame) -> pl.DataFrame:  # name, x, shown, where

@@ -172,7 +172,7 @@ _PATCH_EXPLAINED = (
 def _heads_section(r: Report) -> Section:
     from longlens.charts.common import head_map
 
-    h = r.frames["heads"].with_columns(100 * pl.col("recovered"))
+    h = r.frames["heads"].with_columns(pl.col("recovered") * 100)
     return Section(
         "Which heads",
         _PATCH_EXPLAINED,
@@ -184,7 +184,7 @@ def _heads_section(r: Report) -> Section:
 def _layers_section(r: Report) -> Section:
     from longlens.charts.common import layer_profile
 
-    f = r.frames["layers"].with_columns(100 * pl.col("recovered"))
+    f = r.frames["layers"].with_columns(pl.col("recovered") * 100)
     return Section(
         "Which layers",
         "All heads of a layer together.",
