@@ -68,7 +68,7 @@ inline V exp2v(V x) {
 _JOB = r"""
 struct Job {
     const float *q, *kt, *shift, *columns, *weights;  // (rows, d); (d, width); (rows,); (n_columns, width); (rows,) or null
-    const float* windows;                             // (n_windows,)
+    const float *windows, *hidden;                    // (n_windows,); (width,): 0, or -1e30 where a key is padding; or null
     float *by_row, *by_key;                           // (rows, 3 + n_columns + n_windows); (width,) or null
     int64_t rows, keys, width, d;
     int64_t left, right, ahead;  // -1 for no limit; row r stands at key r + ahead
@@ -84,8 +84,8 @@ _PRODUCTS = r"""
 template <int R>
 void products(const Job& j, int64_t r0, int64_t c, int64_t m, float* s) {  // s: (R, KEYS)
     for (int64_t k = 0; k < m; k += 2 * W) {
-        V a[R], b[R];
-        for (int r = 0; r < R; r++) a[r] = b[r] = all(-j.shift[r0 + r]);
+        V a[R], b[R], zero = {}, first = j.hidden ? load(j.hidden + c + k) : zero, second = j.hidden ? load(j.hidden + c + k + W) : zero;
+        for (int r = 0; r < R; r++) a[r] = first - j.shift[r0 + r], b[r] = second - j.shift[r0 + r];
         const float* kt = j.kt + c + k;
         for (int64_t e = 0; e < j.d; e++, kt += j.width) {
             V x = load(kt), y = load(kt + W);
@@ -215,7 +215,7 @@ def _library() -> ctypes.CDLL | str:
 class _Job(ctypes.Structure):
     "What the C++ code calls Job"
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "kt", "shift", "columns", "weights", "windows", "by_row", "by_key")),
+        *((name, ctypes.c_void_p) for name in ("q", "kt", "shift", "columns", "weights", "windows", "hidden", "by_row", "by_key")),
         *((name, ctypes.c_int64) for name in ("rows", "keys", "width", "d", "left", "right", "ahead", "n_columns", "n_windows")),
     ]
 
@@ -250,6 +250,12 @@ def _pieces(n: int, group: int) -> list[range]:
     return [range(a, min(a + size, n)) for a in range(0, n, size)]
 
 # %% ../../nbs/attention/15_compiled_pass.ipynb #cp200001
+def _hidden(keep: Tensor | None, b: int, width: int) -> Tensor | None:  # (width,)
+    "What is added to the logits of keys that are padding; None: there is none"
+    if keep is None or bool(keep[b].all()): return None
+    return torch.nn.functional.pad(torch.where(keep[b], 0., -1e30), (0, width - keep.shape[1]))
+
+
 def _weights(received: ReceivedSum | None, b: int) -> Tensor | None:  # (n_queries,)
     "Weights of the queries of a sample; None: 1"
     if received is None or received.weights is None: return None
@@ -264,6 +270,7 @@ class _Head(NamedTuple):
     columns: Tensor | None  # (n_columns, width)
     weights: Tensor | None  # (n_queries,)
     windows: Tensor
+    hidden: Tensor | None  # of the sample, (width,)
     by_row: Tensor  # to be filled, (n_queries, 3 + columns + windows)
     received: bool  # are sums of keys wanted?
     fixed: tuple[int, ...]  # keys, width, d, left, right
@@ -277,8 +284,9 @@ class _Head(NamedTuple):
 
     def _piece(self, library: ctypes.CDLL, rows: range, by_key: Tensor | None) -> None:
         of_rows = [None if x is None else _at(x[rows.start:]) for x in (self.q, self.shift, self.weights, self.by_row)]
-        job = _Job(of_rows[0], _at(self.kt), of_rows[1], _at(self.columns), of_rows[2], _at(self.windows), of_rows[3], _at(by_key),
-                   len(rows), *self.fixed, self.offset + rows.start, 0 if self.columns is None else len(self.columns), len(self.windows))
+        job = _Job(of_rows[0], _at(self.kt), of_rows[1], _at(self.columns), of_rows[2], _at(self.windows), _at(self.hidden), of_rows[3],
+                   _at(by_key), len(rows), *self.fixed, self.offset + rows.start,
+                   0 if self.columns is None else len(self.columns), len(self.windows))
         library.longlens_pass(ctypes.byref(job))
 
 # %% ../../nbs/attention/15_compiled_pass.ipynb #cp000030
@@ -297,11 +305,11 @@ def _launch(
     fixed = m, width, call.q.shape[-1], *(-1 if x is None else x for x in (call.mask.left, call.mask.right))
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for b, kv in ((b, kv) for b in range(batch) for kv in range(call.k.shape[1])):
-            kt, weights = _padded(call.k[b, kv], width), _weights(wanted.received, b)
+            kt, weights, hidden = _padded(call.k[b, kv], width), _weights(wanted.received, b), _hidden(call.mask.keep, b, width)
             for h in range(kv * call.group, (kv + 1) * call.group):
                 q = (call.q[b, h].float() * (call.scale * math.log2(math.e))).contiguous()
                 columns = _padded(torch.cat([_one(x, b, h).float() for x in wanted.columns], -1), width) if n_columns else None
-                rows = shift[b, h].contiguous(), columns, weights, windows, by_row[b, h]
+                rows = shift[b, h].contiguous(), columns, weights, windows, hidden, by_row[b, h]
                 sums = _Head(q, kt, *rows, by_key is not None, fixed, call.mask.offset).run(library, pool, _pieces(n, call.group))
                 if by_key is not None: by_key[b, h] = sums[:m]
     return by_row, by_key
@@ -382,7 +390,6 @@ def why_not(
     if call.q.device.type != "cpu": return f"it is for CPUs, and this is on {call.q.device}"
     if call.q.dtype not in (torch.float32, torch.float16, torch.bfloat16): return f"it computes in float32, and this is {call.q.dtype}"
     if not call.plain or call.curved: return "the logits are not just scaled products"
-    if call.mask.keep is not None or call.mask.rule is not None: return "keys are hidden by padding or by a rule"
     if isinstance(found := _library(), str): return f"it could not be compiled ({found})"
     return None
 
