@@ -10,6 +10,8 @@ from .models.cache import cached_models as cached_models
 from .models.cache import clear_cache as clear_cache
 from .encoders.load import load_encoder as load_encoder
 from .encoders.load import Encoder as Encoder
+from .encoders.chunks import chunk_vectors as chunk_vectors
+from .encoders.decoders import decoder_vectors as decoder_vectors
 from .prompts.haystack import Haystack as Haystack
 from .prompts.compose import Context as Context
 from .prompts.compose import compose_prompt as compose_prompt
@@ -59,6 +61,9 @@ from .probes.context_gain import context_gain as context_gain
 from .probes.context_gain import GainReport as GainReport
 from .probes.token_gain import token_gain as token_gain
 from .probes.token_gain import TokenGainReport as TokenGainReport
+from .probes.sample_rank import rank_samples as rank_samples
+from .probes.sample_rank import Sample as Sample
+from .probes.sample_rank import SampleReport as SampleReport
 from .probes.compare import compare_reports as compare_reports
 from .probes.sinks.report import SinkReport as SinkReport
 from .probes.sinks.probe import attention_sinks as attention_sinks

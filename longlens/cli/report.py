@@ -19,7 +19,7 @@ from .common import (
 from .encoder_text import load_asked_encoder
 from .model_text import check_size, example_text, first_tokens
 from ..budget import Speed, minutes_text
-from .sections import ENCODER_SECTIONS, MODEL_SECTIONS
+from .sections import ENCODER_SECTIONS, MODEL_SECTIONS, ON_REQUEST
 from .sizes import Size, size_facts
 
 if TYPE_CHECKING:
@@ -40,8 +40,9 @@ _ENCODER = option("--encoder", "measure a text encoder, a folder or a hub id (de
 _TEXT = option("--text", "what the model reads, as UTF-8 (default: passages of Wikipedia; for needle-lm, a text made for it)", sets="",
                type=Path, metavar="FILE")
 _CONTEXT = option("--context", "read the first N tokens of the text only", sets="", type=int, metavar="N")
-_PROBES = option("--probes", "what to measure, with commas: sinks,heads,middle,grid,trace,policies,positions on MODEL, collapse on the "
-                 "encoder (default: the first seven; collapse with --encoder; all if nothing is asked for)", sets="", metavar="LIST")
+_PROBES = option("--probes", "what to measure, with commas: sinks,heads,middle,grid,trace,policies,positions on MODEL, states on one that "
+                 "has some (Mamba, hybrids), collapse on the encoder (default: the first seven; collapse with --encoder; both if nothing "
+                 "is asked for)", sets="", metavar="LIST")
 _MINUTES = option("--minutes", "take about N minutes: what is measured is chosen so that it fits (default: all of it, as long as it takes)",
                   sets="", type=float, metavar="N")
 
@@ -80,7 +81,7 @@ def _default_probes(asked: argparse.Namespace) -> list[str]:
     "The probes that are meant where none is named"
     if asked.encoder is not None: return [*ENCODER_SECTIONS]
     nothing = not (asked.model or asked.text or asked.context)
-    return [*MODEL_SECTIONS, *(ENCODER_SECTIONS if nothing and _has_minilm() else ())]
+    return [*(n for n in MODEL_SECTIONS if n not in ON_REQUEST), *(ENCODER_SECTIONS if nothing and _has_minilm() else ())]
 
 # %% ../../nbs/cli/10_report.ipynb #521628f8
 def _check_encoder_options(asked: argparse.Namespace) -> None:

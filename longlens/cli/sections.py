@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .encoder_text import collapse_lengths, readable_texts, sample_questions, short_questions, text_documents, window_ways
 from .model_text import document_questions, first_tokens, is_sample, prompt_lengths, prompt_room, text_haystack, traced_prompt
-from .sizes import CollapseSize, GridSize, HeadsSize, MiddleSize, PoliciesSize, PositionsSize, SinksSize, TraceSize
+from .sizes import CollapseSize, GridSize, HeadsSize, MiddleSize, PoliciesSize, PositionsSize, SinksSize, StatesSize, TraceSize
 
 if TYPE_CHECKING:
     from longlens.encoders.encoder import Encoder
@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     from longlens.probes.policies.report import PolicyReport
     from longlens.probes.positions.report import PositionReport
     from longlens.probes.sinks.report import SinkReport
+    from longlens.probes.states.probe import StateReport
     from longlens.probes.traceback.report import Trace
     from longlens.prompts.questions import Question
     from longlens.report import Report
 
 # %% auto #0
-__all__ = ['MODEL_SECTIONS', 'ENCODER_SECTIONS']
+__all__ = ['MODEL_SECTIONS', 'ON_REQUEST', 'ENCODER_SECTIONS']
 
 # %% ../../nbs/cli/04_sections.ipynb #cc43fbe1
 def _sinks(
@@ -141,6 +142,22 @@ def _positions(
     methods = size.methods if rotary and n > trained else ()
     return longlens.position_lens(lm, (n,), methods, texts=[first_tokens(tokens, n)] if own else None, n_texts=size.texts, **how)
 
+# %% ../../nbs/cli/04_sections.ipynb #stsec002
+def _states(
+    lm: LongModel,
+    tokens: Tokens,      # the text
+    size: StatesSize,    # tokens of a text, questions
+    **how: Any,          # of no use here: it is one short run
+) -> StateReport:
+    "What recurrent states hold, on the text and on needles in it"
+    import longlens
+    from longlens.interventions.states import state_mixers
+    if not state_mixers(lm): raise ValueError(f"{lm.name} has no recurrent states: leave states out of --probes")
+    haystack, n = text_haystack(lm, tokens, "states"), min(size.tokens, len(tokens))
+    asked = [longlens.needle_context(lm, room - 20, 100 * (i + .5) / size.questions, wording=lm.card.wording, haystack=haystack, seed=i)
+             for room in prompt_lengths(lm, n) for i in range(size.questions)]
+    return longlens.state_lens(lm, first_tokens(tokens, n), trained=min(lm.max_length or n, n), questions=asked)
+
 # %% ../../nbs/cli/04_sections.ipynb #49678b6f
 _WHOLE = CollapseSize(0)
 
@@ -170,5 +187,6 @@ def _collapse(
 # %% ../../nbs/cli/04_sections.ipynb #90bbf176
 MODEL_SECTIONS: dict[str, Callable[..., Report]] = {
     "sinks": _sinks, "heads": _heads, "middle": _middle, "grid": _grid, "trace": _trace,
-    "policies": _policies, "positions": _positions}
+    "policies": _policies, "positions": _positions, "states": _states}
+ON_REQUEST = ("states",)  # measured only where --probes names them
 ENCODER_SECTIONS: dict[str, Callable[..., Report]] = {"collapse": _collapse}

@@ -13,7 +13,7 @@ from ..budget import Speed
 
 # %% auto #0
 __all__ = ['LADDERS', 'Size', 'size_facts', 'SinksSize', 'HeadsSize', 'MiddleSize', 'GridSize', 'TraceSize', 'PoliciesSize',
-           'PositionsSize', 'CollapseSize', 'default_size']
+           'PositionsSize', 'StatesSize', 'CollapseSize', 'default_size']
 
 # %% ../../nbs/cli/05_sizes.ipynb #08472881
 class Size(Protocol):
@@ -177,6 +177,19 @@ class PositionsSize:
         "About how long it takes, if the texts are longer than the trained length: then a window is read, too"
         return self.texts * ((1 + len(self.methods)) * speed.reading(self.tokens, captured=True) + 2 * speed.reading(self.tokens))
 
+# %% ../../nbs/cli/05_sizes.ipynb #stsize01
+@dataclass(frozen=True)
+class StatesSize:
+    "Of the section on recurrent states, for models that have some"
+    tokens: int  # of the text, and of the longest prompt
+    questions: int = 8  # of each of three lengths
+
+    def __str__(self) -> str: return f"states in {self.tokens:,} tokens, {self.questions} questions of three lengths"
+
+    def seconds(self, speed: Speed) -> float:
+        "About how long it takes: with other decays, and, where there is attention, with its heads silenced one by one"
+        return 2 * speed.reading(self.tokens) + 20 * self.questions * sum(speed.reading(n) for n in _lengths_to(self.tokens))
+
 # %% ../../nbs/cli/05_sizes.ipynb #a6d80f63
 @dataclass(frozen=True)
 class CollapseSize:
@@ -216,6 +229,7 @@ LADDERS: dict[str, Sequence[Size]] = {  # section -> sizes, each larger than the
     "positions": [PositionsSize(*x) for x in (
         (256, 1, ()), (512, 1, ()), (512, 3, ()), (1024, 3, ()), (2048, 3, ()), (3072, 2, ("yarn",)), (3072, 3), (4096, 3), (8192, 3),
         (12288, 3), (16384, 3), (16384, 5, _METHODS))],
+    "states": [StatesSize(*x) for x in ((256, 2), (512, 2), (512, 4), (1024, 4), (1024, 8), (2048, 8), (4096, 8), (8192, 16))],
     "collapse": [CollapseSize(*x) for x in (
         (64, 8, 20), (128, 12, 30), (256, 16, 40), (256, 24, 50), (0, 24, 50), (0, 32, 100))],
 }
@@ -230,5 +244,5 @@ def default_size(
     if section == "collapse": return CollapseSize(0, 24, 50) if quick else CollapseSize(0)
     if section == "positions": return PositionsSize(n * 3 // 2)
     kinds: dict[str, Any] = {"sinks": SinksSize, "heads": HeadsSize, "middle": MiddleSize, "grid": GridSize, "trace": TraceSize,
-                            "policies": PoliciesSize}
+                            "policies": PoliciesSize, "states": StatesSize}
     return kinds[section](n)

@@ -17,10 +17,11 @@ from .sizes import LADDERS, Size, default_size
 __all__ = ['SHARES', 'TITLES', 'PlannedSection', 'ReportPlan', 'plan_sections', 'slowness', 'waiting', 'plan_again', 'longer_run']
 
 # %% ../../nbs/cli/06_time_plan.ipynb #93f49ce4
-SHARES = {"sinks": .08, "heads": .23, "middle": .26, "grid": .11, "trace": .10, "policies": .09, "positions": .05,
-          "collapse": .08}  # of the time, by section
+SHARES = {"sinks": .08, "heads": .22, "middle": .25, "grid": .11, "trace": .10, "policies": .09, "positions": .05,
+          "states": .02, "collapse": .08}  # of the time, by section
 TITLES = {"sinks": "attention sinks", "heads": "retrieval heads", "middle": "lost in the middle", "grid": "needle grid",
-          "trace": "traceback", "policies": "key-value policies", "positions": "past the trained length", "collapse": "length collapse"}
+          "trace": "traceback", "policies": "key-value policies", "positions": "past the trained length",
+          "states": "recurrent states", "collapse": "length collapse"}
 
 # %% ../../nbs/cli/06_time_plan.ipynb #86f491ea
 @dataclass

@@ -59,6 +59,9 @@ def measure_speed(
     ids = _some_tokens(lm, 4 * first)
     def read(n: int) -> None: lm.prefill(ids[:n])
     def measure(n: int) -> None:
+        if not lm.attention_layers:  # states only: there is no attention to be measured
+            read(n)
+            return
         with capture(lm, Received(), SinkMass(), Entropy(), Support(), Distance()): read(n)
     read(16)  # the first time takes longer
     plain = _two_lengths(read, first, most, patience)

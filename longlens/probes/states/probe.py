@@ -294,9 +294,9 @@ def _streams_section(r: Report) -> Section:
         .otherwise(pl.when(stream="none").then(pl.lit("")).otherwise(pl.lit(", all")))
     )
     charts = [
-        bars(f.with_columns(100 * pl.col("accuracy")), "silent", "accuracy", title="Right answers with a stream silent", unit="%"),
+        bars(f.with_columns(pl.col("accuracy") * 100), "silent", "accuracy", title="Right answers with a stream silent", unit="%"),
         count_curve(
-            r.frames["kept"].with_columns(100 * pl.col("accuracy")),
+            r.frames["kept"].with_columns(pl.col("accuracy") * 100),
             "accuracy",
             "heads",
             title="Right answers with so many heads kept",
