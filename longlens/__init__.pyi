@@ -99,10 +99,15 @@ from .probes.traceback.methods.at2 import HeadFit as HeadFit
 from .probes.traceback.methods.at2 import fit_at2 as fit_at2
 from .probes.traceback.methods.at2 import save_fit as save_fit
 from .probes.traceback.methods.at2 import load_fit as load_fit
+from .probes.traceback.shorten import ShortContext as ShortContext
+from .probes.traceback.shorten import shorten_context as shorten_context
 from .probes.traceback.methods.citations import CitationCheck as CitationCheck
 from .probes.traceback.methods.citations import check_citations as check_citations
+from .probes.traceback.methods.quotes import QuoteCheck as QuoteCheck
+from .probes.traceback.methods.quotes import check_quotes as check_quotes
 from .probes.tasks.report import TaskReport as TaskReport
 from .probes.tasks.probe import evaluate_tasks as evaluate_tasks
+from .probes.tasks.readings import reading_curve as reading_curve
 from .probes.policies.report import PolicyReport as PolicyReport
 from .probes.policies.probe import policy_lens as policy_lens
 from .probes.policies.premises import policy_premises as policy_premises

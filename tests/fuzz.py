@@ -1723,6 +1723,32 @@ def citations_checked(draw: Draw) -> None:
             assert math.isnan(share) if not f[of].sum() else abs(share * int(f[of].sum()) - both) < 1e-9
 
 
+@case("check_quotes", "QuoteCheck", weight=0.3)
+def quotes_checked(draw: Draw) -> None:
+    "A real quote stands in the texts that are named, word for word"
+    texts = mostly(draw, st.lists(sentence, min_size=1, max_size=4), st.just([]))
+    reply = draw(st.one_of(any_text, st.sampled_from(["\n".join(texts), " ".join(f'"{t}" [1]' for t in texts), "a b c\nAnswer: no"])))
+    with clear():
+        found = ll.check_quotes(needle_lm(), texts, draw(sentence), reply=reply, answer_tokens=2)
+        for quote, at, real in found.quotes.select("text", "found", "real").rows():
+            assert real == bool(at) and all(" ".join(quote.split()) in " ".join(texts[i].split()) for i in at), (quote, at)
+        assert (found.answer is not None) == found.quotes["real"].any()
+
+
+@case("shorten_context", "ShortContext", weight=0.3)
+def shortened(draw: Draw) -> None:
+    "No more is kept than fits, in its order, and nothing else"
+    texts = draw(st.lists(sentence, min_size=1, max_size=5))
+    keep, method = mostly(draw, st.integers(5, 60), st.just(0)), draw(st.sampled_from(["longcodezip", "xl3m", "loo"]))
+    with clear():
+        found = ll.shorten_context(
+            needle_lm(), texts, draw(sentence), keep, method=method, inside=draw(st.sampled_from([None, 2])), max_new_tokens=2
+        )
+        parts = found.sources if found.blocks is None else found.blocks
+        assert found.kept == parts.filter("kept")["tokens"].sum() <= keep
+        assert found.text == "".join(parts.filter("kept")["text"]) and parts["start"].is_sorted()
+
+
 @case("scan_context", "ScanReport", weight=0.3)
 def scan(draw: Draw) -> None:
     context, options = _traced(draw)
@@ -2226,6 +2252,7 @@ def ranked_samples(draw: Draw) -> None:
 NO_CASE: dict[str, str] = {  # public name -> why
     "PolicyReport": "a report: as policy_lens",
     "PositionReport": "a report: as position_lens",
+    "reading_curve": "made of evaluate_tasks: tests/test_task_data.py",
     "compare_reports": "not yet: tests/test_summary.py",
     "TimeBudget": "a clock: tests/test_budget.py",
     "measure_speed": "a clock: tests/test_budget.py",

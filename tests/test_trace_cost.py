@@ -48,7 +48,7 @@ def lm() -> LongModel: return ll.load()
 
 
 def test_all_inner_methods_are_here() -> None:
-    assert {*load_methods()} - {"coarse_to_fine", "self_citation", "cited_answer", "retrieval_attention", "at2"} == {*INNER}
+    assert {*load_methods()} - {"coarse_to_fine", "self_citation", "cited_answer", "quotes", "retrieval_attention", "at2"} == {*INNER}
 
 
 @pytest.mark.parametrize("name", INNER)

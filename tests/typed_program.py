@@ -135,6 +135,12 @@ ll.save_fit("fit.json", fitted)  # wrong
 ll.load_fit(3)  # wrong
 print(ll.check_citations(lm, ["a", "b"], "which?", reply="a [1].").verdict)
 ll.check_citations(lm, ["a", "b"], "which?", replies="a [1].")  # wrong
+print(ll.check_quotes(lm, ["a b c"], "which?", reply="a b c").verdict)
+ll.check_quotes(lm, ["a b c"], "which?", quote="a b c")  # wrong
+print(ll.reading_curve(lm, [], ("plain", "structured"), places=(0, 1)).height)
+ll.reading_curve(lm, [], ("plain",), place=(0, 1))  # wrong
+short: ll.ShortContext = ll.shorten_context(lm, "a. b.", "which?", 20, by="sentences", max_new_tokens=3)
+ll.shorten_context(lm, "a. b.", "which?", "20")  # wrong
 print(ll.compare_reports(grid, "folder", names=["a", "b"]).differences.height)
 ll.compare_reports(grid, grid, name=["a", "b"])  # wrong
 print(grid.summary().verdict)

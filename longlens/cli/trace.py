@@ -38,10 +38,11 @@ _ASKED = (
 # %% ../../nbs/cli/01_trace.ipynb #85d26670
 _HOW = (
     option("--method", f"how, with commas: {', '.join(METHOD_NAMES)} (default: {RECOMMENDED})", metavar="LIST"),
-    option("--set", "a setting of the methods that have it, such as permutations=20; again for more", sets="", action="append", default=[],
+    option("--set", "a setting of the methods that have it, such as permutations=20, or fitted=FILE for at2; again for more",
+           sets="", action="append", default=[],
            metavar="KEY=VALUE"),
-    option("--by", "words, lines, sentences, paragraphs, documents or tokens (default: words; sentences, if the text is short; "
-           "documents, if there are several)", metavar="WAY"),
+    option("--by", "words, lines, sentences, paragraphs, functions (of Python), documents or tokens (default: words; sentences, if the "
+           "text is short; documents, if there are several)", metavar="WAY"),
     option("--size", "so many of them are one source (default: 100 words, one of anything else)", type=int, metavar="N"),
     option("--top", "sources that are listed (default: 5)", sets="k", type=int, default=5, metavar="K"),
     option("--heads", "a heads report, as `longlens report` writes it, for retrieval_attention", type=Path, metavar="DIR"))

@@ -194,5 +194,8 @@ def find_remedies(
             raise TypeError(f"the remedy {name!r} is a {type(what).__name__}: give Remedy(says, condition, order)")
     for name in asked:
         if name != "none" and name not in own and name not in REMEDIES:
-            raise ValueError(f"there is no remedy {name!r}: there are {', '.join(REMEDIES)}, or give a mapping from names to Remedy(...)")
+            raise ValueError(f"there is no remedy {name!r}: there are {', '.join(REMEDIES)}, or give a mapping from names to "
+                             "Remedy(...). "
+                             "Ways of reading, which change the text and may ask the model first (quotes first, ...), are "
+                             "measured by reading_curve")
     return {"none": Remedy("nothing is changed"), **{n: own[n] if n in own else REMEDIES[n] for n in asked if n != "none"}}

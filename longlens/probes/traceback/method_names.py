@@ -53,6 +53,7 @@ METHOD_NAMES: dict[str, MethodName] = {    # in the order of a menu: what is rec
     "gradient_x_input": MethodName("gradients", "gradient times input", 2),
     "self_citation": MethodName("ask", "the model cites its sources"),
     "cited_answer": MethodName("ask", "the model answers again, with citations"),
+    "quotes": MethodName("ask", "the model quotes, then answers again (after ALR2)"),
 }
 
 # %% ../../../nbs/probes/traceback/12_method_names.ipynb #mw000010

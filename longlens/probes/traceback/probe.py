@@ -51,7 +51,8 @@ def check_needs(
     if "heads" in tracer.needs and job.heads is None:
         raise ValueError(f"{name} needs heads: give heads=retrieval_heads(model), or a list of (layer, head)")
     if "fitted" in tracer.needs:
-        raise ValueError("at2 needs coefficients of heads: give fitted=fit_at2(model, prompts), or the file that one was saved in")
+        raise ValueError("at2 needs coefficients of heads: give fitted=fit_at2(model, prompts), or the file that save_fit wrote (in the "
+                         "command: --set fitted=FILE)")
 
 # %% ../../../nbs/probes/traceback/09_probe.ipynb #084245ce
 LARGE_COST = 1_000_000  # tokens through the model: a few minutes of needle-lm on a core, or of 8 billion parameters on a GPU
@@ -290,7 +291,7 @@ def trace_context(
     answer: str | TokenIds | None = None,  # that is traced; None: the model answers
     method: str | Tracer = "loo",  # a name in TRACERS, or a method
     *,
-    by: str | Sequence[Sequence[int]] | None = None,  # "words", "lines", "sentences", "paragraphs", "documents", "tokens", or spans
+    by: str | Sequence[Sequence[int]] | None = None,  # "words", "sentences", "documents", ... (SEGMENTERS), "tokens", or spans
     size: int | None = None,  # words, sentences, ... that make one source; None: 100 words (a tenth of fewer), one of all others
     span: Sequence[int] | None = None,  # the context is a whole prompt, and these characters of it are traced
     answer_span: Span = None,  # trace only this part of the answer: a text in it, or characters (start, end)

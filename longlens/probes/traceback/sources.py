@@ -5,7 +5,9 @@
 # %% ../../../nbs/probes/traceback/00_sources.ipynb #bbc53d2a
 from __future__ import annotations
 
+import ast
 import re
+import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -38,6 +40,29 @@ def _sentence_ends(text: str) -> list[int]:
 def _places(pattern: str) -> Callable[[str], list[int]]:
     return lambda text: [m.end() for m in re.finditer(pattern, text)]
 
+
+def _definitions(body: Sequence[ast.stmt]) -> list[int]:
+    """Lines, from 1, at which functions, classes and methods begin."""
+    out = []
+    for node in body:
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef): continue
+        out.append(min([node.lineno, *(d.lineno for d in node.decorator_list)]))
+        if isinstance(node, ast.ClassDef): out += _definitions(node.body)
+    return out
+
+
+def _function_starts(text: str) -> list[int]:
+    """Characters at which functions, classes and methods of a Python text begin."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)
+            lines = _definitions(ast.parse(text).body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
+        raise ValueError(f"by='functions' cuts Python, and this text cannot be read as Python ({e}): cut it by paragraphs or lines, or "
+                         "give spans of your own") from e
+    starts = [0, *(m.end() for m in re.finditer(r"\r\n|\r|\n", text))]
+    return [starts[line - 1] for line in lines]
+
 # %% ../../../nbs/probes/traceback/00_sources.ipynb #c4416611
 SEGMENTERS: dict[str, Callable[[str], list[int]]] = {  # name -> where units of a text end; add your own
     "words": _places(" "),
@@ -45,6 +70,7 @@ SEGMENTERS: dict[str, Callable[[str], list[int]]] = {  # name -> where units of 
     "sentences": _sentence_ends,
     "paragraphs": _places(r"\n[^\S\n]*\n\s*"),
     "documents": lambda text: [],
+    "functions": _function_starts,
 }
 
 # %% ../../../nbs/probes/traceback/00_sources.ipynb #87a254d9

@@ -303,6 +303,7 @@ TRACER_MODULES = {  # module -> methods that it puts there
     "methods.at2": ("at2",),
     "methods.one_source": ("xl3m", "longcodezip"),
     "methods.citations": ("cited_answer",),
+    "methods.quotes": ("quotes",),
 }
 
 # %% ../../../nbs/probes/traceback/04_tracer.ipynb #cfd46d1s

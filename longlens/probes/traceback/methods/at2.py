@@ -149,6 +149,8 @@ def load_fit(
 ) -> HeadFit:
     "Read a fit from its file"
     try: held = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f"there is no file {path}: make one with save_fit(fit_at2(model, prompts), path)") from e
     except (json.JSONDecodeError, UnicodeDecodeError) as e: raise ValueError(f"{path} is no file of fitted heads: it is not JSON") from e
     if not isinstance(held, dict) or held.get("format") != _FORMAT:
         raise ValueError(f"{path} is no file of fitted heads: make one with save_fit(fit_at2(model, prompts), path)")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -63,6 +63,25 @@ def citation_correlation(
     "Correlation of being cited with the score of a source, mean over statements"
     some = [(c.astype(float), s) for c, s in zip(cited, scores, strict=True) if np.ptp(c.astype(float)) and np.ptp(s) > 1e-12]
     return float(np.mean([np.corrcoef(c, s)[0, 1] for c, s in some])) if some else float("nan")
+
+# %% ../../../../nbs/probes/traceback/methods/08_citations.ipynb #ents0002
+def entailed_scores(
+    cited: Sequence[Sequence[int]],  # of each sentence, in the order that they are cited in
+    unusable: Sequence[int],  # citations of each sentence that name no text: such a sentence counts as not entailed
+    entails: Callable[[int, tuple[int, ...]], bool],  # a sentence, and texts in order: do these together entail it?
+    most: int = 3,  # citations of a sentence that are read, as published
+) -> tuple[float, float, float, int]:  # recall, precision, their F1, citations that count
+    "Scores of citations by a judge of entailment (L-CiteEval, arXiv 2410.02115; ALCE, arXiv 2305.14627)"
+    if not len(cited): raise ValueError("there are no sentences to score")
+    right = needed = counted_ = 0
+    for k, (at, odd) in enumerate(zip(cited, unusable, strict=True)):
+        at = tuple(at)[:most] if not odd else ()
+        held = bool(at) and bool(entails(k, at))
+        counted_, right = counted_ + len(at), right + held
+        if not held: continue
+        needed += sum(len(at) == 1 or bool(entails(k, (i,))) or not entails(k, tuple(j for j in at if j != i)) for i in at)
+    recall, precision = right / len(cited), needed / counted_ if counted_ else 0.0
+    return recall, precision, 2 * recall * precision / (recall + precision) if recall + precision else 0.0, counted_
 
 # %% ../../../../nbs/probes/traceback/methods/08_citations.ipynb #citc0014
 _BY_NUMBER = "After each sentence cite the texts it rests on by number, such as [2]."

@@ -22,7 +22,7 @@ from ..tracer import TRACERS, Job, Room, TraceCost, Tracer, TraceScores
 from ....progress import progress_bar
 
 # %% auto #0
-__all__ = ['XL3M', 'LongCodeZip']
+__all__ = ['OneSource', 'XL3M', 'LongCodeZip']
 
 # %% ../../../../nbs/probes/traceback/methods/07_one_source.ipynb #alnc0007
 def question_length(
@@ -37,10 +37,11 @@ def _with_one(prompt: TracePrompt, i: int | None) -> Tensor:  # (k,)
     return subset_ids(prompt, [] if i is None else [i])
 
 # %% ../../../../nbs/probes/traceback/methods/07_one_source.ipynb #alnc0009
-class _OneSource(Tracer):
+class OneSource(Tracer):
     "A method that reads every source alone with the question"
 
     extra: ClassVar[int] = 0  # further runs, without any source
+    adds: ClassVar[bool] = False  # are scores of several sources worth their sum?
 
     def cost(self, job: Job) -> TraceCost:
         prompt = job.with_model(f"{type(self).__name__} reads the question").prompt
@@ -67,7 +68,7 @@ class _OneSource(Tracer):
 
 # %% ../../../../nbs/probes/traceback/methods/07_one_source.ipynb #alnc0011
 @dataclass(frozen=True)
-class XL3M(_OneSource):
+class XL3M(OneSource):
     "Minus the entropy of what comes after the question, with one source in front of it (XL3M, arXiv 2405.17755)"
 
     unit: ClassVar[str] = "nats of entropy, minus"
@@ -84,10 +85,11 @@ class XL3M(_OneSource):
 
 # %% ../../../../nbs/probes/traceback/methods/07_one_source.ipynb #alnc0014
 @dataclass(frozen=True)
-class LongCodeZip(_OneSource):
+class LongCodeZip(OneSource):
     "How much a source alone lowers the perplexity of the question (LongCodeZip, arXiv 2510.00446)"
 
     extra: ClassVar[int] = 1
+    adds: ClassVar[bool] = True
     unit: ClassVar[str] = "perplexity"
     says: ClassVar[str] = "how much the source, alone, lowers the perplexity of the question"
 
