@@ -45,7 +45,7 @@ positions = ll.position_lens(lm, (64, 160), ("yarn",), n_texts=1, trained=128).w
 positions"""]
 # ipywidgets: a size that was due is told to a widget that was taken away meanwhile; nothing comes of it
 LATE = "processLuminoMessage"
-TABS = ["Heads", "Text", "Trace", "Needle", "Policies", "Positions", "Collapse", "Compare"]
+TABS = ["Heads", "Text", "Trace", "Needle", "Policies", "Positions", "Collapse", "More", "Compare"]
 APPS = ["work", "hostile", "grid", "collapse", "trace", "plain", "policies", "positions"]    # in this order
 CLICK = """([app, layer, head]) => new Promise((done) => {    // milliseconds until every picture has its new rows
   const charts = [...app.querySelectorAll(".lx-chart")], before = charts.map((c) => c.dataset.refreshed);

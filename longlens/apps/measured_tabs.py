@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,15 +21,17 @@ from .positions import PositionExplorer
 from .progress import Progress
 from .question_bar import answer_room
 from .reading import Live, PromptReading
+from .sections import SectionsExplorer
 from .text_tab import TextExplorer
 from .trace import TraceExplorer, method_costs, show_costs, usable_methods
 from ..attention.hf_interface import UnsupportedModel
 from ..encoders.encoder import Encoder
 from ..interventions.heads import Turner
 from ..interventions.methods import trained_length
-from ..models.architecture import max_positions
+from ..models.architecture import layers_with_states, max_positions
 from ..models.forward import LongModel
 from ..models.tokens import Tokens
+from ..probes.causes.path import fact_path
 from ..probes.collapse.inputs import default_lengths, room, token_counts
 from ..probes.collapse.probe import length_collapse
 from ..probes.collapse.report import CollapseReport
@@ -40,6 +42,9 @@ from ..run import plan
 from ..probes.middle.report import MiddleReport
 from ..probes.policies.probe import policy_lens
 from ..probes.positions.probe import position_lens
+from ..probes.sinks.anatomy_report import sink_anatomy
+from ..probes.states.probe import state_lens
+from ..probes.token_gain import token_gain
 from ..probes.traceback.method_names import RECOMMENDED, method_lines
 from ..probes.traceback.probe import trace_context
 from ..probes.traceback.prompts import answer_limits, context_span, ready_prompt
@@ -50,7 +55,7 @@ from ..prompts.compose import Context
 from ..report import Report
 
 # %% auto #0
-__all__ = ['prompt_of_text', 'trace_tab', 'needle_tab', 'policies_tab', 'positions_tab', 'collapse_tab']
+__all__ = ['prompt_of_text', 'trace_tab', 'needle_tab', 'policies_tab', 'positions_tab', 'more_tab', 'collapse_tab']
 
 # %% ../../nbs/apps/15_measured_tabs.ipynb #30166c16
 def _menu(label: str, options: Mapping[str, Any] | Sequence[Any], width: str = "250px") -> Dropdown:
@@ -237,6 +242,39 @@ def positions_tab(
     able = lm is not None and _rotates(lm)
     return Pending("positions", "Positions", _POSITIONS, menus, measure, PositionExplorer, lm if able else None, report,
                    _NOT_ROTARY if lm is not None and not able else "")
+
+# %% ../../nbs/apps/15_measured_tabs.ipynb #moretab2
+_MORE = ("What else can be measured on this text: what each token gains from what stands far before it, what heads find at the "
+         "first token, how a fact gets to the answer, and what recurrent states keep of it.")
+_TOO_LITTLE = "These lenses take a text of 32 tokens or more, and this one has fewer: open a longer one."
+
+
+def _lenses(live: Live) -> dict[str, Callable[[], Report]]:
+    "What this text and this model allow, by what it shows"
+    lm, text, n, ctx = live.lm, live.tokens, len(live.tokens), live.context
+    if n < 32: return {}
+    found: dict[str, Callable[[], Report]] = {"what far text gives to each token": partial(token_gain, lm, text, n // 4, block=n // 16)}
+    if lm.attention_layers: found["what heads find at the first token"] = partial(sink_anatomy, lm, text)
+    if ctx is not None and len(ctx.completion_ids) and {"needle", "gold"} & {*ctx.spans}:
+        found["how the fact gets to the answer"] = partial(fact_path, lm, ctx, paths=1)
+    if layers_with_states(lm.hf): found["what the states keep of the text"] = partial(state_lens, lm, text)
+    return found
+
+# %% ../../nbs/apps/15_measured_tabs.ipynb #moretab3
+def more_tab(
+    live: Live | None,             # the text and its model
+    report: Report | None,         # that was kept
+) -> Pending:
+    "Lenses that take the text as it is"
+    lenses = _lenses(live) if live else {}
+    which = _menu("what", list(lenses), "330px")
+
+    def measure(progress: Progress) -> Report:
+        if live is None: raise ValueError("these lenses need the model: widget(model=lm)")
+        return lenses[which.value]()
+
+    return Pending("more", "More", _MORE, [which], measure, SectionsExplorer, live.lm if live and lenses else None, report,
+                   _TOO_LITTLE if live and not lenses else "")
 
 # %% ../../nbs/apps/15_measured_tabs.ipynb #collown1
 _FEWEST = 8    # texts

@@ -13,7 +13,7 @@ from .app import App, Build, Explorer, read_parts
 from .compare import CompareExplorer
 from .heads import Choice, strongest_head
 from .heads_on_text import ReadingExplorer
-from .measured_tabs import collapse_tab, needle_tab, policies_tab, positions_tab, trace_tab
+from .measured_tabs import collapse_tab, more_tab, needle_tab, policies_tab, positions_tab, trace_tab
 from .question_bar import Asked, QuestionBar, answered_html, asked_of, history_options, read_asked, text_asked
 from .linked_chart import html_box
 from .progress import exclusive_use
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 __all__ = ['Workbench', 'explore_reading', 'explore']
 
 # %% ../../nbs/apps/18_workbench.ipynb #3377b136
-_ABOUT_TEXT = ("heads", "tokens", "trace", "policies", "compare")    # tabs that a question changes
+_ABOUT_TEXT = ("heads", "tokens", "trace", "policies", "more", "compare")    # tabs that a question changes
 
 
 class Workbench(App[PromptReading]):
@@ -180,7 +180,7 @@ def _tabs(
     text = TextExplorer(r, choice)
     return [ReadingExplorer(r, choice), text, trace_tab(r, text, parts.get("trace")), needle_tab(lm, len(r.strings), parts.get("needle")),
             policies_tab(r.live, parts.get("policies")), positions_tab(lm, parts.get("positions")),
-            collapse_tab(encoder, parts.get("collapse")), CompareExplorer(r)]
+            collapse_tab(encoder, parts.get("collapse")), more_tab(r.live, parts.get("more")), CompareExplorer(r)]
 
 # %% ../../nbs/apps/18_workbench.ipynb #c27575da
 def explore_reading(
