@@ -459,6 +459,23 @@ def test_a_tab_that_needs_something_says_what(page: Any, app: Any) -> None:
     tab(work, "Heads")
 
 
+def test_other_lenses_read_the_text(page: Any, app: Any) -> None:
+    "What a tab measures of the text, and the next one after it"
+    from playwright.sync_api import expect
+    plain = app("plain")
+    tab(plain, "More")
+    for what, said in (("what far text gives to each token", "of the tokens are predicted better"),
+                       ("what heads find at the first token", "the key of the first token")):
+        plain.get_by_label("what").first.select_option(what)
+        plain.get_by_role("button", name="Measure").click()
+        expect(plain.get_by_text(re.compile(said)).first).to_be_visible(timeout=30_000)
+        expect(plain.locator(".lx-chart svg.marks").first).to_be_visible()
+    tab(plain, "Positions")
+    plain.get_by_role("button", name="Measure").click()
+    expect(plain.get_by_text("Loss by position").first).to_be_visible(timeout=60_000)
+    tab(plain, "Heads")
+
+
 def axe_in(page: Any, app: Any, dark: bool) -> list[str]:
     "What axe finds in an explorer as it stands"
     app.evaluate("(app) => { app.id = 'looked-at'; }")

@@ -147,6 +147,7 @@ def take(
     self.start.description = "Measure again"
     self.ask.children[1].children = [c for c in (*self.controls, self.start) if c not in self.inner.owned]    # one menu for one thing
     self.children = [self.inner, self.ask] if self.model is not None else [self.inner]
+    if hasattr(self, "app"): self.inner.opened()    # it is looked at: a tab that draws when it is opened draws now
 
 # %% ../../nbs/apps/02_app.ipynb #39803636
 @patch
