@@ -205,7 +205,8 @@ def _show_plan(plan: ReportPlan, asked: argparse.Namespace, finished: Mapping[st
     if finished: print(f"finished before: {', '.join(finished)}")
     limit = f"planned for {minutes_text(60 * asked.minutes)}: " if asked.minutes else ""
     speed = [f"{kind} reads {1 / s.reading(1):,.0f} tokens a second" for kind, s in plan.speeds.items()]
-    print(f"{limit}about {minutes_text(plan.expected)} for {len(plan.sections)} sections; {', '.join(speed)}")
+    many = f"{len(plan.sections)} section{'s' * (len(plan.sections) != 1)}"
+    print(f"{limit}about {minutes_text(plan.expected)} for {many}; {', '.join(speed)}")
     rows = plan.table().rows() if plan.sections else []
     for section, what, expected in rows: print(f"  {section:<20}{expected:>12}  {what}")
     print(flush=True)
