@@ -34,17 +34,27 @@ _END = re.compile(
 # %% ../../nbs/prompts/00_haystack.ipynb #7e53e7d3
 _TITLE = re.compile(r"\b(?:Dr|Mr|Mrs|Ms|Prof|Fr|Hr|Nr)\.$")
 _LETTERS = re.compile(r"\b[^\W\d_]\.\s[^\W\d_]\.$")    # z. B., J. R.
+_NUMBER = re.compile(r"\b(?:\d{1,3}|[IVX]+)\.$")    # perhaps an ordinal: 3. März, Ludwig XIV. war
+_MONTH = re.compile(r"\s*(?:Jan|Feb|M[äa]r|Apr|Ma[ijy]|Jun|Jul|Aug|Sep|O[ck]t|Nov|De[czs])")
+_BEFORE = re.compile(r"\b(?:der|die|das|den|dem|des|(?<!I )am|im|vom|zum|zur|beim|seit|ab)\s+\d{1,3}\.$", re.IGNORECASE)    # das 2. Jahr
+
+
+def _ordinal(before: str, behind: str) -> bool:    # text up to the full stop, and after it
+    "Is the number before a full stop an ordinal? Before a month or a small letter, or after a German article, it is"
+    if not _NUMBER.search(before): return False
+    return bool(_MONTH.match(behind) or behind.lstrip()[:1].islower() or _BEFORE.search(before))
 
 
 def _abbreviated(text: str, at: int) -> bool:    # at: where a sentence could end
-    "Is it a title before a name, or one of several letters with full stops?"
+    "Is it a title before a name, one of several letters with full stops, or an ordinal?"
     before, pair = text[max(0, at - 6) : at], text[max(0, at - 3) : at + 3]
-    return bool(_TITLE.search(before) or _LETTERS.search(before) or _LETTERS.search(pair))
+    if _TITLE.search(before) or _LETTERS.search(before) or _LETTERS.search(pair): return True
+    return _ordinal(text[max(0, at - 12) : at], text[at : at + 12])
 
 
 def split_sentences(
     text: str,  # any text
-    titles: bool = False,  # do titles and initials stay with what follows (Dr. Müller, z. B.)? Haystacks are cut without
+    titles: bool = False,  # do titles, initials, ordinals stay with what follows (Dr. Müller, 3. März)? Not in haystacks
 ) -> tuple[list[str], list[str]]:  # sentences, and the white space after each
     "Cut a text into sentences; joined with what follows each, they are the text again."
     units, gaps, start = [], [], 0
