@@ -40,9 +40,9 @@ _ENCODER = option("--encoder", "measure a text encoder, a folder or a hub id (de
 _TEXT = option("--text", "what the model reads, as UTF-8 (default: passages of Wikipedia; for needle-lm, a text made for it)", sets="",
                type=Path, metavar="FILE")
 _CONTEXT = option("--context", "read the first N tokens of the text only", sets="", type=int, metavar="N")
-_PROBES = option("--probes", "what to measure, with commas: sinks,heads,middle,grid,trace,policies,positions on MODEL, states on one that "
-                 "has some (Mamba, hybrids), collapse on the encoder (default: the first seven; collapse with --encoder; both if nothing "
-                 "is asked for)", sets="", metavar="LIST")
+_PROBES = option("--probes", "what to measure, with commas: sinks,heads,middle,grid,trace,policies,positions,anatomy,gain on MODEL, states "
+                 "on one that has some (Mamba, hybrids), collapse on the encoder (default: the first seven; collapse with --encoder; both "
+                 "if nothing is asked for)", sets="", metavar="LIST")
 _MINUTES = option("--minutes", "take about N minutes: what is measured is chosen so that it fits (default: all of it, as long as it takes)",
                   sets="", type=float, metavar="N")
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .encoder_text import collapse_lengths, readable_texts, sample_questions, short_questions, text_documents, window_ways
 from .model_text import document_questions, first_tokens, is_sample, prompt_lengths, prompt_room, text_haystack, traced_prompt
-from .sizes import CollapseSize, GridSize, HeadsSize, MiddleSize, PoliciesSize, PositionsSize, SinksSize, StatesSize, TraceSize
+from .sizes import CollapseSize, GridSize, HeadsSize, MiddleSize, PoliciesSize, PositionsSize, SinksSize, StatesSize, TextSize, TraceSize
 
 if TYPE_CHECKING:
     from longlens.encoders.encoder import Encoder
@@ -158,6 +158,30 @@ def _states(
              for room in prompt_lengths(lm, n) for i in range(size.questions)]
     return longlens.state_lens(lm, first_tokens(tokens, n), trained=min(lm.max_length or n, n), questions=asked)
 
+# %% ../../nbs/cli/04_sections.ipynb #anagain2
+def _anatomy(
+    lm: LongModel,
+    tokens: Tokens,    # the text
+    size: TextSize,
+    **how: Any,        # of no use here
+) -> Report:
+    "Why heads rest on the first token of the text, and what becomes of it if that is changed"
+    from longlens.probes.sinks.anatomy_report import sink_anatomy
+    return sink_anatomy(lm, first_tokens(tokens, size.tokens))
+
+
+def _gain(
+    lm: LongModel,
+    tokens: Tokens,    # the text
+    size: TextSize,
+    **how: Any,        # of no use here
+) -> Report:
+    "What each token of the text gains from all that stands before it, against the newest eighth"
+    from longlens.probes.token_gain import token_gain
+    n = min(size.tokens, len(tokens))
+    if n < 32: raise ValueError(f"the text has {n} tokens, and gain by token takes 32 or more: a longer one, or leave gain out of --probes")
+    return token_gain(lm, first_tokens(tokens, n), n // 8, block=n // 16)
+
 # %% ../../nbs/cli/04_sections.ipynb #49678b6f
 _WHOLE = CollapseSize(0)
 
@@ -187,6 +211,6 @@ def _collapse(
 # %% ../../nbs/cli/04_sections.ipynb #90bbf176
 MODEL_SECTIONS: dict[str, Callable[..., Report]] = {
     "sinks": _sinks, "heads": _heads, "middle": _middle, "grid": _grid, "trace": _trace,
-    "policies": _policies, "positions": _positions, "states": _states}
-ON_REQUEST = ("states",)  # measured only where --probes names them
+    "policies": _policies, "positions": _positions, "states": _states, "anatomy": _anatomy, "gain": _gain}
+ON_REQUEST = ("states", "anatomy", "gain")  # measured only where --probes names them
 ENCODER_SECTIONS: dict[str, Callable[..., Report]] = {"collapse": _collapse}

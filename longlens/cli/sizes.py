@@ -13,7 +13,7 @@ from ..budget import Speed
 
 # %% auto #0
 __all__ = ['LADDERS', 'Size', 'size_facts', 'SinksSize', 'HeadsSize', 'MiddleSize', 'GridSize', 'TraceSize', 'PoliciesSize',
-           'PositionsSize', 'StatesSize', 'CollapseSize', 'default_size']
+           'PositionsSize', 'StatesSize', 'TextSize', 'CollapseSize', 'default_size']
 
 # %% ../../nbs/cli/05_sizes.ipynb #08472881
 class Size(Protocol):
@@ -190,6 +190,20 @@ class StatesSize:
         "About how long it takes: with other decays, and, where there is attention, with its heads silenced one by one"
         return 2 * speed.reading(self.tokens) + 20 * self.questions * sum(speed.reading(n) for n in _lengths_to(self.tokens))
 
+# %% ../../nbs/cli/05_sizes.ipynb #textsz02
+@dataclass(frozen=True)
+class TextSize:
+    "Of a section that reads a text several times"
+    tokens: int
+    readings: int  # about as long as so many readings of the whole
+
+    def __str__(self) -> str: return f"a text of {self.tokens:,} tokens"
+
+    def seconds(self, speed: Speed) -> float: return self.readings * speed.reading(self.tokens)
+
+
+_READINGS = {"anatomy": 16, "gain": 6}
+
 # %% ../../nbs/cli/05_sizes.ipynb #a6d80f63
 @dataclass(frozen=True)
 class CollapseSize:
@@ -229,6 +243,8 @@ LADDERS: dict[str, Sequence[Size]] = {  # section -> sizes, each larger than the
     "positions": [PositionsSize(*x) for x in (
         (256, 1, ()), (512, 1, ()), (512, 3, ()), (1024, 3, ()), (2048, 3, ()), (3072, 2, ("yarn",)), (3072, 3), (4096, 3), (8192, 3),
         (12288, 3), (16384, 3), (16384, 5, _METHODS))],
+    "anatomy": [TextSize(n, _READINGS["anatomy"]) for n in (128, 256, 512, 1024, 2048, 4096, 8192)],
+    "gain": [TextSize(n, _READINGS["gain"]) for n in (128, 256, 512, 1024, 2048, 4096, 8192, 16384)],
     "states": [StatesSize(*x) for x in ((256, 2), (512, 2), (512, 4), (1024, 4), (1024, 8), (2048, 8), (4096, 8), (8192, 16))],
     "collapse": [CollapseSize(*x) for x in (
         (64, 8, 20), (128, 12, 30), (256, 16, 40), (256, 24, 50), (0, 24, 50), (0, 32, 100))],
@@ -243,6 +259,7 @@ def default_size(
     "What a section is asked for where time does not count"
     if section == "collapse": return CollapseSize(0, 24, 50) if quick else CollapseSize(0)
     if section == "positions": return PositionsSize(n * 3 // 2)
+    if section in _READINGS: return TextSize(n, _READINGS[section])
     kinds: dict[str, Any] = {"sinks": SinksSize, "heads": HeadsSize, "middle": MiddleSize, "grid": GridSize, "trace": TraceSize,
                             "policies": PoliciesSize, "states": StatesSize}
     return kinds[section](n)

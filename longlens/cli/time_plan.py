@@ -18,10 +18,10 @@ __all__ = ['SHARES', 'TITLES', 'PlannedSection', 'ReportPlan', 'plan_sections', 
 
 # %% ../../nbs/cli/06_time_plan.ipynb #93f49ce4
 SHARES = {"sinks": .08, "heads": .22, "middle": .25, "grid": .11, "trace": .10, "policies": .09, "positions": .05,
-          "states": .02, "collapse": .08}  # of the time, by section
+          "states": .01, "anatomy": .005, "gain": .005, "collapse": .08}  # of the time, by section
 TITLES = {"sinks": "attention sinks", "heads": "retrieval heads", "middle": "lost in the middle", "grid": "needle grid",
           "trace": "traceback", "policies": "key-value policies", "positions": "past the trained length",
-          "states": "recurrent states", "collapse": "length collapse"}
+          "states": "recurrent states", "anatomy": "the first token", "gain": "gain by token", "collapse": "length collapse"}
 
 # %% ../../nbs/cli/06_time_plan.ipynb #86f491ea
 @dataclass
