@@ -202,7 +202,7 @@ class TextSize:
     def seconds(self, speed: Speed) -> float: return self.readings * speed.reading(self.tokens)
 
 
-_READINGS = {"anatomy": 16, "gain": 6}
+_READINGS = {"anatomy": 40, "gain": 6}  # of needle-lm, at 512 tokens
 
 # %% ../../nbs/cli/05_sizes.ipynb #a6d80f63
 @dataclass(frozen=True)
