@@ -512,7 +512,7 @@ def pages_draw_themselves(names: list[str], playwright: Any, project: Path, addr
     assert {name: one["charts"] for name, one in found.items() if one["charts"]} == {name: n for name, n in charts.items() if n}
     assert sum(charts.values()) > 5, "these pages have hardly a chart"
     assert {name for name, one in found.items() if one["empty"] or one["wrong"]} == set()
-    assert sum(one["formulas"] for one in seen) > 0
+    if (page := "tutorials/04_collapse.html") in names: assert found[page]["formulas"] > 0
     assert {name: one["wide"] for name, one in found.items() if one["wide"] > 0} == {}, "pages that scroll sideways"
     assert {name: one["cut"] for name, one in found.items() if one["cut"]} == {}, "charts that are cut off, and nothing says so"
     assert {name: one["tiny"] for name, one in found.items() if one["tiny"] < 8.9} == {}, "charts with letters too small to read"

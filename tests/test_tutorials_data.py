@@ -19,14 +19,15 @@ FOLDER = Path(__file__).resolve().parent.parent / "nbs/tutorials"
 SMALLER = {    # what stands in the place of each notebook's settings
     "03_middle": "ASKED, QUESTIONS, DOCUMENTS, PLACES = 4, 3, (3, 4), 3",
     "06_traceback": """PASSAGES, ASKED, CASES, AMONG, INJECTED, LONGEST, HEADS = 4, 4, 2, 2, 2, 5, [(2, 0)]
+MORE, FITTED, CITED, KEEP = 4, 1, 1, 60
 SAMPLED = {"shapley": {"permutations": 1}, "contextcite": {"ablations": 6, "held_out": 0}, "attntrace": {"draws": 2}}""",
 }
 
 
 def cells(name: str) -> list[str]:
-    "The code cells before the model is needle-lm, with the smaller settings"
+    "The code cells before the model is needle-lm, or before there must be many more questions, with the smaller settings"
     found = [nbfiles.source(c) for c in nbfiles.read(FOLDER / f"{name}.ipynb")["cells"] if c["cell_type"] == "code"]
-    end = next(i for i, code in enumerate(found) if "ll.load()" in code)
+    end = next(i for i, code in enumerate(found) if "ll.load()" in code or "ll.fit_at2(" in code)
     at = [i for i, code in enumerate(found[:end]) if code.startswith("# settings")]
     assert len(at) == 1, f"{name} has {len(at)} cells that begin with '# settings'"
     names = lambda text: set(re.findall(r"\b[A-Z]{3,}\b", text))

@@ -29,7 +29,7 @@ from .reducers import DistanceSum, EntropySum, Product, ReceivedSum, Reducer, Sq
 from ..models.cache import cache_folder
 
 # %% auto #0
-__all__ = ['WORTH', 'add_up', 'why_not', 'worth_it', 'top']
+__all__ = ['add_up', 'why_not', 'worth_it', 'top']
 
 # %% ../../nbs/attention/15_compiled_pass.ipynb #cp000008
 _VECTORS = r"""
@@ -380,7 +380,7 @@ def _hand_out(
     for r, part in zip(products, parts, strict=True): r.acc = part
 
 # %% ../../nbs/attention/15_compiled_pass.ipynb #cp000037
-WORTH = 1 << 22  # weights of a pass: a smaller one is as fast in torch
+_WORTH = 1 << 22  # weights of a pass: a smaller one is as fast in torch
 
 
 def why_not(
@@ -398,7 +398,7 @@ def worth_it(
     call: AttentionCall,
 ) -> bool:
     "Is the pass long enough?"
-    return math.prod(call.shape) >= WORTH
+    return math.prod(call.shape) >= _WORTH
 
 
 def top(call: AttentionCall, lse: Tensor, queries: Sequence[int], k: int) -> None:
