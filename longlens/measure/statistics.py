@@ -334,6 +334,13 @@ class ResidualNorm(Statistic):
         norm = state["norm"]  # (batch, n)
         return {"_": range(norm.shape[1])}, {"position": state["position"], "norm": norm}
 
+# %% ../../nbs/measure/01_statistics.ipynb #medfast1
+def _median(x: Tensor) -> float:
+    "The lower of the two middle values, as torch has it; on a CPU by numpy, which is several times faster"
+    if x.device.type != "cpu" or bool(x.amax().isnan()): return float(x.median())
+    middle = (x.numel() - 1) // 2
+    return float(np.partition(x.numpy().ravel(), middle)[middle])
+
 # %% ../../nbs/measure/01_statistics.ipynb #2f35f348
 @register
 @dataclass(frozen=True)
@@ -353,11 +360,12 @@ class MassiveActivations(Statistic):
             x, p = h[pos[b] >= 0], pos[b, pos[b] >= 0]  # without padding: (tokens, d_model) and (tokens,)
             if not len(x): continue
             sizes = x.abs()
-            at = sizes.ravel().topk(min(self.top, x.numel())).indices
-            token, dim = at // x.shape[1], at % x.shape[1]
+            tokens = sizes.amax(1).topk(min(self.top, len(x))).indices  # the largest are in as many tokens at most
+            at = sizes[tokens].ravel().topk(min(self.top, x.numel())).indices
+            token, dim = tokens[at // x.shape[1]], at % x.shape[1]
             found = zip(x[token, dim].tolist(), p[token].tolist(), dim.tolist(), strict=True)
             state.setdefault("found", []).extend((b, *entry) for entry in found)
-            state.setdefault("medians", []).append((b, float(sizes.median())))
+            state.setdefault("medians", []).append((b, _median(sizes)))
 
     def labels(self, state: dict, **options: Any) -> dict[str, Sequence]: return {"_": ()}
     def count(self, state: dict, heads: Sequence[int] | None = None, **options: Any) -> int: return 0
