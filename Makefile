@@ -26,6 +26,7 @@ test: .venv/.for-work    ## every check: repository, lint, types, notebooks, tes
 	step "types" $(BIN)/mypy; \
 	step "imports" $(BIN)/lint-imports --no-logo; \
 	skip='^[_.]'; $(BIN)/python -c 'import triton' 2>/dev/null || skip='^[_.]|_triton_'; \
+	command -v "$${CXX:-c++}" >/dev/null || skip="$$skip|_compiled_pass"; \
 	export TRITON_INTERPRET=$$($(BIN)/python -c 'import torch; print(int(not torch.cuda.is_available()))'); \
 	step "notebooks" env OMP_NUM_THREADS=1 RAY_worker_niceness=0 $(BIN)/nbdev_test --n_workers 2 --timing --skip_file_re "$$skip"; \
 	step "tests" env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not browser and not slow"; \
